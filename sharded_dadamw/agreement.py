@@ -1,0 +1,130 @@
+"""Ranks compare notes before they exchange data, so that a disagreement is an error everywhere and a hang nowhere.
+
+Each rank states what it is about to do as a list of labelled claims. Ranks first exchange a digest of that list; only
+where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
+
+At construction the digest travels in an object gather. At each step it rides, with the non-finite flag, in one
+all-reduce of three integers: max(h) and max(-h) are equal in size only where all h are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_dadamw.collectives import Collectives
+
+Claims = dict[str, str]
+"""What a rank is about to do: label -> value, in the order in which differences should be reported."""
+
+_ABSENT = "nothing"
+
+
+def require_agreement(collectives: Collectives, claims: Claims, refusal: Exception | None) -> None:
+    """Check at construction that every rank's arguments are valid and equal. Collective, and host-blocking.
+
+    Args:
+        collectives: The group.
+        claims: What this rank is about to build; ignored where ``refusal`` is given.
+        refusal: The error with which this rank refuses its own arguments, or None.
+
+    Raises:
+        Exception: ``refusal`` itself, on the ranks that have one.
+        ValueError: Another rank refuses its arguments, or claims differ; names the first difference and both sides.
+    """
+    message = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
+    answers: list[tuple[bytes, str | None]] = collectives.gather_objects((_digest(claims), message))
+    if refusal is not None:
+        raise refusal
+    for rank, (_, refused) in enumerate(answers):
+        if refused is not None:
+            raise ValueError(f"rank {rank} refused its arguments: {refused}")
+    if len({digest for digest, _ in answers}) > 1:
+        raise ValueError(
+            f"ranks were given different things to build; {_first_difference(collectives.gather_objects(claims))}; "
+            "build the same model and optimizer on every rank of the group"
+        )
+
+
+class StepAgreement:
+    """The ranks' comparison of notes at each step.
+
+    On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
+    so it is read at the next step, without waiting; until then a disagreement can give wrong numbers but no hang,
+    since every rank takes part in every bucket's collectives whatever its gradients.
+    """
+
+    def __init__(self, collectives: Collectives, device: torch.device) -> None:
+        """Compare notes in ``collectives``; the answer arrives on ``device``."""
+        self._collectives = collectives
+        self._device = device
+        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims]] | None = None
+
+    def check(self, claims: Callable[[], Claims], key: bytes, found_inf: Tensor | None) -> Tensor | None:
+        """Compare what every rank is about to do in this step. Collective.
+
+        Args:
+            claims: Makes the claims, now or later; called only where an error message needs them.
+            key: Bytes that differ where the claims differ.
+            found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
+
+        Returns:
+            0-d fp32 on the device: 1 where any rank's flag is set. None where no loss scaler asked.
+
+        Raises:
+            RuntimeError: Claims differ; names the first difference and both sides. On every rank.
+        """
+        self._read_previous()
+        digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+        note = torch.tensor([digest, -digest, 0], dtype=torch.int64).to(self._device, non_blocking=True)
+        if found_inf is not None:
+            note[2] = (found_inf != 0).to(torch.int64).reshape(())
+        self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
+        if note.is_cuda:
+            self._read_later(note, claims)
+        else:
+            self._raise_unless_equal(note, claims)
+        return None if found_inf is None else note[2].to(torch.float32)
+
+    def _read_later(self, note: Tensor, claims: Callable[[], Claims]) -> None:
+        host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
+        host.copy_(note, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._unread = (host, event, claims)
+
+    def _read_previous(self) -> None:
+        if self._unread is not None and self._unread[1].query():
+            host, _, claims = self._unread
+            self._unread = None
+            self._raise_unless_equal(host, claims)
+
+    def _raise_unless_equal(self, note: Tensor, claims: Callable[[], Claims]) -> None:
+        largest, negated_smallest, _ = note.tolist()
+        if largest != -negated_smallest:
+            difference = _first_difference(self._collectives.gather_objects(claims()))
+            raise RuntimeError(f"ranks disagree about this step; {difference}; no parameter or state has been changed")
+
+
+def _digest(claims: Claims) -> bytes:
+    return hashlib.blake2b(repr(list(claims.items())).encode(), digest_size=16).digest()
+
+
+def _first_difference(claims_of_ranks: list[Claims]) -> str:
+    """The first label whose value differs from rank 0's, with both values and the first rank that differs."""
+    reference = claims_of_ranks[0]
+    labels = dict.fromkeys(label for claims in claims_of_ranks for label in claims)
+    for label in labels:
+        expected = reference.get(label, _ABSENT)
+        for rank, claims in enumerate(claims_of_ranks):
+            value = claims.get(label, _ABSENT)
+            if value != expected:
+                return f"the first difference is {label}: rank 0 has {expected}, rank {rank} has {value}"
+    for rank, claims in enumerate(claims_of_ranks):
+        if list(claims) != list(reference):
+            return f"rank 0 and rank {rank} list the same things in another order"
+    raise AssertionError("digests differ but claims do not")

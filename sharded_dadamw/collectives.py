@@ -1,0 +1,317 @@
+"""The verbs between ranks, and the only place that calls torch.distributed.
+
+Every verb starts its work and returns a handle; ``wait()`` makes the result visible. Flat buffers hold one equal slice
+per rank, and both data verbs work in place on them:
+
+    reduce_scatter_mean_(buffer)    own slice <- mean over ranks of that slice; the other slices are left as they were
+    all_gather_(buffer)             other slices <- their owners' own slices
+
+Three groups of ranks, one interface: :class:`OneRank` (nothing to exchange), :class:`DirectExchange` (gloo on CPU) and
+:class:`NativeVerbs` (NCCL, and gloo on accelerator memory).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+# torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_PIECE_BYTES = 1 << 20
+"""Bytes received and summed at a time: small enough to be summed out of the cache it was received into."""
+_PIECES_IN_FLIGHT = 4
+"""Pieces that may arrive from each peer while earlier ones are summed. The two together bound scratch memory."""
+
+
+class Handle(Protocol):
+    """Something under way. The result may be used, and the buffers written again, after ``wait``."""
+
+    def wait(self) -> object:
+        """Block the host (gloo) or the current stream (NCCL) until it is done."""
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class Collectives(ABC):
+    """A shard group: the ranks that share one set of buckets, and what they can do together.
+
+    Attributes:
+        rank: This rank's number in the group.
+        num_ranks: Size of the group.
+        bytes_sent: Data bytes this rank has put on the wire in reduce-scatters and all-gathers so far. The few bytes
+            per step by which ranks compare notes, and the broadcast at construction, are not in it.
+    """
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        """Only subclasses are ever built, by :func:`connect`."""
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.bytes_sent = 0
+
+    def _slices(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        assert buffer.dim() == 1 and buffer.numel() % self.num_ranks == 0, "a flat buffer of equal slices"
+        return buffer.chunk(self.num_ranks) if buffer.numel() else (buffer,) * self.num_ranks
+
+    @abstractmethod
+    def check_alive(self) -> None:
+        """Raise RuntimeError when the process group has been destroyed."""
+
+    @abstractmethod
+    def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
+        """Replace this rank's slice of ``buffer`` [num_ranks * n] by its mean over ranks."""
+
+    @abstractmethod
+    def all_gather_(self, buffer: Tensor) -> Handle:
+        """Replace the other ranks' slices of ``buffer`` [num_ranks * n] by what their owners hold."""
+
+    @abstractmethod
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
+        """Reduce a small tensor over all ranks, in place on each."""
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by that of the group's rank 0."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One picklable value of each rank, in rank order, on every rank. For set-up and error paths."""
+
+
+class OneRank(Collectives):
+    """A group of size one: everything is here already."""
+
+    def __init__(self) -> None:
+        """A group that needs no torch.distributed."""
+        super().__init__(rank=0, num_ranks=1)
+
+    def check_alive(self) -> None:
+        """See :meth:`Collectives.check_alive`."""
+
+    def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.reduce_scatter_mean_`."""
+        return _Done()
+
+    def all_gather_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.all_gather_`."""
+        return _Done()
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
+        """See :meth:`Collectives.all_reduce_`."""
+        return _Done()
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """See :meth:`Collectives.broadcast_`."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See :meth:`Collectives.gather_objects`."""
+        return [value]
+
+
+class NativeVerbs(Collectives):
+    """The backend's own collectives."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Wrap a live process group that this rank is in."""
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        self._group = group
+
+    def check_alive(self) -> None:
+        """See :meth:`Collectives.check_alive`."""
+        if not _is_alive(self._group):
+            raise RuntimeError(
+                "the optimizer's process group has been destroyed; build a new optimizer on a live group"
+            )
+
+    def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.reduce_scatter_mean_`. The order of the sum is the backend's."""
+        own = self._slices(buffer)[self.rank]
+        averages = buffer.is_cuda and dist.get_backend(self._group) == "nccl"
+        op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+        work = _reduce_scatter(own, buffer, op=op, group=self._group, async_op=True)
+        self.bytes_sent += (self.num_ranks - 1) * own.nbytes
+        return work if averages else _ThenDivide(work, own, self.num_ranks)
+
+    def all_gather_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.all_gather_`."""
+        own = self._slices(buffer)[self.rank]
+        work: Handle = _all_gather(buffer, own, group=self._group, async_op=True)
+        self.bytes_sent += (self.num_ranks - 1) * own.nbytes
+        return work
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
+        """See :meth:`Collectives.all_reduce_`."""
+        work: Handle = dist.all_reduce(tensor, op=op, group=self._group, async_op=True)
+        return work
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """See :meth:`Collectives.broadcast_`."""
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See :meth:`Collectives.gather_objects`."""
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+class _ThenDivide:
+    """A sum under way that becomes a mean."""
+
+    def __init__(self, work: Handle, total: Tensor, divisor: int) -> None:
+        self._work, self._total, self._divisor = work, total, divisor
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._total.div_(self._divisor)
+
+
+class DirectExchange(NativeVerbs):
+    """Data verbs for gloo on CPU memory: every rank sends each slice straight to its owner.
+
+    gloo's own reduce-scatter is an all-reduce inside and its all-gather a ring, and both take longer than moving the
+    (N-1)/N bytes that have to move. Summing what arrives in rank order, in fp32 or wider, also makes the result
+    independent of bucket sizes and of the path through the network.
+    """
+
+    def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.reduce_scatter_mean_`: ``(g_0 + g_1 + ... ) / N`` in rank order, rounded once."""
+        return _DirectReduction(self, self._slices(buffer))
+
+    def all_gather_(self, buffer: Tensor) -> Handle:
+        """See :meth:`Collectives.all_gather_`: received in place, no copies."""
+        slices = self._slices(buffer)
+        receives = [self.receive(slices[peer], peer) for peer in self.peers]
+        return _All([*receives, *(self.send(slices[self.rank], peer) for peer in self.peers)])
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, each rank beginning with its right neighbour so that no receiver is everyone's first."""
+        return [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
+
+    def send(self, tensor: Tensor, peer: int) -> Handle:
+        """Send; ``tensor`` must not change until the handle has been waited for."""
+        self.bytes_sent += tensor.nbytes
+        work = dist.isend(tensor, group=self._group, group_dst=peer)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: Tensor, peer: int) -> Handle:
+        """Receive into ``tensor``; messages between two ranks arrive in the order in which they were sent."""
+        work = dist.irecv(tensor, group=self._group, group_src=peer)
+        assert work is not None
+        return work
+
+
+class _All:
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self._handles = handles
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+
+
+class _DirectReduction:
+    """One reduce-scatter under way: all sends are posted, receives roll through a few pieces of scratch memory."""
+
+    def __init__(self, group: DirectExchange, slices: Sequence[Tensor]) -> None:
+        own = slices[group.rank]
+        numel = max(1, _PIECE_BYTES // own.element_size())
+        self._group = group
+        self._own_pieces = torch.split(own, numel)
+        num_buffers = min(_PIECES_IN_FLIGHT, len(self._own_pieces))
+        self._scratch = {peer: own.new_empty(num_buffers, min(numel, own.numel())) for peer in group.peers}
+        wide = torch.promote_types(own.dtype, torch.float32)
+        self._total = torch.empty(min(numel, own.numel()), dtype=wide)
+        self._receives = [self._receive_piece(index) for index in range(num_buffers)]
+        # Piece by piece over all peers, so that each of them can start summing at once.
+        outgoing = zip(*(torch.split(slices[peer], numel) for peer in group.peers), strict=True)
+        self._sends = [
+            group.send(piece, peer) for pieces in outgoing for piece, peer in zip(pieces, group.peers, strict=True)
+        ]
+
+    def _arriving(self, index: int, peer: int) -> Tensor:
+        buffers = self._scratch[peer]
+        return buffers[index % len(buffers)][: self._own_pieces[index].numel()]
+
+    def _receive_piece(self, index: int) -> list[Handle]:
+        return [self._group.receive(self._arriving(index, peer), peer) for peer in self._group.peers]
+
+    def wait(self) -> None:
+        for index, own in enumerate(self._own_pieces):
+            for receive in self._receives[index]:
+                receive.wait()
+            parts = [
+                own if rank == self._group.rank else self._arriving(index, rank)
+                for rank in range(self._group.num_ranks)
+            ]
+            total = self._total[: own.numel()]
+            total.copy_(parts[0])
+            for part in parts[1:]:
+                total.add_(part)
+            own.copy_(total.div_(self._group.num_ranks))
+            following = len(self._receives)
+            if following < len(self._own_pieces):
+                self._receives.append(self._receive_piece(following))
+        for send in self._sends:
+            send.wait()
+
+
+def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device) -> Collectives:
+    """The best verbs for a group of ranks and the device their buffers live on.
+
+    Args:
+        process_group: A group that this rank is in, a 1-D mesh, or None for the default group; None without an
+            initialised torch.distributed means one rank.
+        device: Where parameters live.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: The mesh has more than one axis, or the group is destroyed or cannot reach the device's memory.
+    """
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return OneRank()
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"process_group: expected a mesh with one axis, got {process_group.ndim} axes "
+                f"{process_group.mesh_dim_names}; pass the axis to shard over, such as mesh['dp']"
+            )
+        process_group = process_group.get_group()
+    if process_group is None:
+        process_group = dist.group.WORLD
+        assert process_group is not None
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a ProcessGroup with this rank in it, a 1-D DeviceMesh or None, got {process_group!r}"
+            + (", which new_group() returns on ranks outside the group" if isinstance(process_group, int) else "")
+        )
+    if not _is_alive(process_group):
+        raise ValueError("process_group: expected a live process group, got one that has been destroyed")
+    backend = dist.get_backend_config(process_group)
+    if f"{device.type}:" not in backend:
+        raise ValueError(
+            f"process_group: expected a backend for parameters on {device.type}, got {backend}; move the model to the "
+            "backend's device before building the optimizer"
+        )
+    direct = device.type == "cpu" and "cpu:gloo" in backend
+    return DirectExchange(process_group) if direct else NativeVerbs(process_group)
+
+
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_backend(group)
+    except (ValueError, RuntimeError, AssertionError):
+        return False
+    return True

@@ -1,0 +1,197 @@
+"""``DecoupledAdamW``: the law on whole parameters, a drop-in for Composer's optimizer of that name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.optimizer import ParamsT
+
+from sharded_dadamw import kernels
+from sharded_dadamw.update import Hyperparameters, check_group
+
+log = logging.getLogger("sharded_dadamw")
+
+_HIGH_WEIGHT_DECAY = 1e-3
+
+
+class DecoupledAdamW(AdamW):
+    """AdamW whose weight decay does not scale with the learning rate.
+
+    Each step multiplies every weight by ``1 - weight_decay * lr / initial_lr``: the decay follows the learning-rate
+    schedule, but not the learning rate's size. torch's AdamW multiplies by ``1 - lr * weight_decay``, so a setting for
+    torch converts by ``weight_decay = peak_lr * torch_weight_decay``.
+
+    ``initial_lr`` is put into every parameter group; LR schedulers keep it. ``OneCycleLR`` overwrites it and writes
+    ``max_lr`` as well; the larger of the two is then the reference.
+
+    State per parameter, made at its first step: ``step`` (0-d fp32), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
+    ``max_exp_avg_sq`` (shape and dtype of the parameter).
+
+    Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-5,
+        amsgrad: bool = False,
+    ) -> None:
+        """Take parameters, (name, parameter) pairs, or group dicts of either.
+
+        Args:
+            params: What to optimize.
+            lr: Learning rate; a float or a one-element CPU tensor.
+            betas: Coefficients of the moving averages of the gradient and of its square.
+            eps: Added to the denominator.
+            weight_decay: Fraction of a weight that decays away per step at the schedule's peak; warns from 1e-3 up.
+            amsgrad: Use the running maximum of ``exp_avg_sq`` in the denominator.
+
+        Raises:
+            TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
+            ValueError: A hyperparameter is out of range, or ``params`` is empty.
+        """
+        check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if weight_decay >= _HIGH_WEIGHT_DECAY:
+            log.warning(
+                "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the "
+                "schedule multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",
+                weight_decay,
+                1.0 - weight_decay,
+            )
+        beta1, beta2 = betas
+        super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
+        self.amsgrad = amsgrad
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
+
+        Raises:
+            TypeError: As the constructor.
+            ValueError: As the constructor, or a parameter is in a group already.
+        """
+        group = {**self.defaults, **param_group}
+        check_group(group)
+        # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
+        param_group.setdefault("initial_lr", float(group["lr"]))
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def adamw(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+        *,
+        amsgrad: bool,
+        beta1: float,
+        beta2: float,
+        lr: float,
+        initial_lr: float,
+        weight_decay: float,
+        eps: float,
+    ) -> None:
+        """Apply the law to lists of tensors, in place, with Composer's signature.
+
+        Args:
+            params: Tensors of any shape; decayed and updated.
+            grads: Their gradients; only read.
+            exp_avgs: Moving averages of the gradients; updated.
+            exp_avg_sqs: Moving averages of the squared gradients; updated.
+            max_exp_avg_sqs: Running maxima of those; updated. Empty without amsgrad.
+            state_steps: 0-d each: the number of this update, counted from 1.
+            amsgrad: Whether the maxima go into the denominator.
+            beta1: Coefficient of ``exp_avgs``.
+            beta2: Coefficient of ``exp_avg_sqs``.
+            lr: Learning rate of this step.
+            initial_lr: Peak of the schedule; 0 means full decay.
+            weight_decay: Decay at the peak.
+            eps: Added to the denominator.
+        """
+        kernels.adamw_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            hyper=Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad),
+        )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; the others, and their state, stay as they are.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+            hyper = Hyperparameters.from_group(group)
+            params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
+            for param in params:
+                if param.grad.layout != torch.strided:
+                    raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {param.grad.layout}")
+            states = [self._state_of(param, amsgrad=hyper.amsgrad) for param in params]
+            steps = [state["step"] for state in states]
+            if steps:
+                torch._foreach_add_(steps, 1)
+            self.adamw(
+                [_local(param) for param in params],
+                [_local(param.grad) for param in params],
+                [_local(state["exp_avg"]) for state in states],
+                [_local(state["exp_avg_sq"]) for state in states],
+                [_local(state["max_exp_avg_sq"]) for state in states] if hyper.amsgrad else [],
+                steps,
+                amsgrad=hyper.amsgrad,
+                beta1=hyper.beta1,
+                beta2=hyper.beta2,
+                lr=hyper.lr,
+                initial_lr=hyper.reference_lr,
+                weight_decay=hyper.weight_decay,
+                eps=hyper.eps,
+            )
+        return loss
+
+    def _state_of(self, param: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if state["step"].device != param.device:  # state dicts of torch's AdamW keep it on the CPU
+            state["step"] = state["step"].to(param.device)
+        if amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, as FSDP2 makes them; any other tensor as it is. The law is elementwise."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -1,0 +1,153 @@
+"""The law again, fused: one pass over memory where the device has a kernel for it, the reference elsewhere.
+
+Invariant: the result for an element does not depend on where in a tensor it lies. torch's vectorised CPU kernel keeps
+that only up to the last few elements of a tensor, which go through a scalar loop that rounds differently; so the ragged
+end of a tensor is updated in a padded scratch block instead, and every element meets the vectorised loop. Without this
+a sharded update could not equal the unsharded one bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.layout import ALIGNMENT
+from sharded_dadamw.update import Hyperparameters
+from sharded_dadamw.update import adamw_ as reference_adamw_
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    hyper: Hyperparameters,
+    grad_divisor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Apply the law to each tensor, in place.
+
+    Args:
+        params: Tensors of any shape; decayed and updated in place.
+        grads: Shapes of ``params``; rewritten (divided) in place where ``grad_divisor`` is given, else only read.
+        exp_avgs: Shapes of ``params``; updated in place.
+        exp_avg_sqs: Shapes of ``params``; updated in place.
+        max_exp_avg_sqs: Shapes of ``params``; updated in place. Empty without amsgrad.
+        steps: 0-d fp32, on the device of ``params``: the number of this update, counted from 1.
+        hyper: The scalars, the same for all tensors of one call.
+        grad_divisor: 0-d fp32; gradients are divided by it in the kernel. None means 1.
+        found_inf: 0-d fp32; where it is 1 every byte stays as it was.
+    """
+    if not params:
+        return
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if hyper.amsgrad else [])]
+    rows = list(zip(*columns, strict=True))
+    if all(_fusible(row) for row in rows):
+        _fused_adamw_(rows, steps, hyper, grad_divisor, found_inf)
+        return
+    for row, step in zip(rows, steps, strict=True):
+        param, grad, exp_avg, exp_avg_sq, *maximum = row
+        reference_adamw_(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            maximum[0] if maximum else None,
+            step,
+            hyper=hyper,
+            grad_divisor=grad_divisor,
+            found_inf=found_inf,
+        )
+
+
+_Row = tuple[Tensor, ...]
+"""What one update touches: parameter, gradient, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq."""
+_GRAD = 1
+
+
+def _fusible(row: _Row) -> bool:
+    """Torch's fused kernel wants one dtype and one device for all tensors of an update."""
+    first = row[0]
+    return (
+        first.device.type in _FUSED_DEVICES
+        and first.dtype in _FUSED_DTYPES
+        and all(t.dtype == first.dtype and t.device == first.device for t in row)
+    )
+
+
+def _fused_adamw_(
+    rows: Sequence[_Row],
+    steps: Sequence[Tensor],
+    hyper: Hyperparameters,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    aligned: list[tuple[_Row, Tensor]] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for row, step in zip(rows, steps, strict=True):
+        flat = tuple(t.contiguous().view(-1) for t in row)
+        copies += [(t, f.view(t.shape)) for t, f in _written(row, flat) if t.data_ptr() != f.data_ptr()]
+        numel = flat[0].numel()
+        body = numel - numel % ALIGNMENT
+        if body:
+            aligned.append((tuple(f[:body] for f in flat), step))
+        if body < numel:
+            tail = tuple(f[body:] for f in flat)
+            blocks = tuple(_padded(t) for t in tail)
+            copies += [(t, block[: t.numel()]) for t, block in _written(tail, blocks)]
+            aligned.append((blocks, step))
+    if not aligned:
+        return
+
+    columns = [list(column) for column in zip(*(row for row, _ in aligned), strict=True)]
+    if hyper.reference_lr:
+        # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / reference_lr, that is our decay.
+        coupled_weight_decay = hyper.weight_decay / hyper.reference_lr
+    else:
+        # Full decay whatever lr is: no coupled value expresses that.
+        coupled_weight_decay = 0.0
+        torch._foreach_mul_(columns[0], _factor(1 - hyper.weight_decay, found_inf))
+    torch._fused_adamw_(
+        columns[0],
+        columns[1],
+        columns[2],
+        columns[3],
+        columns[4] if hyper.amsgrad else [],
+        [step.to(row[0].device) for row, step in aligned],
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=coupled_weight_decay,
+        eps=hyper.eps,
+        amsgrad=hyper.amsgrad,
+        maximize=False,
+        grad_scale=grad_divisor,
+        found_inf=found_inf,
+    )
+    # Backwards: the tail into a non-contiguous tensor's flat copy first, then that copy into the tensor.
+    for original, copy in reversed(copies):
+        original.copy_(copy)
+
+
+def _written(row: _Row, copies: _Row) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor and its working copy, of all but the gradient, which the update does not change."""
+    return [pair for column, pair in enumerate(zip(row, copies, strict=True)) if column != _GRAD]
+
+
+def _padded(tail: Tensor) -> Tensor:
+    block = tail.new_zeros(ALIGNMENT)
+    block[: tail.numel()] = tail
+    return block
+
+
+def _factor(factor: float, found_inf: Tensor | None) -> Tensor:
+    """0-d: ``factor``, or 1 where the update is skipped."""
+    return torch.tensor(factor) if found_inf is None else torch.where(found_inf != 0, 1.0, factor)

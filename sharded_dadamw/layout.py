@@ -1,0 +1,173 @@
+"""Where every element of every parameter lives, on every rank: integers only, frozen, self-proving.
+
+A bucket lays parameters end to end and cuts the result into one equal shard per rank:
+
+    slots   |  weight 0        |  weight 1    |b0|b1|pad|
+    shards  |  rank 0    |  rank 1    |  rank 2         |      (cut on multiples of ALIGNMENT elements)
+
+Parameters whose size is a multiple of ALIGNMENT come first, so that each of them starts on one; the ragged rest is
+packed behind them without gaps. The only padding is at the end, less than one alignment unit per rank, whatever the
+sizes. The order of the slots does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+ALIGNMENT = 64
+"""Elements. Vectorised kernels give the same bits at any cut on a multiple of 8; copies and GPU blocks want more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of one parameter inside one shard.
+
+    Attributes:
+        slot: Which parameter of the bucket.
+        param_start: First element, counted in the flattened parameter.
+        shard_start: First element, counted in the shard.
+        numel: Number of elements; may be 0.
+    """
+
+    slot: int
+    param_start: int
+    shard_start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """One bucket: the place of each parameter, and the cut into shards.
+
+    Attributes:
+        numels: Number of elements of each slot's parameter, in slot order.
+        num_ranks: Number of equal shards.
+    """
+
+    numels: tuple[int, ...]
+    num_ranks: int
+    offsets: tuple[int, ...] = field(init=False)
+    shard_numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the offsets and the shard size, and prove the layout."""
+        offsets, end = [], 0
+        for numel in self.numels:
+            offsets.append(end)
+            end += numel
+        unit = self.num_ranks * ALIGNMENT
+        object.__setattr__(self, "offsets", tuple(offsets))
+        object.__setattr__(self, "shard_numel", -(-end // unit) * ALIGNMENT)
+        self._prove()
+
+    def _prove(self) -> None:
+        assert self.num_ranks >= 1 and self.numels, "a bucket holds at least one parameter on at least one rank"
+        assert all(numel >= 0 for numel in self.numels)
+        assert self.offsets[0] == 0 and all(
+            start + numel == following
+            for start, numel, following in zip(self.offsets, self.numels, (*self.offsets[1:], self.used), strict=True)
+        ), "slots lie end to end: disjoint, and together they cover the used part"
+        assert self.shard_numel % ALIGNMENT == 0, "shards are cut on the alignment"
+        assert 0 <= self.numel - self.used < self.num_ranks * ALIGNMENT, "padding stays below one unit per rank"
+
+    @cached_property
+    def used(self) -> int:
+        """Elements that belong to parameters; the rest of the bucket is padding."""
+        return sum(self.numels)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the flat buffer, padding included: ``num_ranks * shard_numel``."""
+        return self.num_ranks * self.shard_numel
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """First element of a rank's shard in the flat buffer, and the one behind its last."""
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+    def fragment(self, slot: int, rank: int) -> Fragment:
+        """The part of a slot's parameter that a rank owns; ``numel`` is 0 where it owns none."""
+        shard_start, shard_stop = self.shard_range(rank)
+        offset, numel = self.offsets[slot], self.numels[slot]
+        start = min(max(shard_start, offset), offset + numel)
+        stop = max(start, min(shard_stop, offset + numel))
+        inside = start < stop
+        return Fragment(slot, start - offset, start - shard_start if inside else 0, stop - start)
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """The fragments that a rank owns, in the order in which they lie in its shard; none of them is empty."""
+        shard_start, shard_stop = self.shard_range(rank)
+        slot = max(0, bisect_right(self.offsets, shard_start) - 1)
+        while slot < len(self.numels) and self.offsets[slot] < shard_stop:
+            fragment = self.fragment(slot, rank)
+            if fragment.numel:
+                yield fragment
+            slot += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a shard that one kernel call updates with one step count.
+
+    Attributes:
+        start: First element, counted in the shard.
+        stop: The element behind the last.
+        slot: A slot whose step count is that of the whole run.
+    """
+
+    start: int
+    stop: int
+    slot: int
+
+
+def segments(layout: BucketLayout, rank: int, histories: Sequence[int | None]) -> list[Segment]:
+    """The fewest runs of a rank's shard that can be updated together.
+
+    Args:
+        layout: The bucket.
+        rank: Whose shard.
+        histories: Per slot a number that is equal for slots with equal step counts, or None to leave the slot alone.
+
+    Returns:
+        Disjoint runs, in order. Where every slot has one history it is the whole shard, padding included, so that the
+        usual step is a single call on aligned memory.
+    """
+    if not layout.shard_numel:
+        return []
+    if None not in histories and len(set(histories)) == 1:
+        return [Segment(0, layout.shard_numel, 0)]
+    runs: list[Segment] = []
+    for fragment in layout.fragments(rank):
+        history, stop = histories[fragment.slot], fragment.shard_start + fragment.numel
+        if history is None:
+            continue
+        last = runs[-1] if runs else None
+        if last is not None and last.stop == fragment.shard_start and histories[last.slot] == history:
+            runs[-1] = Segment(last.start, stop, last.slot)
+        else:
+            runs.append(Segment(fragment.shard_start, stop, fragment.slot))
+    return runs
+
+
+def plan_buckets(numels: Sequence[int], *, cap: int) -> list[tuple[int, ...]]:
+    """Group parameters into buckets.
+
+    Args:
+        numels: Number of elements of each parameter, in registration order.
+        cap: Elements a bucket may hold; a parameter larger than that gets a bucket of its own.
+
+    Returns:
+        Per bucket the parameters' indices in slot order. Buckets are filled from the last parameter to the first,
+        about the order in which backward produces gradients. Each index appears exactly once.
+    """
+    buckets: list[list[int]] = []
+    filled = cap
+    for index in reversed(range(len(numels))):
+        if not buckets or filled + numels[index] > cap:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(index)
+        filled += numels[index]
+    return [tuple(sorted(bucket, key=lambda index: numels[index] % ALIGNMENT != 0)) for bucket in buckets]

@@ -1,0 +1,93 @@
+"""The parameters of a set of groups, by name, and which of them can be sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedParameter:
+    """A parameter, what messages call it, and the group it is in."""
+
+    name: str
+    param: Tensor
+    group_index: int
+
+    def describe(self) -> str:
+        """Everything about it that has to be equal on all ranks."""
+        kind = "trainable" if self.param.requires_grad else "frozen"
+        dtype = str(self.param.dtype).removeprefix("torch.")
+        return f"{self.name}, {dtype} {list(self.param.shape)}, {kind}, in group {self.group_index}"
+
+
+def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter]:
+    """All parameters in the order of their groups; unnamed ones are called by their place in ``param_groups``."""
+    return [
+        NamedParameter(
+            group["param_names"][position]
+            if "param_names" in group
+            else f"param_groups[{index}]['params'][{position}]",
+            param,
+            index,
+        )
+        for index, group in enumerate(groups)
+        for position, param in enumerate(group["params"])
+    ]
+
+
+def check_parameters(members: Sequence[NamedParameter]) -> None:
+    """Refuse what cannot be laid into flat buffers.
+
+    Raises:
+        TypeError: A parameter is sparse, distributed, or of a dtype that is not fp16, bf16, fp32 or fp64.
+        ValueError: A parameter has no memory (meta device), is on another device than the first, appears twice, or
+            shares memory with another one.
+    """
+    first_use: dict[Tensor, NamedParameter] = {}
+    for member in members:
+        param = member.param
+        if param.layout != torch.strided:
+            raise TypeError(f"{member.name}: expected a dense parameter, got layout {param.layout}")
+        if hasattr(param, "to_local"):
+            raise TypeError(
+                f"{member.name}: expected a plain parameter, got a DTensor, which is sharded already; "
+                "use DecoupledAdamW, which updates the local shards as they are"
+            )
+        if param.dtype not in _SHARDABLE_DTYPES:
+            raise TypeError(f"{member.name}: expected a dtype of {_SHARDABLE_DTYPES}, got {param.dtype}")
+        if param.device.type == "meta":
+            raise ValueError(f"{member.name}: expected memory, got a meta tensor; materialise the model first")
+        if param.device != members[0].param.device:
+            raise ValueError(
+                f"{member.name}: expected it on {members[0].param.device} like {members[0].name}, got {param.device}; "
+                "use one optimizer per device"
+            )
+        if param in first_use:
+            raise ValueError(f"{member.name} is the same parameter as {first_use[param].name}; pass it once")
+        first_use[param] = member
+    _check_memory([member for member in members if member.param.numel()])
+
+
+def _check_memory(members: Sequence[NamedParameter]) -> None:
+    """Moving two parameters that share memory into separate slots would silently untie them."""
+    spans = sorted((*_span(member.param), index) for index, member in enumerate(members))
+    for (_, stop, index), (start, _, following) in pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"{members[following].name} shares memory with {members[index].name}; to tie weights, use one "
+                "Parameter object in both places"
+            )
+
+
+def _span(param: Tensor) -> tuple[int, int]:
+    """First byte address of a tensor, and the one behind its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return param.data_ptr(), param.data_ptr() + (reach + 1) * param.element_size()

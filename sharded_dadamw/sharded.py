@@ -1,0 +1,468 @@
+"""``ShardedDecoupledAdamW``: builds the parts, sequences a step, and keeps the torch.optim contract.
+
+    backward    hooks move each gradient into its bucket                                   (reducer)
+    step        ranks compare notes, then bucket by bucket:                                (agreement)
+                    reduce-scatter the mean, with the next bucket's already under way      (reducer, collectives)
+                    one fused update of this rank's shard                                  (kernels)
+                    all-gather the parameters in place, while the next bucket is updated   (collectives)
+
+This module conducts and touches no element itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import ParamsT
+
+from sharded_dadamw import kernels
+from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
+from sharded_dadamw.buffers import Bucket, Gradients
+from sharded_dadamw.collectives import connect
+from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.decoupled import DecoupledAdamW
+from sharded_dadamw.layout import BucketLayout, plan_buckets, segments
+from sharded_dadamw.norms import clip_coefficient, global_norm
+from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
+from sharded_dadamw.reducer import Reducer
+from sharded_dadamw.state_dict import match_state, shard_identity
+from sharded_dadamw.update import Hyperparameters
+
+_AGREED_HYPERPARAMETERS = ("lr", "initial_lr", "max_lr", "betas", "eps", "weight_decay", "amsgrad")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What the most recent step cost this rank.
+
+    Attributes:
+        reduce_s: Host seconds spent launching and waiting for reductions, those of ``clip_grad_norm_`` included.
+        update_s: Host seconds in the update. On an accelerator the time to launch it.
+        gather_s: Host seconds launching and waiting for all-gathers.
+        wire_bytes: Gradient and parameter bytes this rank sent.
+    """
+
+    reduce_s: float
+    update_s: float
+    gather_s: float
+    wire_bytes: int
+
+
+class ShardedDecoupledAdamW(DecoupledAdamW):
+    """:class:`DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
+
+    Every rank holds the same parameters. They are laid end to end in flat buckets; each rank owns one equal slice of
+    every bucket, keeps the moments (and the fp32 main parameters of narrower ones) of that slice only, averages
+    gradients by reduce-scatter, updates its slice and all-gathers the parameters in place. Given equal averaged
+    gradients the result is that of the unsharded optimizer, bit for bit.
+
+    The constructor is collective: it checks that all ranks were given the same things, broadcasts the parameters of the
+    group's rank 0, and turns ``p.data`` of every trainable parameter into a contiguous view of a flat buffer (``p``
+    stays the same object). So move the model to its device and dtype first.
+
+    ``optimizer.state[p]`` holds ``step`` (0-d fp32) and this rank's 1-D fragments of ``exp_avg``, ``exp_avg_sq``,
+    ``max_exp_avg_sq`` and ``main_param``; they may be empty, and joined over ranks in rank order they are the flattened
+    whole.
+
+    A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place:
+    ``step`` and ``clip_grad_norm_`` consume them, and ``zero_grad`` must come before the next backward.
+
+    Source: ZeRO, arXiv:1910.02054, stage 1.
+    """
+
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to always call ``step``, which skips on all ranks or on none."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-5,
+        amsgrad: bool = False,
+        *,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        config: ShardingConfig | None = None,
+    ) -> None:
+        """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
+
+        Args:
+            params: Parameters, (name, parameter) pairs (error messages then use the names), or group dicts of either.
+            lr: As in :class:`DecoupledAdamW`, and so are the next four.
+            betas: Coefficients of the moving averages.
+            eps: Added to the denominator.
+            weight_decay: Decay per step at the schedule's peak.
+            amsgrad: Use the running maximum of ``exp_avg_sq``.
+            process_group: The ranks that hold the same parameters: a group, a 1-D mesh, or None for the default group,
+                which is one rank where torch.distributed is not initialised.
+            config: How to shard; None for the defaults of :class:`ShardingConfig`.
+
+        Raises:
+            TypeError: An argument of the wrong type, here or on another rank.
+            ValueError: A value out of range or a parameter that cannot be sharded, here or on another rank; or ranks
+                were given different things. Raised on every rank, before any parameter is touched.
+        """
+        self._ready = False
+        self._config = ShardingConfig() if config is None else config
+        self._buckets: list[Bucket] = []
+        self._dormant: list[NamedParameter] = []
+        self._accumulating = False
+        self._clip: Tensor | None = None
+        self._reduce_s = 0.0
+        refusal: Exception | None = None
+        self.param_groups: list[dict[str, Any]] = []
+        try:
+            if not isinstance(self._config, ShardingConfig):
+                raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
+            super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+            check_parameters(named_parameters(self.param_groups))
+        except (TypeError, ValueError) as error:
+            refusal = error
+        members = named_parameters(self.param_groups) if refusal is None else []
+        device = members[0].param.device if members else torch.device("cpu")
+        self._collectives = connect(process_group, device)
+        claims = {} if refusal is not None else self._construction_claims(0)
+        require_agreement(self._collectives, claims, refusal)
+        self._reducer = Reducer(self._collectives, reduce_gradients=self._config.reduce_gradients)
+        self._agreement = StepAgreement(self._collectives, device)
+        for index in range(len(self.param_groups)):
+            self._shard_group(index)
+        self._sent_before = self._collectives.bytes_sent
+        self.last_step = StepCost(0.0, 0.0, 0.0, 0)
+        self._ready = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and shard it. Collective.
+
+        Raises:
+            TypeError: As the constructor.
+            ValueError: As the constructor; the optimizer then is as it was, on every rank.
+        """
+        if not self._ready:  # the base class's constructor calls this for each group; all are sharded together later
+            super().add_param_group(param_group)
+            return
+        num_groups = len(self.param_groups)
+        refusal: Exception | None = None
+        try:
+            super().add_param_group(param_group)
+            check_parameters(named_parameters(self.param_groups))
+        except (TypeError, ValueError) as error:
+            refusal = error
+        try:
+            claims = {} if refusal is not None else self._construction_claims(num_groups)
+            require_agreement(self._collectives, claims, refusal)
+        except Exception:
+            del self.param_groups[num_groups:]
+            raise
+        self._shard_group(num_groups)
+
+    def _construction_claims(self, first_group: int) -> Claims:
+        groups = self.param_groups[first_group:]
+        claims: Claims = {}
+        for member in named_parameters(self.param_groups)[-sum(len(group["params"]) for group in groups) or None :]:
+            claims[f"parameter {len(claims)}"] = member.describe()
+        for index, group in enumerate(groups, start=first_group):
+            claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
+            claims.update(_hyperparameter_claims(index, group))
+        claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
+        return claims
+
+    def _shard_group(self, index: int) -> None:
+        members = [m for m in named_parameters(self.param_groups) if m.group_index == index]
+        for member in members:
+            if not member.param.requires_grad:
+                whole = member.param.data.contiguous()
+                self._collectives.broadcast_(whole)
+                member.param.data.copy_(whole)
+                self._dormant.append(member)
+        self._shard(index, [m for m in members if m.param.requires_grad])
+
+    def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
+        """Put parameters of one group into new buckets, one or more per dtype. Collective."""
+        group = self.param_groups[group_index]
+        for dtype in dict.fromkeys(member.param.dtype for member in members):
+            alike = [member for member in members if member.param.dtype == dtype]
+            numels = [member.param.numel() for member in alike]
+            cap = int(self._config.bucket_cap_mb * 2**20) // dtype.itemsize
+            for indices in plan_buckets(numels, cap=cap):
+                bucket = Bucket(
+                    BucketLayout(tuple(numels[i] for i in indices), self._collectives.num_ranks),
+                    [alike[i] for i in indices],
+                    rank=self._collectives.rank,
+                    group_index=group_index,
+                    amsgrad=bool(group["amsgrad"]),
+                    main_dtype=self._config.main_dtype,
+                    owns_gradients=self._config.reduce_gradients,
+                )
+                self._collectives.broadcast_(bucket.param_buffer)
+                bucket.reset_main_()
+                self._reducer.watch(bucket)
+                self._buckets.append(bucket)
+                for slot, member in enumerate(bucket.members):
+                    self.state[member.param] = bucket.state_of(slot)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Average gradients, update this rank's shard, and gather the parameters. Collective.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: Called inside ``no_sync()``; gradients of the last step were not cleared; a parameter was
+                moved out of the optimizer's buffers; the process group is gone; or, on every rank, ranks disagree
+                about which parameters have a gradient or about a hyperparameter. Nothing has then been changed.
+            ValueError: A gradient is sparse, or in another dtype than its parameter.
+        """
+        if self._accumulating:
+            raise RuntimeError("step() was called inside no_sync(); leave the context before the step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        presence = self._agree(found_inf_here=found_inf)
+        if awake := self._awake():
+            # All ranks have agreed on who woke up; they still have to agree on whose gradients came along.
+            self._dormant = [member for member in self._dormant if member not in awake]
+            for index in range(len(self.param_groups)):
+                self._shard(index, [member for member in awake if member.group_index == index])
+            presence = self._agree(found_inf_here=found_inf)
+        self._run(presence)
+        return loss
+
+    def _run(self, presence: _Presence) -> None:
+        divisor = None if self._clip is None else 1.0 / self._clip
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None:
+            left = self._reducer.unscale_(self._buckets, scale)
+            if left is not None:
+                divisor = left.float() if divisor is None else divisor * left
+        reduce_s, update_s, gather_s = self._reduce_s, 0.0, 0.0
+        gathers = []
+        mark = time.perf_counter()
+        for bucket in self._reducer.drain(self._buckets):
+            reduced = time.perf_counter()
+            self._update(bucket, presence.slots[bucket], divisor, presence.found_inf)
+            updated = time.perf_counter()
+            gathers.append(self._collectives.all_gather_(bucket.param_buffer))
+            reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
+            gather_s += mark - updated
+        for gather in gathers:
+            gather.wait()
+        for bucket in self._buckets:
+            bucket.gradients = Gradients.CONSUMED
+        gather_s += time.perf_counter() - mark
+        sent = self._collectives.bytes_sent
+        self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
+        self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
+
+    def _update(
+        self, bucket: Bucket, present: Sequence[bool], divisor: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        bucket.absorb_edits_()
+        bucket.count_step_(present, found_inf)
+        histories = [history if here else None for history, here in zip(bucket.histories, present, strict=True)]
+        runs = segments(bucket.layout, bucket.rank, histories)
+        grads = bucket.grad_shard.to(bucket.main.dtype)
+        maxima = bucket.max_exp_avg_sq
+        kernels.adamw_(
+            [bucket.main[run.start : run.stop] for run in runs],
+            [grads[run.start : run.stop] for run in runs],
+            [bucket.exp_avg[run.start : run.stop] for run in runs],
+            [bucket.exp_avg_sq[run.start : run.stop] for run in runs],
+            [] if maxima is None else [maxima[run.start : run.stop] for run in runs],
+            [bucket.steps[run.slot] for run in runs],
+            hyper=Hyperparameters.from_group(self.param_groups[bucket.group_index]),
+            grad_divisor=divisor,
+            found_inf=found_inf,
+        )
+        bucket.publish_()
+
+    def _awake(self) -> list[NamedParameter]:
+        """Parameters that were frozen when their group was added and have been unfrozen since."""
+        return [member for member in self._dormant if member.param.requires_grad]
+
+    def _agree(self, found_inf_here: Tensor | None) -> _Presence:
+        """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed."""
+        self._collectives.check_alive()
+        for bucket in self._buckets:
+            if (name := bucket.misplaced()) is not None:
+                raise RuntimeError(
+                    f"{name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
+                    "optimizer. Build the optimizer after the model is on its device and in its dtype"
+                )
+        slots = {bucket: self._reducer.collect(bucket) for bucket in self._buckets}
+        awake = self._awake()
+        groups = [{name: group.get(name) for name in _AGREED_HYPERPARAMETERS} for group in self.param_groups]
+
+        def claims() -> Claims:
+            made: Claims = {}
+            for index, group in enumerate(groups):
+                made.update(_hyperparameter_claims(index, group))
+            for member in awake:
+                made[f"{member.name}.requires_grad"] = "True"
+            for bucket, present in slots.items():
+                for member, here in zip(bucket.members, present, strict=True):
+                    made[f"the gradient of {member.name}"] = "a tensor" if here else "None"
+            return made
+
+        present = bytes(here for slot in slots.values() for here in slot)
+        key = present + repr((groups, [member.name for member in awake])).encode()
+        return _Presence(slots, self._agreement.check(claims, key, found_inf_here))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
+        super().zero_grad(set_to_none)
+        for bucket in self._buckets:
+            bucket.gradients = Gradients.LOCAL
+        self._clip = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients of several backward passes on this rank, without exchanging any.
+
+        Raises:
+            RuntimeError: Something else reduces the gradients (``reduce_gradients=False``), and its own ``no_sync``
+                is needed.
+        """
+        if not self._config.reduce_gradients:
+            raise RuntimeError(
+                "reduce_gradients=False: the wrapper that reduces the gradients has the no_sync() to use"
+            )
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Average the gradients and clip them by their norm over all parameters and ranks. Collective.
+
+        Call it between the last backward and ``step``. The clip is folded into the update; gradients are not rewritten
+        for it.
+
+        Args:
+            max_norm: The norm that the averaged gradients must not exceed.
+            norm_type: 2 or inf.
+            error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
+
+        Returns:
+            0-d fp32: the norm of the averaged gradients before clipping, the same bits on every rank.
+
+        Raises:
+            RuntimeError: As ``step``; or the norm is not finite and ``error_if_nonfinite`` is set.
+            ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        if not max_norm >= 0.0:
+            raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
+        if norm_type not in (2.0, math.inf):
+            raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
+        if self._accumulating:
+            raise RuntimeError("clip_grad_norm_() was called inside no_sync(); leave the context before clipping")
+        presence = self._agree(found_inf_here=None)
+        start = time.perf_counter()
+        runs = []
+        for bucket in self._reducer.drain(self._buckets):
+            histories = [0 if here else None for here in presence.slots[bucket]]
+            runs += [bucket.grad_shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)]
+        self._reduce_s += time.perf_counter() - start
+        device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
+        norm = global_norm(runs, norm_type, collectives=self._collectives, device=device)
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
+                "error_if_nonfinite=False"
+            )
+        self._clip = clip_coefficient(norm, max_norm)
+        return norm
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state (moments, main parameters) on this rank, as allocated."""
+        return sum(shard.nbytes for bucket in self._buckets for shard in bucket.shards.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shards, in torch's format, and under ``"shard"`` which shards they are.
+
+        The tensors are views of the live state. Each rank saves its own, and loads it back at the same world size.
+        """
+        state_dict = super().state_dict()
+        state_dict["shard"] = shard_identity(self._buckets, self.param_groups)
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned on the same rank of an equally large group: all of it, or nothing.
+
+        Hyperparameters come from ``state_dict``, as in torch. State is copied into place, in the dtype it was saved in.
+
+        Raises:
+            ValueError: It comes from another kind of optimizer, rank, group size or layout, or an entry is missing, has
+                another shape or another dtype; names the first difference.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        pairs = match_state(state_dict, self.state, self._buckets, self.param_groups)
+        for live, saved in pairs:
+            live.copy_(saved)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for key, value in saved_group.items():
+                if key not in ("params", "param_names"):
+                    group[key] = copy.deepcopy(value)
+        for bucket in self._buckets:
+            bucket.reread_histories()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse copying and pickling.
+
+        Raises:
+            TypeError: Always; says what to do instead.
+        """
+        raise TypeError(
+            "ShardedDecoupledAdamW cannot be copied or pickled: it holds a process group, and buffers that the "
+            "model's parameters are views of. Copy the model, build a new optimizer on the copy, and load this one's "
+            "state_dict() into it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Presence:
+    """What the ranks agreed on: per bucket which slots have a gradient, and whether any rank found a non-finite one."""
+
+    slots: dict[Bucket, tuple[bool, ...]]
+    found_inf: Tensor | None
+
+
+def _hyperparameter_claims(index: int, group: dict[str, Any]) -> Claims:
+    return {
+        f"param_groups[{index}][{name!r}]": str(group[name])
+        for name in _AGREED_HYPERPARAMETERS
+        if group.get(name) is not None
+    }
