@@ -184,31 +184,45 @@ class DirectExchange(NativeVerbs):
     independent of bucket sizes and of the path through the network.
     """
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Wrap a live process group that this rank is in."""
+        super().__init__(group)
+        self._tag = 0
+
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`: ``(g_0 + g_1 + ... ) / N`` in rank order, rounded once."""
-        return _DirectReduction(self, self._slices(buffer))
+        return _DirectReduction(self, self._slices(buffer), self._next_tag())
 
     def all_gather_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.all_gather_`: received in place, no copies."""
-        slices = self._slices(buffer)
-        receives = [self.receive(slices[peer], peer) for peer in self.peers]
-        return _All([*receives, *(self.send(slices[self.rank], peer) for peer in self.peers)])
+        slices, tag = self._slices(buffer), self._next_tag()
+        receives = [self.receive(slices[peer], peer, tag) for peer in self.peers]
+        return _All([*receives, *(self.send(slices[self.rank], peer, tag) for peer in self.peers)])
+
+    def _next_tag(self) -> int:
+        """A number for the messages of one verb, equal on all ranks since they call verbs in the same order.
+
+        Within a tag messages arrive in the order in which they were sent. Verbs overlap, and the receives of an earlier
+        one may be posted after those of a later one, so each needs a tag of its own.
+        """
+        self._tag = (self._tag + 1) % 2**31
+        return self._tag
 
     @property
     def peers(self) -> list[int]:
         """The other ranks, each rank beginning with its right neighbour so that no receiver is everyone's first."""
         return [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
 
-    def send(self, tensor: Tensor, peer: int) -> Handle:
-        """Send; ``tensor`` must not change until the handle has been waited for."""
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""
         self.bytes_sent += tensor.nbytes
-        work = dist.isend(tensor, group=self._group, group_dst=peer)
+        work = dist.isend(tensor, group=self._group, group_dst=peer, tag=tag)
         assert work is not None
         return work
 
-    def receive(self, tensor: Tensor, peer: int) -> Handle:
-        """Receive into ``tensor``; messages between two ranks arrive in the order in which they were sent."""
-        work = dist.irecv(tensor, group=self._group, group_src=peer)
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        """Receive into ``tensor``; wait once."""
+        work = dist.irecv(tensor, group=self._group, group_src=peer, tag=tag)
         assert work is not None
         return work
 
@@ -225,10 +239,11 @@ class _All:
 class _DirectReduction:
     """One reduce-scatter under way: all sends are posted, receives roll through a few pieces of scratch memory."""
 
-    def __init__(self, group: DirectExchange, slices: Sequence[Tensor]) -> None:
+    def __init__(self, group: DirectExchange, slices: Sequence[Tensor], tag: int) -> None:
         own = slices[group.rank]
         numel = max(1, _PIECE_BYTES // own.element_size())
         self._group = group
+        self._tag = tag
         self._own_pieces = torch.split(own, numel)
         num_buffers = min(_PIECES_IN_FLIGHT, len(self._own_pieces))
         self._scratch = {peer: own.new_empty(num_buffers, min(numel, own.numel())) for peer in group.peers}
@@ -238,7 +253,7 @@ class _DirectReduction:
         # Piece by piece over all peers, so that each of them can start summing at once.
         outgoing = zip(*(torch.split(slices[peer], numel) for peer in group.peers), strict=True)
         self._sends = [
-            group.send(piece, peer) for pieces in outgoing for piece, peer in zip(pieces, group.peers, strict=True)
+            group.send(piece, peer, tag) for pieces in outgoing for piece, peer in zip(pieces, group.peers, strict=True)
         ]
 
     def _arriving(self, index: int, peer: int) -> Tensor:
@@ -246,7 +261,7 @@ class _DirectReduction:
         return buffers[index % len(buffers)][: self._own_pieces[index].numel()]
 
     def _receive_piece(self, index: int) -> list[Handle]:
-        return [self._group.receive(self._arriving(index, peer), peer) for peer in self._group.peers]
+        return [self._group.receive(self._arriving(index, peer), peer, self._tag) for peer in self._group.peers]
 
     def wait(self) -> None:
         for index, own in enumerate(self._own_pieces):
@@ -256,16 +271,30 @@ class _DirectReduction:
                 own if rank == self._group.rank else self._arriving(index, rank)
                 for rank in range(self._group.num_ranks)
             ]
-            total = self._total[: own.numel()]
-            total.copy_(parts[0])
-            for part in parts[1:]:
-                total.add_(part)
-            own.copy_(total.div_(self._group.num_ranks))
+            _mean_in_order(parts, out=own, total=self._total[: own.numel()])
             following = len(self._receives)
             if following < len(self._own_pieces):
                 self._receives.append(self._receive_piece(following))
         for send in self._sends:
             send.wait()
+
+
+def _mean_in_order(parts: Sequence[Tensor], *, out: Tensor, total: Tensor) -> None:
+    """Write the mean of ``parts``, summed in their order, into ``out`` [n], which may be one of them.
+
+    ``total`` [n] is scratch memory in the dtype of the sum; it is where narrow gradients are added in fp32.
+    """
+    first, *rest = parts
+    if rest and first.dtype == total.dtype:
+        torch.add(first, rest.pop(0), out=total)  # one pass less than copying the first
+    else:
+        total.copy_(first)
+    for part in rest:
+        total.add_(part)
+    if out.dtype == total.dtype:
+        torch.div(total, len(parts), out=out)
+    else:
+        out.copy_(total.div_(len(parts)))
 
 
 def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device) -> Collectives:
@@ -294,7 +323,7 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
         assert process_group is not None
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group: expected a ProcessGroup with this rank in it, a 1-D DeviceMesh or None, got {process_group!r}"
+            f"process_group: expected a ProcessGroup with this rank in it, a 1-D mesh or None, got {process_group!r}"
             + (", which new_group() returns on ranks outside the group" if isinstance(process_group, int) else "")
         )
     if not _is_alive(process_group):
