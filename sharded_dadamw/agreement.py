@@ -21,6 +21,8 @@ from sharded_dadamw.collectives import Collectives
 Claims = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
 
+_THE_STEP = "this step"
+
 _ABSENT = "nothing"
 
 
@@ -54,8 +56,9 @@ class StepAgreement:
     """The ranks' comparison of notes at each step.
 
     On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
-    so it is read at the next step, without waiting; until then a disagreement can give wrong numbers but no hang,
-    since every rank takes part in every bucket's collectives whatever its gradients.
+    so it is read at the next step, without waiting. Ranks that disagree about gradients or hyperparameters then get
+    wrong numbers for one step but no hang, since every rank takes part in every bucket's collectives whatever its
+    gradients. A rank that refuses a step raises at once there, and leaves the others to the backend's timeout.
     """
 
     def __init__(self, collectives: Collectives, device: torch.device) -> None:
@@ -64,21 +67,29 @@ class StepAgreement:
         self._device = device
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims]] | None = None
 
-    def check(self, claims: Callable[[], Claims], key: bytes, found_inf: Tensor | None) -> Tensor | None:
+    def check(
+        self, claims: Callable[[], Claims], key: bytes, found_inf: Tensor | None, refusal: Exception | None
+    ) -> Tensor | None:
         """Compare what every rank is about to do in this step. Collective.
 
         Args:
             claims: Makes the claims, now or later; called only where an error message needs them.
             key: Bytes that differ where the claims differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
+            refusal: The error with which this rank refuses the step, or None.
 
         Returns:
             0-d fp32 on the device: 1 where any rank's flag is set. None where no loss scaler asked.
 
         Raises:
-            RuntimeError: Claims differ; names the first difference and both sides. On every rank.
+            Exception: ``refusal`` itself, on the ranks that have one.
+            RuntimeError: Another rank refuses, or claims differ; names the first difference and both sides. On every
+                rank.
         """
         self._read_previous()
+        if refusal is not None:
+            text = f"refused ({type(refusal).__name__}: {refusal})"
+            claims, key = (lambda: {_THE_STEP: text}), text.encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
         note = torch.tensor([digest, -digest, 0], dtype=torch.int64).to(self._device, non_blocking=True)
         if found_inf is not None:
@@ -87,7 +98,9 @@ class StepAgreement:
         if note.is_cuda:
             self._read_later(note, claims)
         else:
-            self._raise_unless_equal(note, claims)
+            self._raise_unless_equal(note, claims, refusal)
+        if refusal is not None:
+            raise refusal
         return None if found_inf is None else note[2].to(torch.float32)
 
     def _read_later(self, note: Tensor, claims: Callable[[], Claims]) -> None:
@@ -103,11 +116,14 @@ class StepAgreement:
             self._unread = None
             self._raise_unless_equal(host, claims)
 
-    def _raise_unless_equal(self, note: Tensor, claims: Callable[[], Claims]) -> None:
+    def _raise_unless_equal(self, note: Tensor, claims: Callable[[], Claims], refusal: Exception | None = None) -> None:
         largest, negated_smallest, _ = note.tolist()
         if largest != -negated_smallest:
-            difference = _first_difference(self._collectives.gather_objects(claims()))
-            raise RuntimeError(f"ranks disagree about this step; {difference}; no parameter or state has been changed")
+            mine = {_THE_STEP: "accepted", **claims()}
+            difference = _first_difference(self._collectives.gather_objects(mine))
+            raise refusal or RuntimeError(
+                f"ranks disagree about this step; {difference}; no parameter or state has been changed"
+            )
 
 
 def _digest(claims: Claims) -> bytes:

@@ -150,7 +150,7 @@ class Bucket:
         _check_gradient(member, grad)
         if self.holds_gradient(slot):
             return
-        view.copy_(grad)
+        view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
         member.param.grad = view
 
     def copy_own_gradients(self) -> None:

@@ -27,8 +27,8 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 _PIECE_BYTES = 1 << 20
 """Bytes received and summed at a time: small enough to be summed out of the cache it was received into."""
-_PIECES_IN_FLIGHT = 4
-"""Pieces that may arrive from each peer while earlier ones are summed. The two together bound scratch memory."""
+_PIECES_IN_FLIGHT = 8
+"""Pieces, over all peers, that may arrive while earlier ones are summed (at least two from each peer)."""
 
 
 class Handle(Protocol):
@@ -188,6 +188,7 @@ class DirectExchange(NativeVerbs):
         """Wrap a live process group that this rank is in."""
         super().__init__(group)
         self._tag = 0
+        self._idle_scratch: dict[tuple[torch.dtype, int], list[Tensor]] = {}
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`: ``(g_0 + g_1 + ... ) / N`` in rank order, rounded once."""
@@ -207,6 +208,15 @@ class DirectExchange(NativeVerbs):
         """
         self._tag = (self._tag + 1) % 2**31
         return self._tag
+
+    def borrow_scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """Uninitialised memory [numel]; give it back, since touching fresh pages costs more than summing into them."""
+        idle = self._idle_scratch.get((dtype, numel))
+        return idle.pop() if idle else torch.empty(numel, dtype=dtype)
+
+    def return_scratch(self, scratch: Tensor) -> None:
+        """Give borrowed memory back for the next verb."""
+        self._idle_scratch.setdefault((scratch.dtype, scratch.numel()), []).append(scratch)
 
     @property
     def peers(self) -> list[int]:
@@ -241,15 +251,15 @@ class _DirectReduction:
 
     def __init__(self, group: DirectExchange, slices: Sequence[Tensor], tag: int) -> None:
         own = slices[group.rank]
-        numel = max(1, _PIECE_BYTES // own.element_size())
+        numel = _PIECE_BYTES // own.element_size()
         self._group = group
         self._tag = tag
         self._own_pieces = torch.split(own, numel)
-        num_buffers = min(_PIECES_IN_FLIGHT, len(self._own_pieces))
-        self._scratch = {peer: own.new_empty(num_buffers, min(numel, own.numel())) for peer in group.peers}
-        wide = torch.promote_types(own.dtype, torch.float32)
-        self._total = torch.empty(min(numel, own.numel()), dtype=wide)
-        self._receives = [self._receive_piece(index) for index in range(num_buffers)]
+        # Whole pieces whatever the bucket, so that buckets of all sizes share the same scratch memory.
+        ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(group.peers)))
+        self._arrivals = {peer: group.borrow_scratch(own.dtype, ahead * numel).view(ahead, -1) for peer in group.peers}
+        self._total = group.borrow_scratch(torch.promote_types(own.dtype, torch.float32), numel)
+        self._receives = [self._receive_piece(index) for index in range(min(ahead, len(self._own_pieces)))]
         # Piece by piece over all peers, so that each of them can start summing at once.
         outgoing = zip(*(torch.split(slices[peer], numel) for peer in group.peers), strict=True)
         self._sends = [
@@ -257,7 +267,7 @@ class _DirectReduction:
         ]
 
     def _arriving(self, index: int, peer: int) -> Tensor:
-        buffers = self._scratch[peer]
+        buffers = self._arrivals[peer]
         return buffers[index % len(buffers)][: self._own_pieces[index].numel()]
 
     def _receive_piece(self, index: int) -> list[Handle]:
@@ -277,6 +287,8 @@ class _DirectReduction:
                 self._receives.append(self._receive_piece(following))
         for send in self._sends:
             send.wait()
+        for scratch in (*self._arrivals.values(), self._total):
+            self._group.return_scratch(scratch.view(-1))
 
 
 def _mean_in_order(parts: Sequence[Tensor], *, out: Tensor, total: Tensor) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sharded_dadamw.buffers import Bucket, Gradients
 from sharded_dadamw.collectives import Collectives, Handle
@@ -38,8 +39,7 @@ class Reducer:
             member.param.register_post_accumulate_grad_hook(_Delivery(weak_bucket, slot))
             for slot, member in enumerate(bucket.members)
         ]
-        for handle in handles:
-            weakref.finalize(bucket, handle.remove)
+        weakref.finalize(bucket, _remove, handles).atexit = False
 
     def collect(self, bucket: Bucket) -> tuple[bool, ...]:
         """Bring in gradients that were assigned by hand, and tell which slots have one.
@@ -53,7 +53,7 @@ class Reducer:
         if self._reduce_gradients and bucket.gradients is Gradients.LOCAL:
             for slot in range(len(bucket.members)):
                 bucket.adopt_gradient(slot)
-        return tuple(member.param.grad is not None for member in bucket.members)
+        return tuple(member.param.grad is not None and member.param.requires_grad for member in bucket.members)
 
     def unscale_(self, buckets: Iterable[Bucket], scale: Tensor) -> Tensor | None:
         """Undo a loss scale on gradients that have not been reduced yet.
@@ -94,6 +94,11 @@ class Reducer:
             bucket.copy_own_gradients()
             return None
         return self._collectives.reduce_scatter_mean_(bucket.grad_buffer)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 class _Delivery:

@@ -38,8 +38,6 @@ from sharded_dadamw.reducer import Reducer
 from sharded_dadamw.state_dict import match_state, shard_identity
 from sharded_dadamw.update import Hyperparameters
 
-_AGREED_HYPERPARAMETERS = ("lr", "initial_lr", "max_lr", "betas", "eps", "weight_decay", "amsgrad")
-
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -174,7 +172,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             claims[f"parameter {len(claims)}"] = member.describe()
         for index, group in enumerate(groups, start=first_group):
             claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
-            claims.update(_hyperparameter_claims(index, group))
+            claims.update(_hyperparameter_claims(index, Hyperparameters.from_group(group)))
         claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
         return claims
 
@@ -241,17 +239,17 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        presence = self._agree(found_inf_here=found_inf)
+        agreed = self._agree(found_inf_here=found_inf)
         if awake := self._awake():
             # All ranks have agreed on who woke up; they still have to agree on whose gradients came along.
             self._dormant = [member for member in self._dormant if member not in awake]
             for index in range(len(self.param_groups)):
                 self._shard(index, [member for member in awake if member.group_index == index])
-            presence = self._agree(found_inf_here=found_inf)
-        self._run(presence)
+            agreed = self._agree(found_inf_here=found_inf)
+        self._run(agreed)
         return loss
 
-    def _run(self, presence: _Presence) -> None:
+    def _run(self, agreed: _Agreed) -> None:
         divisor = None if self._clip is None else 1.0 / self._clip
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -263,7 +261,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         mark = time.perf_counter()
         for bucket in self._reducer.drain(self._buckets):
             reduced = time.perf_counter()
-            self._update(bucket, presence.slots[bucket], divisor, presence.found_inf)
+            self._update(bucket, agreed.slots[bucket], divisor, agreed.found_inf)
             updated = time.perf_counter()
             gathers.append(self._collectives.all_gather_(bucket.param_buffer))
             reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
@@ -303,33 +301,41 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """Parameters that were frozen when their group was added and have been unfrozen since."""
         return [member for member in self._dormant if member.param.requires_grad]
 
-    def _agree(self, found_inf_here: Tensor | None) -> _Presence:
+    def _agree(self, found_inf_here: Tensor | None) -> _Agreed:
         """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed."""
         self._collectives.check_alive()
+        slots: dict[Bucket, tuple[bool, ...]] = {}
+        hypers: list[Hyperparameters] = []
+        refusal: Exception | None = None
+        try:
+            self._check_in_place()
+            slots = {bucket: self._reducer.collect(bucket) for bucket in self._buckets}
+            hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error
+        awake = [member.name for member in self._awake()]
+
+        def claims() -> Claims:
+            made: Claims = {}
+            for index, hyper in enumerate(hypers):
+                made.update(_hyperparameter_claims(index, hyper))
+            for name in awake:
+                made[f"{name}.requires_grad"] = "True"
+            for bucket, present in slots.items():
+                for member, here in zip(bucket.members, present, strict=True):
+                    made[f"the gradient of {member.name}"] = "a tensor" if here else "None"
+            return made
+
+        key = bytes(here for present in slots.values() for here in present) + repr((hypers, awake)).encode()
+        return _Agreed(slots, self._agreement.check(claims, key, found_inf_here, refusal))
+
+    def _check_in_place(self) -> None:
         for bucket in self._buckets:
             if (name := bucket.misplaced()) is not None:
                 raise RuntimeError(
                     f"{name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
                     "optimizer. Build the optimizer after the model is on its device and in its dtype"
                 )
-        slots = {bucket: self._reducer.collect(bucket) for bucket in self._buckets}
-        awake = self._awake()
-        groups = [{name: group.get(name) for name in _AGREED_HYPERPARAMETERS} for group in self.param_groups]
-
-        def claims() -> Claims:
-            made: Claims = {}
-            for index, group in enumerate(groups):
-                made.update(_hyperparameter_claims(index, group))
-            for member in awake:
-                made[f"{member.name}.requires_grad"] = "True"
-            for bucket, present in slots.items():
-                for member, here in zip(bucket.members, present, strict=True):
-                    made[f"the gradient of {member.name}"] = "a tensor" if here else "None"
-            return made
-
-        present = bytes(here for slot in slots.values() for here in slot)
-        key = present + repr((groups, [member.name for member in awake])).encode()
-        return _Presence(slots, self._agreement.check(claims, key, found_inf_here))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
@@ -382,11 +388,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
         if self._accumulating:
             raise RuntimeError("clip_grad_norm_() was called inside no_sync(); leave the context before clipping")
-        presence = self._agree(found_inf_here=None)
+        agreed = self._agree(found_inf_here=None)
         start = time.perf_counter()
         runs = []
         for bucket in self._reducer.drain(self._buckets):
-            histories = [0 if here else None for here in presence.slots[bucket]]
+            histories = [0 if here else None for here in agreed.slots[bucket]]
             runs += [bucket.grad_shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)]
         self._reduce_s += time.perf_counter() - start
         device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
@@ -453,16 +459,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
 
 @dataclass(frozen=True, slots=True)
-class _Presence:
+class _Agreed:
     """What the ranks agreed on: per bucket which slots have a gradient, and whether any rank found a non-finite one."""
 
     slots: dict[Bucket, tuple[bool, ...]]
     found_inf: Tensor | None
 
 
-def _hyperparameter_claims(index: int, group: dict[str, Any]) -> Claims:
-    return {
-        f"param_groups[{index}][{name!r}]": str(group[name])
-        for name in _AGREED_HYPERPARAMETERS
-        if group.get(name) is not None
-    }
+def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
+    return {f"param_groups[{index}] {name}": str(value) for name, value in asdict(hyper).items()}
