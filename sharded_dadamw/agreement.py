@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -131,16 +132,13 @@ def _digest(claims: Claims) -> bytes:
 
 
 def _first_difference(claims_of_ranks: list[Claims]) -> str:
-    """The first label whose value differs from rank 0's, with both values and the first rank that differs."""
+    """The first claim on which a rank differs from rank 0, with both values and that rank."""
     reference = claims_of_ranks[0]
-    labels = dict.fromkeys(label for claims in claims_of_ranks for label in claims)
-    for label in labels:
-        expected = reference.get(label, _ABSENT)
-        for rank, claims in enumerate(claims_of_ranks):
-            value = claims.get(label, _ABSENT)
-            if value != expected:
-                return f"the first difference is {label}: rank 0 has {expected}, rank {rank} has {value}"
     for rank, claims in enumerate(claims_of_ranks):
-        if list(claims) != list(reference):
-            return f"rank 0 and rank {rank} list the same things in another order"
+        for expected, found in zip_longest(reference, claims):
+            # Where the lists part, one of the two labels is what only its own side has.
+            label = found if expected is None or expected in claims else expected
+            ours, theirs = reference.get(label, _ABSENT), claims.get(label, _ABSENT)
+            if ours != theirs:
+                return f"the first difference is {label}: rank 0 has {ours}, rank {rank} has {theirs}"
     raise AssertionError("digests differ but claims do not")

@@ -72,6 +72,7 @@ class Bucket:
         self.members = tuple(members)
         self.histories = [0] * len(members)
         self.gradients = Gradients.LOCAL
+        self._marked: list[tuple[Tensor, int]] = []
         start, stop = layout.shard_range(rank)
 
         self.param_buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
@@ -124,18 +125,56 @@ class Bucket:
         state.update({name: shard[fragment.shard_start : stop] for name, shard in self.shards.items()})
         return state
 
-    def misplaced(self) -> str | None:
-        """The name of the first parameter that has been moved out of the flat buffer, or None."""
-        for member, view in zip(self.members, self._param_views, strict=True):
-            param = member.param
-            if param.data_ptr() != view.data_ptr() or param.dtype != view.dtype or param.shape != view.shape:
-                return member.name
-        return None
+    def misplaced(self) -> list[NamedParameter]:
+        """The parameters that have been moved out of the flat buffer."""
+        return [
+            member
+            for member, view in zip(self.members, self._param_views, strict=True)
+            if member.param.data_ptr() != view.data_ptr()
+            or member.param.dtype != view.dtype
+            or member.param.shape != view.shape
+        ]
 
     def holds_gradient(self, slot: int) -> bool:
         """Whether ``p.grad`` of a slot is its view of the gradient buffer."""
         grad = self.members[slot].param.grad
         return grad is not None and bool(self._grad_views) and grad.data_ptr() == self._grad_views[slot].data_ptr()
+
+    def mark_gradients(self, meaning: Gradients) -> None:
+        """Say what the gradients mean from now on, and remember which they are, so that their end is noticed."""
+        self.gradients = meaning
+        # Gradients that live elsewhere are used up by a step; holding on to them would only hold their memory.
+        forget = meaning is Gradients.LOCAL or (meaning is Gradients.CONSUMED and self.grad_buffer is None)
+        self._marked = [] if forget else self._present_gradients()
+
+    def _present_gradients(self) -> list[tuple[Tensor, int]]:
+        """The gradients that exist, each with the count of in-place changes to its memory."""
+        grads = (member.param.grad for member in self.members)
+        return [(grad, grad._version) for grad in grads if grad is not None and grad.numel()]
+
+    @property
+    def has_reduced_gradients(self) -> bool:
+        """Whether there are gradients, and their mean over ranks is in ``grad_shard``."""
+        return self.gradients is Gradients.REDUCED and bool(self._marked)
+
+    def marked_gradients_ended(self, *, arriving: int | None = None) -> bool:
+        """Whether the gradients last marked were dropped or cleared, by ``zero_grad`` of the model or by hand.
+
+        Args:
+            arriving: The slot to which backward has just delivered a gradient, or None.
+        """
+        if self.gradients is Gradients.LOCAL:
+            return False
+        if not self._marked:
+            return self.gradients is Gradients.CONSUMED or arriving is not None or bool(self._present_gradients())
+        kept = {id(grad): version for grad, version in self._marked}
+        present = [(grad, kept[id(grad)]) for grad, _ in self._present_gradients() if id(grad) in kept]
+        if self.grad_buffer is None:
+            return len(present) < len(kept) or any(grad._version != version for grad, version in present)
+        # Views share one count with their buffer. Clearing counts once for each gradient that is still there, and
+        # backward once, for the gradient to which it has added.
+        added = arriving is not None and id(self.members[arriving].param.grad) in kept
+        return all(grad._version - version >= len(present) + added for grad, version in present)
 
     def adopt_gradient(self, slot: int) -> None:
         """Move one parameter's gradient into the flat buffer, where it is not there already.

@@ -319,7 +319,8 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
 
     Raises:
         TypeError: It is none of these.
-        ValueError: The mesh has more than one axis, or the group is destroyed or cannot reach the device's memory.
+        ValueError: The mesh has more than one axis, or the group does not have this rank, is destroyed, or cannot reach
+            the device's memory.
     """
     if process_group is None and not (dist.is_available() and dist.is_initialized()):
         return OneRank()
@@ -333,11 +334,13 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
     if process_group is None:
         process_group = dist.group.WORLD
         assert process_group is not None
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            f"process_group: expected a ProcessGroup with this rank in it, a 1-D mesh or None, got {process_group!r}"
-            + (", which new_group() returns on ranks outside the group" if isinstance(process_group, int) else "")
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"process_group: expected a group with this rank in it, got {process_group}, which new_group() returns on "
+            "the ranks outside; build the optimizer on the group's own ranks only"
         )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {process_group!r}")
     if not _is_alive(process_group):
         raise ValueError("process_group: expected a live process group, got one that has been destroyed")
     backend = dist.get_backend_config(process_group)

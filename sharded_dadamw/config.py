@@ -22,7 +22,7 @@ class ShardingConfig:
             that dtype, exactly as ``DecoupledAdamW`` does; a bf16 parameter then loses small decays to rounding.
 
     Raises:
-        TypeError: ``reduce_gradients`` is not a bool.
+        TypeError: ``bucket_cap_mb`` is not a number, or ``reduce_gradients`` is not a bool.
         ValueError: ``bucket_cap_mb`` is not a finite number > 0, or ``main_dtype`` is neither fp32 nor None.
     """
 
@@ -32,6 +32,8 @@ class ShardingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
+        if isinstance(self.bucket_cap_mb, bool) or not isinstance(self.bucket_cap_mb, (int, float)):
+            raise TypeError(f"bucket_cap_mb: expected a number of MiB, got {self.bucket_cap_mb!r}")
         if not (math.isfinite(self.bucket_cap_mb) and self.bucket_cap_mb > 0):
             raise ValueError(f"bucket_cap_mb: expected a finite number > 0 (MiB), got {self.bucket_cap_mb}")
         if not isinstance(self.reduce_gradients, bool):

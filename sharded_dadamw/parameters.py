@@ -15,10 +15,18 @@ _SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedParameter:
-    """A parameter, what messages call it, and the group it is in."""
+    """A parameter, what messages call it, and where it stands.
+
+    Attributes:
+        name: Its given name, or its place in ``param_groups``.
+        param: The parameter itself.
+        index: Its number over all groups, which is its key in a state dict.
+        group_index: The group it is in.
+    """
 
     name: str
     param: Tensor
+    index: int
     group_index: int
 
     def describe(self) -> str:
@@ -30,17 +38,13 @@ class NamedParameter:
 
 def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter]:
     """All parameters in the order of their groups; unnamed ones are called by their place in ``param_groups``."""
-    return [
-        NamedParameter(
-            group["param_names"][position]
-            if "param_names" in group
-            else f"param_groups[{index}]['params'][{position}]",
-            param,
-            index,
-        )
-        for index, group in enumerate(groups)
-        for position, param in enumerate(group["params"])
-    ]
+    members: list[NamedParameter] = []
+    for group_index, group in enumerate(groups):
+        for position, param in enumerate(group["params"]):
+            place = f"param_groups[{group_index}]['params'][{position}]"
+            name = group["param_names"][position] if "param_names" in group else place
+            members.append(NamedParameter(name, param, len(members), group_index))
+    return members
 
 
 def check_parameters(members: Sequence[NamedParameter]) -> None:
@@ -48,9 +52,11 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
 
     Raises:
         TypeError: A parameter is sparse, distributed, or of a dtype that is not fp16, bf16, fp32 or fp64.
-        ValueError: A parameter has no memory (meta device), is on another device than the first, appears twice, or
-            shares memory with another one.
+        ValueError: There is no parameter; or one has no memory (meta device), is on another device than the first,
+            appears twice, or shares memory with another one.
     """
+    if not members:
+        raise ValueError("expected at least one parameter, got empty groups")
     first_use: dict[Tensor, NamedParameter] = {}
     for member in members:
         param = member.param

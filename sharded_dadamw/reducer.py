@@ -48,8 +48,10 @@ class Reducer:
             RuntimeError: The gradients are those that the last step has used.
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
+        if bucket.marked_gradients_ended():
+            bucket.mark_gradients(Gradients.LOCAL)
         if bucket.gradients is Gradients.CONSUMED:
-            _reopen(bucket)
+            raise _uncleared(bucket)
         if self._reduce_gradients and bucket.gradients is Gradients.LOCAL:
             for slot in range(len(bucket.members)):
                 bucket.adopt_gradient(slot)
@@ -111,8 +113,10 @@ class _Delivery:
         bucket = self._bucket()
         if bucket is None:
             return
+        if bucket.marked_gradients_ended(arriving=self._slot):
+            bucket.mark_gradients(Gradients.LOCAL)
         if bucket.gradients is Gradients.CONSUMED:
-            _reopen(bucket)
+            raise _uncleared(bucket)
         if bucket.gradients is Gradients.REDUCED:
             raise RuntimeError(
                 f"backward reached {bucket.members[self._slot].name} between clip_grad_norm_() and step(): its "
@@ -121,18 +125,17 @@ class _Delivery:
         bucket.adopt_gradient(self._slot)
 
 
-def _reopen(bucket: Bucket) -> None:
-    for slot, member in enumerate(bucket.members):
-        if member.param.numel() and bucket.holds_gradient(slot):
-            raise RuntimeError(
-                f"the gradient of {member.name} is the one that the last step() has used (averaged in place); call "
-                "optimizer.zero_grad() between a step and the next backward"
-            )
-    bucket.gradients = Gradients.LOCAL
+def _uncleared(bucket: Bucket) -> RuntimeError:
+    names = [member.name for member in bucket.members if member.param.grad is not None]
+    return RuntimeError(
+        f"the gradient of {names[0]} is the one that the last step() has used (averaged in place); call "
+        "optimizer.zero_grad() between a step and the next backward"
+    )
 
 
 def _finish(bucket: Bucket, reduction: Handle | None) -> Bucket:
     if reduction is not None:
         reduction.wait()
-    bucket.gradients = Gradients.REDUCED
+    if bucket.gradients is Gradients.LOCAL:
+        bucket.mark_gradients(Gradients.REDUCED)
     return bucket

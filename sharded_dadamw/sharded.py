@@ -125,7 +125,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
             super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
             check_parameters(named_parameters(self.param_groups))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
@@ -155,7 +155,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         try:
             super().add_param_group(param_group)
             check_parameters(named_parameters(self.param_groups))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         try:
             claims = {} if refusal is not None else self._construction_claims(num_groups)
@@ -232,24 +232,16 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 about which parameters have a gradient or about a hyperparameter. Nothing has then been changed.
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
-        if self._accumulating:
-            raise RuntimeError("step() was called inside no_sync(); leave the context before the step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        agreed = self._agree(found_inf_here=found_inf)
-        if awake := self._awake():
-            # All ranks have agreed on who woke up; they still have to agree on whose gradients came along.
-            self._dormant = [member for member in self._dormant if member not in awake]
-            for index in range(len(self.param_groups)):
-                self._shard(index, [member for member in awake if member.group_index == index])
-            agreed = self._agree(found_inf_here=found_inf)
-        self._run(agreed)
+        self._run(self._agree("step()", found_inf=getattr(self, "found_inf", None)))
         return loss
 
     def _run(self, agreed: _Agreed) -> None:
+        if not any(bucket.has_reduced_gradients for bucket in self._buckets):
+            self._clip = None  # the gradients that were clipped have been dropped since
         divisor = None if self._clip is None else 1.0 / self._clip
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -269,7 +261,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for gather in gathers:
             gather.wait()
         for bucket in self._buckets:
-            bucket.gradients = Gradients.CONSUMED
+            bucket.mark_gradients(Gradients.CONSUMED)
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
@@ -297,51 +289,66 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         )
         bucket.publish_()
 
-    def _awake(self) -> list[NamedParameter]:
-        """Parameters that were frozen when their group was added and have been unfrozen since."""
-        return [member for member in self._dormant if member.param.requires_grad]
+    def _agree(self, doing: str, *, found_inf: Tensor | None = None, refusal: Exception | None = None) -> _Agreed:
+        """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed.
 
-    def _agree(self, found_inf_here: Tensor | None) -> _Agreed:
-        """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed."""
+        Args:
+            doing: The call, with its arguments.
+            found_inf: This rank's non-finite flag.
+            refusal: The error with which this rank refuses the call already.
+        """
         self._collectives.check_alive()
         slots: dict[Bucket, tuple[bool, ...]] = {}
         hypers: list[Hyperparameters] = []
-        refusal: Exception | None = None
         try:
+            if self._accumulating:
+                raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
             self._check_in_place()
             slots = {bucket: self._reducer.collect(bucket) for bucket in self._buckets}
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
         except (RuntimeError, TypeError, ValueError) as error:
-            refusal = error
-        awake = [member.name for member in self._awake()]
+            refusal = refusal or error
+        awake = [member for member in self._dormant if member.param.requires_grad]
 
         def claims() -> Claims:
-            made: Claims = {}
+            made: Claims = {"the call": doing}
             for index, hyper in enumerate(hypers):
                 made.update(_hyperparameter_claims(index, hyper))
-            for name in awake:
-                made[f"{name}.requires_grad"] = "True"
-            for bucket, present in slots.items():
-                for member, here in zip(bucket.members, present, strict=True):
-                    made[f"the gradient of {member.name}"] = "a tensor" if here else "None"
+            for member in awake:
+                made[f"{member.name}.requires_grad"] = "True"
+            gradients = {
+                member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
+                for bucket, present in slots.items()
+                for member, here in zip(bucket.members, present, strict=True)
+            }
+            made.update(gradients[index] for index in sorted(gradients))
             return made
 
-        key = bytes(here for present in slots.values() for here in present) + repr((hypers, awake)).encode()
-        return _Agreed(slots, self._agreement.check(claims, key, found_inf_here, refusal))
+        summary = (doing, hypers, [member.index for member in awake])
+        key = bytes(here for present in slots.values() for here in present) + repr(summary).encode()
+        agreed = _Agreed(slots, self._agreement.check(claims, key, found_inf, refusal))
+        if not awake:
+            return agreed
+        # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
+        self._dormant = [member for member in self._dormant if member not in awake]
+        for index in range(len(self.param_groups)):
+            self._shard(index, [member for member in awake if member.group_index == index])
+        return self._agree(doing, found_inf=found_inf)
 
     def _check_in_place(self) -> None:
-        for bucket in self._buckets:
-            if (name := bucket.misplaced()) is not None:
-                raise RuntimeError(
-                    f"{name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
-                    "optimizer. Build the optimizer after the model is on its device and in its dtype"
-                )
+        moved = [member for bucket in self._buckets for member in bucket.misplaced()]
+        if moved:
+            first = min(moved, key=lambda member: member.index)
+            raise RuntimeError(
+                f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
+                "optimizer. Build the optimizer after the model is on its device and in its dtype"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         super().zero_grad(set_to_none)
         for bucket in self._buckets:
-            bucket.gradients = Gradients.LOCAL
+            bucket.mark_gradients(Gradients.LOCAL)
         self._clip = None
 
     @contextmanager
@@ -382,13 +389,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
+        refusal = None
         if not max_norm >= 0.0:
-            raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
-        if norm_type not in (2.0, math.inf):
-            raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
-        if self._accumulating:
-            raise RuntimeError("clip_grad_norm_() was called inside no_sync(); leave the context before clipping")
-        agreed = self._agree(found_inf_here=None)
+            refusal = ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
+        elif norm_type not in (2.0, math.inf):
+            refusal = ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
+        agreed = self._agree(f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})", refusal=refusal)
         start = time.perf_counter()
         runs = []
         for bucket in self._reducer.drain(self._buckets):
@@ -416,7 +422,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         The tensors are views of the live state. Each rank saves its own, and loads it back at the same world size.
         """
         state_dict = super().state_dict()
-        state_dict["shard"] = shard_identity(self._buckets, self.param_groups)
+        state_dict["shard"] = shard_identity(self._buckets)
         return state_dict
 
     @torch.no_grad()
@@ -467,4 +473,12 @@ class _Agreed:
 
 
 def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
-    return {f"param_groups[{index}] {name}": str(value) for name, value in asdict(hyper).items()}
+    values = {
+        "lr": hyper.lr,
+        "initial_lr": hyper.reference_lr,
+        "betas": (hyper.beta1, hyper.beta2),
+        "eps": hyper.eps,
+        "weight_decay": hyper.weight_decay,
+        "amsgrad": hyper.amsgrad,
+    }
+    return {f"param_groups[{index}][{name!r}]": str(value) for name, value in values.items()}

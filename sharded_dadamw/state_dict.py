@@ -11,23 +11,21 @@ from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.parameters import named_parameters
 
 
-def shard_identity(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def shard_identity(buckets: Sequence[Bucket]) -> dict[str, Any]:
     """What makes one rank's state its own.
 
     Args:
         buckets: All buckets of the rank.
-        groups: The optimizer's parameter groups.
 
     Returns:
         ``rank``, ``num_ranks``, and ``fragments``: per parameter index (as in the state dict) the range of its
         flattened elements that this rank holds.
     """
-    indices = {member.param: index for index, member in enumerate(named_parameters(groups))}
     fragments = {}
     for bucket in buckets:
         for slot, member in enumerate(bucket.members):
             fragment = bucket.layout.fragment(slot, bucket.rank)
-            fragments[indices[member.param]] = (fragment.param_start, fragment.param_start + fragment.numel)
+            fragments[member.index] = (fragment.param_start, fragment.param_start + fragment.numel)
     return {
         "rank": buckets[0].rank if buckets else 0,
         "num_ranks": buckets[0].layout.num_ranks if buckets else 1,
@@ -55,7 +53,7 @@ def match_state(
     Raises:
         ValueError: The saved state does not fit; names the first difference.
     """
-    identity, saved_identity = shard_identity(buckets, groups), state_dict.get("shard")
+    identity, saved_identity = shard_identity(buckets), state_dict.get("shard")
     if saved_identity is None:
         raise ValueError(
             "expected a state dict of ShardedDecoupledAdamW, got one without a 'shard' entry; one rank's state_dict() "
@@ -75,11 +73,11 @@ def match_state(
             )
     saved_indices = [saved_index for group in saved_groups for saved_index in group["params"]]
     pairs = []
-    for index, (member, saved_index) in enumerate(zip(named_parameters(groups), saved_indices, strict=True)):
+    for member, saved_index in zip(named_parameters(groups), saved_indices, strict=True):
         live, saved = state.get(member.param, {}), state_dict["state"].get(saved_index, {})
         if sorted(live) != sorted(saved):
             raise ValueError(f"state of {member.name}: expected entries {sorted(live)}, got {sorted(saved)}")
-        span, saved_span = identity["fragments"].get(index), saved_identity["fragments"].get(saved_index)
+        span, saved_span = identity["fragments"].get(member.index), saved_identity["fragments"].get(saved_index)
         if span != (saved_span if saved_span is None else tuple(saved_span)):
             raise ValueError(f"state of {member.name}: expected its elements {span}, got {saved_span}")
         for key, tensor in live.items():
