@@ -1,0 +1,175 @@
+"""The optimizers a run can be made with, behind one small interface.
+
+All follow one law: the share of a matrix that decays in a step is `weight_decay * lr / peak_lr`. An optimizer that
+multiplies its decay by the learning rate, as torch's does, is therefore handed `weight_decay / peak_lr`.
+"""
+
+import importlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from launch.options import Choice, Settings
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Host seconds of the parts of a step after backward; None where a part hides inside another."""
+
+    reduction: float | None
+    update: float
+    gather: float | None
+
+
+class Contender:
+    """A module to call, an optimizer to step, and what is known of their cost.
+
+    As it stands: DistributedDataParallel around the model, which reduces gradients during backward, and an optimizer
+    that updates whole parameters.
+
+    Attributes:
+        model: what forward goes through, wrapped as the optimizer wants it.
+        optimizer: the one whose param_groups a schedule writes to.
+        holder: the one that holds this rank's state.
+        hidden: for each part of a step that cannot be timed apart, where its time is.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, holder: Optimizer | None = None, gather: str = "none") -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.holder: Optimizer = holder or optimizer
+        self.hidden = {"reduction": "in forward+backward", "gather": gather}
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within it, backward accumulates and moves nothing between ranks."""
+        context: AbstractContextManager[None] = self.model.no_sync()
+        return context
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip by the global norm, which is returned."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad()
+
+    def parts(self, seconds: float) -> StepParts:
+        """Split the `seconds` that clipping and stepping took."""
+        return StepParts(reduction=None, update=seconds, gather=None)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank, step counters aside."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self.holder.state.values()
+            for key, value in state.items()
+            if key != "step"
+        )
+
+    @property
+    def wire_bytes(self) -> int | None:
+        """Data bytes that this rank sent in the last step, where somebody counts them."""
+        return None
+
+
+class Sharded(Contender):
+    """Ours: the bare model, since the optimizer reduces the gradients itself, and keeps count."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See Contender."""
+        context: AbstractContextManager[None] = self.optimizer.no_sync()
+        return context
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """See Contender."""
+        norm: Tensor = self.optimizer.clip_grad_norm_(max_norm)
+        return norm
+
+    def parts(self, seconds: float) -> StepParts:
+        """See Contender."""
+        cost = self.optimizer.last_step
+        return StepParts(cost.reduce_s, cost.update_s, cost.gather_s)
+
+    @property
+    def state_bytes(self) -> int:
+        """See Contender."""
+        return int(self.optimizer.state_bytes)
+
+    @property
+    def wire_bytes(self) -> int | None:
+        """See Contender."""
+        return int(self.optimizer.last_step.wire_bytes)
+
+
+class Fairscale(Contender):
+    """fairscale's OSS under its ShardedDataParallel: whole parameters dealt out, gradients reduced to their owner."""
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """See Contender; a rank holds reduced gradients of its own parameters only."""
+        norm: Tensor = self.optimizer.clip_grad_norm(max_norm)
+        return norm
+
+    def zero_grad(self) -> None:
+        """See Contender; gradients are views of buckets, which setting them to None would cut them off from."""
+        self.model.zero_grad(set_to_none=False)
+
+
+def contender_for(settings: Settings, model: nn.Module, device: torch.device) -> Contender:
+    """Make the contender of `settings.optimizer` around `model`, which lies on `device`; called on every rank."""
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2]
+    vectors = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    shared: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": settings.amsgrad}
+
+    def groups(weight_decay: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [p for _, p in matrices], "weight_decay": weight_decay},
+            {"params": [p for _, p in vectors], "weight_decay": 0.0},
+        ]
+
+    def ddp() -> DistributedDataParallel:
+        on_gpu = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # What torch's law, decay = lr * weight_decay, needs to decay as much.
+    coupled = settings.weight_decay / settings.lr
+    match settings.optimizer:
+        case Choice.SHARDED:
+            named = [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            cap = settings.bucket_cap_mb
+            config = ShardingConfig() if cap is None else ShardingConfig(bucket_cap_mb=cap)
+            return Sharded(model, ShardedDecoupledAdamW(named, config=config, **shared))
+        case Choice.DECOUPLED:
+            return Contender(ddp(), DecoupledAdamW(groups(settings.weight_decay), **shared))
+        case Choice.DDP_ADAMW:
+            return Contender(ddp(), AdamW(groups(coupled), fused=True, **shared))
+        case Choice.TORCH_ZERO:
+            zero_class = imported("torch.distributed.optim", "ZeroRedundancyOptimizer")
+            zero = zero_class(groups(coupled), AdamW, parameters_as_bucket_view=True, fused=True, **shared)
+            return Contender(ddp(), zero, zero.optim, gather="in update")
+        case Choice.FAIRSCALE_OSS:
+            oss = imported("fairscale.optim", "OSS")(groups(settings.weight_decay), DecoupledAdamW, **shared)
+            wrapper = imported("fairscale.nn.data_parallel", "ShardedDataParallel")
+            return Fairscale(wrapper(model, oss), oss, oss.optim, gather="in update")
+
+
+def imported(module: str, name: str) -> Any:
+    """A peer that is optional, or slow to import: paid for only by the run that wants it."""
+    return getattr(importlib.import_module(module), name)
+
+
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values; a collective."""
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

@@ -1,0 +1,85 @@
+"""Text as bytes: the standard library's own sources, or anyone's, and batches that do not depend on the rank count.
+
+The batch of a step is a function of `(seed, step)` alone; a rank takes its rows of it. So one rank and many train on
+the same data, and their loss curves can be laid over each other.
+"""
+
+import hashlib
+import math
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HELD_OUT_FRACTION = 0.05
+END_OF_FILE = b"\0"
+# Installed packages and tests differ between machines; encodings and pydoc_data are tables and prose, not code.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+class Corpus:
+    """Training and held-out text as 1-D uint8 tensors.
+
+    Attributes:
+        name: where the text came from.
+        num_files: how many files were read.
+    """
+
+    def __init__(self, source: Path | None, context: int) -> None:
+        """Read `source`, a file or a folder of them; None reads the standard library's sources.
+
+        Raises:
+            ValueError: not enough there to train and to hold out windows of `context` bytes.
+        """
+        if source is None:
+            root = Path(sysconfig.get_paths()["stdlib"])
+            self.name = "Python standard library"
+            files: Iterable[Path] = root.rglob("*.py")
+        else:
+            root = source if source.is_dir() else source.parent
+            self.name = str(source)
+            files = root.rglob("*") if source.is_dir() else [source]
+        texts = {
+            path.relative_to(root).as_posix(): path.read_bytes()
+            for path in files
+            if path.is_file() and not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+        }
+        # By digest of the name: an order that is the same everywhere, yet does not put all of one folder at the end,
+        # where the held-out text is cut off.
+        names = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+        text = bytearray(b"".join(texts[name] + END_OF_FILE for name in names))
+        num_held_out = int(len(text) * HELD_OUT_FRACTION)
+        if num_held_out < context + 1:
+            needed = math.ceil((context + 1) / HELD_OUT_FRACTION)
+            raise ValueError(
+                f"expected at least {needed:,} bytes of text in {self.name}, got {len(text):,} in {len(names)} files; "
+                f"give --data more text, or a smaller --preset"
+            )
+        self.num_files = len(names)
+        tokens = torch.frombuffer(text, dtype=torch.uint8)
+        self.training, self.held_out = tokens[: len(tokens) - num_held_out], tokens[len(tokens) - num_held_out :]
+
+    def batch(
+        self, seed: int, step: int, rows: range, num_rows: int, context: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Rows `rows` of the global batch of `num_rows` that belongs to `(seed, step)`.
+
+        Returns:
+            Tokens and targets, each [len(rows), context] int64, on `device`.
+        """
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        starts = torch.randint(len(self.training) - context, (num_rows,), generator=generator)
+        return windows(self.training, starts[rows.start : rows.stop], context, device)
+
+    def held_out_batch(self, rows: range, num_rows: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows `rows` of `num_rows` windows spread evenly over the held-out text; shapes as `batch`'s."""
+        starts = torch.linspace(0, len(self.held_out) - context - 1, num_rows).long()
+        return windows(self.held_out, starts[rows.start : rows.stop], context, device)
+
+
+def windows(text: Tensor, starts: Tensor, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cut windows of `context` bytes at `starts` [B], and the bytes that follow each byte of them."""
+    cut = text[starts[:, None] + torch.arange(context + 1)].to(device, torch.int64)
+    return cut[:, :-1], cut[:, 1:]

@@ -1,0 +1,167 @@
+"""What may be asked of a training run, checked before anything starts; torch is not imported here.
+
+`python launch/options.py ...` checks options, or shows them for `--help`, in a fraction of a second: a wrong one is
+then a line on the screen, not a trace from each of the ranks.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+if importlib.util.find_spec("typer") and importlib.util.find_spec("rich") and importlib.util.find_spec("matplotlib"):
+    import typer
+else:
+    sys.exit("error: launch/ needs typer, rich and matplotlib; run: pip install 'sharded_dadamw[launch]'")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; `context` is the number of tokens it reads at once."""
+
+    vocab_size: int
+    context: int
+    num_layers: int
+    num_heads: int
+    width: int
+
+
+class Preset(StrEnum):
+    """Models by their size in parameters."""
+
+    TINY = "tiny"
+    SMALL = "3m"
+    MEDIUM = "30m"
+    LARGE = "125m"
+
+
+PRESETS: dict[Preset, GPTConfig] = {
+    Preset.TINY: GPTConfig(vocab_size=256, context=64, num_layers=2, num_heads=2, width=64),
+    Preset.SMALL: GPTConfig(vocab_size=256, context=128, num_layers=4, num_heads=8, width=256),
+    Preset.MEDIUM: GPTConfig(vocab_size=256, context=256, num_layers=10, num_heads=8, width=512),
+    Preset.LARGE: GPTConfig(vocab_size=256, context=512, num_layers=13, num_heads=14, width=896),
+}
+
+
+class Choice(StrEnum):
+    """The optimizers a run can be made with; each trains the same model on the same data under the same law."""
+
+    SHARDED = "sharded"
+    DECOUPLED = "decoupled"
+    TORCH_ZERO = "torch-zero"
+    FAIRSCALE_OSS = "fairscale-oss"
+    DDP_ADAMW = "ddp-adamw"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a GPT on bytes of Python code (or of your own text) and show what sharding the optimizer saved."""
+
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1, envvar="WORLD_SIZE", help="Ranks to train on. scripts/train.sh starts as many, 2 by default."
+        ),
+    ] = 1
+    optimizer: Annotated[Choice, typer.Option(help="Which optimizer to train with.")] = Choice.SHARDED
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 450
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text to train on, a file or a folder. [default: the standard library's sources]"),
+    ] = None
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Share of a matrix that decays per step at the peak; torch's, times the lr.")
+    ] = 1e-4
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up, before a cosine to a tenth.")] = 40
+    global_batch: Annotated[int, typer.Option(min=1, help="Sequences per step, over all ranks.")] = 16
+    micro_batches: Annotated[int, typer.Option(min=1, help="Backward passes a rank's share is accumulated over.")] = 1
+    clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 1.0
+    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep the largest second moment.")] = False
+    bucket_cap_mb: Annotated[
+        float | None, typer.Option(min=0, help="Bucket size of the sharded optimizer. [default: the optimizer's]")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the batches and the sample.")] = 0
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 1
+    sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the closing sample.")] = 400
+    run_dir: Annotated[Path | None, typer.Option(help="Folder to write. [default: runs/DATE-TIME-OPTIMIZER]")] = None
+    plot: Annotated[bool, typer.Option(help="Write loss.png.")] = True
+    checkpoint: Annotated[bool, typer.Option(help="Write the final model and optimizer state.")] = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, in words for whoever typed it, for options that do not fit each other or the machine."""
+        divisor = self.ranks * self.micro_batches
+        if self.global_batch % divisor:
+            raise ValueError(
+                f"expected --global-batch to be a multiple of ranks x micro-batches = {self.ranks} x "
+                f"{self.micro_batches} = {divisor}, got {self.global_batch}; "
+                f"use --global-batch {-(-self.global_batch // divisor) * divisor}"
+            )
+        if self.lr <= 0:
+            raise ValueError(f"expected --lr to be above 0, got {self.lr}")
+        if self.data is not None and not self.data.exists():
+            raise ValueError(f"expected --data to be a file or a folder, got {self.data}, which does not exist")
+        if self.optimizer is Choice.FAIRSCALE_OSS and importlib.util.find_spec("fairscale") is None:
+            raise ValueError("--optimizer fairscale-oss needs fairscale; run: pip install 'sharded_dadamw[fairscale]'")
+        # The other ranks may look only after rank 0 has begun to write there.
+        if self.run_dir is not None and is_rank_zero() and (self.run_dir / "metrics.jsonl").exists():
+            raise ValueError(f"expected --run-dir to hold no earlier run, got {self.run_dir}; name another folder")
+
+    @property
+    def model(self) -> GPTConfig:
+        """The preset's shape."""
+        return PRESETS[self.preset]
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Sequences of the global batch that one rank takes."""
+        return self.global_batch // self.ranks
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run; a process that torchrun did not start does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def fail(message: object) -> NoReturn:
+    """End the process as one that was asked for something it cannot do; only rank 0 says why."""
+    if is_rank_zero():
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Settings from a command line; on `--help` or a wrong option, print and leave by SystemExit."""
+    found: list[Settings] = []
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    # The dataclass's fields are the command's options.
+    @app.command()
+    @functools.wraps(Settings, updated=())
+    def collect(**chosen: Any) -> None:
+        try:
+            found.append(Settings(**chosen))
+        except ValueError as error:
+            fail(error)
+
+    with contextlib.ExitStack() as muted:
+        if not is_rank_zero():
+            muted.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            app(list(arguments), prog_name="scripts/train.sh")
+        except SystemExit:
+            if not found:
+                raise
+    return found[0]
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])

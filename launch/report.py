@@ -1,0 +1,203 @@
+"""What a run shows on the screen: progress, the closing table, a sample.
+
+Only rank 0's report has a folder; the others' is silent, so that the loop need not ask who it is.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch.contenders import StepParts
+from launch.data import END_OF_FILE, Corpus
+from launch.options import Settings
+from launch.run_folder import RunFolder
+
+BYTES_PER_VALUE = 4  # parameters, gradients and optimizer state are fp32
+LINES_WITHOUT_A_TERMINAL = 20
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as it is logged; times are host seconds on this rank, `loss` is the mean over the ranks."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    tokens: int
+    seconds: float
+    forward_backward: float
+    parts: StepParts
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the global batch per second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known at the end of a run; bytes are of the rank that holds most, or of rank 0's last step."""
+
+    num_parameters: int
+    held_out_before: float
+    held_out_after: float
+    state_bytes: int
+    wire_bytes: int | None
+    hidden: dict[str, str]
+
+
+class Report:
+    """A run as its reader sees it; `folder` is None on the ranks that keep silent."""
+
+    def __init__(self, settings: Settings, folder: RunFolder | None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.console = Console(quiet=folder is None, highlight=False)
+        self.records: list[StepRecord] = []
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    @property
+    def title(self) -> str:
+        """The run in two words."""
+        ranks = self.settings.ranks
+        return f"{self.settings.optimizer}, {ranks} rank{'s' if ranks > 1 else ''}"
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def open(self, corpus: Corpus, num_parameters: int, device: torch.device) -> None:
+        """Say what is about to be trained, on what and how."""
+        settings = self.settings
+        self.say(
+            f"{num_parameters / 1e6:.2f} M parameters, {device.type}, {self.title}, {settings.steps} steps of "
+            f"{settings.global_batch} x {settings.model.context} bytes"
+        )
+        self.say(
+            f"text: {corpus.name}, {corpus.num_files:,} files, {len(corpus.training) / 1e6:.1f} MB to train on, "
+            f"{len(corpus.held_out) / 1e6:.1f} MB held out"
+        )
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Within it, records move a bar, or where there is no terminal print a line every twentieth of the way."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task("", total=self.settings.steps)
+            yield
+
+    def record(self, record: StepRecord, log: bool) -> None:
+        """Keep a step for the closing table and show it; write it to metrics.jsonl if `log`."""
+        self.records.append(record)
+        if self.folder is None:
+            return
+        if log:
+            line = {name: value for name, value in asdict(record).items() if name not in ("seconds", "parts", "tokens")}
+            line["tokens_per_s"] = record.tokens_per_s
+            line["seconds"] = {"step": record.seconds, "forward_backward": line.pop("forward_backward")}
+            line["seconds"] |= asdict(record.parts)
+            self.folder.append_metrics(line)
+        done, total = len(self.records), self.settings.steps
+        text = f"loss {record.loss:.3f}  lr {record.lr:.2e}  {record.tokens_per_s:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif done * LINES_WITHOUT_A_TERMINAL // total > (done - 1) * LINES_WITHOUT_A_TERMINAL // total or done == 1:
+            self.say(f"step {done:>{len(str(total))}}/{total}  {text}")
+
+    def sample(self, text: bytes) -> None:
+        """Show what the model writes; a terminal obeys control characters, so none but line ends pass."""
+        shown = text.replace(END_OF_FILE, b"\n").strip().decode(errors="replace").expandtabs(4)
+        self.console.rule("what the model writes")
+        self.say("".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in shown))
+        self.console.rule()
+
+    def close(self, summary: Summary) -> None:
+        """Show the closing table; write summary.json and loss.png."""
+        self.say(
+            f"held-out loss: {summary.held_out_before:.3f} nats per byte before training, "
+            f"{summary.held_out_after:.3f} after"
+        )
+        if self.folder is None:
+            return
+        rows = self._rows(summary)
+        table = Table(title="per rank and step", title_justify="left")
+        for heading in ("", self.title, "unsharded"):
+            table.add_column(heading)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+        self.folder.write_json(
+            "summary.json",
+            asdict(summary)
+            | {
+                "unsharded_state_bytes": self.unsharded_state_bytes(summary),
+                "seconds_per_step": self.seconds_per_step(),
+            },
+        )
+        if self.settings.plot:
+            # matplotlib takes half a second to import, which no rank should pay before it trains.
+            picture = importlib.import_module("launch.picture")
+            picture.draw(
+                self.folder.path / "loss.png",
+                title=self.title,
+                losses=[record.loss for record in self.records],
+                held_out=(summary.held_out_before, summary.held_out_after),
+                model_bytes=summary.num_parameters * BYTES_PER_VALUE,
+                state_bytes=(self.unsharded_state_bytes(summary), summary.state_bytes),
+            )
+
+    def unsharded_state_bytes(self, summary: Summary) -> int:
+        """What every rank would hold of an AdamW that is not sharded."""
+        return summary.num_parameters * BYTES_PER_VALUE * (3 if self.settings.amsgrad else 2)
+
+    def seconds_per_step(self) -> dict[str, float | None]:
+        """Mean host seconds of a step and its parts, without the first steps, which also pay for warming up."""
+        steady = self.records[len(self.records) // 20 + 1 :] or self.records
+        parts = [record.parts for record in steady]
+        means = {
+            "forward+backward": fmean(record.forward_backward for record in steady),
+            "reduction": mean_if_known([part.reduction for part in parts]),
+            "update": fmean(part.update for part in parts),
+            "gather": mean_if_known([part.gather for part in parts]),
+        }
+        whole = fmean(record.seconds for record in steady)
+        return means | {"rest": whole - sum(mean or 0.0 for mean in means.values()), "whole step": whole}
+
+    def _rows(self, summary: Summary) -> list[tuple[str, str, str]]:
+        """The closing table's rows: what, in this run, unsharded."""
+        number, ranks = summary.num_parameters, self.settings.ranks
+        unsharded = self.unsharded_state_bytes(summary)
+        wire = "not counted" if summary.wire_bytes is None else f"{summary.wire_bytes / number:.3f} bytes"
+        # A ring all-reduce of the gradients, the least that replicas can do with.
+        ring = 2 * (ranks - 1) / ranks * BYTES_PER_VALUE
+        rows = [
+            ("optimizer state", f"{summary.state_bytes / 1e6:.2f} MB", f"{unsharded / 1e6:.2f} MB"),
+            (
+                "  per parameter",
+                f"{summary.state_bytes / number:.3f} bytes",
+                f"{unsharded / number:.3f} bytes",
+            ),
+            ("sent, per parameter", wire, f"{ring:.3f} bytes (ring all-reduce)"),
+        ]
+        for part, seconds in self.seconds_per_step().items():
+            shown = summary.hidden.get(part, "") if seconds is None else f"{1e3 * seconds:.1f} ms"
+            rows.append((f"time, {part}", shown, ""))
+        return rows
+
+
+def mean_if_known(values: list[float | None]) -> float | None:
+    """The mean, or None where the values are not known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

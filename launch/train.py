@@ -1,0 +1,191 @@
+"""Train the model of `launch.model` with one of the optimizers of `launch.contenders`.
+
+    torchrun --standalone --nproc-per-node 2 launch/train.py --steps 100     (what scripts/train.sh does)
+    python launch/train.py                                                   (one rank)
+
+gloo on CPU; NCCL and bfloat16 autocast where every rank has a GPU of its own.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if not __package__:
+    # Run as a script: import from the checkout that holds this file, whatever the working directory.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.contenders import contender_for, largest_over_ranks
+from launch.data import Corpus
+from launch.model import GPT, generate
+from launch.options import Settings, fail, read_settings
+from launch.report import Report, StepRecord, Summary
+from launch.run_folder import RunFolder
+
+NUM_HELD_OUT_ROWS = 64
+PROMPT = b"\n\ndef "
+
+
+def main() -> None:
+    """Join the other ranks, train, and leave the process group however training ended."""
+    settings = read_settings(sys.argv[1:])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.ranks != world_size:
+        fail(f"expected --ranks {world_size}, the ranks that were started, got {settings.ranks}; use scripts/train.sh")
+    try:
+        corpus = Corpus(settings.data, settings.model.context)
+    except ValueError as error:
+        fail(error)
+    device = join(world_size)
+    try:
+        Training(settings, corpus, device).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def join(world_size: int) -> torch.device:
+    """Open the default process group, of one rank where torchrun did not start us, and choose this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method="env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0",
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine that ends at a tenth of the peak."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+class Training:
+    """One run on this rank."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, device: torch.device) -> None:
+        self.settings = settings
+        self.corpus = corpus
+        self.device = device
+        self.rank = dist.get_rank()
+        self.model = GPT(settings.model, settings.seed).to(device)
+        self.contender = contender_for(settings, self.model, device)
+        first = self.rank * settings.rows_per_rank
+        rows_per_pass = settings.rows_per_rank // settings.micro_batches
+        self.passes = [
+            range(row, row + rows_per_pass) for row in range(first, first + settings.rows_per_rank, rows_per_pass)
+        ]
+
+    def run(self) -> None:
+        """Train from first step to written run folder."""
+        settings, contender = self.settings, self.contender
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        folder = RunFolder.create(settings, num_parameters, self.device)
+        report = Report(settings, folder if self.rank == 0 else None)
+        report.open(self.corpus, num_parameters, self.device)
+        before = self.held_out_loss()
+        report.say(f"held-out loss before training: {before:.3f} nats per byte")
+        with report.progress():
+            for step in range(settings.steps):
+                report.record(self.train_step(step), log=(step + 1) % settings.log_every == 0)
+        after = self.held_out_loss()
+        report.close(
+            Summary(
+                num_parameters=num_parameters,
+                held_out_before=before,
+                held_out_after=after,
+                state_bytes=largest_over_ranks(contender.state_bytes, self.device),
+                wire_bytes=contender.wire_bytes,
+                hidden=contender.hidden,
+            )
+        )
+        if settings.sample_bytes and self.rank == 0:
+            report.sample(PROMPT + generate(self.model, PROMPT, settings.sample_bytes, 0.6, settings.seed))
+        if settings.checkpoint:
+            folder.save_checkpoint(self.model.state_dict(), contender.holder.state_dict())
+        dist.barrier()
+        report.say(f"written to {folder.path}")
+
+    def train_step(self, step: int) -> StepRecord:
+        """One optimizer step on this rank's rows of the global batch."""
+        settings, contender = self.settings, self.contender
+        lr = learning_rate(step, settings)
+        for group in contender.optimizer.param_groups:
+            group["lr"] = lr
+        started = self.now()
+        loss = torch.zeros((), device=self.device)
+        for number, rows in enumerate(self.passes, start=1):
+            tokens, targets = self.corpus.batch(
+                settings.seed, step, rows, settings.global_batch, settings.model.context, self.device
+            )
+            last = number == len(self.passes)
+            with contextlib.nullcontext() if last else contender.no_sync(), self.autocast():
+                part = contender.model(tokens, targets) / len(self.passes)
+                part.backward()
+            loss += part.detach()
+        after_backward = self.now()
+        norm = contender.clip_grad_norm_(settings.clip) if settings.clip else None
+        contender.optimizer.step()
+        after_step = self.now()
+        contender.zero_grad()
+        ended = self.now()
+        return StepRecord(
+            step=step,
+            loss=self.mean_over_ranks(loss),
+            lr=lr,
+            grad_norm=None if norm is None else float(norm),
+            tokens=settings.global_batch * settings.model.context,
+            seconds=ended - started,
+            forward_backward=after_backward - started,
+            parts=contender.parts(after_step - after_backward),
+        )
+
+    def now(self) -> float:
+        """Seconds; on a GPU, once it has finished what it was given, so that a part's time is its own."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU; plain fp32 on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        """The mean over ranks of a 0-d tensor; a collective."""
+        dist.all_reduce(value)
+        return float(value) / self.settings.ranks
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean loss over windows of the held-out text, which the ranks share out; a collective."""
+        share = range(
+            self.rank * NUM_HELD_OUT_ROWS // self.settings.ranks,
+            (self.rank + 1) * NUM_HELD_OUT_ROWS // self.settings.ranks,
+        )
+        total = torch.zeros((), device=self.device)
+        if share:
+            tokens, targets = self.corpus.held_out_batch(
+                share, NUM_HELD_OUT_ROWS, self.settings.model.context, self.device
+            )
+            with self.autocast():
+                total += self.model(tokens, targets) * len(share)
+        dist.all_reduce(total)
+        return float(total) / NUM_HELD_OUT_ROWS
+
+
+if __name__ == "__main__":
+    main()
