@@ -1,9 +1,4 @@
-"""Inbound: gradients from backward into their buckets, and buckets through their reduction.
-
-[Note: where a gradient lives] A parameter without a gradient has ``p.grad is None``, as everywhere in torch, so that
-an unused parameter stays untouched. The first gradient that backward produces is moved into the bucket's flat buffer by
-a hook, at once, so that two copies never coexist for more than one parameter; later ones accumulate into that view.
-"""
+"""Inbound: gradients from backward into their buckets, and buckets through their reduction."""
 
 from __future__ import annotations
 
@@ -14,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sharded_dadamw.buffers import Bucket, Gradients
+from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives, Handle
+from sharded_dadamw.gradients import OwnGradients, Stage
 
 _BUCKETS_AHEAD = 1
 """Reductions kept under way while the caller works on a finished one."""
@@ -24,63 +20,24 @@ _BUCKETS_AHEAD = 1
 class Reducer:
     """Collects local gradients and reduces them bucket by bucket."""
 
-    def __init__(self, collectives: Collectives, *, reduce_gradients: bool) -> None:
-        """Reduce over ``collectives``, or only read gradients where ``reduce_gradients`` is False."""
+    def __init__(self, collectives: Collectives) -> None:
+        """Reduce over the ranks of ``collectives``."""
         self._collectives = collectives
-        self._reduce_gradients = reduce_gradients
 
     def watch(self, bucket: Bucket) -> None:
-        """Have backward deliver the bucket's gradients into its flat buffer."""
-        if not self._reduce_gradients:
+        """Have backward deliver gradients into the bucket's flat buffer, where it has one."""
+        if not isinstance(bucket.gradients, OwnGradients):
             return
         # Hooks live as long as the parameters; through weak references they do not keep the buffers alive as well.
-        weak_bucket = weakref.ref(bucket)
-        handles = [
-            member.param.register_post_accumulate_grad_hook(_Delivery(weak_bucket, slot))
+        gradients = weakref.ref(bucket.gradients)
+        hooks = [
+            member.param.register_post_accumulate_grad_hook(_Delivery(gradients, slot))
             for slot, member in enumerate(bucket.members)
         ]
-        weakref.finalize(bucket, _remove, handles).atexit = False
-
-    def collect(self, bucket: Bucket) -> tuple[bool, ...]:
-        """Bring in gradients that were assigned by hand, and tell which slots have one.
-
-        Raises:
-            RuntimeError: The gradients are those that the last step has used.
-            ValueError: A gradient is sparse, or in another dtype than its parameter.
-        """
-        if bucket.marked_gradients_ended():
-            bucket.mark_gradients(Gradients.LOCAL)
-        if bucket.gradients is Gradients.CONSUMED:
-            raise _uncleared(bucket)
-        if self._reduce_gradients and bucket.gradients is Gradients.LOCAL:
-            for slot in range(len(bucket.members)):
-                bucket.adopt_gradient(slot)
-        return tuple(member.param.grad is not None and member.param.requires_grad for member in bucket.members)
-
-    def unscale_(self, buckets: Iterable[Bucket], scale: Tensor) -> Tensor | None:
-        """Undo a loss scale on gradients that have not been reduced yet.
-
-        Each rank's scaler adapts to what that rank has seen, so scales may differ, and sums over ranks make sense only
-        of unscaled gradients.
-
-        Args:
-            buckets: All buckets.
-            scale: 0-d; gradients are this many times too large.
-
-        Returns:
-            What is left for the update to divide by: ``scale`` where gradients are only read or already reduced, else
-            None.
-        """
-        pending = [bucket for bucket in buckets if bucket.gradients is Gradients.LOCAL]
-        if not self._reduce_gradients or not pending:
-            return scale
-        for bucket in pending:
-            assert bucket.grad_buffer is not None
-            bucket.grad_buffer.div_(scale)
-        return None
+        weakref.finalize(bucket.gradients, _remove, hooks).atexit = False
 
     def drain(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
-        """Reduce buckets, and yield each as soon as its ``grad_shard`` is the mean, with the next already under way."""
+        """Reduce buckets, and yield each once its gradient shard is the mean, with the next already under way."""
         under_way: deque[tuple[Bucket, Handle | None]] = deque()
         for bucket in buckets:
             under_way.append((bucket, self._launch(bucket)))
@@ -90,12 +47,25 @@ class Reducer:
             yield _finish(*under_way.popleft())
 
     def _launch(self, bucket: Bucket) -> Handle | None:
-        if bucket.gradients is Gradients.REDUCED:
+        gradients = bucket.gradients
+        if gradients.stage is Stage.REDUCED:
             return None
-        if bucket.grad_buffer is None:
-            bucket.copy_own_gradients()
-            return None
-        return self._collectives.reduce_scatter_mean_(bucket.grad_buffer)
+        if isinstance(gradients, OwnGradients):
+            return self._collectives.reduce_scatter_mean_(gradients.buffer)
+        gradients.read()
+        return None
+
+
+class _Delivery:
+    """The hook of one parameter: hands its fresh gradient over."""
+
+    def __init__(self, gradients: weakref.ref[OwnGradients], slot: int) -> None:
+        self._gradients, self._slot = gradients, slot
+
+    def __call__(self, _param: Tensor) -> None:
+        gradients = self._gradients()
+        if gradients is not None:
+            gradients.deliver(self._slot)
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
@@ -103,39 +73,9 @@ def _remove(hooks: list[RemovableHandle]) -> None:
         hook.remove()
 
 
-class _Delivery:
-    """The hook of one parameter: moves its fresh gradient into the bucket."""
-
-    def __init__(self, bucket: weakref.ref[Bucket], slot: int) -> None:
-        self._bucket, self._slot = bucket, slot
-
-    def __call__(self, _param: Tensor) -> None:
-        bucket = self._bucket()
-        if bucket is None:
-            return
-        if bucket.marked_gradients_ended(arriving=self._slot):
-            bucket.mark_gradients(Gradients.LOCAL)
-        if bucket.gradients is Gradients.CONSUMED:
-            raise _uncleared(bucket)
-        if bucket.gradients is Gradients.REDUCED:
-            raise RuntimeError(
-                f"backward reached {bucket.members[self._slot].name} between clip_grad_norm_() and step(): its "
-                "gradient has already been averaged over ranks; run every backward of a step before clipping"
-            )
-        bucket.adopt_gradient(self._slot)
-
-
-def _uncleared(bucket: Bucket) -> RuntimeError:
-    names = [member.name for member in bucket.members if member.param.grad is not None]
-    return RuntimeError(
-        f"the gradient of {names[0]} is the one that the last step() has used (averaged in place); call "
-        "optimizer.zero_grad() between a step and the next backward"
-    )
-
-
 def _finish(bucket: Bucket, reduction: Handle | None) -> Bucket:
     if reduction is not None:
         reduction.wait()
-    if bucket.gradients is Gradients.LOCAL:
-        bucket.mark_gradients(Gradients.REDUCED)
+    if bucket.gradients.stage is Stage.LOCAL:
+        bucket.gradients.mark(Stage.REDUCED)
     return bucket

@@ -27,10 +27,11 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
-from sharded_dadamw.buffers import Bucket, Gradients
+from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import connect
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import DecoupledAdamW
+from sharded_dadamw.gradients import Stage
 from sharded_dadamw.layout import BucketLayout, plan_buckets, segments
 from sharded_dadamw.norms import clip_coefficient, global_norm
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
@@ -132,7 +133,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._collectives = connect(process_group, device)
         claims = {} if refusal is not None else self._construction_claims(0)
         require_agreement(self._collectives, claims, refusal)
-        self._reducer = Reducer(self._collectives, reduce_gradients=self._config.reduce_gradients)
+        self._reducer = Reducer(self._collectives)
         self._agreement = StepAgreement(self._collectives, device)
         for index in range(len(self.param_groups)):
             self._shard_group(index)
@@ -240,14 +241,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return loss
 
     def _run(self, agreed: _Agreed) -> None:
-        if not any(bucket.has_reduced_gradients for bucket in self._buckets):
+        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
             self._clip = None  # the gradients that were clipped have been dropped since
         divisor = None if self._clip is None else 1.0 / self._clip
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is not None:
-            left = self._reducer.unscale_(self._buckets, scale)
-            if left is not None:
-                divisor = left.float() if divisor is None else divisor * left
+        if scale is not None and not all([bucket.gradients.unscale_(scale) for bucket in self._buckets]):
+            divisor = scale.float() if divisor is None else divisor * scale
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, 0.0
         gathers = []
         mark = time.perf_counter()
@@ -261,7 +260,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for gather in gathers:
             gather.wait()
         for bucket in self._buckets:
-            bucket.mark_gradients(Gradients.CONSUMED)
+            bucket.gradients.mark(Stage.CONSUMED)
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
@@ -274,7 +273,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         bucket.count_step_(present, found_inf)
         histories = [history if here else None for history, here in zip(bucket.histories, present, strict=True)]
         runs = segments(bucket.layout, bucket.rank, histories)
-        grads = bucket.grad_shard.to(bucket.main.dtype)
+        grads = bucket.gradients.shard.to(bucket.main.dtype)
         maxima = bucket.max_exp_avg_sq
         kernels.adamw_(
             [bucket.main[run.start : run.stop] for run in runs],
@@ -304,7 +303,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             if self._accumulating:
                 raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
             self._check_in_place()
-            slots = {bucket: self._reducer.collect(bucket) for bucket in self._buckets}
+            for bucket in self._buckets:
+                bucket.gradients.collect()
+            slots = {bucket: bucket.gradients.present for bucket in self._buckets}
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = refusal or error
@@ -348,7 +349,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         super().zero_grad(set_to_none)
         for bucket in self._buckets:
-            bucket.mark_gradients(Gradients.LOCAL)
+            bucket.gradients.mark(Stage.LOCAL)
         self._clip = None
 
     @contextmanager
@@ -399,7 +400,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         runs = []
         for bucket in self._reducer.drain(self._buckets):
             histories = [0 if here else None for here in agreed.slots[bucket]]
-            runs += [bucket.grad_shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)]
+            runs += [
+                bucket.gradients.shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)
+            ]
         self._reduce_s += time.perf_counter() - start
         device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
         norm = global_norm(runs, norm_type, collectives=self._collectives, device=device)
