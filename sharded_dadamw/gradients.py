@@ -101,8 +101,8 @@ class Gradients(ABC):
             raise self._uncleared()
         if self.stage is Stage.REDUCED and not _are_same(self._existing(), self._marked):
             raise RuntimeError(
-                f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then "
-                "they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
+                f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then"
+                " they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
             )
         for slot in range(len(self._members)):
             self.adopt(slot)
