@@ -1,0 +1,617 @@
+"""Time one training step of the sharded optimizer beside that of its peers, all in one run.
+
+    python scripts/bench_step.py                                  starts its own 2 ranks; gloo on CPU, NCCL on GPUs
+    python scripts/bench_step.py --preset 125m --out bench.json   also writes bench.json and bench.md
+    torchrun --nproc-per-node 2 scripts/bench_step.py             ranks that something else starts
+
+Every contender holds its own copy of one model, with the same initial weights, and trains it on the same batches under
+the same law. In every round each of them takes one step, in an order that rotates from round to round, so that
+whatever else the machine is doing falls on all of them alike. What counts are the ratios within a round; absolute times
+are this machine's.
+"""
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))
+
+from launch.contenders import Contender, Sharded, contender_for, largest_over_ranks  # noqa: E402
+from launch.data import Corpus  # noqa: E402
+from launch.model import GPT  # noqa: E402
+from launch.options import PRESETS, Choice, GPTConfig, Preset, Settings  # noqa: E402
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
+
+
+class Name(StrEnum):
+    """The contenders, in the order of the table."""
+
+    DDP_ADAMW = "ddp-adamw"
+    SHARDED = "sharded"
+    TORCH_ZERO = "torch-zero"
+    FAIRSCALE_OSS = "fairscale-oss"
+    FSDP2 = "fsdp2"
+    DECOUPLED = "decoupled"
+    SHARDED_UNDER_DDP = "sharded-under-ddp"
+
+
+DESCRIPTIONS = {
+    Name.DDP_ADAMW: "DistributedDataParallel + torch.optim.AdamW(fused=True)",
+    Name.SHARDED: "ShardedDecoupledAdamW, no wrapper",
+    Name.TORCH_ZERO: "DistributedDataParallel + ZeroRedundancyOptimizer(AdamW, fused, parameters_as_bucket_view)",
+    Name.FAIRSCALE_OSS: "fairscale ShardedDataParallel + OSS(DecoupledAdamW, whose kernel is torch's fused one)",
+    Name.FSDP2: "fully_shard per block, reshard_after_forward=False + AdamW(fused=True)",
+    Name.DECOUPLED: "DistributedDataParallel + DecoupledAdamW",
+    Name.SHARDED_UNDER_DDP: "DistributedDataParallel + ShardedDecoupledAdamW(reduce_gradients=False)",
+}
+
+# Bytes that the average rank has to send per parameter, in units of (N - 1) / N * the size of an element: one for a
+# reduction to owners, one for sending each owner's parameters to the others, two for an all-reduce.
+WIRE_UNITS = {
+    Name.DDP_ADAMW: 2,
+    Name.SHARDED: 2,
+    Name.TORCH_ZERO: 3,
+    Name.FAIRSCALE_OSS: 2,
+    Name.FSDP2: 2,
+    Name.DECOUPLED: 2,
+    Name.SHARDED_UNDER_DDP: 3,
+}
+
+
+class Precision(StrEnum):
+    """Dtype of the model's parameters."""
+
+    FP32 = "float32"
+    BF16 = "bfloat16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return torch.float32 if self is Precision.FP32 else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, the same on every rank."""
+
+    ranks: int
+    preset: Preset
+    rounds: int
+    warmup: int
+    batch: int
+    context: int
+    contenders: tuple[Name, ...]
+    threads: int
+    precision: Precision
+    bucket_cap_mb: float
+    lr: float
+    weight_decay: float
+    seed: int
+    out: Path | None
+
+    @property
+    def model(self) -> GPTConfig:
+        """The model's shape."""
+        return replace(PRESETS[self.preset], context=self.context)
+
+    @property
+    def baseline(self) -> Name:
+        """Whom the others are compared with."""
+        return Name.DDP_ADAMW if Name.DDP_ADAMW in self.contenders else self.contenders[0]
+
+
+# What is measured of one contender's step in one round, in seconds and bytes; over ranks the largest value counts.
+# cpu_s is what the process's threads used of the cores: the figure that survives a busy machine.
+STEP_S, FORWARD_BACKWARD_S, OPTIMIZER_S, REDUCE_S, UPDATE_S, GATHER_S, CPU_S, WIRE_BYTES = range(8)
+COLUMNS = ("step_s", "forward_backward_s", "optimizer_s", "reduce_s", "update_s", "gather_s", "cpu_s", "wire_bytes")
+
+
+class WireSource(StrEnum):
+    """Where a figure for bytes on the wire comes from."""
+
+    SOCKETS = "counted at the TCP sockets"
+    OPTIMIZER = "counted by the optimizer"
+    FORMULA = "computed"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quartiles and range of a quantity over the rounds."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Spread":
+        """The spread of 1-D `values`."""
+        at = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0], dtype=values.dtype)
+        return cls(*torch.quantile(values, at).tolist())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's figures, of the rank on which they are largest.
+
+    Attributes:
+        spreads: of each of COLUMNS, over the counted rounds.
+        ratio: to the baseline's step in the same round.
+        tells_parts: whether it knows the parts of its optimizer step (reduce, update, gather); otherwise they are not
+            to be read.
+        state_bytes: of optimizer state, counted from its tensors; step counters are left out.
+        loss_difference: largest relative difference to the baseline's loss, warm-up included.
+        losses: mean over the ranks, per round, warm-up included.
+        rounds: per column the value in each counted round.
+    """
+
+    description: str
+    spreads: dict[str, Spread]
+    ratio: Spread
+    tells_parts: bool
+    state_bytes: int
+    wire_bytes_per_parameter: float
+    wire_source: WireSource
+    loss_difference: float
+    losses: list[float]
+    rounds: dict[str, list[float]]
+
+
+class FullyShard(Contender):
+    """FSDP2: parameters, gradients and state are DTensors, of each of which this rank holds one shard."""
+
+    @property
+    def state_bytes(self) -> int:
+        """See Contender; a DTensor's own size would be that of all shards together."""
+        held = (value for state in self.holder.state.values() for key, value in state.items() if key != "step")
+        return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in held)
+
+
+def build(name: Name, plan: Plan, device: torch.device) -> Contender:
+    """Make a contender around a fresh copy of the model; called on every rank.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+    """
+    model = GPT(plan.model, plan.seed).to(device, plan.precision.dtype)
+    # What torch's law, decay = lr * weight_decay, needs to decay as much as ours.
+    coupled = plan.weight_decay / plan.lr
+    if name is Name.FSDP2:
+        mesh = init_device_mesh(device.type, (plan.ranks,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return FullyShard(model, AdamW(groups_of(model, coupled), lr=plan.lr, betas=(0.9, 0.95), fused=True))
+    if name is Name.SHARDED_UNDER_DDP:
+        config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, reduce_gradients=False)
+        groups = groups_of(model, plan.weight_decay)
+        optimizer = ShardedDecoupledAdamW(groups, lr=plan.lr, betas=(0.9, 0.95), config=config)
+        on_gpu = [device] if device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return Sharded(ddp, optimizer)
+    settings = Settings(
+        ranks=plan.ranks,
+        optimizer=Choice(name.value),
+        preset=plan.preset,
+        lr=plan.lr,
+        weight_decay=plan.weight_decay,
+        global_batch=plan.batch * plan.ranks,
+        bucket_cap_mb=plan.bucket_cap_mb,
+        seed=plan.seed,
+    )
+    return contender_for(settings, model, device)
+
+
+def groups_of(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups as the other contenders have them: matrices decay, vectors do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+# In struct tcp_info (linux/tcp.h): where tcpi_bytes_sent and, behind it, tcpi_bytes_retrans lie, and where they end.
+TCP_INFO_BYTES_SENT = 200
+TCP_INFO_SIZE = 216
+
+
+def bytes_sent_by_sockets() -> int | None:
+    """Data bytes that this process has sent over the TCP connections it holds open; None where that is not known.
+
+    The kernel counts them, whichever library sends, so the measure is the same for everybody. It includes the headers
+    of gloo's messages.
+    """
+    if sys.platform != "linux":
+        return None
+    total = 0
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry))) as connection:
+                if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
+                    continue
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+        except OSError:
+            continue  # closed since it was listed
+        if len(info) < TCP_INFO_SIZE:
+            return None  # Linux before 4.19
+        sent, resent = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
+        total += sent - resent
+    return total
+
+
+class Clock:
+    """Times work on one device without waiting for it in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def settle(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """A point in the device's work."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Time between two marks that the device has passed."""
+        return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else float(end - start)
+
+
+class Benchmark:
+    """The contenders on this rank, and what has been measured of them so far.
+
+    Attributes:
+        contenders: Those that could be built.
+        missing: Those that could not, and why.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self.contenders: dict[Name, Contender] = {}
+        self.missing: dict[Name, str] = {}
+        for name in plan.contenders:
+            try:
+                self.contenders[name] = build(name, plan, device)
+            except ImportError as error:
+                self.missing[name] = str(error)
+        self.num_parameters = sum(p.numel() for p in GPT(plan.model).parameters())
+        self._clock = Clock(device)
+        self._corpus = Corpus(None, plan.context)
+        self._wire_source = WireSource.FORMULA
+        if device.type == "cpu" and bytes_sent_by_sockets() is not None:
+            self._wire_source = WireSource.SOCKETS
+        num_rounds = plan.warmup + plan.rounds
+        # [rounds, contenders, columns] and [rounds, contenders]
+        self._samples = torch.zeros(num_rounds, len(self.contenders), len(COLUMNS), dtype=torch.float64)
+        self._losses = torch.zeros(num_rounds, len(self.contenders), dtype=torch.float64)
+
+    def run(self, console: Console) -> dict[Name, Result]:
+        """Take all rounds, and return what every rank agrees on. Collective."""
+        rank, batch, num_rounds = dist.get_rank(), self.plan.batch, len(self._samples)
+        contenders = list(enumerate(self.contenders.values()))
+        gc.collect()
+        gc.disable()  # a collection in the middle of a step would be counted as that contender's
+        for index in range(num_rounds):
+            rows = range(rank * batch, (rank + 1) * batch)
+            tokens, targets = self._corpus.batch(
+                self.plan.seed, index, rows, self.plan.ranks * batch, self.plan.context, self.device
+            )
+            first = index % len(contenders)
+            order = contenders[first:] + contenders[:first]
+            # Every other time around backwards, so that nobody always runs in the wake of the same neighbour.
+            for column, contender in order if index // len(order) % 2 == 0 else reversed(order):
+                self._losses[index, column] = self._step(contender, tokens, targets, self._samples[index, column])
+            gc.collect()
+            if (index + 1) * 10 // num_rounds > index * 10 // num_rounds:
+                console.print(f"round {index + 1} of {num_rounds}")
+        gc.enable()
+        dist.all_reduce(samples := self._samples.to(self.device), dist.ReduceOp.MAX)
+        dist.all_reduce(losses := self._losses.to(self.device))
+        return self._results(samples.cpu(), losses.cpu() / self.plan.ranks)
+
+    def _step(self, contender: Contender, tokens: Tensor, targets: Tensor, sample: Tensor) -> float:
+        clock = self._clock
+        sent_before = self._bytes_sent()
+        clock.settle()
+        dist.barrier()
+        started, start, cpu_before = time.perf_counter(), clock.mark(), time.process_time()
+        loss = contender.model(tokens, targets)
+        loss.backward()
+        after_backward = clock.mark()
+        contender.optimizer.step()
+        after_step = clock.mark()
+        contender.zero_grad()
+        clock.settle()
+        sample[STEP_S] = time.perf_counter() - started
+        sample[CPU_S] = time.process_time() - cpu_before
+        sample[FORWARD_BACKWARD_S] = clock.seconds(start, after_backward)
+        sample[OPTIMIZER_S] = clock.seconds(after_backward, after_step)
+        parts = contender.parts(float(sample[OPTIMIZER_S]))
+        sample[REDUCE_S], sample[UPDATE_S], sample[GATHER_S] = parts.reduction or 0.0, parts.update, parts.gather or 0.0
+        sample[WIRE_BYTES] = self._bytes_sent() - sent_before
+        return float(loss.detach())
+
+    def _bytes_sent(self) -> int:
+        if self._wire_source is not WireSource.SOCKETS:
+            return 0
+        dist.barrier()  # until then a rank may still be draining what it has handed to the kernel
+        return bytes_sent_by_sockets() or 0
+
+    def _results(self, samples: Tensor, losses: Tensor) -> dict[Name, Result]:
+        names = list(self.contenders)
+        baseline = names.index(self.plan.baseline)
+        counted = samples[self.plan.warmup :]
+        results = {}
+        for column, (name, contender) in enumerate(self.contenders.items()):
+            rounds = counted[:, column]
+            spreads = {title: Spread.of(rounds[:, index]) for index, title in enumerate(COLUMNS)}
+            difference = (losses[:, column] - losses[:, baseline]).abs() / losses[:, baseline].abs()
+            wire_bytes, wire_source = self._wire(name, contender, spreads["wire_bytes"].median)
+            results[name] = Result(
+                description=DESCRIPTIONS[name],
+                spreads=spreads,
+                ratio=Spread.of(rounds[:, STEP_S] / counted[:, baseline, STEP_S]),
+                tells_parts=isinstance(contender, Sharded),
+                state_bytes=largest_over_ranks(contender.state_bytes, self.device),
+                wire_bytes_per_parameter=wire_bytes / self.num_parameters,
+                wire_source=wire_source,
+                loss_difference=float(difference.max()),
+                losses=losses[:, column].tolist(),
+                rounds={title: rounds[:, index].tolist() for index, title in enumerate(COLUMNS)},
+            )
+        return results
+
+    def _wire(self, name: Name, contender: Contender, at_sockets: float) -> tuple[float, WireSource]:
+        if self._wire_source is WireSource.SOCKETS:
+            return at_sockets, WireSource.SOCKETS
+        if name is Name.SHARDED and contender.wire_bytes is not None:
+            return float(contender.wire_bytes), WireSource.OPTIMIZER
+        share = (self.plan.ranks - 1) / self.plan.ranks
+        return WIRE_UNITS[name] * share * self.plan.precision.dtype.itemsize * self.num_parameters, WireSource.FORMULA
+
+
+def surroundings(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Machine, versions, date and commit: what a figure is worth nothing without."""
+    git = ["git", "-C", str(CHECKOUT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fairscale": version_of("fairscale"),
+        "backend": dist.get_backend(),
+        "commit": commit or None,
+        "uncommitted_changes": bool(changes),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux knows it, or what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+TITLES = (
+    "contender",
+    "step ms",
+    "ratio to {baseline}: median [quartiles] (range)",
+    "forward+backward ms",
+    "optimizer ms",
+    "CPU ms",
+    "state MB per rank",
+    "wire B per parameter",
+    "largest loss difference",
+)
+
+
+def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]) -> list[list[str]]:
+    """One row of texts per contender asked for, under TITLES."""
+    rows = []
+    for name in plan.contenders:
+        if name in missing:
+            rows.append([name, "not installed", missing[name], *[""] * (len(TITLES) - 3)])
+            continue
+        result = results[name]
+        ratio, spreads = result.ratio, result.spreads
+        wire = f"{result.wire_bytes_per_parameter:.2f}"
+        optimizer = f"{1e3 * spreads['optimizer_s'].median:.0f}"
+        if result.tells_parts:
+            parts = "+".join(f"{1e3 * spreads[part].median:.0f}" for part in ("reduce_s", "update_s", "gather_s"))
+            optimizer += f" ({parts})"
+        rows.append(
+            [
+                name,
+                f"{1e3 * spreads['step_s'].median:.0f}",
+                f"{ratio.median:.2f} [{ratio.q1:.2f}-{ratio.q3:.2f}] ({ratio.min:.2f}-{ratio.max:.2f})",
+                f"{1e3 * spreads['forward_backward_s'].median:.0f}",
+                optimizer,
+                f"{1e3 * spreads['cpu_s'].median:.0f}",
+                f"{result.state_bytes / 1e6:.1f}",
+                wire if result.wire_source is not WireSource.FORMULA else f"{wire} (computed)",
+                "-" if name is plan.baseline else f"{result.loss_difference:.1e}" if result.loss_difference else "0",
+            ]
+        )
+    return rows
+
+
+def notes(plan: Plan, num_parameters: int, around: dict[str, Any]) -> list[str]:
+    """What the table's reader has to know."""
+    dirty = " with uncommitted changes" if around["uncommitted_changes"] else ""
+    return [
+        f"{num_parameters / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({around['backend']}), "
+        f"{plan.batch} x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up.",
+        f"{around['gpu'] or around['cpu']}, {around['cores']} cores; torch {around['torch']}, "
+        f"Python {around['python']}, {around['date'][:10]}, commit {(around['commit'] or 'none')[:12]}{dirty}.",
+        "Medians over the rounds; the ratio is taken within each round. The slower rank counts. Wrappers reduce "
+        "gradients within backward, ours within the optimizer's step: in brackets, reduction + update + gather. "
+        "CPU: what all threads of the rank used of the cores in a step; it hardly feels a busy machine.",
+    ]
+
+
+def markdown(rows: list[list[str]], titles: Sequence[str], lines: Sequence[str]) -> str:
+    """The table and its notes, for a README."""
+    table = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in table] + ["", *lines]) + "\n"
+
+
+def show(plan: Plan, benchmark: Benchmark, results: dict[Name, Result], console: Console) -> None:
+    """Print the table; write the JSON and markdown files where asked to."""
+    around = surroundings(plan, benchmark.device)
+    rows = table_rows(plan, results, benchmark.missing)
+    titles = [title.format(baseline=plan.baseline) for title in TITLES]
+    lines = notes(plan, benchmark.num_parameters, around)
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if plan.out is not None:
+        record = {
+            "config": asdict(plan) | {"out": None},
+            "model": asdict(plan.model) | {"num_parameters": benchmark.num_parameters},
+            "surroundings": around,
+            "baseline": plan.baseline,
+            "contenders": {name: asdict(result) for name, result in results.items()},
+            "not_installed": benchmark.missing,
+        }
+        plan.out.parent.mkdir(parents=True, exist_ok=True)
+        plan.out.write_text(json.dumps(record, indent=1) + "\n")
+        plan.out.with_suffix(".md").write_text(markdown(rows, titles, lines))
+        console.print(f"written to {plan.out} and {plan.out.with_suffix('.md')}")
+
+
+def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
+    """One rank, from joining to leaving."""
+    # Peers warn, once per rank, about their own use of what torch has deprecated.
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(plan.threads)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", plan.ranks)):
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=rendezvous,
+        rank=int(os.environ.get("RANK", local_rank)),
+        world_size=plan.ranks,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        console = Console(
+            quiet=dist.get_rank() != 0, markup=False, highlight=False, width=None if sys.stdout.isatty() else 200
+        )
+        benchmark = Benchmark(plan, device)
+        results = benchmark.run(console)
+        if dist.get_rank() == 0:
+            show(plan, benchmark, results, console)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def main(
+    ranks: Annotated[int, typer.Option(min=1, envvar="WORLD_SIZE", help="Ranks to start.")] = 2,
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.MEDIUM,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; in each, every contender steps once.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per rank and step.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
+    contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(Name),
+    threads: Annotated[int, typer.Option(min=0, help="torch's threads per rank; 0 shares out the cores.")] = 0,
+    dtype: Annotated[Precision, typer.Option(help="Of the model's parameters.")] = Precision.FP32,
+    bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = ShardingConfig().bucket_cap_mb,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Share of a matrix that decays per step.")] = 3e-5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batches.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None,
+) -> None:
+    """Time a training step of the sharded optimizer and of its peers, interleaved in one run."""
+    asked_for = tuple(dict.fromkeys(name.strip() for name in contenders.split(",")))
+    if unknown := [name for name in asked_for if name not in tuple(Name)]:
+        raise typer.BadParameter(f"expected --contenders to name some of {', '.join(Name)}, got {', '.join(unknown)}")
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    plan = Plan(
+        ranks=ranks,
+        preset=preset,
+        rounds=rounds,
+        warmup=warmup,
+        batch=batch,
+        context=context,
+        contenders=tuple(Name(name) for name in asked_for),
+        threads=threads or max(1, cores // ranks),
+        precision=dtype,
+        bucket_cap_mb=bucket_cap_mb,
+        lr=lr,
+        weight_decay=weight_decay,
+        seed=seed,
+        out=out,
+    )
+    if "RANK" in os.environ:
+        work(int(os.environ["LOCAL_RANK"]), plan, "env://")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
