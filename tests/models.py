@@ -1,0 +1,196 @@
+"""Parameters, models and gradients that several test modules train."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Groups = list[dict[str, Any]]  # parameter groups of (name, parameter) pairs, as torch.optim takes them
+Make = Callable[[tuple[int, ...], torch.dtype], nn.Parameter]
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+def _odd(make: Make) -> Groups:
+    """0-d, zero-size, one-element and odd parameters; every small one is smaller than four ranks."""
+    shapes = [(7,), (13, 3), (1,), (), (0,), (65,), (3, 5, 7), (2, 0, 3), (2,), (128, 3), (3,)]
+    return [{"params": [(f"p{i}", make(shape, F32)) for i, shape in enumerate(shapes)]}]
+
+
+def _tiny_bias(make: Make) -> Groups:
+    """All of it together is smaller than one alignment unit, and the bias than the number of ranks."""
+    return [{"params": [("weight", make((3, 5), F32)), ("bias", make((1,), F32))]}]
+
+
+def _only_empty_and_scalar(make: Make) -> Groups:
+    return [{"params": [("empty", make((0, 4), F32)), ("scalar", make((), F32))]}]
+
+
+def _grouped(make: Make) -> Groups:
+    return [
+        {"params": [("a", make((31, 9), F32)), ("b", make((31,), F32))], "lr": 1e-2, "weight_decay": 3e-4},
+        {"params": [("c", make((5,), F32))], "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.0},
+        {"params": [("d", make((64, 4), F32)), ("e", make((17, 3), F32)), ("f", make((), F32))], "amsgrad": True},
+    ]
+
+
+def _mixed(make: Make) -> Groups:
+    return [
+        {"params": [("a32", make((19, 7), F32)), ("b16", make((33, 5), BF16)), ("c64", make((11, 3), F64))]},
+        {"params": [("d16", make((5,), BF16)), ("e32", make((130,), F32)), ("f16", make((), BF16))], "lr": 4e-3},
+    ]
+
+
+def _bf16(make: Make) -> Groups:
+    return [{"params": [("weight", make((37, 5), BF16)), ("bias", make((3,), BF16)), ("scale", make((), BF16))]}]
+
+
+def _fp16(make: Make) -> Groups:
+    return [{"params": [("weight", make((21, 5), F16)), ("bias", make((3,), F16)), ("wide", make((70,), F32))]}]
+
+
+def _large(make: Make) -> Groups:
+    """More than any exchange moves at once, and not a multiple of anything."""
+    return [{"params": [("huge", make((701, 997), F32)), ("bias", make((997,), F32))]}]
+
+
+def _transposed(make: Make) -> Groups:
+    def transpose(p: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(p.detach().transpose(0, 1))
+
+    images = make((2, 3, 4, 5), F32).detach().contiguous(memory_format=torch.channels_last)
+    strided = make((9, 10), F32).detach()[:, ::2]
+    params = [
+        ("t", transpose(make((5, 13), F32))),
+        ("plain", make((6, 7), F32)),
+        ("t16", transpose(make((8, 3), BF16))),
+        ("channels_last", nn.Parameter(images)),
+        ("strided", nn.Parameter(strided)),
+    ]
+    return [{"params": params}]
+
+
+def _frozen(make: Make) -> Groups:
+    params = [(f"p{i}", make((11, i + 1), F32)) for i in range(6)]
+    for i in (0, 3):
+        params[i][1].requires_grad_(False)
+    return [{"params": params[:4]}, {"params": params[4:], "lr": 5e-3}]
+
+
+def _aligned(make: Make) -> Groups:
+    """Sizes that divide evenly by any rank count up to four times the alignment unit: no padding anywhere."""
+    return [{"params": [("a", make((64, 12), F32)), ("b", make((3 * 4 * 64, 2), F32)), ("c", make((768,), F32))]}]
+
+
+PARAMETERS: dict[str, Callable[[Make], Groups]] = {
+    "odd sizes": _odd,
+    "tiny": _tiny_bias,
+    "empty and scalar": _only_empty_and_scalar,
+    "several groups": _grouped,
+    "mixed dtypes": _mixed,
+    "bf16": _bf16,
+    "fp16": _fp16,
+    "large": _large,
+    "non-contiguous": _transposed,
+    "frozen": _frozen,
+    "aligned": _aligned,
+}
+
+
+def make_groups(name: str, seed: int) -> Groups:
+    """The parameter groups of `PARAMETERS[name]`, drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=generator, dtype=F64).to(dtype))
+
+    return PARAMETERS[name](make)
+
+
+def named(groups: Groups) -> dict[str, nn.Parameter]:
+    return {name: param for group in groups for name, param in group["params"]}
+
+
+def draw_gradient(param: Tensor, *key: int) -> Tensor:
+    """A gradient that depends on `key` alone, at a scale between 1e-4 and 1 that depends on it too."""
+    seed = 0
+    for part in key:
+        seed = seed * 1009 + part + 1
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** (-4 * torch.rand((), generator=generator, dtype=F64))
+    return (scale * torch.randn(param.shape, generator=generator, dtype=F64)).to(param.dtype)
+
+
+def mean_in_rank_order(gradients: Sequence[Tensor]) -> Tensor:
+    """(g0 + g1 + ...) / N, accumulated in fp32 or wider in rank order, rounded once."""
+    total = gradients[0].to(torch.promote_types(gradients[0].dtype, F32), copy=True)
+    for gradient in gradients[1:]:
+        total += gradient
+    return (total / len(gradients)).to(gradients[0].dtype)
+
+
+def reduce_for_control(group: Any, gradient: Tensor) -> Tensor:
+    """The mean over the ranks of a group, by torch's own all-gather and the rule above."""
+    gathered = [torch.empty_like(gradient, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(gathered, gradient.contiguous(), group=group)
+    return mean_in_rank_order(gathered)
+
+
+def mains_of(groups: Groups, main_dtype: torch.dtype | None) -> Groups:
+    """Copies for the control: wherever sharding keeps a wider main parameter, the copy is that wide."""
+    copies: Groups = copy.deepcopy(groups)
+    for group in copies:
+        for i, (name, param) in enumerate(group["params"]):
+            if main_dtype is not None and param.dtype.itemsize < main_dtype.itemsize:
+                group["params"][i] = (name, nn.Parameter(param.detach().to(main_dtype), param.requires_grad))
+    return copies
+
+
+class TiedLanguageModel(nn.Module):
+    """Embedding and head share a weight; one layer is frozen and one is never used."""
+
+    def __init__(self, vocabulary: int = 17, width: int = 12) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.hidden = nn.Linear(width, 3 * width + 1)
+        self.back = nn.Linear(3 * width + 1, width)
+        self.unused = nn.Linear(width, 5)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.back(torch.nn.functional.gelu(self.hidden(self.frozen(x))))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def loss(self, seed: int) -> Tensor:
+        tokens = torch.randint(0, self.embedding.num_embeddings, (4, 9), generator=torch.Generator().manual_seed(seed))
+        logits = self(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+class Attention(nn.Module):
+    """A transformer layer over random sequences, with a convolution and a 0-d temperature in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(3, 16, kernel_size=3, padding=1)
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=40, dropout=0.0, batch_first=True)
+        self.readout = nn.Linear(16, 1)
+
+    def loss(self, seed: int) -> Tensor:
+        dtype = self.temperature.dtype
+        generator = torch.Generator().manual_seed(seed)
+        sequences = torch.randn(4, 3, 6, generator=generator).to(dtype)
+        features = self.convolution(sequences).transpose(1, 2) * self.temperature
+        return (self.readout(self.layer(features)).float() - 1).square().mean()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"tied language model": TiedLanguageModel, "attention": Attention}

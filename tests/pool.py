@@ -1,0 +1,306 @@
+"""A pool of gloo ranks that lives for the whole test session.
+
+Starting a process that imports torch costs seconds; a test case costs milliseconds. So four workers start once, on
+first use, join one process group, and make a subgroup for each of 1, 2, 3 and 4 ranks. A test then says
+
+    results = on_ranks(2, train_a_little, 0.1)       # train_a_little(process_group, 0.1) on each of two ranks
+
+and gets the results in rank order, by value. `train_a_little` is a function at the top level of a test module.
+
+Invariants:
+
+- A failure on any rank fails the test and shows that rank's traceback; a hang is killed, shown with every stack, and
+  fails the test as a hang. Neither reaches the next test: a group that saw an error is replaced by a fresh one, and a
+  pool that cannot be trusted any more is replaced as a whole.
+- Workers never outlive the test process, however it ends.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+NUM_RANKS = 4
+START_TIMEOUT_S = 120.0  # four interpreters importing torch, on a machine that may be busy
+CASE_TIMEOUT_S = 30.0  # a case takes milliseconds; this long means that a rank waits for one that never comes
+GRACE_S = 5.0  # once one rank has failed, how long the others get to finish or fail too
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # longer than a case, so that a hang is reported as a hang
+
+
+class RankFailure(AssertionError):
+    """A case failed on one or more ranks; the message carries every failing rank's traceback."""
+
+
+class RankHang(RankFailure):
+    """A case did not finish: some rank waited for something that never came. The message shows where."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank made of a case: a value, or the exception that it raised."""
+
+    rank: int
+    value: Any = None
+    error: str | None = None  # the exception's type name
+    message: str = ""
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return repr(self.value) if self.error is None else f"{self.error}: {self.message}"
+
+
+# --- in the worker ---------------------------------------------------------------------------------------------------
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _new_group(num_ranks: int) -> Any:
+    return dist.new_group(list(range(num_ranks)), timeout=COLLECTIVE_TIMEOUT, backend="gloo")
+
+
+def _check_in_step(groups: dict[int, Any], rank: int) -> None:
+    """Proves that the world group and the newest subgroups still move the right bytes."""
+    for num_ranks, group in [(NUM_RANKS, dist.group.WORLD), *groups.items()]:
+        if rank < num_ranks:
+            total = torch.tensor([rank + 1])
+            dist.all_reduce(total, group=group)
+            assert total.item() == num_ranks * (num_ranks + 1) // 2, f"group of {num_ranks} ranks is out of step"
+
+
+def _run_case(rank: int, num_ranks: int, group: Any, blob: bytes) -> Outcome:
+    try:
+        torch.manual_seed(0)
+        random.seed(0)
+        fn, args = pickle.loads(blob)
+        value = fn(group, *args)
+        pickle.dumps(value)  # a result that cannot travel is this case's failure
+        return Outcome(rank, value)
+    except BaseException as error:  # everything is reported to the test
+        return Outcome(rank, None, type(error).__name__, str(error), traceback.format_exc())
+
+
+def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process decides when to stop
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    stacks = open(stack_file, "w")  # noqa: SIM115 - stays open as long as the process
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=COLLECTIVE_TIMEOUT)
+    groups = {num_ranks: _new_group(num_ranks) for num_ranks in range(1, NUM_RANKS + 1)}
+    connection.send_bytes(pickle.dumps("ready"))
+    while True:
+        try:
+            verb, num_ranks, blob = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        if verb == "stop":
+            os._exit(0)
+        if verb == "run":
+            reply: Any = _run_case(rank, num_ranks, groups[num_ranks], blob)
+        else:
+            # A peer may have left a message behind in the old group: nobody may ever receive it.
+            old, groups[num_ranks] = groups[num_ranks], _new_group(num_ranks)
+            if rank < num_ranks and old in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(old)
+            _check_in_step({num_ranks: groups[num_ranks]}, rank)
+            reply = "renewed"
+        connection.send_bytes(pickle.dumps(reply))
+
+
+# --- in the test process ---------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Owns the workers. Use the module's `on_ranks` and `outcomes`, which share one pool."""
+
+    def __init__(self) -> None:
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+        self._store: dist.TCPStore | None = None
+        self._stack_folder: tempfile.TemporaryDirectory[str] | None = None
+        self.num_starts = 0
+        self._owner_pid = 0
+
+    def outcomes(
+        self, num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S
+    ) -> list[Outcome]:
+        """Runs `fn(process_group, *args)` on the first `num_ranks` ranks and returns each rank's outcome.
+
+        Raises:
+            RankHang: some rank did not finish.
+            RankFailure: a worker process died.
+        """
+        __tracebackhide__ = True
+        assert 1 <= num_ranks <= NUM_RANKS, f"expected 1 to {NUM_RANKS} ranks, got {num_ranks}"
+        blob = pickle.dumps((fn, args))
+        self._start_if_needed()
+        with self._replace_on_failure():
+            results: list[Outcome] = self._ask("run", num_ranks, blob, range(num_ranks), timeout_s)
+        if any(outcome.error is not None for outcome in results):
+            # Fresh groups are cheap and nothing else rules out a message left over by the failure. Where even that
+            # fails, the next case starts a new pool.
+            with contextlib.suppress(RankFailure), self._replace_on_failure():
+                self._ask("renew", num_ranks, b"", range(NUM_RANKS), GRACE_S)
+        return results
+
+    def on_ranks(
+        self, num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S
+    ) -> list[Any]:
+        """Runs `fn(process_group, *args)` on the first `num_ranks` ranks and returns the results in rank order.
+
+        Raises:
+            RankFailure: with the traceback of every rank that failed.
+            RankHang: some rank did not finish.
+        """
+        __tracebackhide__ = True
+        results = self.outcomes(num_ranks, fn, *args, timeout_s=timeout_s)
+        failed = [outcome for outcome in results if outcome.error is not None]
+        if failed:
+            report = "\n".join(f"--- rank {o.rank} of {num_ranks} failed ---\n{o.traceback}" for o in failed)
+            raise RankFailure(f"{fn.__name__} failed on rank(s) {[o.rank for o in failed]} of {num_ranks}\n{report}")
+        return [outcome.value for outcome in results]
+
+    def close(self) -> None:
+        """Stops every worker; the next case starts new ones."""
+        if os.getpid() != self._owner_pid:  # a forked child must not stop its parent's workers
+            return
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(pickle.dumps(("stop", 0, b"")))
+        deadline = time.monotonic() + 2.0
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for connection in self._connections:
+            connection.close()
+        if self._stack_folder is not None:
+            self._stack_folder.cleanup()
+        self._processes, self._connections, self._store, self._stack_folder = [], [], None, None
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    def _start_if_needed(self) -> None:
+        __tracebackhide__ = True
+        if self._processes and all(process.is_alive() for process in self._processes):
+            return
+        self.close()
+        self._owner_pid = os.getpid()
+        self.num_starts += 1
+        # Ranks meet on the loopback interface: no name resolution, no firewall.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        self._stack_folder = tempfile.TemporaryDirectory()
+        # The store lives here, so that it outlives any worker and its port is known to be free.
+        self._store = dist.TCPStore("127.0.0.1", 0, NUM_RANKS, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        for rank in range(NUM_RANKS):
+            ours, theirs = context.Pipe()
+            stack_file = str(Path(self._stack_folder.name) / str(rank))
+            process = context.Process(
+                target=_worker, args=(rank, self._store.port, theirs, stack_file), name=f"rank-{rank}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        with self._replace_on_failure():
+            self._collect(range(NUM_RANKS), START_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _replace_on_failure(self) -> Iterator[None]:
+        """Whatever interrupts a conversation with the workers (a hang, Ctrl-C) makes them useless: start over."""
+        try:
+            yield
+        except BaseException:
+            for process in self._processes:
+                process.kill()
+            self.close()
+            raise
+
+    def _ask(self, verb: str, num_ranks: int, blob: bytes, ranks: range, timeout_s: float) -> list[Any]:
+        __tracebackhide__ = True
+        message = pickle.dumps((verb, num_ranks, blob))
+        for rank in ranks:
+            self._connections[rank].send_bytes(message)
+        return self._collect(ranks, timeout_s)
+
+    def _collect(self, ranks: range, timeout_s: float) -> list[Any]:
+        """One reply from each rank, or RankHang / RankFailure."""
+        __tracebackhide__ = True
+        replies: dict[int, Any] = {}
+        start = time.monotonic()
+        deadline = start + timeout_s
+        while len(replies) < len(ranks):
+            waiting = {self._connections[rank]: rank for rank in ranks if rank not in replies}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankHang(self._describe_hang(sorted(waiting.values()), replies, time.monotonic() - start))
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting[connection]
+                try:
+                    replies[rank] = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join(1.0)
+                    raise RankFailure(f"rank {rank} died, exit code {self._processes[rank].exitcode}") from None
+                if isinstance(replies[rank], Outcome) and replies[rank].error is not None:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        return [replies[rank] for rank in ranks]
+
+    def _describe_hang(self, stuck: list[int], replies: dict[int, Any], elapsed_s: float) -> str:
+        lines = [f"hang: rank(s) {stuck} did not finish within {elapsed_s:.0f} s"]
+        for rank, reply in sorted(replies.items()):
+            if isinstance(reply, Outcome) and reply.error is not None:
+                lines.append(f"--- rank {rank} had failed ---\n{reply.traceback}")
+            else:
+                lines.append(f"--- rank {rank} had finished ---")
+        for rank in stuck:
+            lines.append(f"--- rank {rank} hangs here ---\n{self._stack_of(rank)}")
+        return "\n".join(lines)
+
+    def _stack_of(self, rank: int) -> str:
+        pid = self._processes[rank].pid
+        if self._stack_folder is None or pid is None or not hasattr(faulthandler, "register"):
+            return "(no stack on this platform)"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            return Path(self._stack_folder.name, str(rank)).read_text()
+        return "(no stack)"
+
+
+pool = Pool()
+on_ranks = pool.on_ranks
+outcomes = pool.outcomes
+atexit.register(pool.close)

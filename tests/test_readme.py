@@ -1,0 +1,129 @@
+"""The README's python blocks run as they stand: in order, in one namespace, on one rank and on several."""
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.pool import RankFailure, on_ranks
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """(line number in the file, source) of every fenced block marked python."""
+    return [
+        (text.count("\n", 0, match.start(2)) + 1, match.group(2))
+        for match in re.finditer(r"^```(python|py)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def run_blocks(text: str, file: str) -> list[int]:
+    """Runs every block; returns the line numbers of those that ran."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    blocks = python_blocks(text)
+    for line, source in blocks:
+        # Blank lines in front make a traceback point at the README's own lines.
+        exec(compile("\n" * (line - 1) + source, file, "exec"), namespace)
+    return [line for line, _ in blocks]
+
+
+@contextlib.contextmanager
+def environment_of_one_rank() -> Iterator[None]:
+    """What torchrun would set, so that a block may call init_process_group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def run_blocks_on_a_rank(_: Any, text: str, file: str, folder: str) -> list[int]:
+    """Here the default group exists already: starting and ending it is the pool's business, not the README's."""
+    init, destroy, cwd = dist.init_process_group, dist.destroy_process_group, os.getcwd()
+    names = dict(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    os.environ.update(names)
+    os.chdir(folder)
+    dist.init_process_group = lambda *args, **kwargs: None
+    dist.destroy_process_group = lambda *args, **kwargs: None
+    try:
+        return run_blocks(text, file)
+    finally:
+        dist.init_process_group, dist.destroy_process_group = init, destroy
+        os.chdir(cwd)
+        for name in names:
+            del os.environ[name]
+
+
+def test_the_readme_has_python_blocks() -> None:
+    assert python_blocks(README.read_text()), "README.md shows no python"
+
+
+def test_the_readmes_blocks_run_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text()
+    monkeypatch.chdir(tmp_path)
+    with environment_of_one_rank():
+        ran = run_blocks(text, str(README))
+    assert len(ran) == text.count("\n```python") + text.startswith("```python"), "a block was not recognised"
+
+
+def test_the_readmes_blocks_run_on_several_ranks(tmp_path: Path) -> None:
+    """On all of the pool's ranks, because a block that names no group uses the default one."""
+    text = README.read_text()
+    ran = on_ranks(4, run_blocks_on_a_rank, text, str(README), str(tmp_path))
+    assert ran == [[line for line, _ in python_blocks(text)]] * 4
+
+
+# --- the extraction itself ---
+
+SAMPLE = """# Title
+
+```python
+import torch.distributed as dist
+dist.init_process_group("gloo")
+x = 1
+```
+
+```bash
+exit 1
+```
+
+```python
+assert x == 1 and __name__ == "__main__"
+y = dist.get_world_size()
+dist.destroy_process_group()
+```
+"""
+
+
+def test_blocks_share_a_namespace_and_other_languages_are_left_out() -> None:
+    with environment_of_one_rank():
+        assert run_blocks(SAMPLE, "sample") == [4, 14]
+    assert not dist.is_initialized()
+
+
+def test_blocks_may_start_and_end_their_own_process_group_on_several_ranks(tmp_path: Path) -> None:
+    assert on_ranks(4, run_blocks_on_a_rank, SAMPLE, "sample", str(tmp_path)) == [[4, 14]] * 4
+    assert on_ranks(4, run_blocks_on_a_rank, SAMPLE, "sample", str(tmp_path)) == [[4, 14]] * 4
+
+
+def test_a_block_that_fails_is_reported_at_its_line_of_the_file(tmp_path: Path) -> None:
+    broken = SAMPLE.replace("assert x == 1", "assert x == 2")
+    with pytest.raises(RankFailure, match=r'File "sample", line 14'):
+        on_ranks(4, run_blocks_on_a_rank, broken, "sample", str(tmp_path))
