@@ -340,17 +340,17 @@ def test_a_group_added_later_trains_with_its_own_hyperparameters() -> None:
     assert optimizer.state_bytes > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
 def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
     params, optimizer, control_params, control = pair()
     extra = nn.Parameter(torch.ones(3))
-    for bad in (
-        {"params": [extra], "lr": -1.0},
-        {"params": [params["p0"]]},
-        {"params": [nn.Parameter(torch.ones(3, dtype=torch.complex64))]},
-        {"params": [extra, extra]},
+    for bad, said in (
+        ({"params": [("extra", extra)], "lr": -1.0}, r"lr.*-1\.0"),
+        ({"params": [("again", params["p0"])]}, "more than one parameter group"),
+        ({"params": [("odd", nn.Parameter(torch.ones(3, dtype=torch.complex64)))]}, "odd.*complex64"),
+        ({"params": [("view", nn.Parameter(params["p1"].detach()[1:]))]}, "view.*shares memory|p1.*shares memory"),
+        ({"params": [extra]}, "names"),
     ):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises((ValueError, TypeError), match=said):
             optimizer.add_param_group(bad)
         assert len(optimizer.param_groups) == 1
     step_both(params, optimizer, control_params, control, 0)
@@ -658,6 +658,29 @@ def load_swapped_shards(group: Any, saved: list[dict[str, Any]]) -> str:
 def test_loading_another_ranks_shard_is_refused() -> None:
     for message in on_ranks(2, load_swapped_shards, on_ranks(2, save_shard)):
         assert "rank" in message and "0" in message and "1" in message
+
+
+def save_and_load_in_other_buckets(group: Any) -> str:
+    """Sizes for which the middle rank's fragment of `p` has the same length in both layouts, but starts elsewhere."""
+
+    def build(bucket_cap_mb: float) -> tuple[Params, ShardedDecoupledAdamW]:
+        params = {"a": nn.Parameter(torch.ones(64)), "p": nn.Parameter(torch.ones(256))}
+        config = ShardingConfig(bucket_cap_mb=bucket_cap_mb)
+        return params, ShardedDecoupledAdamW(params.items(), process_group=group, config=config)
+
+    params, saved = build(1.0)
+    give_gradients(params, 0)
+    saved.step()
+    _, optimizer = build(1e-6)
+    with pytest.raises(ValueError) as refusal:
+        optimizer.load_state_dict(saved.state_dict())
+    assert not any(value.any() for entries in optimizer.state.values() for value in entries.values())
+    return str(refusal.value)
+
+
+def test_a_shard_of_another_bucket_layout_is_refused_on_every_rank() -> None:
+    for message in on_ranks(3, save_and_load_in_other_buckets):
+        assert message.startswith("state of "), message
 
 
 def damaged(kind: str) -> dict[str, Any]:

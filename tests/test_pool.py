@@ -67,7 +67,7 @@ def test_a_case_costs_milliseconds() -> None:
     start = time.perf_counter()
     for _ in range(20):
         on_ranks(4, rank_and_sum, 0)
-    assert (time.perf_counter() - start) / 20 < 0.25  # a few ms on a quiet machine
+    assert (time.perf_counter() - start) / 20 < 0.5  # a few ms on a quiet machine
 
 
 def test_a_failure_names_the_rank_and_shows_its_traceback() -> None:

@@ -210,7 +210,7 @@ def test_a_bad_argument_is_refused_on_every_rank(case: str) -> None:
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_a_bad_argument_on_one_rank_alone_is_refused_by_all_quoting_that_rank(case: str, wrong_rank: int) -> None:
     _, errors, said = BAD_ARGUMENTS[case]
-    seen = on_ranks(2, construct, case, [wrong_rank], timeout_s=10.0)
+    seen = on_ranks(2, construct, case, [wrong_rank], timeout_s=30.0)
     assert_refused([seen[wrong_rank]], errors, said)
     assert_refused([seen[1 - wrong_rank]], (*EITHER, "RuntimeError"), f"rank {wrong_rank}", said)
 
@@ -588,7 +588,7 @@ def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str) -> See
 def test_a_step_that_one_rank_takes_differently_is_refused_by_all_and_nothing_is_lost(
     case: str, wrong_rank: int, verb: str
 ) -> None:
-    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, timeout_s=10.0)
+    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, timeout_s=30.0)
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
     # A rank that is wrong by itself says what is wrong; the other, and both where they merely differ, name the rank.
     assert f"rank {wrong_rank}" in seen[1 - wrong_rank].message
@@ -676,7 +676,7 @@ def out_of_step(group: Any, case: str) -> Seen:
     ],
 )
 def test_a_rank_that_is_out_of_step_is_an_error_on_all(case: str, said: str) -> None:
-    seen = on_ranks(2, out_of_step, case, timeout_s=10.0)
+    seen = on_ranks(2, out_of_step, case, timeout_s=30.0)
     assert_refused(seen, ("RuntimeError", "ValueError"), said)
 
 
