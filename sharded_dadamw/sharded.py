@@ -307,6 +307,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 bucket.gradients.collect()
             slots = {bucket: bucket.gradients.present for bucket in self._buckets}
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
+            self._check_amsgrad(hypers)
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
@@ -335,6 +336,15 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for index in range(len(self.param_groups)):
             self._shard(index, [member for member in awake if member.group_index == index])
         return self._agree(doing, found_inf=found_inf)
+
+    def _check_amsgrad(self, hypers: Sequence[Hyperparameters]) -> None:
+        for bucket in self._buckets:
+            built, asked_for = bucket.max_exp_avg_sq is not None, hypers[bucket.group_index].amsgrad
+            if built != asked_for:
+                raise ValueError(
+                    f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, with which the group was sharded, "
+                    f"got {asked_for}; choose amsgrad when the group is added"
+                )
 
     def _check_in_place(self) -> None:
         moved = [member for bucket in self._buckets for member in bucket.misplaced()]

@@ -1101,3 +1101,17 @@ def test_fp32_parameters_have_no_main_copy_and_narrower_ones_do() -> None:
         state = optimizer.state[p]
         assert ("main_param" in state) == (p.dtype == BF16)
         assert state["exp_avg"].dtype == (F32 if p.dtype == BF16 else p.dtype)
+
+
+@pytest.mark.parametrize("built_with", [False, True])
+def test_amsgrad_switched_after_construction_is_refused_and_nothing_is_lost(built_with: bool) -> None:
+    params, optimizer, control_params, control = pair(amsgrad=built_with)
+    give_gradients(params, 0)
+    optimizer.param_groups[0]["amsgrad"] = not built_with
+    with pytest.raises(ValueError, match=r"amsgrad.*expected (True|False).*got (True|False)"):
+        optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = built_with
+    optimizer.step()
+    give_gradients(control_params, 0)
+    control.step()
+    assert_equal(params, control_params)

@@ -1,7 +1,6 @@
 """The pool itself: results in rank order, failures and hangs reported and survived."""
 
 import os
-import time
 from typing import Any
 
 import pytest
@@ -62,12 +61,12 @@ def test_results_come_back_in_rank_order_from_a_group_of_that_size(num_ranks: in
     ]
 
 
-def test_a_case_costs_milliseconds() -> None:
+def test_all_cases_share_the_same_workers() -> None:
     on_ranks(4, rank_and_sum, 0)
-    start = time.perf_counter()
+    workers = pool.pids
     for _ in range(20):
         on_ranks(4, rank_and_sum, 0)
-    assert (time.perf_counter() - start) / 20 < 0.5  # a few ms on a quiet machine
+    assert pool.pids == workers
 
 
 def test_a_failure_names_the_rank_and_shows_its_traceback() -> None:

@@ -1,0 +1,54 @@
+"""The house is built as the README says: every module on its floor, importing only from lower ones."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sharded_dadamw"
+
+
+def floors_in_the_readme() -> dict[str, int]:
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return {module: int(floor) for floor, module in rows}
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "sharded_dadamw":
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sharded_dadamw."):
+            imported.add(str(node.module).split(".")[1])
+    return imported
+
+
+def test_the_readme_lists_every_module() -> None:
+    assert set(floors_in_the_readme()) == {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def test_modules_import_only_from_lower_floors() -> None:
+    floors = floors_in_the_readme()
+    uphill = [
+        f"{module} (floor {floor}) imports {imported} (floor {floors[imported]})"
+        for module, floor in floors.items()
+        for imported in modules_imported_by(PACKAGE / f"{module}.py")
+        if floors[imported] >= floor
+    ]
+    assert not uphill
+
+
+def test_nothing_is_imported_inside_a_function() -> None:
+    for path in PACKAGE.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                late = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
+                assert not late, f"{path.name}: {function.name} imports"
+
+
+def test_only_collectives_calls_torch_distributed() -> None:
+    """Others may name its types and reduction operators."""
+    for path in PACKAGE.glob("*.py"):
+        if path.stem != "collectives":
+            calls = re.findall(r"dist\.[a-z_]+\(", path.read_text())
+            assert not calls, f"{path.name} calls {calls}"
