@@ -342,8 +342,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             built, asked_for = bucket.max_exp_avg_sq is not None, hypers[bucket.group_index].amsgrad
             if built != asked_for:
                 raise ValueError(
-                    f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, with which the group was sharded, "
-                    f"got {asked_for}; choose amsgrad when the group is added"
+                    f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, as when it was sharded, "
+                    f"got {asked_for}; choose it when the group is added"
                 )
 
     def _check_in_place(self) -> None:
