@@ -19,6 +19,13 @@ END_OF_FILE = b"\0"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
+def is_skipped(parts: tuple[str, ...], *, is_own: bool) -> bool:
+    """Whether a file is left out, by its path's parts: of one's own text only what is hidden, such as .git."""
+    if is_own:
+        return any(part.startswith(".") for part in parts)
+    return not SKIPPED_FOLDERS.isdisjoint(parts)
+
+
 class Corpus:
     """Training and held-out text as 1-D uint8 tensors.
 
@@ -44,7 +51,7 @@ class Corpus:
         texts = {
             path.relative_to(root).as_posix(): path.read_bytes()
             for path in files
-            if path.is_file() and not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+            if path.is_file() and not is_skipped(path.relative_to(root).parts, is_own=source is not None)
         }
         # By digest of the name: an order that is the same everywhere, yet does not put all of one folder at the end,
         # where the held-out text is cut off.

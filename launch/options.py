@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 if importlib.util.find_spec("typer") and importlib.util.find_spec("rich") and importlib.util.find_spec("matplotlib"):
     import typer
 else:
-    sys.exit("error: launch/ needs typer, rich and matplotlib; run: pip install 'sharded_dadamw[launch]'")
+    sys.exit("error: launch/ needs typer, rich and matplotlib; run, in the checkout: pip install -e '.[launch]'")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class Settings:
     ranks: Annotated[
         int,
         typer.Option(
-            min=1, envvar="WORLD_SIZE", help="Ranks to train on. scripts/train.sh starts as many, 2 by default."
+            min=1,
+            envvar="WORLD_SIZE",
+            show_envvar=False,
+            show_default=False,
+            help="Ranks to train on, one process each. [default: 2]",
         ),
     ] = 1
     optimizer: Annotated[Choice, typer.Option(help="Which optimizer to train with.")] = Choice.SHARDED
@@ -87,7 +91,7 @@ class Settings:
     clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 1.0
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep the largest second moment.")] = False
     bucket_cap_mb: Annotated[
-        float | None, typer.Option(min=0, help="Bucket size of the sharded optimizer. [default: the optimizer's]")
+        float | None, typer.Option(help="Bucket size of the sharded optimizer. [default: the optimizer's]")
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the batches and the sample.")] = 0
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 1
@@ -107,10 +111,14 @@ class Settings:
             )
         if self.lr <= 0:
             raise ValueError(f"expected --lr to be above 0, got {self.lr}")
+        if self.bucket_cap_mb is not None and self.bucket_cap_mb <= 0:
+            raise ValueError(f"expected --bucket-cap-mb to be above 0, got {self.bucket_cap_mb}")
         if self.data is not None and not self.data.exists():
             raise ValueError(f"expected --data to be a file or a folder, got {self.data}, which does not exist")
         if self.optimizer is Choice.FAIRSCALE_OSS and importlib.util.find_spec("fairscale") is None:
-            raise ValueError("--optimizer fairscale-oss needs fairscale; run: pip install 'sharded_dadamw[fairscale]'")
+            raise ValueError(
+                "--optimizer fairscale-oss needs fairscale; run, in the checkout: pip install -e '.[fairscale]'"
+            )
         # The other ranks may look only after rank 0 has begun to write there.
         if self.run_dir is not None and is_rank_zero() and (self.run_dir / "metrics.jsonl").exists():
             raise ValueError(f"expected --run-dir to hold no earlier run, got {self.run_dir}; name another folder")
@@ -141,7 +149,12 @@ def fail(message: object) -> NoReturn:
 def read_settings(arguments: Sequence[str]) -> Settings:
     """Settings from a command line; on `--help` or a wrong option, print and leave by SystemExit."""
     found: list[Settings] = []
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
 
     # The dataclass's fields are the command's options.
     @app.command()

@@ -58,7 +58,7 @@ install() {
 use_environment() {
     local purpose=$1 extras stamp have='' python
     case $purpose in
-        launch) extras=launch ;;
+        launch) extras=launch,fairscale ;;
         test) extras=launch,fairscale,test ;;
         *) die "expected launch or test, got $purpose" ;;
     esac

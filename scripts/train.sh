@@ -31,7 +31,7 @@ cd "$from" # where relative paths among the options, and runs/, belong
 # The options are checked first, at once: a wrong one should not take torch's start and a trace from every rank to tell.
 "$VENV_PYTHON" "$CHECKOUT/launch/options.py" --ranks "$ranks" ${arguments[@]+"${arguments[@]}"}
 for argument in ${arguments[@]+"${arguments[@]}"}; do
-    if [[ $argument == --help ]]; then
+    if [[ $argument == --help || $argument == -h ]]; then
         exit
     fi
 done

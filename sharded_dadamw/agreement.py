@@ -3,13 +3,14 @@
 Each rank states what it is about to do as a list of labelled claims. Ranks first exchange a digest of that list; only
 where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
 
-At construction the digest travels in an object gather. At each step it rides, with the non-finite flag, in one
+At construction the digest travels in a gather of texts. At each step it rides, with the non-finite flag, in one
 all-reduce of three integers: max(h) and max(-h) are equal in size only where all h are equal.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from itertools import zip_longest
 
@@ -40,7 +41,7 @@ def require_agreement(collectives: Collectives, claims: Claims, refusal: Excepti
         ValueError: Another rank refuses its arguments, or claims differ; names the first difference and both sides.
     """
     message = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
-    answers: list[tuple[bytes, str | None]] = collectives.gather_objects((_digest(claims), message))
+    answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([_digest(claims), message]))]
     if refusal is not None:
         raise refusal
     for rank, (_, refused) in enumerate(answers):
@@ -48,7 +49,7 @@ def require_agreement(collectives: Collectives, claims: Claims, refusal: Excepti
             raise ValueError(f"rank {rank} refused its arguments: {refused}")
     if len({digest for digest, _ in answers}) > 1:
         raise ValueError(
-            f"ranks were given different things to build; {_first_difference(collectives.gather_objects(claims))}; "
+            f"ranks were given different things to build; {_find_difference(collectives, claims)}; "
             "build the same model and optimizer on every rank of the group"
         )
 
@@ -57,7 +58,7 @@ class StepAgreement:
     """The ranks' comparison of notes at each step.
 
     On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
-    so it is read at the next step, without waiting. Ranks that disagree about gradients or hyperparameters then get
+    so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get
     wrong numbers for one step but no hang, since every rank takes part in every bucket's collectives whatever its
     gradients. A rank that refuses a step raises at once there, and leaves the others to the backend's timeout.
     """
@@ -99,7 +100,11 @@ class StepAgreement:
         if note.is_cuda:
             self._read_later(note, claims)
         else:
-            self._raise_unless_equal(note, claims, refusal)
+            difference = self._difference(note, claims)
+            if difference is not None and refusal is None:
+                raise RuntimeError(
+                    f"ranks disagree about this step; {difference}; no parameter or state has been changed"
+                )
         if refusal is not None:
             raise refusal
         return None if found_inf is None else note[2].to(torch.float32)
@@ -112,23 +117,33 @@ class StepAgreement:
         self._unread = (host, event, claims)
 
     def _read_previous(self) -> None:
-        if self._unread is not None and self._unread[1].query():
-            host, _, claims = self._unread
+        # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
+        # since a disagreement makes them exchange claims.
+        if self._unread is not None:
+            host, arrived, claims = self._unread
             self._unread = None
-            self._raise_unless_equal(host, claims)
+            arrived.synchronize()
+            if (difference := self._difference(host, claims)) is not None:
+                raise RuntimeError(
+                    f"ranks disagreed about the step before this one; {difference}; that step was taken with wrong "
+                    "numbers, so go back to a checkpoint"
+                )
 
-    def _raise_unless_equal(self, note: Tensor, claims: Callable[[], Claims], refusal: Exception | None = None) -> None:
+    def _difference(self, note: Tensor, claims: Callable[[], Claims]) -> str | None:
+        """The first difference between ranks, or None; collective where there is one."""
         largest, negated_smallest, _ = note.tolist()
-        if largest != -negated_smallest:
-            mine = {_THE_STEP: "accepted", **claims()}
-            difference = _first_difference(self._collectives.gather_objects(mine))
-            raise refusal or RuntimeError(
-                f"ranks disagree about this step; {difference}; no parameter or state has been changed"
-            )
+        if largest == -negated_smallest:
+            return None
+        return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})
 
 
-def _digest(claims: Claims) -> bytes:
-    return hashlib.blake2b(repr(list(claims.items())).encode(), digest_size=16).digest()
+def _digest(claims: Claims) -> str:
+    return hashlib.blake2b(repr(list(claims.items())).encode(), digest_size=16).hexdigest()
+
+
+def _find_difference(collectives: Collectives, claims: Claims) -> str:
+    """Exchange claims that are known to differ, and name the first difference. Collective."""
+    return _first_difference([json.loads(text) for text in collectives.gather_texts(json.dumps(claims))])
 
 
 def _first_difference(claims_of_ranks: list[Claims]) -> str:

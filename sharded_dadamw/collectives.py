@@ -84,8 +84,8 @@ class Collectives(ABC):
         """Replace ``tensor`` by that of the group's rank 0."""
 
     @abstractmethod
-    def gather_objects(self, value: Any) -> list[Any]:
-        """One picklable value of each rank, in rank order, on every rank. For set-up and error paths."""
+    def gather_texts(self, text: str) -> list[str]:
+        """One text of each rank, in rank order, on every rank. For set-up and error paths."""
 
 
 class OneRank(Collectives):
@@ -113,18 +113,19 @@ class OneRank(Collectives):
     def broadcast_(self, tensor: Tensor) -> None:
         """See :meth:`Collectives.broadcast_`."""
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """See :meth:`Collectives.gather_objects`."""
-        return [value]
+    def gather_texts(self, text: str) -> list[str]:
+        """See :meth:`Collectives.gather_texts`."""
+        return [text]
 
 
 class NativeVerbs(Collectives):
     """The backend's own collectives."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Wrap a live process group that this rank is in."""
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group = group
+        self._device = device
 
     def check_alive(self) -> None:
         """See :meth:`Collectives.check_alive`."""
@@ -158,11 +159,17 @@ class NativeVerbs(Collectives):
         """See :meth:`Collectives.broadcast_`."""
         dist.broadcast(tensor, group=self._group, group_src=0)
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """See :meth:`Collectives.gather_objects`."""
-        values: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+    def gather_texts(self, text: str) -> list[str]:
+        """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
+        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.num_ranks)]
+        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self._device), group=self._group)
+        lengths = [int(size) for size in sizes]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device)
+        padded[: mine.numel()] = mine
+        texts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        dist.all_gather(texts, padded, group=self._group)
+        return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
 
 
 class _ThenDivide:
@@ -184,9 +191,9 @@ class DirectExchange(NativeVerbs):
     independent of bucket sizes and of the path through the network.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Wrap a live process group that this rank is in."""
-        super().__init__(group)
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Wrap a live process group that this rank is in, for tensors on ``device``."""
+        super().__init__(group, device)
         self._tag = 0
         self._idle_scratch: dict[tuple[torch.dtype, int], list[Tensor]] = {}
 
@@ -350,7 +357,7 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
             "backend's device before building the optimizer"
         )
     direct = device.type == "cpu" and "cpu:gloo" in backend
-    return DirectExchange(process_group) if direct else NativeVerbs(process_group)
+    return DirectExchange(process_group, device) if direct else NativeVerbs(process_group, device)
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:

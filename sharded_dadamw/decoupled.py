@@ -16,6 +16,10 @@ from sharded_dadamw.update import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
 
+SHARD = "shard"
+"""Under this key the state dict of one rank says which shards it holds. It stands among the state, where a tool that
+would take shards for whole tensors stumbles over it, instead of dropping it and losing the other ranks' shards."""
+
 _HIGH_WEIGHT_DECAY = 1e-3
 
 
@@ -59,13 +63,7 @@ class DecoupledAdamW(AdamW):
             ValueError: A hyperparameter is out of range, or ``params`` is empty.
         """
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        if weight_decay >= _HIGH_WEIGHT_DECAY:
-            log.warning(
-                "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the "
-                "schedule multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",
-                weight_decay,
-                1.0 - weight_decay,
-            )
+        _warn_if_high(weight_decay)
         beta1, beta2 = betas
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
@@ -79,6 +77,8 @@ class DecoupledAdamW(AdamW):
         """
         group = {**self.defaults, **param_group}
         check_group(group)
+        if group["weight_decay"] != self.defaults["weight_decay"]:
+            _warn_if_high(group["weight_decay"])
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
@@ -178,6 +178,19 @@ class DecoupledAdamW(AdamW):
             )
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
+
+        Raises:
+            ValueError: It is one rank's shards, or does not fit the groups.
+        """
+        if SHARD in state_dict["state"]:
+            raise ValueError(
+                "expected the whole state, got one rank's shards from ShardedDecoupledAdamW.state_dict(); load them "
+                "into a ShardedDecoupledAdamW on the same rank of an equally large group"
+            )
+        super().load_state_dict(state_dict)
+
     def _state_of(self, param: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if "step" not in state:
@@ -189,6 +202,16 @@ class DecoupledAdamW(AdamW):
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
+
+
+def _warn_if_high(weight_decay: float) -> None:
+    if weight_decay >= _HIGH_WEIGHT_DECAY:
+        log.warning(
+            "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the schedule "
+            "multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",
+            weight_decay,
+            1.0 - weight_decay,
+        )
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -45,11 +45,18 @@ def adamw_(
         hyper: The scalars, the same for all tensors of one call.
         grad_divisor: 0-d fp32; gradients are divided by it in the kernel. None means 1.
         found_inf: 0-d fp32; where it is 1 every byte stays as it was.
+
+    Raises:
+        ValueError: The tensors of one update differ in shape. Nothing has then been changed.
     """
     if not params:
         return
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if hyper.amsgrad else [])]
     rows = list(zip(*columns, strict=True))
+    for row in rows:
+        # torch's kernel takes the sizes of all from the first, and would write past the end of the others.
+        if any(tensor.shape != row[0].shape for tensor in row):
+            raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in row]}")
     if all(_fusible(row) for row in rows):
         _fused_adamw_(rows, steps, hyper, grad_divisor, found_inf)
         return

@@ -30,7 +30,7 @@ from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import connect
 from sharded_dadamw.config import ShardingConfig
-from sharded_dadamw.decoupled import DecoupledAdamW
+from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gradients import Stage
 from sharded_dadamw.layout import BucketLayout, plan_buckets, segments
 from sharded_dadamw.norms import clip_coefficient, global_norm
@@ -131,8 +131,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
         self._collectives = connect(process_group, device)
-        claims = {} if refusal is not None else self._construction_claims(0)
-        require_agreement(self._collectives, claims, refusal)
+        self._require_agreement(0, refusal)
         self._reducer = Reducer(self._collectives)
         self._agreement = StepAgreement(self._collectives, device)
         for index in range(len(self.param_groups)):
@@ -159,23 +158,24 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         try:
-            claims = {} if refusal is not None else self._construction_claims(num_groups)
-            require_agreement(self._collectives, claims, refusal)
+            self._require_agreement(num_groups, refusal)
         except Exception:
             del self.param_groups[num_groups:]
             raise
         self._shard_group(num_groups)
 
-    def _construction_claims(self, first_group: int) -> Claims:
-        groups = self.param_groups[first_group:]
+    def _require_agreement(self, first_group: int, refusal: Exception | None) -> None:
+        """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective."""
         claims: Claims = {}
-        for member in named_parameters(self.param_groups)[-sum(len(group["params"]) for group in groups) or None :]:
-            claims[f"parameter {len(claims)}"] = member.describe()
-        for index, group in enumerate(groups, start=first_group):
-            claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
-            claims.update(_hyperparameter_claims(index, Hyperparameters.from_group(group)))
-        claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
-        return claims
+        if refusal is None:
+            for member in named_parameters(self.param_groups):
+                if member.group_index >= first_group:
+                    claims[f"parameter {member.index}"] = member.describe()
+            for index, group in enumerate(self.param_groups[first_group:], start=first_group):
+                claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
+                claims.update(_hyperparameter_claims(index, Hyperparameters.from_group(group)))
+            claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
+        require_agreement(self._collectives, claims, refusal)
 
     def _shard_group(self, index: int) -> None:
         members = [m for m in named_parameters(self.param_groups) if m.group_index == index]
@@ -230,7 +230,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         Raises:
             RuntimeError: Called inside ``no_sync()``; gradients of the last step were not cleared; a parameter was
                 moved out of the optimizer's buffers; the process group is gone; or, on every rank, ranks disagree
-                about which parameters have a gradient or about a hyperparameter. Nothing has then been changed.
+                about which parameters have a gradient or about a hyperparameter. Nothing has then been changed. (On an
+                accelerator such a disagreement is reported by the next step.)
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = None
@@ -364,7 +365,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients of several backward passes on this rank, without exchanging any.
+        """A context for accumulating gradients over several backward passes, as loops written for DDP use.
+
+        Backward exchanges nothing anyway: ``step`` and ``clip_grad_norm_`` do, and raise inside.
 
         Raises:
             RuntimeError: Something else reduces the gradients (``reduce_gradients=False``), and its own ``no_sync``
@@ -384,8 +387,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Average the gradients and clip them by their norm over all parameters and ranks. Collective.
 
-        Call it between the last backward and ``step``. The clip is folded into the update; gradients are not rewritten
-        for it.
+        Call it between the last backward and ``step``, in place of ``torch.nn.utils.clip_grad_norm_``, which would see
+        this rank's own gradients only. The clip is folded into the update.
 
         Args:
             max_norm: The norm that the averaged gradients must not exceed.
@@ -430,12 +433,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return sum(shard.nbytes for bucket in self._buckets for shard in bucket.shards.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shards, in torch's format, and under ``"shard"`` which shards they are.
+        """This rank's shards, in torch's format, and under ``state["shard"]`` which shards they are.
 
         The tensors are views of the live state. Each rank saves its own, and loads it back at the same world size.
         """
         state_dict = super().state_dict()
-        state_dict["shard"] = shard_identity(self._buckets)
+        state_dict["state"][SHARD] = shard_identity(self._buckets)
         return state_dict
 
     @torch.no_grad()

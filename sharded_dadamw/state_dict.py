@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sharded_dadamw.buffers import Bucket
+from sharded_dadamw.decoupled import SHARD
 from sharded_dadamw.parameters import named_parameters
 
 
@@ -53,10 +54,10 @@ def match_state(
     Raises:
         ValueError: The saved state does not fit; names the first difference.
     """
-    identity, saved_identity = shard_identity(buckets), state_dict.get("shard")
+    identity, saved_identity = shard_identity(buckets), state_dict["state"].get(SHARD)
     if saved_identity is None:
         raise ValueError(
-            "expected a state dict of ShardedDecoupledAdamW, got one without a 'shard' entry; one rank's state_dict() "
+            "expected a state dict of ShardedDecoupledAdamW, got one without state['shard']; one rank's state_dict() "
             "loads into the same rank of an equally large group"
         )
     for key in ("num_ranks", "rank"):

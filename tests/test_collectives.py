@@ -27,7 +27,7 @@ def mean_in_rank_order(num_ranks: int, numel: int, dtype: torch.dtype) -> torch.
 
 def reduce_scatter(group: Any, shard_numel: int, dtype: torch.dtype, verbs: str, piece_bytes: int) -> Any:
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group)
+    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
     buffer = local_gradient(rank, num_ranks * shard_numel, dtype)
     before = collectives._PIECE_BYTES
     collectives._PIECE_BYTES = piece_bytes
@@ -71,7 +71,7 @@ def test_the_backends_own_verbs_give_the_same_mean_within_the_rounding_of_anothe
 
 def gather(group: Any, shard_numel: int, verbs: str) -> Any:
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group)
+    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
     buffer = torch.full((num_ranks * shard_numel,), -1.0)
     buffer[rank * shard_numel : (rank + 1) * shard_numel] = torch.arange(shard_numel) + 1000.0 * rank
     ours.all_gather_(buffer).wait()
@@ -91,7 +91,7 @@ def test_an_all_gather_puts_every_slice_in_its_place(num_ranks: int, verbs: str,
 def several_at_once(group: Any, verbs: str) -> Any:
     """Reductions and gathers of several buffers overlap, as they do in a step."""
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group)
+    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
     numels = [num_ranks * 64 * k for k in (1, 70_000, 7, 0, 50_000)]  # the large ones arrive in more pieces than fly
     grads = [torch.full((numel,), float(rank + index)) for index, numel in enumerate(numels)]
     params = [torch.full((numel,), float(rank)) for numel in numels]
@@ -130,6 +130,15 @@ def test_scratch_memory_does_not_grow_with_the_buffer() -> None:
         assert held <= (collectives._PIECES_IN_FLIGHT + 1) * collectives._PIECE_BYTES
 
 
+def exchange_texts(group: Any) -> list[str]:
+    return connect(group, CPU).gather_texts("äöü" * dist.get_rank(group))
+
+
+def test_texts_of_different_lengths_arrive_whole_and_in_rank_order() -> None:
+    for texts in on_ranks(3, exchange_texts):
+        assert texts == ["", "äöü", "äöüäöü"]
+
+
 def test_without_torch_distributed_there_is_one_rank_and_nothing_is_sent() -> None:
     ours = connect(None, CPU)
     assert isinstance(ours, OneRank)
@@ -137,4 +146,4 @@ def test_without_torch_distributed_there_is_one_rank_and_nothing_is_sent() -> No
     ours.reduce_scatter_mean_(buffer).wait()
     ours.all_gather_(buffer).wait()
     assert torch.equal(buffer, torch.arange(128.0))
-    assert (ours.num_ranks, ours.bytes_sent, ours.gather_objects("x")) == (1, 0, ["x"])
+    assert (ours.num_ranks, ours.bytes_sent, ours.gather_texts("x")) == (1, 0, ["x"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -64,6 +65,11 @@ def step_both(params: Params, optimizer: Optimizer, control_params: Params, cont
         give_gradients(some_params, step)
         some_optimizer.step()
         some_optimizer.zero_grad()
+
+
+def parameter_state(state_dict: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """The entries of parameters, without the one that says which shards they are."""
+    return {index: entries for index, entries in state_dict["state"].items() if index != "shard"}
 
 
 # --- the class ---
@@ -153,11 +159,11 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
     assert_equal(params, make())
     step_both(params, optimizer, control_params, control, 0)
     before = {name: p.detach().clone() for name, p in params.items()}
-    state = copy.deepcopy(optimizer.state_dict()["state"])
+    state = copy.deepcopy(parameter_state(optimizer.state_dict()))
     optimizer.step()
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in params.items())
-    for index, entries in optimizer.state_dict()["state"].items():
+    for index, entries in parameter_state(optimizer.state_dict()).items():
         assert all(torch.equal(value, state[index][key]) for key, value in entries.items())
 
 
@@ -542,7 +548,7 @@ def test_state_dict_hooks_see_and_may_replace_the_state_dict() -> None:
     give_gradients(params, 0)
     optimizer.step()
     saved = optimizer.state_dict()
-    assert saved["note"] == "kept" and set(saved) == {"state", "param_groups", "shard", "note"}
+    assert saved["note"] == "kept" and set(saved) == {"state", "param_groups", "note"}
     optimizer.load_state_dict(saved)
     assert seen == ["pre save", "post save", "pre load", "post load"]
     assert optimizer.param_groups[0]["lr"] == 0.125
@@ -733,7 +739,7 @@ def test_loading_does_not_alias_the_callers_tensors() -> None:
     optimizer.load_state_dict(saved)
     give_gradients(params, 1)
     optimizer.step()
-    for index, entries in snapshot["state"].items():
+    for index, entries in parameter_state(snapshot).items():
         assert all(torch.equal(value, saved["state"][index][key]) for key, value in entries.items())
 
 
@@ -809,14 +815,14 @@ def skip_with_main_params(group: Any) -> bool:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(4):
         give_gradients(params, step, group.rank())
-        before = copy.deepcopy(optimizer.state_dict()["state"])
+        before = copy.deepcopy(parameter_state(optimizer.state_dict()))
         if step == 2 and group.rank() == 1:
             params["bias"].grad[0] = float("nan")  # type: ignore[index]
         scaler.scale(torch.ones(()))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        after = optimizer.state_dict()["state"]
+        after = parameter_state(optimizer.state_dict())
         same = all(torch.equal(v, after[i][k]) for i, entries in before.items() for k, v in entries.items())
         assert same == (step == 2)
         assert not any(v.isnan().any() for entries in after.values() for v in entries.values())
@@ -1115,3 +1121,44 @@ def test_amsgrad_switched_after_construction_is_refused_and_nothing_is_lost(buil
     give_gradients(control_params, 0)
     control.step()
     assert_equal(params, control_params)
+
+
+def load_shards_into_the_unsharded_optimizer(group: Any) -> str:
+    params, control_params = make(), make()
+    sharded = ShardedDecoupledAdamW(params.items(), process_group=group)
+    control = DecoupledAdamW(control_params.items())
+    with pytest.raises(ValueError, match="one rank's shards") as error:
+        control.load_state_dict(sharded.state_dict())
+    assert not control.state
+    return str(error.value)
+
+
+def test_one_ranks_shards_are_not_taken_for_the_whole_state() -> None:
+    assert all("ShardedDecoupledAdamW" in message for message in on_ranks(2, load_shards_into_the_unsharded_optimizer))
+
+
+def test_a_checkpoint_tool_that_takes_shards_for_whole_tensors_stumbles_instead_of_losing_them() -> None:
+    model = TiedLanguageModel()
+    optimizer = ShardedDecoupledAdamW(model.parameters())
+    with pytest.raises(KeyError, match="shard"):
+        get_optimizer_state_dict(model, optimizer)
+    model.loss(0).backward()
+    optimizer.step()
+
+
+def test_tensors_of_different_shapes_never_reach_the_kernel() -> None:
+    whole, part = torch.zeros(256), torch.zeros(128)
+    scalars: dict[str, Any] = dict(
+        amsgrad=False, beta1=0.9, beta2=0.95, lr=1e-3, initial_lr=1e-3, weight_decay=0.0, eps=1e-8
+    )
+    with pytest.raises(ValueError, match=r"one shape.*\[256\].*\[128\]"):
+        DecoupledAdamW.adamw([whole], [whole], [part], [whole], [], [torch.ones(())], **scalars)
+    assert not whole.any()
+
+
+def test_a_high_weight_decay_warns_whether_it_is_the_default_or_a_groups_own(caplog: pytest.LogCaptureFixture) -> None:
+    DecoupledAdamW(make().values(), weight_decay=0.1)
+    assert len(caplog.records) == 1
+    groups = [{"params": list(make().values()), "weight_decay": 0.1}, {"params": list(make().values())}]
+    DecoupledAdamW(groups)
+    assert len(caplog.records) == 2 and "0.1" in caplog.records[1].getMessage()
