@@ -3,8 +3,8 @@
 Each rank states what it is about to do as a list of labelled claims. Ranks first exchange a digest of that list; only
 where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
 
-At construction the digest travels in a gather of texts. At each step it rides, with the non-finite flag, in one
-all-reduce of three integers: max(h) and max(-h) are equal in size only where all h are equal.
+At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale, in
+one all-reduce of four integers: max(h) and max(-h) are equal in size only where all h are equal.
 """
 
 from __future__ import annotations
@@ -70,18 +70,26 @@ class StepAgreement:
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims]] | None = None
 
     def check(
-        self, claims: Callable[[], Claims], key: bytes, found_inf: Tensor | None, refusal: Exception | None
-    ) -> Tensor | None:
+        self,
+        claims: Callable[[], Claims],
+        key: bytes,
+        *,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+        refusal: Exception | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Compare what every rank is about to do in this step. Collective.
 
         Args:
             claims: Makes the claims, now or later; called only where an error message needs them.
             key: Bytes that differ where the claims differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
+            grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
             refusal: The error with which this rank refuses the step, or None.
 
         Returns:
-            0-d fp32 on the device: 1 where any rank's flag is set. None where no loss scaler asked.
+            ``found_inf`` and ``grad_scale`` for the group, 0-d fp32 on the device: 1 where any rank's flag is set, and
+            the smallest scale of a rank. None where this rank has None.
 
         Raises:
             Exception: ``refusal`` itself, on the ranks that have one.
@@ -93,9 +101,12 @@ class StepAgreement:
             text = f"refused ({type(refusal).__name__}: {refusal})"
             claims, key = (lambda: {_THE_STEP: text}), text.encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-        note = torch.tensor([digest, -digest, 0], dtype=torch.int64).to(self._device, non_blocking=True)
+        note = torch.tensor([digest, -digest, 0, 0], dtype=torch.int64).to(self._device, non_blocking=True)
         if found_inf is not None:
             note[2] = (found_inf != 0).to(torch.int64).reshape(())
+        if grad_scale is not None:
+            # Positive floats are ordered like their bits.
+            note[3] = -grad_scale.to(torch.float32).reshape(1).view(torch.int32)[0]
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
         if note.is_cuda:
             self._read_later(note, claims)
@@ -107,7 +118,10 @@ class StepAgreement:
                 )
         if refusal is not None:
             raise refusal
-        return None if found_inf is None else note[2].to(torch.float32)
+        return (
+            None if found_inf is None else note[2].to(torch.float32),
+            None if grad_scale is None else (-note[3:]).to(torch.int32).view(torch.float32)[0],
+        )
 
     def _read_later(self, note: Tensor, claims: Callable[[], Claims]) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
@@ -131,7 +145,7 @@ class StepAgreement:
 
     def _difference(self, note: Tensor, claims: Callable[[], Claims]) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
-        largest, negated_smallest, _ = note.tolist()
+        largest, negated_smallest, *_ = note.tolist()
         if largest == -negated_smallest:
             return None
         return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sharded_dadamw.gradients import ForeignGradients, OwnGradients
 from sharded_dadamw.layout import BucketLayout
@@ -138,6 +139,15 @@ class Bucket:
         """Round the main parameter into this rank's slice of the parameter buffer, where they are two tensors."""
         if self.has_main:
             self.param_shard.copy_(self.main)
+
+    def announce_update(self, present: Sequence[bool]) -> None:
+        """Let autograd know that parameters have changed, so that a backward through an older graph fails.
+
+        Args:
+            present: Per slot whether it was updated.
+        """
+        increment_version([member.param for member, here in zip(self.members, present, strict=True) if here])
+        self._versions = self._read_versions()
 
     def count_step_(self, present: Sequence[bool], found_inf: Tensor | None) -> None:
         """Advance the step count of every slot that is about to be updated.

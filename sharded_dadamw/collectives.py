@@ -211,10 +211,11 @@ class DirectExchange(NativeVerbs):
         """A number for the messages of one verb, equal on all ranks since they call verbs in the same order.
 
         Within a tag messages arrive in the order in which they were sent. Verbs overlap, and the receives of an earlier
-        one may be posted after those of a later one, so each needs a tag of its own.
+        one may be posted after those of a later one, so each needs a tag of its own. They are high ones, to keep clear
+        of messages that the group's other users send.
         """
-        self._tag = (self._tag + 1) % 2**31
-        return self._tag
+        self._tag = (self._tag + 1) % 2**30
+        return 2**30 + self._tag
 
     def borrow_scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
         """Uninitialised memory [numel]; give it back, since touching fresh pages costs more than summing into them."""

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
@@ -163,7 +164,7 @@ class DecoupledAdamW(AdamW):
                 torch._foreach_add_(steps, 1)
             self.adamw(
                 [_local(param) for param in params],
-                [_local(param.grad) for param in params],
+                [_local_gradient(param) for param in params],
                 [_local(state["exp_avg"]) for state in states],
                 [_local(state["exp_avg_sq"]) for state in states],
                 [_local(state["max_exp_avg_sq"]) for state in states] if hyper.amsgrad else [],
@@ -176,20 +177,29 @@ class DecoupledAdamW(AdamW):
                 weight_decay=hyper.weight_decay,
                 eps=hyper.eps,
             )
+            increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 
         Raises:
-            ValueError: It is one rank's shards, or does not fit the groups.
+            TypeError: As the constructor, for a hyperparameter in it.
+            ValueError: It is one rank's shards, does not fit the groups, or has a hyperparameter out of range.
         """
         if SHARD in state_dict["state"]:
             raise ValueError(
                 "expected the whole state, got one rank's shards from ShardedDecoupledAdamW.state_dict(); load them "
                 "into a ShardedDecoupledAdamW on the same rank of an equally large group"
             )
+        self._check_loaded_groups(state_dict["param_groups"])
         super().load_state_dict(state_dict)
+
+    def _check_loaded_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        for group in saved_groups:
+            check_group({**self.defaults, **group})
+            if group.get("weight_decay", 0.0) != self.defaults["weight_decay"]:
+                _warn_if_high(group["weight_decay"])
 
     def _state_of(self, param: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -212,6 +222,15 @@ def _warn_if_high(weight_decay: float) -> None:
             weight_decay,
             1.0 - weight_decay,
         )
+
+
+def _local_gradient(param: Tensor) -> Tensor:
+    """This rank's part of a gradient, laid out like its parameter: tensor parallelism may leave it unsummed."""
+    grad: Any = param.grad
+    placements = getattr(param, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = grad.redistribute(grad.device_mesh, placements)
+    return _local(grad)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Gradients(ABC):
     """
 
     shard: Tensor
+    can_be_read_again = False
+    """Whether reducing them left them as they were."""
 
     def __init__(self, members: Sequence[NamedParameter]) -> None:
         """Start without gradients, for ``members`` in slot order."""
@@ -89,8 +91,11 @@ class Gradients(ABC):
     def _changed_at_least(self, kept: Sequence[tuple[Tensor, int]], extra: int) -> bool:
         """Whether each gradient was changed, and ``extra`` more times altogether, given its count of changes."""
 
-    def collect(self) -> None:
+    def collect(self, *, to_clip: bool) -> None:
         """Make sure of the gradients before they are used: bring in those that were assigned by hand.
+
+        Args:
+            to_clip: They are about to be clipped, perhaps again, and not yet to be used up.
 
         Raises:
             RuntimeError: A step has used these gradients already, or they were changed after they were averaged.
@@ -100,6 +105,9 @@ class Gradients(ABC):
         if self.stage is Stage.CONSUMED:
             raise self._uncleared()
         if self.stage is Stage.REDUCED and not _are_same(self._existing(), self._marked):
+            if to_clip and self.can_be_read_again:
+                self.mark(Stage.LOCAL)
+                return
             raise RuntimeError(
                 f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then"
                 " they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
@@ -125,8 +133,16 @@ class Gradients(ABC):
         return min((m for m in self._members if m.param.grad is not None), key=lambda m: m.index).name
 
     @abstractmethod
-    def unscale_(self, scale: Tensor) -> bool:
-        """Divide by a loss scale (0-d) what this rank contributes to the mean; False where the update has to do it."""
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+        """Bring the gradients of all ranks to one loss scale, and return the one that the mean then has.
+
+        Each rank's loss scaler adapts to what that rank has seen, and a sum makes sense only of equal scales. Gradients
+        are not unscaled here: in fp16 that would lose what the scale is there to save.
+
+        Args:
+            own: 0-d fp32, this rank's scale.
+            smallest: 0-d fp32, the smallest of the ranks' scales.
+        """
 
 
 class OwnGradients(Gradients):
@@ -187,15 +203,18 @@ class OwnGradients(Gradients):
         # Views share one count of changes with their buffer.
         return all(num_changes >= len(kept) + extra for _, num_changes in kept)
 
-    def unscale_(self, scale: Tensor) -> bool:
-        """See :meth:`Gradients.unscale_`. Scales may differ between ranks, so it happens before the sum."""
-        if self.stage is Stage.LOCAL:
-            self.buffer.div_(scale)
-        return not self.are_reduced
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+        """See :meth:`Gradients.settle_scale_`."""
+        # Only the CPU's value can be looked at without waiting for the device.
+        if self.stage is Stage.LOCAL and (own.is_cuda or own != smallest):
+            self.buffer.mul_(smallest / own)
+        return smallest
 
 
 class ForeignGradients(Gradients):
     """Gradients that live elsewhere and are means over ranks already; they are only read."""
+
+    can_be_read_again = True
 
     def __init__(
         self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, params: Sequence[Tensor]
@@ -226,9 +245,9 @@ class ForeignGradients(Gradients):
     def _changed_at_least(self, kept: Sequence[tuple[Tensor, int]], extra: int) -> bool:
         return all(num_changes >= 1 + extra for _, num_changes in kept)
 
-    def unscale_(self, scale: Tensor) -> bool:
-        """See :meth:`Gradients.unscale_`; these are not ours to change."""
-        return False
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+        """See :meth:`Gradients.settle_scale_`; these are means already, and only have this rank's scale."""
+        return own
 
 
 def _are_same(now: Sequence[tuple[Tensor, int]], before: Sequence[tuple[Tensor, int]]) -> bool:

@@ -17,6 +17,10 @@ from sharded_dadamw.layout import ALIGNMENT
 from sharded_dadamw.update import Hyperparameters
 from sharded_dadamw.update import adamw_ as reference_adamw_
 
+_Row = tuple[Tensor, ...]
+"""What one update touches: parameter, gradient, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq."""
+_GRAD = 1
+
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 _FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -57,10 +61,11 @@ def adamw_(
         # torch's kernel takes the sizes of all from the first, and would write past the end of the others.
         if any(tensor.shape != row[0].shape for tensor in row):
             raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in row]}")
-    if all(_fusible(row) for row in rows):
-        _fused_adamw_(rows, steps, hyper, grad_divisor, found_inf)
-        return
+    fusible: dict[torch.dtype, list[tuple[_Row, Tensor]]] = {}
     for row, step in zip(rows, steps, strict=True):
+        if _is_fusible(row):
+            fusible.setdefault(row[0].dtype, []).append((row, step))
+            continue
         param, grad, exp_avg, exp_avg_sq, *maximum = row
         reference_adamw_(
             param,
@@ -73,14 +78,11 @@ def adamw_(
             grad_divisor=grad_divisor,
             found_inf=found_inf,
         )
+    for alike in fusible.values():
+        _fused_adamw_([row for row, _ in alike], [step for _, step in alike], hyper, grad_divisor, found_inf)
 
 
-_Row = tuple[Tensor, ...]
-"""What one update touches: parameter, gradient, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq."""
-_GRAD = 1
-
-
-def _fusible(row: _Row) -> bool:
+def _is_fusible(row: _Row) -> bool:
     """Torch's fused kernel wants one dtype and one device for all tensors of an update."""
     first = row[0]
     return (
@@ -97,38 +99,76 @@ def _fused_adamw_(
     grad_divisor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    aligned: list[tuple[_Row, Tensor]] = []
-    copies: list[tuple[Tensor, Tensor]] = []
+    aligned: list[_Row] = []
+    aligned_steps: list[Tensor] = []
+    tails: list[_Row] = []
+    tail_steps: list[Tensor] = []
+    originals: list[Tensor] = []
+    copies: list[Tensor] = []
     for row, step in zip(rows, steps, strict=True):
         flat = tuple(t.contiguous().view(-1) for t in row)
-        copies += [(t, f.view(t.shape)) for t, f in _written(row, flat) if t.data_ptr() != f.data_ptr()]
+        for column, (original, copy) in enumerate(zip(row, flat, strict=True)):
+            if column != _GRAD and original.data_ptr() != copy.data_ptr():
+                originals.append(original)
+                copies.append(copy.view(original.shape))
         numel = flat[0].numel()
         body = numel - numel % ALIGNMENT
         if body:
-            aligned.append((tuple(f[:body] for f in flat), step))
+            aligned.append(tuple(f[:body] for f in flat))
+            aligned_steps.append(step)
         if body < numel:
-            tail = tuple(f[body:] for f in flat)
-            blocks = tuple(_padded(t) for t in tail)
-            copies += [(t, block[: t.numel()]) for t, block in _written(tail, blocks)]
-            aligned.append((blocks, step))
-    if not aligned:
-        return
+            tails.append(tuple(f[body:] for f in flat))
+            tail_steps.append(step)
+    blocks = _padded(tails)
+    _call_fused_(aligned + blocks, aligned_steps + tail_steps, hyper, grad_divisor, found_inf)
+    # The tails first: they may belong to the copy of a tensor that is not contiguous.
+    for column, targets in enumerate(zip(*tails, strict=True)):
+        if column != _GRAD:
+            _copy_(targets, [block[column][: t.numel()] for block, t in zip(blocks, targets, strict=True)])
+    _copy_(originals, copies)
 
-    columns = [list(column) for column in zip(*(row for row, _ in aligned), strict=True)]
+
+def _padded(tails: Sequence[_Row]) -> list[_Row]:
+    """Copies of ragged ends, each in a block of its own that a vectorised loop covers whole."""
+    columns = []
+    for column in zip(*tails, strict=True):
+        blocks = column[0].new_zeros(len(column), ALIGNMENT).unbind()
+        _copy_([block[: t.numel()] for block, t in zip(blocks, column, strict=True)], column)
+        columns.append(blocks)
+    return list(zip(*columns, strict=True))
+
+
+def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def _call_fused_(
+    rows: Sequence[_Row],
+    steps: Sequence[Tensor],
+    hyper: Hyperparameters,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Call torch's kernel on contiguous tensors."""
+    if not rows:
+        return
+    columns = [list(column) for column in zip(*rows, strict=True)]
     if hyper.reference_lr:
         # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / reference_lr, that is our decay.
         coupled_weight_decay = hyper.weight_decay / hyper.reference_lr
     else:
         # Full decay whatever lr is: no coupled value expresses that.
         coupled_weight_decay = 0.0
-        torch._foreach_mul_(columns[0], _factor(1 - hyper.weight_decay, found_inf))
+        factor = torch.tensor(1 - hyper.weight_decay, dtype=torch.float64)
+        torch._foreach_mul_(columns[0], factor if found_inf is None else torch.where(found_inf != 0, 1.0, factor))
     torch._fused_adamw_(
         columns[0],
         columns[1],
         columns[2],
         columns[3],
         columns[4] if hyper.amsgrad else [],
-        [step.to(row[0].device) for row, step in aligned],
+        [step.to(row[0].device) for row, step in zip(rows, steps, strict=True)],
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -139,22 +179,3 @@ def _fused_adamw_(
         grad_scale=grad_divisor,
         found_inf=found_inf,
     )
-    # Backwards: the tail into a non-contiguous tensor's flat copy first, then that copy into the tensor.
-    for original, copy in reversed(copies):
-        original.copy_(copy)
-
-
-def _written(row: _Row, copies: _Row) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a tensor and its working copy, of all but the gradient, which the update does not change."""
-    return [pair for column, pair in enumerate(zip(row, copies, strict=True)) if column != _GRAD]
-
-
-def _padded(tail: Tensor) -> Tensor:
-    block = tail.new_zeros(ALIGNMENT)
-    block[: tail.numel()] = tail
-    return block
-
-
-def _factor(factor: float, found_inf: Tensor | None) -> Tensor:
-    """0-d: ``factor``, or 1 where the update is skipped."""
-    return torch.tensor(factor) if found_inf is None else torch.where(found_inf != 0, 1.0, factor)

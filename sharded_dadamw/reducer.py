@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -36,15 +36,23 @@ class Reducer:
         ]
         weakref.finalize(bucket.gradients, _remove, hooks).atexit = False
 
-    def drain(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
-        """Reduce buckets, and yield each once its gradient shard is the mean, with the next already under way."""
+    def drain(self, buckets: Iterable[Bucket]) -> Generator[Bucket]:
+        """Reduce buckets, and yield each once its gradient shard is the mean, with the next already under way.
+
+        Close the generator where it might not be exhausted: that waits for what has been started.
+        """
         under_way: deque[tuple[Bucket, Handle | None]] = deque()
-        for bucket in buckets:
-            under_way.append((bucket, self._launch(bucket)))
-            if len(under_way) > _BUCKETS_AHEAD:
+        try:
+            for bucket in buckets:
+                under_way.append((bucket, self._launch(bucket)))
+                if len(under_way) > _BUCKETS_AHEAD:
+                    yield _finish(*under_way.popleft())
+            while under_way:
                 yield _finish(*under_way.popleft())
-        while under_way:
-            yield _finish(*under_way.popleft())
+        finally:
+            # Whatever stopped the caller, no message may be left over for the next step to receive.
+            while under_way:
+                _finish(*under_way.popleft())
 
     def _launch(self, bucket: Bucket) -> Handle | None:
         gradients = bucket.gradients

@@ -15,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, overload
 
@@ -238,30 +238,33 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._run(self._agree("step()", found_inf=getattr(self, "found_inf", None)))
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        doing = (
+            "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
+        )
+        self._run(self._agree(doing, found_inf=found_inf, grad_scale=grad_scale), grad_scale)
         return loss
 
-    def _run(self, agreed: _Agreed) -> None:
-        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
-            self._clip = None  # the gradients that were clipped have been dropped since
+    def _run(self, agreed: _Agreed, grad_scale: Tensor | None) -> None:
         divisor = None if self._clip is None else 1.0 / self._clip
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is not None and not all([bucket.gradients.unscale_(scale) for bucket in self._buckets]):
-            divisor = scale.float() if divisor is None else divisor * scale
+        if agreed.grad_scale is not None and grad_scale is not None:
+            scale = agreed.grad_scale
+            for bucket in self._buckets:  # the same for all: the gradients of all live in our buffers, or of none
+                scale = bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
+            divisor = scale if divisor is None else divisor * scale
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, 0.0
-        gathers = []
         mark = time.perf_counter()
-        for bucket in self._reducer.drain(self._buckets):
-            reduced = time.perf_counter()
-            self._update(bucket, agreed.slots[bucket], divisor, agreed.found_inf)
-            updated = time.perf_counter()
-            gathers.append(self._collectives.all_gather_(bucket.param_buffer))
-            reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
-            gather_s += mark - updated
-        for gather in gathers:
-            gather.wait()
+        with ExitStack() as under_way:
+            for bucket in under_way.enter_context(closing(self._reducer.drain(self._buckets))):
+                reduced = time.perf_counter()
+                self._update(bucket, agreed.slots[bucket], divisor, agreed.found_inf)
+                updated = time.perf_counter()
+                under_way.callback(self._collectives.all_gather_(bucket.param_buffer).wait)
+                reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
+                gather_s += mark - updated
         for bucket in self._buckets:
             bucket.gradients.mark(Stage.CONSUMED)
+            bucket.announce_update(agreed.slots[bucket])
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
@@ -289,12 +292,22 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         )
         bucket.publish_()
 
-    def _agree(self, doing: str, *, found_inf: Tensor | None = None, refusal: Exception | None = None) -> _Agreed:
+    def _agree(
+        self,
+        doing: str,
+        *,
+        to_clip: bool = False,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        refusal: Exception | None = None,
+    ) -> _Agreed:
         """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed.
 
         Args:
             doing: The call, with its arguments.
+            to_clip: Whether gradients are about to be clipped only.
             found_inf: This rank's non-finite flag.
+            grad_scale: This rank's loss scale.
             refusal: The error with which this rank refuses the call already.
         """
         self._collectives.check_alive()
@@ -305,11 +318,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
             self._check_in_place()
             for bucket in self._buckets:
-                bucket.gradients.collect()
+                bucket.gradients.collect(to_clip=to_clip)
             slots = {bucket: bucket.gradients.present for bucket in self._buckets}
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
             self._check_amsgrad(hypers)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
 
@@ -329,14 +342,19 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
         summary = (doing, hypers, [member.index for member in awake])
         key = bytes(here for present in slots.values() for here in present) + repr(summary).encode()
-        agreed = _Agreed(slots, self._agreement.check(claims, key, found_inf, refusal))
+        agreed = _Agreed(
+            slots,
+            *self._agreement.check(claims, key, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal),
+        )
+        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
+            self._clip = None  # the gradients that were clipped have been dropped since
         if not awake:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
         self._dormant = [member for member in self._dormant if member not in awake]
         for index in range(len(self.param_groups)):
             self._shard(index, [member for member in awake if member.group_index == index])
-        return self._agree(doing, found_inf=found_inf)
+        return self._agree(doing, to_clip=to_clip, found_inf=found_inf, grad_scale=grad_scale)
 
     def _check_amsgrad(self, hypers: Sequence[Hyperparameters]) -> None:
         for bucket in self._buckets:
@@ -396,7 +414,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
 
         Returns:
-            0-d fp32: the norm of the averaged gradients before clipping, the same bits on every rank.
+            0-d fp32: the norm of the averaged gradients before this clipping, the same bits on every rank.
 
         Raises:
             RuntimeError: As ``step``; or the norm is not finite and ``error_if_nonfinite`` is set.
@@ -408,23 +426,28 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             refusal = ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
         elif norm_type not in (2.0, math.inf):
             refusal = ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
-        agreed = self._agree(f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})", refusal=refusal)
+        doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
+        agreed = self._agree(doing, to_clip=True, refusal=refusal)
         start = time.perf_counter()
         runs = []
-        for bucket in self._reducer.drain(self._buckets):
-            histories = [0 if here else None for here in agreed.slots[bucket]]
-            runs += [
-                bucket.gradients.shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)
-            ]
+        with closing(self._reducer.drain(self._buckets)) as reduced_buckets:
+            for bucket in reduced_buckets:
+                histories = [0 if here else None for here in agreed.slots[bucket]]
+                shard = bucket.gradients.shard
+                runs += [shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)]
         self._reduce_s += time.perf_counter() - start
         device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
         norm = global_norm(runs, norm_type, collectives=self._collectives, device=device)
+        already = self._clip
+        if already is not None:
+            norm = norm * already
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
                 "error_if_nonfinite=False"
             )
-        self._clip = clip_coefficient(norm, max_norm)
+        clip = clip_coefficient(norm, max_norm)
+        self._clip = clip if already is None else already * clip
         return norm
 
     @property
@@ -455,6 +478,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        self._check_loaded_groups(state_dict["param_groups"])
         pairs = match_state(state_dict, self.state, self._buckets, self.param_groups)
         for live, saved in pairs:
             live.copy_(saved)
@@ -482,10 +506,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
 @dataclass(frozen=True, slots=True)
 class _Agreed:
-    """What the ranks agreed on: per bucket which slots have a gradient, and whether any rank found a non-finite one."""
+    """What the ranks agreed on: per bucket which slots have a gradient, and what their loss scalers said."""
 
     slots: dict[Bucket, tuple[bool, ...]]
     found_inf: Tensor | None
+    grad_scale: Tensor | None
 
 
 def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:

@@ -137,7 +137,8 @@ def adamw_(
             target.copy_(torch.where(keep, before, target))
         return
     if grad_divisor is not None:
-        grad = grad / grad_divisor
+        # In fp32: a loss scale is out of fp16's range, and so is what it is there to save.
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / grad_divisor
     bias_correction1 = 1 - hyper.beta1 ** step.double()
     bias_correction2 = 1 - hyper.beta2 ** step.double()
     param.mul_(1 - hyper.decay)

@@ -312,9 +312,9 @@ def test_a_norm_that_is_not_finite_raises_on_request_only() -> None:
     give_gradients(params, 0)
     with torch.no_grad():
         params["p1"].grad[0, 0] = float("inf")  # type: ignore[index]
-    assert optimizer.clip_grad_norm_(1.0).item() == float("inf")
     with pytest.raises(RuntimeError, match=r"(?s)inf.*error_if_nonfinite"):
         optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert optimizer.clip_grad_norm_(1.0).item() == float("inf")
 
 
 # --- groups, freezing ---
@@ -1162,3 +1162,101 @@ def test_a_high_weight_decay_warns_whether_it_is_the_default_or_a_groups_own(cap
     groups = [{"params": list(make().values()), "weight_decay": 0.1}, {"params": list(make().values())}]
     DecoupledAdamW(groups)
     assert len(caplog.records) == 2 and "0.1" in caplog.records[1].getMessage()
+
+
+@pytest.mark.parametrize("reduce_gradients", [True, False], ids=["reduced here", "reduced by others"])
+def test_a_loss_scale_saves_fp16_gradients_that_would_vanish_without_it(reduce_gradients: bool) -> None:
+    weight = nn.Parameter(torch.zeros(5, dtype=torch.float16))
+    config = ShardingConfig(reduce_gradients=reduce_gradients)
+    optimizer = ShardedDecoupledAdamW([weight], lr=1e-2, weight_decay=0.0, eps=1e-12, config=config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    for step in range(1, 4):
+        scaler.scale((weight.float() * 1e-8).sum()).backward()  # 1e-8 is below the smallest fp16
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        torch.testing.assert_close(weight.float(), torch.full((5,), -0.01 * step), rtol=2e-3, atol=0.0)
+
+
+def test_clipping_twice_clips_what_the_first_has_left() -> None:
+    params, optimizer, control_params, control = pair()
+    give_gradients(params, 0)
+    give_gradients(control_params, 0)
+    first = optimizer.clip_grad_norm_(0.1)
+    assert first > 1.0
+    seen = optimizer.clip_grad_norm_(float("inf"))
+    torch.testing.assert_close(seen, torch.tensor(0.1), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(control_params.values(), 0.1), first, rtol=1e-6, atol=0.0)
+    optimizer.step()
+    control.step()
+    for name, p in params.items():  # torch rounds the clipped gradient once more
+        torch.testing.assert_close(p, control_params[name], rtol=1e-6, atol=1e-7)
+
+
+def test_looking_at_the_norm_skipping_the_step_and_clearing_in_place_is_fine_where_others_reduce() -> None:
+    params, control_params = make(), make()
+    optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, config=ShardingConfig(reduce_gradients=False))
+    control = DecoupledAdamW(control_params.items(), lr=1e-2)
+    for step in range(4):
+        for some in (params, control_params):
+            gradients = [draw_gradient(p, step, index) for index, p in enumerate(some.values())]
+            torch.autograd.backward([p.view_as(p) for p in some.values()], gradients)
+        optimizer.clip_grad_norm_(1e9)
+        if step != 1:
+            optimizer.step()
+            control.step()
+        nn.ParameterList(params.values()).zero_grad(set_to_none=False)
+        control.zero_grad()
+        assert_equal(params, control_params)
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_backward_through_a_graph_from_before_the_step_fails_instead_of_mixing_weights(cls: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = cls(model.parameters(), lr=0.1)
+    loss = model(torch.ones(2, 4)).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def interrupted_update(group: Any) -> bool:
+    """An update fails in the middle of a step, on all ranks; the next step must find the group as clean as ever."""
+    params, control_params = make(), make()
+    config = ShardingConfig(bucket_cap_mb=1e-4)  # a bucket per parameter: some are in flight when one fails
+    optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, process_group=group, config=config)
+    control = DecoupledAdamW(control_params.items(), lr=1e-2)
+    give_gradients(params, 0, group.rank())
+    real = optimizer._update
+
+    def failing(bucket: Any, *rest: Any) -> None:
+        if bucket is optimizer._buckets[0]:
+            raise KeyboardInterrupt
+
+    optimizer._update = failing  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    optimizer._update = real  # type: ignore[method-assign]
+    optimizer.zero_grad()
+    give_gradients(params, 1, group.rank())
+    give_mean_gradients(control_params, 1, group.size())
+    optimizer.step()
+    control.step()
+    assert_equal(params, control_params)
+    return True
+
+
+def test_an_update_that_is_interrupted_leaves_no_message_for_the_next_step() -> None:
+    assert on_ranks(2, interrupted_update) == [True, True]
+
+
+def test_a_loaded_group_is_checked_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    theirs = AdamW([weight], weight_decay=1e-2)
+    DecoupledAdamW([weight]).load_state_dict(theirs.state_dict())
+    assert "weight_decay=0.01" in caplog.text
+    theirs.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize"):
+        DecoupledAdamW([weight]).load_state_dict(theirs.state_dict())

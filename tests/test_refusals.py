@@ -608,6 +608,20 @@ def test_a_step_that_every_rank_takes_wrongly_is_refused_by_all(case: str) -> No
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
 
 
+def step_without_eps(group: Any) -> Seen:
+    params = plain_params()
+    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group)
+    if group.rank() == 1:
+        del optimizer.param_groups[0]["eps"]
+    return attempt(optimizer.step, list(params.values()))
+
+
+def test_an_error_of_any_kind_on_one_rank_reaches_the_others() -> None:
+    on_rank_0, on_rank_1 = on_ranks(2, step_without_eps)
+    assert (on_rank_1.error, on_rank_1.message) == ("KeyError", "'eps'")
+    assert on_rank_0.error == "RuntimeError" and "rank 1 has refused (KeyError: 'eps')" in on_rank_0.message
+
+
 def out_of_step(group: Any, case: str) -> Seen:
     """Rank 1 does something else than rank 0 at the same time."""
     params = plain_params()
