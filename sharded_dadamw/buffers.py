@@ -1,4 +1,4 @@
-"""The flat tensors of one bucket, and the parameters that live in them as views.
+"""The flat tensors of one bucket, the parameters that live in them as views, and the update of one shard.
 
     param_buffer  [num_ranks * n]   p.data of every parameter is a view of it
     gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sharded_dadamw import kernels
 from sharded_dadamw.gradients import ForeignGradients, OwnGradients
-from sharded_dadamw.layout import BucketLayout
+from sharded_dadamw.layout import BucketLayout, segments
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.update import Hyperparameters
 
 
 class Bucket:
@@ -122,7 +124,48 @@ class Bucket:
         if self.has_main:
             self.main.copy_(self.param_shard)
 
-    def absorb_edits_(self) -> None:
+    def gradient_runs(self, present: Sequence[bool]) -> list[Tensor]:
+        """The parts of the reduced gradient shard that belong to the slots that are ``present``, as 1-D views."""
+        runs = segments(self.layout, self.rank, [0 if here else None for here in present])
+        return [self.gradients.shard[run.start : run.stop] for run in runs]
+
+    def update_(
+        self,
+        present: Sequence[bool],
+        hyper: Hyperparameters,
+        *,
+        grad_divisor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Apply the law to this rank's shard, once its gradients are reduced, and publish it in the parameter buffer.
+
+        Args:
+            present: Per slot whether its parameter has a gradient; the others, and their state, stay as they are.
+            hyper: The group's scalars.
+            grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
+            found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
+        """
+        self._absorb_edits_()
+        self._count_step_(present, found_inf)
+        histories = [history if here else None for history, here in zip(self.histories, present, strict=True)]
+        runs = segments(self.layout, self.rank, histories)
+        grads = self.gradients.shard.to(self.main.dtype)
+        maxima = self.max_exp_avg_sq
+        kernels.adamw_(
+            [self.main[run.start : run.stop] for run in runs],
+            [grads[run.start : run.stop] for run in runs],
+            [self.exp_avg[run.start : run.stop] for run in runs],
+            [self.exp_avg_sq[run.start : run.stop] for run in runs],
+            [] if maxima is None else [maxima[run.start : run.stop] for run in runs],
+            [self.steps[run.slot] for run in runs],
+            hyper=hyper,
+            grad_divisor=grad_divisor,
+            found_inf=found_inf,
+        )
+        if self.has_main:
+            self.param_shard.copy_(self.main)
+
+    def _absorb_edits_(self) -> None:
         """Let weights that were edited in place since the last step win over the main parameter.
 
         ``model.load_state_dict`` and ``p.copy_`` write the model's narrow weights and know nothing of the wider copy.
@@ -135,11 +178,6 @@ class Bucket:
             self.main.copy_(torch.where(edited, self.param_shard.to(self.main.dtype), self.main))
         self._versions = versions
 
-    def publish_(self) -> None:
-        """Round the main parameter into this rank's slice of the parameter buffer, where they are two tensors."""
-        if self.has_main:
-            self.param_shard.copy_(self.main)
-
     def announce_update(self, present: Sequence[bool]) -> None:
         """Let autograd know that parameters have changed, so that a backward through an older graph fails.
 
@@ -149,13 +187,8 @@ class Bucket:
         increment_version([member.param for member, here in zip(self.members, present, strict=True) if here])
         self._versions = self._read_versions()
 
-    def count_step_(self, present: Sequence[bool], found_inf: Tensor | None) -> None:
-        """Advance the step count of every slot that is about to be updated.
-
-        Args:
-            present: Per slot whether it has a gradient.
-            found_inf: 0-d fp32; 1 where the update is going to be skipped, so that nothing advances. None means 0.
-        """
+    def _count_step_(self, present: Sequence[bool], found_inf: Tensor | None) -> None:
+        """Advance the step count of every slot that is about to be updated, unless the update will be skipped."""
         taken: Tensor | float = 1.0 if found_inf is None else 1 - found_inf
         if all(present):
             self.steps.add_(taken)

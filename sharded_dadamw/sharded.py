@@ -25,14 +25,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw import kernels
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import connect
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gradients import Stage
-from sharded_dadamw.layout import BucketLayout, plan_buckets, segments
+from sharded_dadamw.layout import BucketLayout, plan_buckets
 from sharded_dadamw.norms import clip_coefficient, global_norm
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.reducer import Reducer
@@ -257,7 +256,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         with ExitStack() as under_way:
             for bucket in under_way.enter_context(closing(self._reducer.drain(self._buckets))):
                 reduced = time.perf_counter()
-                self._update(bucket, agreed.slots[bucket], divisor, agreed.found_inf)
+                hyper = Hyperparameters.from_group(self.param_groups[bucket.group_index])
+                bucket.update_(agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=agreed.found_inf)
                 updated = time.perf_counter()
                 under_way.callback(self._collectives.all_gather_(bucket.param_buffer).wait)
                 reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
@@ -269,28 +269,6 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
         self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
-
-    def _update(
-        self, bucket: Bucket, present: Sequence[bool], divisor: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        bucket.absorb_edits_()
-        bucket.count_step_(present, found_inf)
-        histories = [history if here else None for history, here in zip(bucket.histories, present, strict=True)]
-        runs = segments(bucket.layout, bucket.rank, histories)
-        grads = bucket.gradients.shard.to(bucket.main.dtype)
-        maxima = bucket.max_exp_avg_sq
-        kernels.adamw_(
-            [bucket.main[run.start : run.stop] for run in runs],
-            [grads[run.start : run.stop] for run in runs],
-            [bucket.exp_avg[run.start : run.stop] for run in runs],
-            [bucket.exp_avg_sq[run.start : run.stop] for run in runs],
-            [] if maxima is None else [maxima[run.start : run.stop] for run in runs],
-            [bucket.steps[run.slot] for run in runs],
-            hyper=Hyperparameters.from_group(self.param_groups[bucket.group_index]),
-            grad_divisor=divisor,
-            found_inf=found_inf,
-        )
-        bucket.publish_()
 
     def _agree(
         self,
@@ -432,9 +410,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         runs = []
         with closing(self._reducer.drain(self._buckets)) as reduced_buckets:
             for bucket in reduced_buckets:
-                histories = [0 if here else None for here in agreed.slots[bucket]]
-                shard = bucket.gradients.shard
-                runs += [shard[run.start : run.stop] for run in segments(bucket.layout, bucket.rank, histories)]
+                runs += bucket.gradient_runs(agreed.slots[bucket])
         self._reduce_s += time.perf_counter() - start
         device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
         norm = global_norm(runs, norm_type, collectives=self._collectives, device=device)

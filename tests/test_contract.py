@@ -1222,6 +1222,10 @@ def test_backward_through_a_graph_from_before_the_step_fails_instead_of_mixing_w
         loss.backward()
 
 
+def interrupt(*_args: Any, **_kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def interrupted_update(group: Any) -> bool:
     """An update fails in the middle of a step, on all ranks; the next step must find the group as clean as ever."""
     params, control_params = make(), make()
@@ -1229,16 +1233,10 @@ def interrupted_update(group: Any) -> bool:
     optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, process_group=group, config=config)
     control = DecoupledAdamW(control_params.items(), lr=1e-2)
     give_gradients(params, 0, group.rank())
-    real = optimizer._update
-
-    def failing(bucket: Any, *rest: Any) -> None:
-        if bucket is optimizer._buckets[0]:
-            raise KeyboardInterrupt
-
-    optimizer._update = failing  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    first: Any = optimizer._buckets[0]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(first, "update_", interrupt)
         optimizer.step()
-    optimizer._update = real  # type: ignore[method-assign]
     optimizer.zero_grad()
     give_gradients(params, 1, group.rank())
     give_mean_gradients(control_params, 1, group.size())
