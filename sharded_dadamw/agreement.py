@@ -58,9 +58,9 @@ class StepAgreement:
     """The ranks' comparison of notes at each step.
 
     On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
-    so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get
-    wrong numbers for one step but no hang, since every rank takes part in every bucket's collectives whatever its
-    gradients. A rank that refuses a step raises at once there, and leaves the others to the backend's timeout.
+    so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
+    one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients. A rank that
+    refuses a step raises at once there, and leaves the others to the backend's timeout.
     """
 
     def __init__(self, collectives: Collectives, device: torch.device) -> None:

@@ -172,11 +172,9 @@ class Bucket:
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
         and back in loses no precision.
         """
-        versions = self._read_versions()
-        if versions != self._versions and self.has_main:
+        if self.has_main and self._read_versions() != self._versions:
             edited = self.main.to(self.param_shard.dtype) != self.param_shard
             self.main.copy_(torch.where(edited, self.param_shard.to(self.main.dtype), self.main))
-        self._versions = versions
 
     def announce_update(self, present: Sequence[bool]) -> None:
         """Let autograd know that parameters have changed, so that a backward through an older graph fails.

@@ -194,6 +194,8 @@ class DirectExchange(NativeVerbs):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(group, device)
+        # The other ranks, beginning with the right neighbour, so that no receiver is everyone's first.
+        self.peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
         self._tag = 0
         self._idle_scratch: dict[tuple[torch.dtype, int], list[Tensor]] = {}
 
@@ -225,11 +227,6 @@ class DirectExchange(NativeVerbs):
     def return_scratch(self, scratch: Tensor) -> None:
         """Give borrowed memory back for the next verb."""
         self._idle_scratch.setdefault((scratch.dtype, scratch.numel()), []).append(scratch)
-
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks, each rank beginning with its right neighbour so that no receiver is everyone's first."""
-        return [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
         """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""

@@ -76,12 +76,9 @@ class DecoupledAdamW(AdamW):
             TypeError: As the constructor.
             ValueError: As the constructor, or a parameter is in a group already.
         """
-        group = {**self.defaults, **param_group}
-        check_group(group)
-        if group["weight_decay"] != self.defaults["weight_decay"]:
-            _warn_if_high(group["weight_decay"])
+        self._check_group(param_group)
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
-        param_group.setdefault("initial_lr", float(group["lr"]))
+        param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
 
     @staticmethod
@@ -192,14 +189,16 @@ class DecoupledAdamW(AdamW):
                 "expected the whole state, got one rank's shards from ShardedDecoupledAdamW.state_dict(); load them "
                 "into a ShardedDecoupledAdamW on the same rank of an equally large group"
             )
-        self._check_loaded_groups(state_dict["param_groups"])
+        for group in state_dict["param_groups"]:
+            self._check_group(group)
         super().load_state_dict(state_dict)
 
-    def _check_loaded_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        for group in saved_groups:
-            check_group({**self.defaults, **group})
-            if group.get("weight_decay", 0.0) != self.defaults["weight_decay"]:
-                _warn_if_high(group["weight_decay"])
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a group that is added or loaded, or warn of it; what it lacks are the constructor's values."""
+        merged = {**self.defaults, **group}
+        check_group(merged)
+        if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
+            _warn_if_high(merged["weight_decay"])
 
     def _state_of(self, param: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]

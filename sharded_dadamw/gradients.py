@@ -105,13 +105,13 @@ class Gradients(ABC):
         if self.stage is Stage.CONSUMED:
             raise self._uncleared()
         if self.stage is Stage.REDUCED and not _are_same(self._existing(), self._marked):
-            if to_clip and self.can_be_read_again:
-                self.mark(Stage.LOCAL)
-                return
-            raise RuntimeError(
-                f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then"
-                " they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
-            )
+            if not (to_clip and self.can_be_read_again):
+                raise RuntimeError(
+                    f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by "
+                    "then they have been averaged over ranks, so change them before clipping, or drop them with "
+                    "zero_grad()"
+                )
+            self.mark(Stage.LOCAL)
         for slot in range(len(self._members)):
             self.adopt(slot)
 

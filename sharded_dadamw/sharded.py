@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, NoReturn, overload
 
 import torch
@@ -133,8 +134,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._require_agreement(0, refusal)
         self._reducer = Reducer(self._collectives)
         self._agreement = StepAgreement(self._collectives, device)
-        for index in range(len(self.param_groups)):
-            self._shard_group(index)
+        self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
         self.last_step = StepCost(0.0, 0.0, 0.0, 0)
         self._ready = True
@@ -161,7 +161,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         except Exception:
             del self.param_groups[num_groups:]
             raise
-        self._shard_group(num_groups)
+        self._shard_members([m for m in named_parameters(self.param_groups) if m.group_index == num_groups])
 
     def _require_agreement(self, first_group: int, refusal: Exception | None) -> None:
         """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective."""
@@ -176,15 +176,17 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
         require_agreement(self._collectives, claims, refusal)
 
-    def _shard_group(self, index: int) -> None:
-        members = [m for m in named_parameters(self.param_groups) if m.group_index == index]
+    def _shard_members(self, members: Sequence[NamedParameter]) -> None:
+        """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
             if not member.param.requires_grad:
                 whole = member.param.data.contiguous()
                 self._collectives.broadcast_(whole)
                 member.param.data.copy_(whole)
                 self._dormant.append(member)
-        self._shard(index, [m for m in members if m.param.requires_grad])
+        trainable = [member for member in members if member.param.requires_grad]
+        for index, of_group in groupby(trainable, key=lambda member: member.group_index):
+            self._shard(index, list(of_group))
 
     def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
         """Put parameters of one group into new buckets, one or more per dtype. Collective."""
@@ -256,7 +258,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         with ExitStack() as under_way:
             for bucket in under_way.enter_context(closing(self._reducer.drain(self._buckets))):
                 reduced = time.perf_counter()
-                hyper = Hyperparameters.from_group(self.param_groups[bucket.group_index])
+                hyper = agreed.hypers[bucket.group_index]
                 bucket.update_(agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=agreed.found_inf)
                 updated = time.perf_counter()
                 under_way.callback(self._collectives.all_gather_(bucket.param_buffer).wait)
@@ -322,6 +324,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         key = bytes(here for present in slots.values() for here in present) + repr(summary).encode()
         agreed = _Agreed(
             slots,
+            hypers,
             *self._agreement.check(claims, key, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal),
         )
         if not any(bucket.gradients.are_reduced for bucket in self._buckets):
@@ -329,9 +332,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         if not awake:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
-        self._dormant = [member for member in self._dormant if member not in awake]
-        for index in range(len(self.param_groups)):
-            self._shard(index, [member for member in awake if member.group_index == index])
+        self._dormant = [member for member in self._dormant if not member.param.requires_grad]
+        self._shard_members(awake)
         return self._agree(doing, to_clip=to_clip, found_inf=found_inf, grad_scale=grad_scale)
 
     def _check_amsgrad(self, hypers: Sequence[Hyperparameters]) -> None:
@@ -454,7 +456,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self._check_loaded_groups(state_dict["param_groups"])
+        for group in state_dict["param_groups"]:
+            self._check_group(group)
         pairs = match_state(state_dict, self.state, self._buckets, self.param_groups)
         for live, saved in pairs:
             live.copy_(saved)
@@ -482,9 +485,10 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
 @dataclass(frozen=True, slots=True)
 class _Agreed:
-    """What the ranks agreed on: per bucket which slots have a gradient, and what their loss scalers said."""
+    """What the ranks agreed on: who has a gradient, each group's scalars, and what their loss scalers said."""
 
     slots: dict[Bucket, tuple[bool, ...]]
+    hypers: list[Hyperparameters]
     found_inf: Tensor | None
     grad_scale: Tensor | None
 

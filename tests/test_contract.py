@@ -1258,3 +1258,12 @@ def test_a_loaded_group_is_checked_like_any_other(caplog: pytest.LogCaptureFixtu
     theirs.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize"):
         DecoupledAdamW([weight]).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_a_loaded_group_may_lack_entries(cls: Any) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = cls([weight])
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["weight_decay"]
+    optimizer.load_state_dict(saved)
