@@ -58,7 +58,7 @@ install() {
 use_environment() {
     local purpose=$1 extras stamp have='' python
     case $purpose in
-        launch) extras=launch,fairscale ;;
+        launch) extras=launch,fairscale,cpu ;;
         test) extras=launch,fairscale,test ;;
         *) die "expected launch or test, got $purpose" ;;
     esac

@@ -4,13 +4,14 @@
     gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it
     main, exp_avg, exp_avg_sq, max_exp_avg_sq  [n]   this rank's shard only
 
-``main`` is what the update acts on: an fp32 copy of the parameter shard where the parameters are narrower, and the
-parameter shard itself where they are not.
+Where the parameters are narrower than fp32, ``main`` holds what the update acts on: an fp32 copy of the parameter
+shard, or the 16 bits that it lacks. Where they are not, there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,31 @@ from torch.autograd.graph import increment_version
 
 from sharded_dadamw import kernels
 from sharded_dadamw.gradients import ForeignGradients, OwnGradients
-from sharded_dadamw.layout import BucketLayout, segments
+from sharded_dadamw.layout import BucketLayout
+from sharded_dadamw.operands import Operands, Update
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.precision import image
+from sharded_dadamw.storage import Storage, num_bytes, part_of, put_back_, widened
 from sharded_dadamw.update import Hyperparameters
+
+_MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
+_NUM_PLANS = 8
+"""Updates kept ready. More than one is in use where the set of parameters with a gradient alternates."""
+
+
+class _Plan(NamedTuple):
+    """What a step needs for one set of present slots, made once.
+
+    Attributes:
+        update: The kernel, ready to be called; None where this rank holds nothing of those slots, or where the moments
+            are in 8 bits, and there is a new place for their fp32 values every time.
+        gradients: Its parts of the reduced gradient shard, as few 1-D views as there can be.
+        taken: fp32 [num_slots], 1 where a slot is updated.
+    """
+
+    update: Update | None
+    gradients: list[Tensor]
+    taken: Tensor
 
 
 class Bucket:
@@ -31,6 +54,7 @@ class Bucket:
 
     Attributes:
         layout: Where everything lies.
+        storage: In what dtypes.
         rank: This rank.
         group_index: The parameter group whose hyperparameters hold for the whole bucket.
         members: The parameters, in slot order.
@@ -42,11 +66,12 @@ class Bucket:
         self,
         layout: BucketLayout,
         members: Sequence[NamedParameter],
+        storage: Storage,
         *,
         rank: int,
         group_index: int,
         amsgrad: bool,
-        main_dtype: torch.dtype | None,
+        seed: int,
         owns_gradients: bool,
     ) -> None:
         """Allocate buffers and state, and move ``members`` in.
@@ -54,18 +79,22 @@ class Bucket:
         Args:
             layout: Sizes must be those of ``members``.
             members: Parameters of one dtype on one device, in slot order.
+            storage: The same for all of them.
             rank: Which shard is ours.
             group_index: Position of their parameter group.
             amsgrad: Whether to hold ``max_exp_avg_sq``.
-            main_dtype: Dtype of the main parameter where the parameters are narrower; None for no main parameter.
+            seed: Key of stochastic rounding.
             owns_gradients: Whether gradients live here too. If not, ``p.grad`` is read where it is.
         """
         first = members[0].param
         self.layout = layout
+        self.storage = storage
         self.rank = rank
         self.group_index = group_index
         self.members = tuple(members)
         self.histories = [0] * len(members)
+        self._seed = seed if storage.is_stochastic else None
+        self._plans: dict[tuple[object, ...], _Plan] = {}
         start, stop = layout.shard_range(rank)
 
         self.param_buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
@@ -81,11 +110,11 @@ class Bucket:
             member.param.data = view
         self._versions = self._read_versions()
 
-        self.has_main = main_dtype is not None and first.dtype.itemsize < main_dtype.itemsize
-        self.main = self.param_shard.to(main_dtype) if self.has_main else self.param_shard
-        self.exp_avg = torch.zeros_like(self.main)
-        self.exp_avg_sq = torch.zeros_like(self.main)
-        self.max_exp_avg_sq = torch.zeros_like(self.main) if amsgrad else None
+        self.main = None if storage.main is None else torch.zeros_like(self.param_shard, dtype=storage.main)
+        self.reset_main_()
+        self.exp_avg = storage.zeros(layout.shard_numel, first.device, signed=True)
+        self.exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False)
+        self.max_exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False) if amsgrad else None
         self.steps = torch.zeros(len(members), dtype=torch.float32, device=first.device)
 
     def _read_versions(self) -> list[int]:
@@ -97,16 +126,21 @@ class Bucket:
         shards = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
             shards["max_exp_avg_sq"] = self.max_exp_avg_sq
-        if self.has_main:
-            shards["main_param"] = self.main
+        if self.main is not None:
+            shards[_MAIN_KEYS[self.main.dtype]] = self.main
         return shards
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state tensors of this rank, as stored."""
+        return sum(num_bytes(shard) for shard in self.shards.values())
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
         fragment = self.layout.fragment(slot, self.rank)
         stop = fragment.shard_start + fragment.numel
         state = {"step": self.steps[slot]}
-        state.update({name: shard[fragment.shard_start : stop] for name, shard in self.shards.items()})
+        state.update({name: part_of(shard, fragment.shard_start, stop) for name, shard in self.shards.items()})
         return state
 
     def misplaced(self) -> list[NamedParameter]:
@@ -121,13 +155,16 @@ class Bucket:
 
     def reset_main_(self) -> None:
         """Take the main parameter from the parameter buffer, after that was filled with other weights."""
-        if self.has_main:
+        if self.main is None:
+            return
+        if self.main.dtype is torch.int16:
+            self.main.zero_()
+        else:
             self.main.copy_(self.param_shard)
 
     def gradient_runs(self, present: Sequence[bool]) -> list[Tensor]:
         """The parts of the reduced gradient shard that belong to the slots that are ``present``, as 1-D views."""
-        runs = segments(self.layout, self.rank, [0 if here else None for here in present])
-        return [self.gradients.shard[run.start : run.stop] for run in runs]
+        return self._plan(tuple(present)).gradients
 
     def update_(
         self,
@@ -146,35 +183,82 @@ class Bucket:
             found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
         """
         self._absorb_edits_()
-        self._count_step_(present, found_inf)
-        histories = [history if here else None for history, here in zip(self.histories, present, strict=True)]
-        runs = segments(self.layout, self.rank, histories)
-        grads = self.gradients.shard.to(self.main.dtype)
-        maxima = self.max_exp_avg_sq
-        kernels.adamw_(
-            [self.main[run.start : run.stop] for run in runs],
-            [grads[run.start : run.stop] for run in runs],
-            [self.exp_avg[run.start : run.stop] for run in runs],
-            [self.exp_avg_sq[run.start : run.stop] for run in runs],
-            [] if maxima is None else [maxima[run.start : run.stop] for run in runs],
-            [self.steps[run.slot] for run in runs],
-            hyper=hyper,
-            grad_divisor=grad_divisor,
-            found_inf=found_inf,
-        )
-        if self.has_main:
-            self.param_shard.copy_(self.main)
+        plan = self._plan(tuple(present))
+        self.steps.add_(plan.taken if found_inf is None else plan.taken * (1 - found_inf))
+        if not all(present):
+            labels: dict[tuple[int, bool], int] = {}
+            self.histories = [labels.setdefault(key, len(labels)) for key in zip(self.histories, present, strict=True)]
+        moments = [widened(moment) for moment in self._moments]
+        update = plan.update
+        if update is None:
+            operands = self._operands(present, self.histories, moments)
+            if not operands:
+                return
+            update = kernels.prepare(operands)
+        update(hyper, grad_divisor=grad_divisor, found_inf=found_inf, seed=self._seed)
+        for moment, values in zip(self._moments, moments, strict=True):
+            put_back_(moment, values, found_inf)
+
+    @property
+    def _moments(self) -> list[Tensor]:
+        moments = (self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq)
+        return [moment for moment in moments if moment is not None]
+
+    def _plan(self, present: tuple[bool, ...]) -> _Plan:
+        """What a step needs; nothing that grows with the number of slots is done twice for the same ones."""
+        key = (present, *self.histories)
+        if key not in self._plans:
+            if len(self._plans) == _NUM_PLANS:
+                del self._plans[next(iter(self._plans))]
+            operands = [] if self.storage.in_8_bits else self._operands(present, self.histories, self._moments)
+            taken = torch.tensor([float(here) for here in present], dtype=torch.float32)
+            taken = taken.to(self.steps.device, non_blocking=True)  # or the host would wait for the device
+            update = kernels.prepare(operands) if operands else None
+            self._plans[key] = _Plan(update, self._runs_of(self.gradients.shard, present), taken)
+        return self._plans[key]
+
+    def _runs_of(self, shard: Tensor, present: Sequence[bool]) -> list[Tensor]:
+        """The parts of a shard that belong to slots that are present, neighbours joined."""
+        runs: list[tuple[int, int]] = []
+        for fragment in self.layout.fragments(self.rank):
+            if present[fragment.slot]:
+                start, stop = fragment.shard_start, fragment.shard_start + fragment.numel
+                runs.append((runs.pop()[0], stop) if runs and runs[-1][1] == start else (start, stop))
+        return [shard[start:stop] for start, stop in runs]
+
+    def _operands(self, present: Sequence[bool], histories: Sequence[int], moments: Sequence[Tensor]) -> list[Operands]:
+        """This rank's fragments of the slots that are present, in order."""
+        exp_avg, exp_avg_sq, *maximum = moments
+        operands = []
+        for fragment in self.layout.fragments(self.rank):
+            if present[fragment.slot]:
+                part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
+                operands.append(
+                    Operands(
+                        param=self.param_shard[part],
+                        grad=self.gradients.shard[part],
+                        exp_avg=exp_avg[part],
+                        exp_avg_sq=exp_avg_sq[part],
+                        max_exp_avg_sq=maximum[0][part] if maximum else None,
+                        main=None if self.main is None else self.main[part],
+                        step=self.steps[fragment.slot],
+                        first_element=self.members[fragment.slot].first_element + fragment.param_start,
+                        history=histories[fragment.slot],
+                    )
+                )
+        return operands
 
     def _absorb_edits_(self) -> None:
-        """Let weights that were edited in place since the last step win over the main parameter.
+        """Let weights that were edited in place since the last step win over the fp32 main parameter.
 
         ``model.load_state_dict`` and ``p.copy_`` write the model's narrow weights and know nothing of the wider copy.
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
-        and back in loses no precision.
+        and back in loses no precision. A remainder needs no such care: it is less than half of the weight's last digit.
         """
-        if self.has_main and self._read_versions() != self._versions:
-            edited = self.main.to(self.param_shard.dtype) != self.param_shard
-            self.main.copy_(torch.where(edited, self.param_shard.to(self.main.dtype), self.main))
+        if self.main is None or self.main.dtype is torch.int16 or self._read_versions() == self._versions:
+            return
+        edited = image(self.main, self.param_shard.dtype) != self.param_shard
+        self.main.copy_(torch.where(edited, self.param_shard.to(self.main.dtype), self.main))
 
     def announce_update(self, present: Sequence[bool]) -> None:
         """Let autograd know that parameters have changed, so that a backward through an older graph fails.
@@ -184,17 +268,6 @@ class Bucket:
         """
         increment_version([member.param for member, here in zip(self.members, present, strict=True) if here])
         self._versions = self._read_versions()
-
-    def _count_step_(self, present: Sequence[bool], found_inf: Tensor | None) -> None:
-        """Advance the step count of every slot that is about to be updated, unless the update will be skipped."""
-        taken: Tensor | float = 1.0 if found_inf is None else 1 - found_inf
-        if all(present):
-            self.steps.add_(taken)
-            return
-        mask = torch.tensor([float(p) for p in present], dtype=torch.float32, device=self.steps.device)
-        self.steps.add_(mask * taken)
-        labels: dict[tuple[int, bool], int] = {}
-        self.histories = [labels.setdefault(key, len(labels)) for key in zip(self.histories, present, strict=True)]
 
     def reread_histories(self) -> None:
         """Derive ``histories`` from the step counts, after these were loaded."""

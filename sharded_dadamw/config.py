@@ -4,31 +4,53 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
-import torch
+
+class MainParameter(Enum):
+    """What is kept, sharded, beside a parameter that is narrower than fp32, so that small updates and decay count."""
+
+    FP32 = "an fp32 copy, of which the parameter is the image: 4 bytes per parameter"
+    REMAINDER = "the 16 bits that a bf16 parameter lacks of its fp32 value: 2 bytes, and the same results as FP32"
+    NONE = "nothing: the parameter is updated in its own dtype, and loses what is smaller than half its last digit"
+
+
+class Moments(Enum):
+    """How ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq`` are stored. All arithmetic is in fp32 (fp64 for fp64)."""
+
+    FP32 = "fp32: 4 bytes each"
+    BF16 = "bf16, rounded stochastically, so that they are right on average: 2 bytes each"
+    LIKE_PARAMETERS = "in the parameter's dtype, rounded to the nearest, as DecoupledAdamW stores them"
+    INT8 = (
+        "8 bits in blocks of 256 with a scale each, by torchao, for parameters of at least 4,096 elements that are a "
+    )
+    "multiple of 256; fp32 for others: about 1 byte each"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingConfig:
-    """How :class:`~sharded_dadamw.ShardedDecoupledAdamW` spreads its work.
+    """How :class:`~sharded_dadamw.ShardedDecoupledAdamW` spreads its work, and in what precision it keeps state.
 
     Attributes:
         bucket_cap_mb: Size in MiB (of parameters) up to which parameters share a bucket. Each bucket is one reduction,
             one kernel call and one all-gather. Results do not depend on it.
         reduce_gradients: True: each rank brings its own gradients, and ``step`` averages them. False: something else,
             such as DistributedDataParallel, has averaged them already; they are only read.
-        main_dtype: ``torch.float32``: parameters in a narrower dtype get an fp32 main parameter, sharded like the
-            moments, and the update acts on that. None: every parameter is updated in its own dtype, with moments in
-            that dtype, exactly as ``DecoupledAdamW`` does; a bf16 parameter then loses small decays to rounding.
+        main_parameter: What is kept beside bf16 and fp16 parameters; nothing is kept beside wider ones.
+        moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
+        seed: Key of the stochastic rounding of ``Moments.BF16``, in [0, 2**32). The random bits for an element follow
+            from this, its step and its number alone, so they are the same on any number of ranks and on any device.
 
     Raises:
-        TypeError: ``bucket_cap_mb`` is not a number, or ``reduce_gradients`` is not a bool.
-        ValueError: ``bucket_cap_mb`` is not a finite number > 0, or ``main_dtype`` is neither fp32 nor None.
+        TypeError: A value is not of the type it has here.
+        ValueError: ``bucket_cap_mb`` is not a finite number > 0, or ``seed`` is out of range.
     """
 
     bucket_cap_mb: float = 16.0
     reduce_gradients: bool = True
-    main_dtype: torch.dtype | None = torch.float32
+    main_parameter: MainParameter = MainParameter.FP32
+    moments: Moments = Moments.FP32
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -38,5 +60,12 @@ class ShardingConfig:
             raise ValueError(f"bucket_cap_mb: expected a finite number > 0 (MiB), got {self.bucket_cap_mb}")
         if not isinstance(self.reduce_gradients, bool):
             raise TypeError(f"reduce_gradients: expected True or False, got {self.reduce_gradients!r}")
-        if self.main_dtype not in (None, torch.float32):
-            raise ValueError(f"main_dtype: expected torch.float32 or None, got {self.main_dtype}")
+        for name, kind in (("main_parameter", MainParameter), ("moments", Moments)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+                raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected an integer in [0, 2**32), got {self.seed}")

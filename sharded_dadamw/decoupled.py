@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
+from sharded_dadamw.operands import Form, Operands, Update
 from sharded_dadamw.update import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
@@ -22,6 +24,11 @@ SHARD = "shard"
 would take shards for whole tensors stumbles over it, instead of dropping it and losing the other ranks' shards."""
 
 _HIGH_WEIGHT_DECAY = 1e-3
+
+_Place = tuple[object, ...]
+"""Where tensors lie, and what they are: an update made ready for some does for others in the same places."""
+_Copies = list[tuple[Tensor, Tensor]]
+"""Tensors, each with the copy that was updated in its place."""
 
 
 class DecoupledAdamW(AdamW):
@@ -66,6 +73,8 @@ class DecoupledAdamW(AdamW):
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         _warn_if_high(weight_decay)
         beta1, beta2 = betas
+        self._ready_updates: dict[int, tuple[list[_Place], list[Update]]] = {}
+        self._captured_updates: list[list[Update]] = []
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
 
@@ -115,15 +124,16 @@ class DecoupledAdamW(AdamW):
             weight_decay: Decay at the peak.
             eps: Added to the denominator.
         """
-        kernels.adamw_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
-            hyper=Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad),
-        )
+        maxima = max_exp_avg_sqs if amsgrad else [None] * len(params)
+        columns = zip(params, grads, exp_avgs, exp_avg_sqs, maxima, state_steps, strict=True)
+        alike = [
+            _alike_in_memory(Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step))
+            for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
+        ]
+        for update in _prepare([fragment for fragment, _ in alike]):
+            update(Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad))
+        for _, copies in alike:
+            _put_back_(copies)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -148,34 +158,54 @@ class DecoupledAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
+        for index, group in enumerate(self.param_groups):
+            if "initial_lr" not in group:
+                group["initial_lr"] = float(group["lr"])
             hyper = Hyperparameters.from_group(group)
             params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
+            fragments = []
             for param in params:
                 if param.grad.layout != torch.strided:
                     raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {param.grad.layout}")
-            states = [self._state_of(param, amsgrad=hyper.amsgrad) for param in params]
-            steps = [state["step"] for state in states]
-            if steps:
-                torch._foreach_add_(steps, 1)
-            self.adamw(
-                [_local(param) for param in params],
-                [_local_gradient(param) for param in params],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
-                [_local(state["max_exp_avg_sq"]) for state in states] if hyper.amsgrad else [],
-                steps,
-                amsgrad=hyper.amsgrad,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                lr=hyper.lr,
-                initial_lr=hyper.reference_lr,
-                weight_decay=hyper.weight_decay,
-                eps=hyper.eps,
-            )
+                state = self._state_of(param, amsgrad=hyper.amsgrad)
+                fragments.append(
+                    Operands(
+                        param=_local(param),
+                        grad=_local_gradient(param),
+                        exp_avg=_local(state["exp_avg"]),
+                        exp_avg_sq=_local(state["exp_avg_sq"]),
+                        max_exp_avg_sq=_local(state["max_exp_avg_sq"]) if hyper.amsgrad else None,
+                        main=None,
+                        step=state["step"],
+                    )
+                )
+            if fragments:
+                torch._foreach_add_([fragment.step for fragment in fragments], 1)
+            self._update_(index, fragments, hyper)
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
+
+    def _update_(self, group_index: int, fragments: Sequence[Operands], hyper: Hyperparameters) -> None:
+        """Apply the law to a group, with what an earlier step has made ready if everything is still where it was."""
+        alike = [_alike_in_memory(fragment) for fragment in fragments]
+        places = [_place(fragment) for fragment, _ in alike]
+        ready_places, updates = self._ready_updates.get(group_index, ([], []))
+        if ready_places != places:
+            updates = _prepare([fragment for fragment, _ in alike])
+            # What refers to tensors would keep gradients in memory that zero_grad() is to free.
+            if not any(update.keeps_tensors for update in updates):
+                self._ready_updates[group_index] = places, updates
+        for update in updates:
+            update(hyper)
+        for _, copies in alike:
+            _put_back_(copies)
+        if fragments and fragments[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured_updates.append(updates)  # a graph's replays read what these hold on the device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickling and copying leave, which is not what was made ready for other tensors."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._ready_updates, self._captured_updates = {}, []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
@@ -221,6 +251,67 @@ def _warn_if_high(weight_decay: float) -> None:
             weight_decay,
             1.0 - weight_decay,
         )
+
+
+def _prepare(fragments: Sequence[Operands]) -> list[Update]:
+    """Updates of fragments of any forms: one for each form."""
+    by_form: dict[Form, list[Operands]] = {}
+    for fragment in fragments:
+        by_form.setdefault(fragment.form, []).append(fragment)
+    return [kernels.prepare(alike) for alike in by_form.values()]
+
+
+def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
+    """The same with its elements in one order in memory, which kernels need, and what had to be copied for that.
+
+    Raises:
+        ValueError: The tensors differ in shape; torch's kernel would write past the end of the smaller ones.
+    """
+    param = fragment.param
+    present = [tensor for tensor in fragment.tensors if tensor is not None]
+    if any(tensor.shape != param.shape for tensor in present):
+        raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in present]}")
+    if all(tensor.is_contiguous() for tensor in present):
+        return fragment, []
+    model = param if _is_dense(param) else param.contiguous()
+    copies: _Copies = []
+
+    def alike(tensor: Tensor) -> Tensor:
+        if tensor.stride() == model.stride():
+            return tensor
+        copies.append((tensor, torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)))
+        return copies[-1][1]
+
+    maximum = fragment.max_exp_avg_sq
+    laid_out = replace(
+        fragment,
+        param=alike(fragment.param),
+        grad=alike(fragment.grad),
+        exp_avg=alike(fragment.exp_avg),
+        exp_avg_sq=alike(fragment.exp_avg_sq),
+        max_exp_avg_sq=None if maximum is None else alike(maximum),
+    )
+    return laid_out, [(original, copy) for original, copy in copies if original is not fragment.grad]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _put_back_(copies: _Copies) -> None:
+    for original, copy in copies:
+        original.copy_(copy)
+
+
+def _place(fragment: Operands) -> _Place:
+    numel, grad, moments = fragment.param.numel(), fragment.grad.dtype, fragment.exp_avg.dtype
+    return numel, fragment.param.dtype, grad, moments, *fragment.addresses()
 
 
 def _local_gradient(param: Tensor) -> Tensor:

@@ -45,10 +45,12 @@ class BucketLayout:
     Attributes:
         numels: Number of elements of each slot's parameter, in slot order.
         num_ranks: Number of equal shards.
+        alignment: Elements on a multiple of which shards are cut.
     """
 
     numels: tuple[int, ...]
     num_ranks: int
+    alignment: int = ALIGNMENT
     offsets: tuple[int, ...] = field(init=False)
     shard_numel: int = field(init=False)
 
@@ -58,9 +60,9 @@ class BucketLayout:
         for numel in self.numels:
             offsets.append(end)
             end += numel
-        unit = self.num_ranks * ALIGNMENT
+        unit = self.num_ranks * self.alignment
         object.__setattr__(self, "offsets", tuple(offsets))
-        object.__setattr__(self, "shard_numel", -(-end // unit) * ALIGNMENT)
+        object.__setattr__(self, "shard_numel", -(-end // unit) * self.alignment)
         self._prove()
 
     def _prove(self) -> None:
@@ -70,8 +72,8 @@ class BucketLayout:
             start + numel == following
             for start, numel, following in zip(self.offsets, self.numels, (*self.offsets[1:], self.used), strict=True)
         ), "slots lie end to end: disjoint, and together they cover the used part"
-        assert self.shard_numel % ALIGNMENT == 0, "shards are cut on the alignment"
-        assert 0 <= self.numel - self.used < self.num_ranks * ALIGNMENT, "padding stays below one unit per rank"
+        assert self.shard_numel % self.alignment == 0, "shards are cut on the alignment"
+        assert 0 <= self.numel - self.used < self.num_ranks * self.alignment, "padding stays below one unit per rank"
 
     @cached_property
     def used(self) -> int:
@@ -105,50 +107,6 @@ class BucketLayout:
             if fragment.numel:
                 yield fragment
             slot += 1
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of a shard that one kernel call updates with one step count.
-
-    Attributes:
-        start: First element, counted in the shard.
-        stop: The element behind the last.
-        slot: A slot whose step count is that of the whole run.
-    """
-
-    start: int
-    stop: int
-    slot: int
-
-
-def segments(layout: BucketLayout, rank: int, histories: Sequence[int | None]) -> list[Segment]:
-    """The fewest runs of a rank's shard that can be updated together.
-
-    Args:
-        layout: The bucket.
-        rank: Whose shard.
-        histories: Per slot a number that is equal for slots with equal step counts, or None to leave the slot alone.
-
-    Returns:
-        Disjoint runs, in order. Where every slot has one history it is the whole shard, padding included, so that the
-        usual step is a single call on aligned memory.
-    """
-    if not layout.shard_numel:
-        return []
-    if None not in histories and len(set(histories)) == 1:
-        return [Segment(0, layout.shard_numel, 0)]
-    runs: list[Segment] = []
-    for fragment in layout.fragments(rank):
-        history, stop = histories[fragment.slot], fragment.shard_start + fragment.numel
-        if history is None:
-            continue
-        last = runs[-1] if runs else None
-        if last is not None and last.stop == fragment.shard_start and histories[last.slot] == history:
-            runs[-1] = Segment(last.start, stop, last.slot)
-        else:
-            runs.append(Segment(fragment.shard_start, stop, fragment.slot))
-    return runs
 
 
 def plan_buckets(numels: Sequence[int], *, cap: int) -> list[tuple[int, ...]]:

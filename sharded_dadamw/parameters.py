@@ -22,12 +22,14 @@ class NamedParameter:
         param: The parameter itself.
         index: Its number over all groups, which is its key in a state dict.
         group_index: The group it is in.
+        first_element: Number of its first element, counted over all parameters of all groups.
     """
 
     name: str
     param: Tensor
     index: int
     group_index: int
+    first_element: int
 
     def describe(self) -> str:
         """Everything about it that has to be equal on all ranks."""
@@ -39,11 +41,13 @@ class NamedParameter:
 def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter]:
     """All parameters in the order of their groups; unnamed ones are called by their place in ``param_groups``."""
     members: list[NamedParameter] = []
+    num_elements = 0
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             place = f"param_groups[{group_index}]['params'][{position}]"
             name = group["param_names"][position] if "param_names" in group else place
-            members.append(NamedParameter(name, param, len(members), group_index))
+            members.append(NamedParameter(name, param, len(members), group_index, num_elements))
+            num_elements += param.numel()
     return members
 
 

@@ -37,6 +37,7 @@ from sharded_dadamw.norms import clip_coefficient, global_norm
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.reducer import Reducer
 from sharded_dadamw.state_dict import match_state, shard_identity
+from sharded_dadamw.storage import Storage
 from sharded_dadamw.update import Hyperparameters
 
 
@@ -70,8 +71,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     stays the same object). So move the model to its device and dtype first.
 
     ``optimizer.state[p]`` holds ``step`` (0-d fp32) and this rank's 1-D fragments of ``exp_avg``, ``exp_avg_sq``,
-    ``max_exp_avg_sq`` and ``main_param``; they may be empty, and joined over ranks in rank order they are the flattened
-    whole.
+    ``max_exp_avg_sq`` and, where parameters are narrower than fp32, ``main_param`` or ``main_remainder``; they may be
+    empty, and joined over ranks in rank order they are the flattened whole.
 
     A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place:
     ``step`` and ``clip_grad_norm_`` consume them, and ``zero_grad`` must come before the next backward.
@@ -125,7 +126,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
             super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
-            check_parameters(named_parameters(self.param_groups))
+            self._check_members()
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         members = named_parameters(self.param_groups) if refusal is None else []
@@ -153,7 +154,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         refusal: Exception | None = None
         try:
             super().add_param_group(param_group)
-            check_parameters(named_parameters(self.param_groups))
+            self._check_members()
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         try:
@@ -176,6 +177,14 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
         require_agreement(self._collectives, claims, refusal)
 
+    def _check_members(self) -> None:
+        """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
+        members = named_parameters(self.param_groups)
+        check_parameters(members)
+        for member in members:
+            beta2 = float(self.param_groups[member.group_index]["betas"][1])
+            Storage.of(member.param, self._config).check_beta2(beta2)
+
     def _shard_members(self, members: Sequence[NamedParameter]) -> None:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
@@ -189,20 +198,25 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             self._shard(index, list(of_group))
 
     def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
-        """Put parameters of one group into new buckets, one or more per dtype. Collective."""
+        """Put parameters of one group into new buckets, one or more per storage. Collective."""
         group = self.param_groups[group_index]
-        for dtype in dict.fromkeys(member.param.dtype for member in members):
-            alike = [member for member in members if member.param.dtype == dtype]
+        stored: dict[Storage, list[NamedParameter]] = {}
+        for member in members:
+            stored.setdefault(Storage.of(member.param, self._config), []).append(member)
+        for storage, alike in stored.items():
             numels = [member.param.numel() for member in alike]
-            cap = int(self._config.bucket_cap_mb * 2**20) // dtype.itemsize
+            cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
             for indices in plan_buckets(numels, cap=cap):
                 bucket = Bucket(
-                    BucketLayout(tuple(numels[i] for i in indices), self._collectives.num_ranks),
+                    BucketLayout(
+                        tuple(numels[i] for i in indices), self._collectives.num_ranks, alignment=storage.alignment
+                    ),
                     [alike[i] for i in indices],
+                    storage,
                     rank=self._collectives.rank,
                     group_index=group_index,
                     amsgrad=bool(group["amsgrad"]),
-                    main_dtype=self._config.main_dtype,
+                    seed=self._config.seed,
                     owns_gradients=self._config.reduce_gradients,
                 )
                 self._collectives.broadcast_(bucket.param_buffer)
@@ -301,15 +315,17 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 bucket.gradients.collect(to_clip=to_clip)
             slots = {bucket: bucket.gradients.present for bucket in self._buckets}
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
-            self._check_amsgrad(hypers)
+            self._check_state_fits(hypers)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
 
+        scalars: Claims = {}
+        for index, hyper in enumerate(hypers):
+            scalars.update(_hyperparameter_claims(index, hyper))
+
         def claims() -> Claims:
-            made: Claims = {"the call": doing}
-            for index, hyper in enumerate(hypers):
-                made.update(_hyperparameter_claims(index, hyper))
+            made: Claims = {"the call": doing, **scalars}
             for member in awake:
                 made[f"{member.name}.requires_grad"] = "True"
             gradients = {
@@ -320,7 +336,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             made.update(gradients[index] for index in sorted(gradients))
             return made
 
-        summary = (doing, hypers, [member.index for member in awake])
+        summary = (doing, scalars, [member.index for member in awake])
         key = bytes(here for present in slots.values() for here in present) + repr(summary).encode()
         agreed = _Agreed(
             slots,
@@ -336,8 +352,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._shard_members(awake)
         return self._agree(doing, to_clip=to_clip, found_inf=found_inf, grad_scale=grad_scale)
 
-    def _check_amsgrad(self, hypers: Sequence[Hyperparameters]) -> None:
+    def _check_state_fits(self, hypers: Sequence[Hyperparameters]) -> None:
         for bucket in self._buckets:
+            bucket.storage.check_beta2(hypers[bucket.group_index].beta2)
             built, asked_for = bucket.max_exp_avg_sq is not None, hypers[bucket.group_index].amsgrad
             if built != asked_for:
                 raise ValueError(
@@ -431,7 +448,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state (moments, main parameters) on this rank, as allocated."""
-        return sum(shard.nbytes for bucket in self._buckets for shard in bucket.shards.values())
+        return sum(bucket.state_bytes for bucket in self._buckets)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shards, in torch's format, and under ``state["shard"]`` which shards they are.
@@ -494,8 +511,9 @@ class _Agreed:
 
 
 def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
+    lr = hyper.lr
     values = {
-        "lr": hyper.lr,
+        "lr": f"a tensor on {lr.device}" if isinstance(lr, Tensor) else str(lr),  # whose value the host cannot see
         "initial_lr": hyper.reference_lr,
         "betas": (hyper.beta1, hyper.beta2),
         "eps": hyper.eps,

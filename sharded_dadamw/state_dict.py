@@ -82,10 +82,13 @@ def match_state(
         if span != (saved_span if saved_span is None else tuple(saved_span)):
             raise ValueError(f"state of {member.name}: expected its elements {span}, got {saved_span}")
         for key, tensor in live.items():
-            if tensor.shape != saved[key].shape or tensor.dtype != saved[key].dtype:
-                raise ValueError(
-                    f"state of {member.name}, {key}: expected {tensor.dtype} {list(tensor.shape)}, "
-                    f"got {saved[key].dtype} {list(saved[key].shape)}"
-                )
+            expected, came = _describe(tensor), _describe(saved[key])
+            if came != expected:
+                raise ValueError(f"state of {member.name}, {key}: expected {expected}, got {came}")
             pairs.append((tensor, saved[key]))
     return pairs
+
+
+def _describe(tensor: Tensor) -> str:
+    """Shape and dtype, and how many bits are stored where that is not what the dtype says."""
+    return f"{tensor.dtype} {list(tensor.shape)}" + ", in 8 bits" * hasattr(tensor, "codes")

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
+
 _UNSUPPORTED_SWITCHES = ("maximize", "differentiable")
 
 
@@ -30,7 +32,7 @@ class Hyperparameters:
     """The scalars of one parameter group for one step, read once from its dict.
 
     Attributes:
-        lr: Learning rate of this step.
+        lr: Learning rate of this step. A tensor where the group's is one on an accelerator: the host never reads it.
         reference_lr: The schedule's peak; ``lr / reference_lr`` is the schedule's multiplier.
         beta1: Coefficient of ``exp_avg``.
         beta2: Coefficient of ``exp_avg_sq``.
@@ -39,7 +41,7 @@ class Hyperparameters:
         amsgrad: Whether the denominator uses the running maximum of ``exp_avg_sq``.
     """
 
-    lr: float
+    lr: float | Tensor
     reference_lr: float
     beta1: float
     beta2: float
@@ -55,7 +57,9 @@ class Hyperparameters:
         ``div_factor`` times ``weight_decay``; it also writes ``max_lr``. The reference is the larger of the two, so the
         schedule's multiplier, and with it the decay, never exceeds its peak value.
         """
-        lr = float(group["lr"])
+        lr = group["lr"]
+        if not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+            lr = float(lr)
         beta1, beta2 = group["betas"]
         return cls(
             lr=lr,
@@ -68,24 +72,21 @@ class Hyperparameters:
         )
 
     @property
-    def decay(self) -> float:
-        """Fraction by which every weight shrinks in this step."""
+    def decay(self) -> float | Tensor:
+        """Fraction by which every weight shrinks in this step; a 0-d tensor where ``lr`` is one."""
         return self.weight_decay * (self.lr / self.reference_lr) if self.reference_lr else self.weight_decay
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse hyperparameters outside the law's domain.
+    """Refuse hyperparameters outside the law's domain. Waits for the device where ``lr`` is a tensor on one.
 
     Raises:
-        TypeError: ``lr`` is a tensor on an accelerator, whose value the host could read only by waiting for the device.
+        TypeError: ``lr`` is a tensor of more than one element.
         ValueError: A value is outside its range, or a switch of torch's AdamW is on that this law does not have.
     """
     lr = group["lr"]
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.device.type != "cpu"):
-        raise TypeError(
-            f"lr: expected a float or a one-element CPU tensor, got a tensor of {lr.numel()} elements on {lr.device}; "
-            "pass float(lr)"
-        )
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise TypeError(f"lr: expected a float or a tensor of one element, got one of {lr.numel()} elements")
     for name in ("lr", "eps", "weight_decay"):
         value = float(group[name])
         if not (value >= 0.0 and math.isfinite(value)):
@@ -112,40 +113,77 @@ def adamw_(
     step: Tensor,
     *,
     hyper: Hyperparameters,
+    main: Tensor | None = None,
     grad_divisor: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    """Apply the law to one tensor, in place.
+    seed: int | None = None,
+    first_element: int = 0,
+) -> Tensor:
+    """Apply the law to one tensor, in place, in fp32 (fp64 where ``param`` is).
 
     Args:
         param: Any shape; decayed and updated in place.
-        grad: Shape of ``param``; only read.
-        exp_avg: Shape of ``param``; updated in place.
-        exp_avg_sq: Shape of ``param``; updated in place.
-        max_exp_avg_sq: Shape of ``param``; updated in place. None without amsgrad.
+        grad: Shape of ``param``, any floating dtype; only read.
+        exp_avg: Shape of ``param``, any floating dtype; updated in place.
+        exp_avg_sq: Shape and dtype of ``exp_avg``; updated in place.
+        max_exp_avg_sq: Shape and dtype of ``exp_avg``; updated in place. None without amsgrad.
         step: 0-d; the number of this update, counted from 1.
         hyper: The group's scalars.
-        grad_divisor: 0-d fp32; the gradient is divided by it (loss scale, inverse clip coefficient). None means 1.
-        found_inf: 0-d fp32; where it is 1 nothing changes. Selected, not multiplied: 0 * nan is nan.
+        main: Shape of ``param``; updated in place. fp32: the value that the law acts on, of which ``param`` becomes
+            the image. int16: what a bf16 ``param`` lacks of that value. None: the law acts on ``param``.
+        grad_divisor: 0-d fp32; the gradient is divided by it (number of ranks, loss scale, inverse clip coefficient).
+            None means 1.
+        found_inf: 0-d fp32; where it is not 0 nothing changes. Selected, not multiplied: 0 * nan is nan.
+        seed: Key of the stochastic rounding of bf16 moments; None rounds to the nearest.
+        first_element: Number of the first element, counted over all parameters; part of that key.
+
+    Returns:
+        fp64 [4]: squared norms of the gradient (divided), of the parameter and of ``exp_avg`` as they are afterwards,
+        and of the update, which is what was subtracted from the parameter, decay included.
     """
-    if found_inf is not None:
-        keep = found_inf != 0
-        targets = [t for t in (param, exp_avg, exp_avg_sq, max_exp_avg_sq) if t is not None]
-        kept = [t.clone() for t in targets]
-        adamw_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, hyper=hyper, grad_divisor=grad_divisor)
-        for target, before in zip(targets, kept, strict=True):
-            target.copy_(torch.where(keep, before, target))
-        return
+    wide = torch.promote_types(param.dtype, torch.float32)
+    value = param.to(wide) if main is None else main
+    if main is not None and main.dtype is torch.int16:
+        value = join(param, main)
+    grad = grad.to(wide)
     if grad_divisor is not None:
-        # In fp32: a loss scale is out of fp16's range, and so is what it is there to save.
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / grad_divisor
+        grad = grad / grad_divisor
+    new_exp_avg = hyper.beta1 * exp_avg.to(wide) + (1 - hyper.beta1) * grad
+    new_exp_avg_sq = hyper.beta2 * exp_avg_sq.to(wide) + (1 - hyper.beta2) * (grad * grad)
+    second_moment = new_exp_avg_sq
+    if max_exp_avg_sq is not None:
+        second_moment = torch.maximum(max_exp_avg_sq.to(wide), new_exp_avg_sq)
     bias_correction1 = 1 - hyper.beta1 ** step.double()
     bias_correction2 = 1 - hyper.beta2 ** step.double()
-    param.mul_(1 - hyper.decay)
-    exp_avg.mul_(hyper.beta1).add_(grad, alpha=1 - hyper.beta1)
-    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-    second_moment = exp_avg_sq
+    denom = second_moment.sqrt() / bias_correction2.sqrt() + hyper.eps
+    update = hyper.decay * value + (hyper.lr / bias_correction1) * (new_exp_avg / denom)
+    value = value - update
+
+    keep = torch.zeros((), dtype=torch.bool, device=param.device) if found_inf is None else found_inf != 0
+    if seed is not None and exp_avg.dtype is torch.bfloat16:
+        elements = torch.arange(first_element, first_element + param.numel(), device=param.device).view(param.shape)
+        bits1, bits2 = random_bits(seed, step, elements)
+        new_exp_avg = round_stochastically(new_exp_avg, bits1)
+        new_exp_avg_sq = round_stochastically(new_exp_avg_sq, bits2)
+    _select_(exp_avg, new_exp_avg, keep)
+    _select_(exp_avg_sq, new_exp_avg_sq, keep)
     if max_exp_avg_sq is not None:
-        second_moment = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    denom = (second_moment.sqrt() / bias_correction2.sqrt().to(param.dtype)).add_(hyper.eps)
-    param.sub_((hyper.lr / bias_correction1).to(param.dtype) * exp_avg / denom)
+        _select_(max_exp_avg_sq, torch.maximum(max_exp_avg_sq, new_exp_avg_sq.to(max_exp_avg_sq.dtype)), keep)
+    if main is None:
+        _select_(param, value.to(param.dtype), keep)
+        value = param
+    elif main.dtype is torch.int16:
+        new_param, new_main = split(value)
+        _select_(param, new_param, keep)
+        _select_(main, new_main, keep)
+        value = join(param, main)
+    else:
+        _select_(main, value, keep)
+        _select_(param, image(value, param.dtype), keep)
+        value = main
+    update = torch.where(keep, torch.zeros_like(update), update)
+    return torch.stack([tensor.to(torch.float64).square().sum() for tensor in (grad, value, exp_avg, update)])
+
+
+def _select_(target: Tensor, new: Tensor, keep: Tensor) -> None:
+    target.copy_(torch.where(keep, target, new.to(target.dtype)))

@@ -1,9 +1,14 @@
 """The session's pool of ranks ends with the session, and everything runs on one thread beside it."""
 
+import os
+
 import pytest
 import torch
 
 from tests.pool import pool
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on the CPU, slowly; read at its import
 
 
 def pytest_configure() -> None:

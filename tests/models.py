@@ -139,13 +139,13 @@ def reduce_for_control(group: Any, gradient: Tensor) -> Tensor:
     return mean_in_rank_order(gathered)
 
 
-def mains_of(groups: Groups, main_dtype: torch.dtype | None) -> Groups:
-    """Copies for the control: wherever sharding keeps a wider main parameter, the copy is that wide."""
+def mains_of(groups: Groups) -> Groups:
+    """Copies for the control: wherever sharding keeps an fp32 main parameter, the copy is in fp32."""
     copies: Groups = copy.deepcopy(groups)
     for group in copies:
         for i, (name, param) in enumerate(group["params"]):
-            if main_dtype is not None and param.dtype.itemsize < main_dtype.itemsize:
-                group["params"][i] = (name, nn.Parameter(param.detach().to(main_dtype), param.requires_grad))
+            if param.dtype.itemsize < 4:
+                group["params"][i] = (name, nn.Parameter(param.detach().float(), param.requires_grad))
     return copies
 
 

@@ -1,13 +1,12 @@
 """The layout, as properties: every element owned exactly once, aligned, in equal shards, for any number of ranks."""
 
 from collections import Counter
-from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_dadamw.layout import ALIGNMENT, BucketLayout, plan_buckets, segments
+from sharded_dadamw.layout import ALIGNMENT, BucketLayout, plan_buckets
 
 sizes = st.one_of(st.integers(0, 300), st.integers(0, 40).map(lambda k: k * ALIGNMENT), st.integers(0, 2_000_000))
 any_sizes = st.lists(sizes, min_size=1, max_size=25)
@@ -96,36 +95,6 @@ def test_every_parameter_is_in_exactly_one_bucket_and_buckets_keep_to_their_cap(
         assert len(bucket) == 1 or sum(numels[index] for index in bucket) <= cap
     # Backward produces the last parameters' gradients first.
     assert [max(bucket) for bucket in buckets] == sorted((max(bucket) for bucket in buckets), reverse=True)
-
-
-@settings(max_examples=60)
-@given(any_sizes, few_ranks, st.data())
-def test_segments_cover_exactly_what_is_to_be_updated_and_never_mix_step_counts(
-    numels: list[int], num_ranks: int, data: st.DataObject
-) -> None:
-    layout = BucketLayout(in_slot_order(numels), num_ranks)
-    histories = data.draw(
-        st.lists(st.sampled_from([None, 0, 1]), min_size=len(layout.numels), max_size=len(layout.numels))
-    )
-    for rank in range(num_ranks):
-        runs = segments(layout, rank, histories)
-        assert all(before.stop <= after.start for before, after in pairwise(runs))
-        owned = list(layout.fragments(rank))
-        for fragment in owned:
-            start, stop = fragment.shard_start, fragment.shard_start + fragment.numel
-            touching = [run for run in runs if run.start < stop and start < run.stop]
-            if histories[fragment.slot] is None:
-                assert not touching
-            else:
-                (run,) = touching
-                assert run.start <= start and stop <= run.stop
-                assert histories[run.slot] == histories[fragment.slot]
-
-
-def test_a_bucket_in_lockstep_is_one_segment_however_many_parameters_it_holds() -> None:
-    layout = BucketLayout((64,) * 1000 + (3, 5, 1), 2)
-    (run,) = segments(layout, 1, [7] * 1003)
-    assert (run.start, run.stop) == (0, layout.shard_numel)
 
 
 def test_a_layout_that_does_not_add_up_proves_itself_wrong() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from tests.models import BF16, F32, F64, draw_gradient, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks
 
@@ -225,8 +225,11 @@ def test_a_bad_argument_on_one_rank_alone_is_refused_by_all_quoting_that_rank(ca
         (dict(bucket_cap_mb="big"), (TypeError, ValueError), "bucket_cap_mb"),
         (dict(bucket_cap_mb=None), (TypeError, ValueError), "bucket_cap_mb"),
         (dict(reduce_gradients=1), TypeError, r"reduce_gradients.*1"),
-        (dict(main_dtype=BF16), ValueError, r"main_dtype.*bfloat16"),
-        (dict(main_dtype="float32"), (TypeError, ValueError), "main_dtype"),
+        (dict(main_parameter=BF16), TypeError, r"main_parameter.*MainParameter\.FP32.*bfloat16"),
+        (dict(moments="bf16"), TypeError, r"moments.*Moments\.BF16.*'bf16'"),
+        (dict(seed=0.5), TypeError, r"seed.*0\.5"),
+        (dict(seed=-1), ValueError, r"seed.*-1"),
+        (dict(seed=2**32), ValueError, r"seed.*4294967296"),
     ],
 )
 def test_a_setting_without_a_meaning_is_refused(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -417,10 +420,20 @@ DIFFERENT_BUILDS: dict[str, tuple[Callable[[], Build], Callable[[], Build], tupl
         lambda: (rebuilt(), dict(config=ShardingConfig(bucket_cap_mb=3.0))),
         ("bucket_cap_mb", r"2\.0", r"3\.0"),
     ),
-    "another main dtype": (
+    "another main parameter": (
         lambda: (rebuilt(), {}),
-        lambda: (rebuilt(), dict(config=ShardingConfig(main_dtype=None))),
-        ("main_dtype", "float32", "None"),
+        lambda: (rebuilt(), dict(config=ShardingConfig(main_parameter=MainParameter.NONE))),
+        ("main_parameter", "FP32", "NONE"),
+    ),
+    "another storage of moments": (
+        lambda: (rebuilt(), {}),
+        lambda: (rebuilt(), dict(config=ShardingConfig(moments=Moments.BF16))),
+        ("moments", "FP32", "BF16"),
+    ),
+    "another seed": (
+        lambda: (rebuilt(), {}),
+        lambda: (rebuilt(), dict(config=ShardingConfig(seed=1))),
+        ("seed", "0", "1"),
     ),
     "reduction by others": (
         lambda: (rebuilt(), {}),

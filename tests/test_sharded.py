@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, StepLR
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.precision import image
 from tests.models import (
     BF16,
     F32,
@@ -66,7 +67,8 @@ class Scenario:
     num_steps: int = 12
     bucket_cap_mb: float = ALL_IN_ONE
     amsgrad: bool = False
-    main_dtype: torch.dtype | None = torch.float32
+    main_parameter: MainParameter = MainParameter.FP32
+    moments: Moments = Moments.FP32
     schedule: str | None = None
     clip: tuple[float, float] | None = None  # max_norm, norm_type
     num_micro_batches: int = 1
@@ -77,8 +79,15 @@ class Scenario:
     @property
     def config(self) -> ShardingConfig:
         return ShardingConfig(
-            bucket_cap_mb=self.bucket_cap_mb, reduce_gradients=self.reduce_gradients, main_dtype=self.main_dtype
+            bucket_cap_mb=self.bucket_cap_mb,
+            reduce_gradients=self.reduce_gradients,
+            main_parameter=self.main_parameter,
+            moments=self.moments,
         )
+
+
+AS_UNSHARDED: dict[str, Any] = dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
+"""Everything in the parameter's dtype, as DecoupledAdamW has it."""
 
 
 @dataclass
@@ -112,7 +121,7 @@ def clipped(gradient: Tensor, norm: Tensor, max_norm: float) -> Tensor:
 
 def first_difference(params: dict[str, nn.Parameter], control: dict[str, nn.Parameter]) -> str | None:
     for name, param in params.items():
-        expected = control[name].detach().to(param.dtype)
+        expected = image(control[name].detach(), param.dtype)
         if param.shape != expected.shape or not torch.equal(param, expected):
             difference = (param.detach().double() - expected.double()).abs().max().item()
             return f"{name} {tuple(param.shape)} {param.dtype} differs by up to {difference:.3g}"
@@ -142,7 +151,7 @@ def train_beside_control(group: Any, scenario: Scenario) -> Report:
     rank, num_ranks = group.rank(), group.size()
     # Every rank starts from weights of its own: the optimizer must make them rank 0's.
     groups, start = make_groups(scenario.parameters, seed=rank), make_groups(scenario.parameters, seed=0)
-    control_groups = mains_of(start, scenario.main_dtype)
+    control_groups = mains_of(start) if scenario.main_parameter is MainParameter.FP32 else copy.deepcopy(start)
     params, control_params = named(groups), named(control_groups)  # before torch takes the names out of the groups
     hyper: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, amsgrad=scenario.amsgrad)
     optimizer = ShardedDecoupledAdamW(groups, **hyper, process_group=group, config=scenario.config)
@@ -259,11 +268,11 @@ every_rank_count = pytest.mark.parametrize("num_ranks", [1, 2, 3, 4], ids=lambda
     ),
     ("mixed dtypes with fp32 main parameters", Scenario("mixed dtypes")),
     ("mixed dtypes with fp32 main parameters, one bucket each", Scenario("mixed dtypes", bucket_cap_mb=ONE_EACH)),
-    ("mixed dtypes without main parameters", Scenario("mixed dtypes", main_dtype=None)),
+    ("mixed dtypes without main parameters", Scenario("mixed dtypes", **AS_UNSHARDED)),
     ("bf16 with fp32 main parameters and amsgrad", Scenario("bf16", amsgrad=True)),
-    ("bf16 without main parameters and amsgrad", Scenario("bf16", amsgrad=True, main_dtype=None)),
+    ("bf16 without main parameters and amsgrad", Scenario("bf16", amsgrad=True, **AS_UNSHARDED)),
     ("fp16 with fp32 main parameters", Scenario("fp16", num_steps=8)),
-    ("fp16 without main parameters", Scenario("fp16", num_steps=8, main_dtype=None)),
+    ("fp16 without main parameters", Scenario("fp16", num_steps=8, **AS_UNSHARDED)),
     ("more than is exchanged at once", Scenario("large", num_steps=2)),
     ("non-contiguous parameters", Scenario("non-contiguous", num_steps=6)),
     ("aligned sizes", Scenario("aligned", num_steps=6)),
@@ -354,7 +363,7 @@ def train_model(group: Any, name: str, dtype: torch.dtype, bucket_cap_mb: float,
         config=ShardingConfig(bucket_cap_mb=bucket_cap_mb),
     )
     params = dict(model.named_parameters())
-    control_groups = mains_of([{"params": list(params.items())}], F32)
+    control_groups = mains_of([{"params": list(params.items())}])
     control_params = named(control_groups)
     control = DecoupledAdamW(control_groups, lr=3e-3, weight_decay=1e-4)
     schedulers = [SCHEDULES["LinearLR"](o) for o in (optimizer, control)]
@@ -438,7 +447,7 @@ def train_under_ddp(group: Any, wrap_first: bool, gradient_as_bucket_view: bool)
         optimizer = build()
         ddp = wrap()
     params = dict(model.named_parameters())
-    control_groups = mains_of([{"params": list(params.items())}], F32)
+    control_groups = mains_of([{"params": list(params.items())}])
     control_params = named(control_groups)
     control = DecoupledAdamW(control_groups, lr=3e-3)
     for step in range(8):
@@ -529,11 +538,11 @@ def make_as(parameters: str, dtype: torch.dtype | None) -> dict[str, nn.Paramete
 
 
 def bytes_held(
-    group: Any, parameters: str, dtype: torch.dtype, main_dtype: torch.dtype | None, amsgrad: bool, cap: float
+    group: Any, parameters: str, dtype: torch.dtype, precision: dict[str, Any], amsgrad: bool, cap: float
 ) -> tuple[int, int, int]:
     """(state_bytes, bytes of the storages that the state's tensors really occupy, number of trained elements)."""
     params = make_as(parameters, dtype)
-    config = ShardingConfig(bucket_cap_mb=cap, main_dtype=main_dtype)
+    config = ShardingConfig(bucket_cap_mb=cap, **precision)
     optimizer = ShardedDecoupledAdamW(params.items(), amsgrad=amsgrad, process_group=group, config=config)
     own = {p.untyped_storage().data_ptr() for p in params.values() if p.numel()}
     storages = {}
@@ -545,23 +554,28 @@ def bytes_held(
     return optimizer.state_bytes, sum(storages.values()), sum(p.numel() for p in params.values() if p.requires_grad)
 
 
+REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
+IN_BF16 = dict(moments=Moments.BF16)
 STATE_KINDS = [
-    pytest.param(F32, F32, False, 8, id="fp32"),
-    pytest.param(F32, F32, True, 12, id="fp32 amsgrad"),
-    pytest.param(BF16, F32, False, 12, id="bf16 with fp32 main"),
-    pytest.param(BF16, F32, True, 16, id="bf16 with fp32 main, amsgrad"),
-    pytest.param(BF16, None, False, 4, id="bf16 without main"),
-    pytest.param(F64, F32, False, 16, id="fp64"),
+    pytest.param(F32, {}, False, 8, id="fp32"),
+    pytest.param(F32, {}, True, 12, id="fp32 amsgrad"),
+    pytest.param(F32, IN_BF16, True, 6, id="fp32 with bf16 moments, amsgrad"),
+    pytest.param(BF16, {}, False, 12, id="bf16 with fp32 main"),
+    pytest.param(BF16, {}, True, 16, id="bf16 with fp32 main, amsgrad"),
+    pytest.param(BF16, REMAINDER, False, 10, id="bf16 with remainder"),
+    pytest.param(BF16, REMAINDER | IN_BF16, False, 6, id="bf16 with remainder and bf16 moments"),
+    pytest.param(BF16, AS_UNSHARDED, False, 4, id="bf16 without main"),
+    pytest.param(F64, IN_BF16, False, 16, id="fp64"),
 ]
 
 
 @every_rank_count
-@pytest.mark.parametrize(("dtype", "main_dtype", "amsgrad", "bytes_per_param"), STATE_KINDS)
+@pytest.mark.parametrize(("dtype", "precision", "amsgrad", "bytes_per_param"), STATE_KINDS)
 def test_state_is_divided_by_the_number_of_ranks(
-    dtype: torch.dtype, main_dtype: torch.dtype | None, amsgrad: bool, bytes_per_param: int, num_ranks: int
+    dtype: torch.dtype, precision: dict[str, Any], amsgrad: bool, bytes_per_param: int, num_ranks: int
 ) -> None:
     """Sizes without padding: bytes per parameter / N, to the byte."""
-    for reported, held, numel in on_ranks(num_ranks, bytes_held, "aligned", dtype, main_dtype, amsgrad, ALL_IN_ONE):
+    for reported, held, numel in on_ranks(num_ranks, bytes_held, "aligned", dtype, precision, amsgrad, ALL_IN_ONE):
         assert reported == held == bytes_per_param * numel // num_ranks
 
 
@@ -574,7 +588,7 @@ def test_state_is_divided_by_the_number_of_ranks(
 def test_odd_sizes_cost_at_most_one_alignment_unit_of_state_per_bucket(
     parameters: str, cap: float, num_buckets: int, dtype: torch.dtype, bytes_per_param: int, num_ranks: int
 ) -> None:
-    results = on_ranks(num_ranks, bytes_held, parameters, dtype, F32, False, cap)
+    results = on_ranks(num_ranks, bytes_held, parameters, dtype, {}, False, cap)
     for reported, held, numel in results:
         assert reported <= bytes_per_param * (numel / num_ranks + num_buckets * ALIGNMENT)
         assert held <= reported, "more is held than reported"

@@ -1,0 +1,85 @@
+"""Numbers narrower than fp32 that lose nothing: the exact 16-bit remainder, and stochastic rounding.
+
+    fp32 value   s eeeeeeee mmmmmmm|mmmmmmmmmmmmmmmm
+                 bf16 parameter    |  int16 remainder = value - parameter, as integers
+
+A bf16 parameter is its fp32 value rounded to the nearest, ties away from zero, on the integer pattern: then what is
+left over always fits a signed 16-bit integer. (Ties to even would need a 17th bit; truncation would bias every weight.)
+
+Rounding bf16 moments to the nearest freezes them, once an update is smaller than half a step of the format: at
+beta2 > 0.995 a second moment never falls again. Rounding up with a probability equal to the fraction cut off is right
+on average. Its random bits are a pure function of (seed, step, element), with ``element`` counted over all parameters,
+and integer arithmetic only; so they do not depend on the number of ranks, the buckets, the kernel or the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_CANONICAL_NAN = 0x7FC00000
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 value of a bf16 parameter and its int16 remainder, same shapes."""
+    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The bf16 parameter and the int16 remainder of an fp32 tensor; ``join`` gives the same bits back.
+
+    All values but nan, whose payload becomes the canonical one: there the pattern above would overflow.
+    """
+    pattern = torch.where(value.isnan(), _CANONICAL_NAN, value.view(torch.int32))
+    # In 64 bits, where adding the half cannot overflow.
+    high = ((pattern.to(torch.int64) + 0x8000) >> 16).to(torch.int32)
+    remainder = (pattern - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(torch.bfloat16), remainder
+
+
+def image(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the model holds of an fp32 main parameter: in bf16 as ``split``, in other dtypes torch's own rounding."""
+    return split(value)[0] if dtype is torch.bfloat16 and value.dtype is torch.float32 else value.to(dtype)
+
+
+def round_stochastically(value: Tensor, random_bits: Tensor) -> Tensor:
+    """Round fp32 to bf16, up with a probability equal to the fraction that is cut off.
+
+    Args:
+        value: fp32.
+        random_bits: Shape of ``value``, uniform integers in [0, 65536).
+    """
+    pattern = value.view(torch.int32).to(torch.int64)
+    finite = ((pattern + random_bits) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(value.isfinite(), finite, value.to(torch.bfloat16))
+
+
+def random_bits(seed: int, step: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent 16-bit numbers per element: a hash of (seed, step, element).
+
+    Args:
+        seed: In [0, 2**32).
+        step: 0-d, the number of the update, counted from 1.
+        elements: int64, numbers of elements counted over all parameters.
+
+    Returns:
+        For ``exp_avg`` and for ``exp_avg_sq``: int64 in [0, 65536), shape of ``elements``.
+    """
+    key0 = _mix(_mix((step.to(torch.int64) + 0x9E3779B9) & _WORD) ^ seed)
+    key1 = _mix((key0 + 0x85EBCA6B) & _WORD)
+    low, high = elements & _WORD, elements >> 32
+    bits = _mix(((_mix((low + key0) & _WORD) ^ ((high * 0xC2B2AE35) & _WORD)) + key1) & _WORD)
+    return bits & 0xFFFF, bits >> 16
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words, in int64, in which every output bit depends on every input bit.
+
+    Source: Wellons, "Prospecting for hash functions" (2018), lowbias32 with its later constants.
+    """
+    word = word ^ (word >> 16)
+    word = (word * 0x21F0AAAD) & _WORD
+    word = word ^ (word >> 15)
+    word = (word * 0x735A2D97) & _WORD
+    return word ^ (word >> 15)

@@ -1,0 +1,437 @@
+"""Every kernel against the law in fp64, and against itself: cut anywhere, on any threads, with and without norms.
+
+Triton's kernel runs under its interpreter here, on CPU tensors; ``tests/gpu`` runs it on a GPU. The bounds on rounding
+are derived in ``tests/forms.py``; everything else is compared bit by bit.
+"""
+
+import gc
+import importlib
+import logging
+import weakref
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sharded_dadamw import kernels, numba_kernel, torch_kernel, triton_kernel
+from sharded_dadamw.operands import NORMS, Form, Operands, plan_tiles
+from sharded_dadamw.precision import split
+from sharded_dadamw.update import Hyperparameters, adamw_
+from tests.forms import (
+    BF16,
+    F16,
+    F32,
+    HYPER,
+    HYPER_AMSGRAD,
+    KINDS,
+    UNIT,
+    Expected,
+    Kind,
+    assert_obeys,
+    bits_of,
+    copied,
+    cut,
+    law_in_fp64,
+    make_operands,
+    run,
+    same_bits,
+    value_of,
+)
+
+KERNELS: dict[str, ModuleType] = {"torch": torch_kernel, "numba": numba_kernel, "triton": triton_kernel}
+ODD_SIZES = (13, 1, 64, 0, 100, 1, 4096, 5003)
+
+
+def form_of(kind: Kind, amsgrad: bool) -> Form:
+    return make_operands(kind, [1], amsgrad=amsgrad)[0].form
+
+
+def supported(name: str, kind: Kind) -> bool:
+    kernel = KERNELS[name]
+    return kernel is torch_kernel or bool(kernel.supports(form_of(kind, False)))
+
+
+every_kernel_and_kind = pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        pytest.param(KERNELS[name], kind, id=f"{name}: {label}")
+        for name in KERNELS
+        for label, kind in KINDS.items()
+        if supported(name, kind)
+    ],
+)
+every_amsgrad = pytest.mark.parametrize("hyper", [HYPER, HYPER_AMSGRAD], ids=["plain", "amsgrad"])
+
+
+def test_every_kind_has_a_compiled_kernel_on_each_device() -> None:
+    """fp16 on a CPU, where it is hardly trained in, is left to torch."""
+    assert [label for label, kind in KINDS.items() if not supported("triton", kind)] == []
+    assert [label for label, kind in KINDS.items() if not supported("numba", kind) and F16 not in (kind.param,)] == []
+
+
+# --- the law ---
+
+
+@every_amsgrad
+@every_kernel_and_kind
+def test_a_kernel_obeys_the_law_within_fp32s_rounding(kernel: ModuleType, kind: Kind, hyper: Hyperparameters) -> None:
+    for divisor, betas in ((None, (0.9, 0.95)), (3.7, (0.95, 0.9999)), (0.25, (0.0, 0.0))):
+        if kind.seed is None and kind.moments in (BF16, F16) and betas[1] > 0.995:
+            continue
+        now = replace(hyper, beta1=betas[0], beta2=betas[1])
+        fragments = make_operands(kind, ODD_SIZES, amsgrad=hyper.amsgrad)
+        expected = [law_in_fp64(fragment, now, divisor or 1.0) for fragment in fragments]
+        run(kernel, fragments, now, kind, divisor=divisor)
+        for fragment, one in zip(fragments, expected, strict=True):
+            assert_obeys(fragment, one, kind, decays_apart=kernel is torch_kernel)
+
+
+@every_kernel_and_kind
+def test_without_a_reference_lr_the_whole_decay_applies(kernel: ModuleType, kind: Kind) -> None:
+    hyper = replace(HYPER, lr=0.0, reference_lr=0.0, weight_decay=0.25)
+    fragments = make_operands(kind, (100, 1), amsgrad=False)
+    expected = [law_in_fp64(fragment, hyper) for fragment in fragments]
+    run(kernel, fragments, hyper, kind)
+    for fragment, one in zip(fragments, expected, strict=True):
+        assert_obeys(fragment, one, kind)
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]
+
+
+@every_amsgrad
+@every_kernel_and_kind
+def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_them(
+    kernel: ModuleType, kind: Kind, hyper: Hyperparameters
+) -> None:
+    """The fp32 reference says where: it overflows and underflows as fp32 does."""
+    values = torch.tensor(SPECIAL)
+    grid = torch.cartesian_prod(values, values)
+    (fragment,) = make_operands(kind, [len(grid)], amsgrad=hyper.amsgrad)
+    fragment.grad.copy_(grid[:, 0])
+    fragment.exp_avg.copy_(grid[:, 1])
+    fragment.exp_avg_sq.copy_(grid[:, 1].abs())
+    if fragment.max_exp_avg_sq is not None:
+        fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
+    (reference,) = copied([fragment])
+    moments_are_finite = (fragment.exp_avg * 2).isfinite() & fragment.grad.isfinite()
+    run(kernel, [fragment], hyper, kind)
+    adamw_(
+        reference.param,
+        reference.grad,
+        reference.exp_avg,
+        reference.exp_avg_sq,
+        reference.max_exp_avg_sq,
+        reference.step,
+        hyper=hyper,
+        main=reference.main,
+        seed=kind.seed,
+        first_element=reference.first_element,
+    )
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        got, wanted = getattr(fragment, name), getattr(reference, name)
+        if wanted is None:
+            continue
+        if kernel is torch_kernel:  # it interpolates, so that an infinite moment, minus itself, becomes nan
+            got, wanted = got[moments_are_finite], wanted[moments_are_finite]
+        # Another rounding may tip a value into the neighbouring one of its dtype; a fraction of an fp32 denormal may
+        # be lost; fp16's range ends at the scale of these values, so that a last digit is large.
+        digit = {F32: 1e-5, BF16: 2.0**-7, F16: 2.0**-10}[got.dtype]
+        smallest = {F32: 1e-44, BF16: 2e-40, F16: 1e-7}[got.dtype]
+        torch.testing.assert_close(got, wanted, rtol=digit, atol=smallest, equal_nan=True)
+
+
+# --- bits ---
+
+
+@every_kernel_and_kind
+def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
+    numel = 2 * 4096 + 77 if kernel is not triton_kernel else triton_kernel._TILE + 77
+    cuts = [1, 3, 7, 13, 100, 1001, numel - 1]
+    if kernel is triton_kernel:
+        cuts += list(range(64, numel, 64))[:: 8 if kind.seed is None else 16]  # interpreted, each takes some time
+    else:
+        cuts += list(range(64, numel, 64))
+    for amsgrad, hyper in ((False, HYPER), (True, HYPER_AMSGRAD)):
+        whole = make_operands(kind, [numel], amsgrad=amsgrad)
+        start = copied(whole)
+        run(kernel, whole, hyper, kind, divisor=1.7)
+        for at in cuts if not amsgrad else cuts[:7]:
+            sliced = copied(start)
+            run(kernel, cut(sliced[0], at), hyper, kind, divisor=1.7)
+            assert same_bits(sliced, whole), f"cut at {at}"
+
+
+@every_kernel_and_kind
+def test_where_memory_begins_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
+    control = make_operands(kind, [333], amsgrad=True)
+    run(kernel, control, HYPER_AMSGRAD, kind)
+    for offset in (1, 2, 3, 5, 8):
+        shifted = make_operands(kind, [333], amsgrad=True, offset=offset)
+        for tensor, source in zip(shifted[0].tensors, make_operands(kind, [333], amsgrad=True)[0].tensors, strict=True):
+            if tensor is not None and source is not None:
+                tensor.copy_(source)
+        shifted = [replace(shifted[0], first_element=2**32 - 50)]
+        run(kernel, shifted, HYPER_AMSGRAD, kind)
+        assert same_bits(shifted, control), f"{offset} elements off"
+
+
+@every_kernel_and_kind
+def test_asking_for_norms_changes_no_bit_of_the_update(kernel: ModuleType, kind: Kind) -> None:
+    with_norms = make_operands(kind, ODD_SIZES, amsgrad=True)
+    without = copied(with_norms)
+    run(kernel, with_norms, HYPER_AMSGRAD, kind, with_norms=True)
+    run(kernel, without, HYPER_AMSGRAD, kind)
+    assert same_bits(with_norms, without)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS.values() if supported("numba", k)], ids=str)
+def test_the_number_of_threads_changes_no_bit_on_a_cpu(kind: Kind) -> None:
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        try:
+            fragments = make_operands(kind, (200_003, 13, 70_000), amsgrad=True)
+            norms = run(numba_kernel, fragments, HYPER_AMSGRAD, kind, with_norms=True)
+        finally:
+            torch.set_num_threads(1)
+        results.append((fragments, norms))
+    for fragments, norms in results[1:]:
+        assert same_bits(fragments, results[0][0])
+        assert torch.equal(norms, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        pytest.param(kernel, kind, id=f"{name}: {label}")
+        for name, kernel in KERNELS.items()
+        for label, kind in KINDS.items()
+        if kind.seed is not None and supported(name, kind)
+    ],
+)
+def test_every_kernel_rounds_stochastically_with_the_same_bits(kernel: ModuleType, kind: Kind) -> None:
+    """Operands of few digits, on which fp32 makes no error in any order of operations: then all bits must agree."""
+    hyper = replace(HYPER_AMSGRAD, beta1=0.5, beta2=0.5)
+    for step in (1.0, 2.0, 70_000.0):
+        (fragment,) = make_operands(kind, [1500], amsgrad=True)
+        draw = torch.Generator().manual_seed(int(step))
+        fragment.grad.copy_(torch.randint(-99, 99, (1500,), generator=draw) / 64)
+        fragment.exp_avg.copy_(torch.randint(-120, 120, (1500,), generator=draw))
+        for tensor in (fragment.exp_avg_sq, fragment.max_exp_avg_sq):
+            assert tensor is not None
+            tensor.copy_(torch.randint(1, 120, (1500,), generator=draw))
+        fragment.step.fill_(step)
+        reference = copied([fragment])
+        run(kernel, [fragment], hyper, kind)
+        run(_reference, reference, hyper, kind)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert torch.equal(getattr(fragment, name), getattr(reference[0], name)), name
+
+
+class _Reference:
+    """The law of ``update`` behind the interface of a kernel."""
+
+    def __init__(self, operands: list[Operands]) -> None:
+        self.operands = operands
+
+    def __call__(self, hyper: Hyperparameters, *, with_norms: bool, **rest: Any) -> torch.Tensor:
+        return torch.stack(
+            [
+                adamw_(
+                    each.param,
+                    each.grad,
+                    each.exp_avg,
+                    each.exp_avg_sq,
+                    each.max_exp_avg_sq,
+                    each.step,
+                    hyper=hyper,
+                    main=each.main,
+                    first_element=each.first_element,
+                    **rest,
+                )
+                for each in self.operands
+            ]
+        )
+
+
+_reference = ModuleType("reference")
+_reference.Update = _Reference  # type: ignore[attr-defined]
+
+
+# --- norms ---
+
+
+@every_amsgrad
+@every_kernel_and_kind
+def test_norms_are_those_of_what_is_stored_and_of_the_update_applied(
+    kernel: ModuleType, kind: Kind, hyper: Hyperparameters
+) -> None:
+    fragments = make_operands(kind, ODD_SIZES, amsgrad=hyper.amsgrad)
+    laws: list[Expected] = [law_in_fp64(fragment, hyper, 1.7) for fragment in fragments]
+    norms = run(kernel, fragments, hyper, kind, divisor=1.7, with_norms=True)
+    assert norms is not None and norms.shape == (len(fragments), len(NORMS)) and norms.dtype == torch.float64
+    for row, fragment, law in zip(norms, fragments, laws, strict=True):
+        stored = (law.values["g"], value_of(fragment), fragment.exp_avg.double(), law.values["update"])
+        expected = torch.stack([tensor.square().sum() for tensor in stored])
+        # The update is only as exact as fp32 makes it; gradients are divided in fp32.
+        slack = torch.zeros(4, dtype=torch.float64)
+        slack[0] = 2 * UNIT * expected[0]
+        slack[3] = (2 * law.values["update"].abs() * law.slack["update"]).sum()
+        if kernel is torch_kernel:  # where its norms are those of the reference, which rounds in another order
+            slack[1] = (2 * law.values["param"].abs() * (law.slack["param"] + 2**-8 * law.values["param"].abs())).sum()
+            slack[2] = 2**-7 * expected[2]
+        error = (row - expected).abs()
+        assert (error <= 2e-6 * expected + slack).all(), (
+            f"{row} instead of {expected}, {fragment.param.numel()} elements"
+        )
+
+
+def test_norms_of_a_hundred_million_elements_are_right_to_1e6_and_the_same_bits_every_time() -> None:
+    """A hundred times the same million and three elements, so that the truth is a hundred times that of one."""
+    (block,) = make_operands(KINDS["fp32"], [1_000_003], amsgrad=False)
+    columns = [None if tensor is None else tensor.repeat(100) for tensor in block.tensors]
+    fragment = Operands(*columns, block.step)  # type: ignore[arg-type]
+    law = law_in_fp64(block, HYPER)
+    norms = run(numba_kernel, [fragment], HYPER, KINDS["fp32"], with_norms=True)
+    truth = [law.values["g"], fragment.param[:1_000_003].double(), fragment.exp_avg[:1_000_003].double()]
+    expected = torch.stack([100 * tensor.square().sum() for tensor in (*truth, law.values["update"])])
+    assert norms is not None
+    torch.testing.assert_close(norms[0].sqrt(), expected.sqrt(), rtol=1e-6, atol=0.0)
+    for tensor, before in zip(fragment.tensors[:4], block.tensors[:4], strict=True):
+        assert tensor is not None and before is not None
+        tensor.copy_(before.repeat(100))
+    again = run(numba_kernel, [fragment], HYPER, KINDS["fp32"], with_norms=True)
+    assert again is not None and torch.equal(norms, again)
+
+
+# --- skipping ---
+
+
+@every_kernel_and_kind
+def test_a_skipped_update_leaves_every_byte_and_still_has_norms(kernel: ModuleType, kind: Kind) -> None:
+    fragments = make_operands(kind, (13, 1, 200, 5000), amsgrad=True)
+    fragments[2].grad[17] = float("nan")
+    fragments[3].exp_avg[9] = float("nan")  # what must not be laundered into another nan either
+    before = copied(fragments)
+    norms = run(kernel, fragments, HYPER_AMSGRAD, kind, found_inf=1.0, with_norms=True)
+    assert same_bits(fragments, before)
+    assert norms is not None
+    assert norms[2, 0].isnan() and norms[3, 2].isnan() and norms[:2].isfinite().all()
+    assert not norms[:, 3].any(), "nothing was subtracted"
+    expected = torch.stack([value_of(fragment).square().sum() for fragment in fragments])
+    torch.testing.assert_close(norms[:, 1], expected, rtol=1e-6, atol=0.0)
+    control = copied(before)
+    run(kernel, fragments[:2], HYPER_AMSGRAD, kind, found_inf=0.0)
+    run(kernel, control[:2], HYPER_AMSGRAD, kind)
+    assert same_bits(fragments[:2], control[:2]), "a flag of 0 is no skip"
+
+
+# --- long runs ---
+
+
+@pytest.mark.parametrize("kernel", [torch_kernel, numba_kernel], ids=["torch", "numba"])
+@every_amsgrad
+def test_a_remainder_gives_the_bits_of_an_fp32_main_parameter_for_a_thousand_steps(
+    kernel: ModuleType, hyper: Hyperparameters
+) -> None:
+    """With moments in bf16, which both round with the same random bits, as well as in fp32."""
+    draw = torch.Generator().manual_seed(3)
+    # An fp32 start, ties among it: exactly half way between two bf16 values.
+    value = torch.randn(517, generator=draw)
+    value[::3] = (value[::3].view(torch.int32) & ~0xFFFF | 0x8000).view(F32)
+    kinds = [KINDS["bf16, remainder, bf16 moments"]]
+    if kernel is numba_kernel:  # torch's fused kernel takes fp32 main parameters, not remainders, and rounds otherwise
+        kinds.append(KINDS["bf16, remainder"])
+    for kind in kinds:
+        (remainder,) = make_operands(kind, [517], amsgrad=hyper.amsgrad)
+        (main,) = make_operands(replace(kind, main=F32), [517], amsgrad=hyper.amsgrad)
+        assert remainder.main is not None and main.main is not None
+        remainder.param.copy_(split(value)[0])
+        remainder.main.copy_(split(value)[1])
+        main.param.copy_(split(value)[0])
+        main.main.copy_(value)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if getattr(main, name) is not None:
+                getattr(main, name).copy_(getattr(remainder, name))
+        step = torch.tensor(0.0)
+        pairs = [replace(one, step=step) for one in (remainder, main)]
+        updates = [kernel.Update([one]) for one in pairs]
+        for number in range(1000):
+            step.fill_(number + 1.0)
+            grad = torch.randn(517, generator=draw).to(BF16)
+            for one, update in zip(pairs, updates, strict=True):
+                one.grad.copy_(grad)
+                update(hyper, seed=kind.seed)
+        assert torch.equal(value_of(pairs[0]), value_of(pairs[1]))
+        assert torch.equal(pairs[0].param, pairs[1].param)
+        assert torch.equal(pairs[0].exp_avg, pairs[1].exp_avg)
+        assert torch.equal(pairs[0].exp_avg_sq, pairs[1].exp_avg_sq)
+        assert not torch.equal(value_of(pairs[0]), value.double())
+
+
+# --- the choice ---
+
+
+def test_a_cpu_runs_numba_cuda_runs_triton_and_the_rest_runs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "_DEVICE_TYPE", "cuda")  # as without the interpreter
+    fp32 = form_of(KINDS["fp32"], False)
+    assert kernels.kernel_for(fp32) is numba_kernel
+    assert kernels.kernel_for(fp32._replace(device=torch.device("cuda"))) is triton_kernel
+    assert (
+        kernels.kernel_for(fp32._replace(param=torch.float64, grad=torch.float64, moments=torch.float64))
+        is torch_kernel
+    )
+    assert kernels.kernel_for(fp32._replace(device=torch.device("meta"))) is torch_kernel
+
+
+def test_without_the_compiler_torchs_kernel_runs_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    kernels._compiled_kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, "sharded_dadamw"):
+            for _ in range(3):
+                assert kernels.kernel_for(form_of(KINDS["fp32"], False)) is torch_kernel
+        (record,) = caplog.records
+        assert "pip install 'sharded_dadamw[cpu]'" in record.getMessage()
+    finally:
+        kernels._compiled_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [numba_kernel, triton_kernel], ids=["numba", "triton"])
+def test_a_prepared_update_keeps_no_tensor_alive(kernel: ModuleType) -> None:
+    fragments = make_operands(KINDS["fp32"], (100,), amsgrad=True)
+    update = kernel.Update(fragments)
+    watched = weakref.ref(fragments[0].grad)
+    del fragments
+    gc.collect()
+    assert watched() is None
+    assert update.keeps_tensors is False
+
+
+def test_tiles_cover_every_element_once_and_never_two_fragments() -> None:
+    numels = (0, 5, 4096, 4097, 0, 1)
+    fragment, start, offsets = plan_tiles(numels, 2048)
+    covered = [0] * len(numels)
+    for index, first in zip(fragment.tolist(), start.tolist(), strict=True):
+        assert first == covered[index], "tiles of a fragment lie in order, without gaps"
+        covered[index] += min(2048, numels[index] - first)
+    assert tuple(covered) == numels
+    assert fragment.tolist() == sorted(fragment.tolist())
+    assert [fragment.tolist().index(i) for i in (1, 2, 3, 5)] == [offsets[i] for i in (1, 2, 3, 5)]
+    assert offsets[-1] == len(fragment)
+
+
+def test_an_update_of_nothing_is_nothing() -> None:
+    for kernel in KERNELS.values():
+        fragments = make_operands(KINDS["fp32"], (0, 0), amsgrad=False)
+        norms = run(kernel, fragments, HYPER, KINDS["fp32"], with_norms=True)
+        assert norms is not None and norms.shape == (2, 4) and not norms.any()
+    assert bits_of(make_operands(KINDS["fp32"], (0,), amsgrad=False))[0].numel() == 0

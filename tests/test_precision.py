@@ -1,0 +1,329 @@
+"""State in fewer bits: exact remainders, moments in bf16 and in 8 bits, on any number of ranks with the same bits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
+from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
+from tests.models import BF16, F32
+from tests.pool import on_ranks
+
+EXACT = 2.0**-16  # MiB: small enough for several buckets
+
+# --- remainders ---
+
+
+def patterns(*words: int) -> Tensor:
+    return torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32).view(F32)
+
+
+def test_parameter_and_remainder_are_the_fp32_value_bit_for_bit() -> None:
+    """Every exponent, both signs, all ties between two bf16 values among them."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        value = (upper | lower).view(F32)
+        restored = join(*split(value))
+        finite = ~value.isnan()
+        assert torch.equal(restored[finite].view(torch.int32), value[finite].view(torch.int32))
+        assert restored[~finite].isnan().all()
+    random = torch.randint(-(2**31), 2**31, (1_000_000,)).to(torch.int32).view(F32)
+    finite = ~random.isnan()
+    assert torch.equal(join(*split(random))[finite].view(torch.int32), random[finite].view(torch.int32))
+
+
+def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() -> None:
+    value = torch.randn(1_000_000)
+    value = value[value.view(torch.int32) & 0xFFFF != 0x8000]
+    assert torch.equal(split(value)[0], value.to(BF16)), "away from ties there is one nearest value"
+    ties = patterns(0x3F808000, 0xBF808000, 0x3F818000, 0x00008000)
+    assert torch.equal(split(ties)[0], torch.tensor([1.0078125, -1.0078125, 1.015625, 2.0**-133]).to(BF16))
+    assert split(patterns(0x7F7FFFFF))[0].item() == float("inf") and join(*split(patterns(0x7F7FFFFF))).isfinite()
+    assert split(patterns(0x7FFFFFFF, 0xFFFFFFFF))[0].isnan().all(), "a payload must not overflow into a number"
+    assert image(ties, torch.float16).dtype is torch.float16
+
+
+# --- stochastic rounding ---
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_values_stay() -> None:
+    elements = torch.arange(400_000)
+    for fraction in (0.1, 0.5, 0.9):
+        value = torch.full((len(elements),), 1.0 + fraction * 2**-7)
+        for bits in random_bits(5, torch.tensor(9.0), elements):
+            rounded = round_stochastically(value, bits).float()
+            assert set(rounded.tolist()) == {1.0, 1.0078125}
+            # A mean of n coin tosses is within 5 / (2 sqrt(n)) of its expectation, but for once in a million.
+            assert abs((rounded > 1).double().mean().item() - fraction) < 2.5 / len(elements) ** 0.5
+    kept = torch.tensor([0.0, -0.0, 1.0, -3.0, 2.0**-133, float("inf"), -float("inf")])
+    for bits in (0, 0xFFFF):
+        assert torch.equal(round_stochastically(kept, torch.full((7,), bits)).float(), kept)
+    assert round_stochastically(torch.tensor([float("nan")]), torch.tensor([0xFFFF])).isnan().all()
+
+
+def test_random_bits_depend_on_seed_step_and_element_and_on_nothing_else() -> None:
+    elements = torch.arange(200_000)
+    first = random_bits(1, torch.tensor(1.0), elements)
+    streams = {
+        "the other moment": first[1],
+        "another seed": random_bits(2, torch.tensor(1.0), elements)[0],
+        "another step": random_bits(1, torch.tensor(2.0), elements)[0],
+        "other elements": random_bits(1, torch.tensor(1.0), elements + len(elements))[0],
+        "elements 2**32 on": random_bits(1, torch.tensor(1.0), elements + 2**32)[0],
+        "the neighbour": first[0].roll(1),
+        "the neighbour's next step": random_bits(1, torch.tensor(2.0), elements)[0].roll(1),
+    }
+    for name, stream in streams.items():
+        correlation = torch.corrcoef(torch.stack([first[0].double(), stream.double()]))[0, 1]
+        assert abs(correlation) < 5 / len(elements) ** 0.5, name
+    for bits in first:
+        counts = torch.bincount(bits >> 8, minlength=256).double()
+        chi_squared = ((counts - len(elements) / 256) ** 2 / (len(elements) / 256)).sum()
+        assert chi_squared < 255 + 5 * (2 * 255) ** 0.5, "not uniform"
+    assert torch.equal(random_bits(1, torch.tensor(1.0), elements[1000:])[0], first[0][1000:])
+
+
+# --- training, sharded ---
+
+
+def make_params(dtype: torch.dtype, sizes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
+    return [(f"p{index}", nn.Parameter(value)) for index, value in enumerate(values)]
+
+
+def train(
+    group: Any,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    num_steps: int,
+    settings: dict[str, Any],
+    hyper: dict[str, Any] | None = None,
+    gradient_size: float = 1.0,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], int]:
+    """This rank's fragments of the state, the parameters, and the bytes held. All ranks bring the same gradients."""
+    params = make_params(dtype, sizes)
+    optimizer = ShardedDecoupledAdamW(
+        params,
+        **{"lr": 1e-2, "weight_decay": 1e-4, **(hyper or {})},
+        process_group=group,
+        config=ShardingConfig(**settings),
+    )
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(num_steps):
+        for _, param in params:
+            param.grad = (torch.randn(param.shape, generator=draw) * gradient_size).to(dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {
+        name: {key: storage.widened(value).clone() for key, value in optimizer.state[p].items()} for name, p in params
+    }
+    return state, {name: p.detach().clone() for name, p in params}, optimizer.state_bytes
+
+
+def whole(results: list[Any], name: str, key: str) -> Tensor:
+    return torch.cat([state[name][key] for state, _, _ in results])
+
+
+SIZES = (1000, 7, 4096, 64, 513)
+REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("moments", [Moments.FP32, Moments.BF16], ids=str)
+@pytest.mark.parametrize(("num_ranks", "num_steps"), [(1, 1000), (2, 50), (3, 50)])
+def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
+    num_ranks: int, num_steps: int, moments: Moments, amsgrad: bool
+) -> None:
+    """The parameters too, so that the model sees the same."""
+    rest = (dict(amsgrad=amsgrad),)
+    with_main = on_ranks(num_ranks, train, BF16, (65, 1, 200), num_steps, dict(moments=moments), *rest)
+    settings = dict(moments=moments, **REMAINDER)
+    with_remainder = on_ranks(num_ranks, train, BF16, (65, 1, 200), num_steps, settings, *rest)
+    for name, param in with_main[0][1].items():
+        assert torch.equal(with_remainder[0][1][name], param)
+        remainder = whole(with_remainder, name, "main_remainder")
+        assert torch.equal(join(param, remainder), whole(with_main, name, "main_param"))
+        assert remainder.any()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(with_remainder, name, key), whole(with_main, name, key))
+
+
+NARROW: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32 with bf16 moments": (F32, dict(moments=Moments.BF16, seed=11)),
+    "bf16 with remainder and bf16 moments": (BF16, dict(moments=Moments.BF16, **REMAINDER)),
+    "fp32 with moments in 8 bits": (F32, dict(moments=Moments.INT8)),
+    "bf16 with remainder and moments in 8 bits": (BF16, dict(moments=Moments.INT8, **REMAINDER)),
+}
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("case", NARROW)
+def test_narrow_moments_have_the_same_bits_on_any_number_of_ranks_and_in_any_buckets(case: str, amsgrad: bool) -> None:
+    dtype, settings = NARROW[case]
+    sizes = (*SIZES, 256 * 17, 256 * 16 + 1)
+    hyper = dict(amsgrad=amsgrad)
+    control = on_ranks(1, train, dtype, sizes, 12, settings, hyper)
+    for num_ranks, cap in ((1, EXACT), (2, 16.0), (2, EXACT), (4, 16.0), (4, 2**-7)):
+        results = on_ranks(num_ranks, train, dtype, sizes, 12, settings | dict(bucket_cap_mb=cap), hyper)
+        for name, param in control[0][1].items():
+            assert torch.equal(results[0][1][name], param), f"{name} on {num_ranks} ranks, {cap} MiB"
+            for key in control[0][0][name]:
+                if key != "step":
+                    assert torch.equal(whole(results, name, key), whole(control, name, key)), f"{name}: {key}"
+
+
+def test_another_seed_rounds_otherwise() -> None:
+    one, other = (
+        on_ranks(1, train, F32, (500,), 3, dict(moments=Moments.BF16, seed=seed))[0][0]["p0"]["exp_avg"]
+        for seed in (0, 1)
+    )
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("beta2", [0.997, 0.999])
+def test_bf16_second_moments_fall_where_rounding_to_nearest_would_freeze_them(beta2: float) -> None:
+    """From gradients of size 1 to gradients of size 1e-2: exp_avg_sq falls from 1 towards 1e-4."""
+    final = {}
+    for moments in (Moments.FP32, Moments.BF16):
+        param = nn.Parameter(torch.zeros(256))
+        optimizer = ShardedDecoupledAdamW([param], betas=(0.9, beta2), config=ShardingConfig(moments=moments))
+        optimizer.state[param]["exp_avg_sq"].fill_(1.0)
+        for _ in range(int(7 / (1 - beta2))):
+            param.grad = torch.full_like(param, 1e-2)
+            optimizer.step()
+            optimizer.zero_grad()
+        final[moments] = optimizer.state[param]["exp_avg_sq"].float()
+    assert (final[Moments.FP32] < 2e-3).all()
+    torch.testing.assert_close(final[Moments.BF16].mean(), final[Moments.FP32].mean(), rtol=0.1, atol=0.0)
+
+    stuck = torch.tensor(1.0, dtype=BF16)
+    for _ in range(1000):
+        stuck = (beta2 * stuck.float() + (1 - beta2) * 1e-4).to(BF16)
+    assert stuck > 0.6, "rounded to the nearest it would have frozen: else this test shows nothing"
+
+
+def test_rounding_moments_to_nearest_is_refused_where_it_would_freeze_them() -> None:
+    config = ShardingConfig(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
+    param = nn.Parameter(torch.zeros(8, dtype=BF16))
+    with pytest.raises(ValueError, match=r"beta2 <= 0\.995 .*bfloat16.*0\.999.*never falls again.*Moments\.BF16"):
+        ShardedDecoupledAdamW([param], betas=(0.9, 0.999), config=config)
+    optimizer = ShardedDecoupledAdamW([param], betas=(0.9, 0.995), config=config)
+    ShardedDecoupledAdamW(
+        [nn.Parameter(torch.zeros(8))], betas=(0.9, 0.999), config=config
+    )  # fp32 moments do not freeze
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"beta2 <= 0\.995"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
+def test_small_decays_of_bf16_weights_add_up(main: MainParameter) -> None:
+    """3e-5 per step for 1,000 steps; a bf16 weight alone would stay where it is."""
+    weights = {}
+    for kept in (main, MainParameter.NONE):
+        param = nn.Parameter(torch.linspace(0.5, 2.0, 512).to(BF16))
+        start = param.detach().float()
+        optimizer = ShardedDecoupledAdamW(
+            [param], lr=1e-3, weight_decay=3e-5, config=ShardingConfig(main_parameter=kept)
+        )
+        for _ in range(1000):
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[kept] = param.detach().float() / start
+    expected = (1 - 3e-5) ** 1000
+    assert abs(weights[main].mean().item() - expected) < 2e-4, "each weight is the nearest of 256 per octave"
+    assert (weights[main] / expected - 1).abs().max() < 2**-7
+    assert (weights[MainParameter.NONE] == 1).all()
+
+
+def test_a_remainder_for_fp16_is_refused() -> None:
+    param = nn.Parameter(torch.zeros(8, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"main_parameter.*float16.*REMAINDER"):
+        ShardedDecoupledAdamW([param], config=ShardingConfig(main_parameter=MainParameter.REMAINDER))
+
+
+# --- 8 bits ---
+
+
+def test_moments_in_8_bits_take_about_a_byte_and_train_like_fp32() -> None:
+    sizes = (256 * 64, 256 * 16)
+    numel = sum(sizes)
+    exact = on_ranks(2, train, F32, sizes, 50, {})
+    coarse = on_ranks(2, train, F32, sizes, 50, dict(moments=Moments.INT8))
+    assert coarse[0][2] == 2 * (numel + numel // 256 * 4) // 2  # two moments, on two ranks
+    for name, param in exact[0][1].items():
+        moved = (param - dict(make_params(F32, sizes))[name].detach()).norm()
+        assert (coarse[0][1][name] - param).norm() < 0.1 * moved
+        assert not torch.equal(coarse[0][1][name], param)
+
+
+def test_only_what_is_large_and_made_of_whole_blocks_is_kept_in_8_bits() -> None:
+    (result,) = on_ranks(1, train, F32, (4096, 4096 + 64, 2048, 256 * 17), 1, dict(moments=Moments.INT8))
+    numel_in_8_bits = 4096 + 256 * 17
+    padded = 64 * -(-(4096 + 64 + 2048) // 64)
+    assert result[2] == 2 * (numel_in_8_bits + numel_in_8_bits // 256 * 4) + 8 * padded
+
+
+def test_a_skipped_step_leaves_moments_in_8_bits_as_they_are() -> None:
+    param = nn.Parameter(torch.randn(8192))
+    optimizer = ShardedDecoupledAdamW([param], config=ShardingConfig(moments=Moments.INT8))
+    for found_inf in (0.0, 1.0):
+        before = {key: value.codes.clone() for key, value in optimizer.state[param].items() if key != "step"}
+        scales = {key: value.scale.clone() for key, value in optimizer.state[param].items() if key != "step"}
+        param.grad = torch.randn(8192)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, codes in before.items():
+            now = optimizer.state[param][key]
+            unchanged = torch.equal(now.codes, codes) and torch.equal(now.scale, scales[key])
+            assert unchanged == bool(found_inf)
+    assert optimizer.state[param]["step"] == 1
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_narrow_state_is_saved_and_resumed_bit_for_bit(case: str) -> None:
+    dtype, settings = NARROW[case]
+
+    def build() -> tuple[nn.Parameter, ShardedDecoupledAdamW]:
+        param = nn.Parameter(torch.linspace(-1, 1, 4096).to(dtype))
+        return param, ShardedDecoupledAdamW([param], lr=1e-2, config=ShardingConfig(**settings))
+
+    def steps(param: nn.Parameter, optimizer: ShardedDecoupledAdamW, numbers: range) -> None:
+        for number in numbers:
+            param.grad = torch.randn(4096, generator=torch.Generator().manual_seed(number)).to(dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, resumed, other = build(), build(), build()
+    steps(*straight, range(8))
+    steps(*other, range(4))
+    saved = other[1].state_dict()
+    with torch.no_grad():
+        resumed[0].copy_(other[0])
+    resumed[1].load_state_dict(saved)
+    steps(*resumed, range(4, 8))
+    assert torch.equal(resumed[0], straight[0])
+    if settings == NARROW["fp32 with moments in 8 bits"][1] and dtype is F32:
+        plain = ShardedDecoupledAdamW([nn.Parameter(torch.zeros(4096))])
+        with pytest.raises(ValueError, match="8 bits"):
+            plain.load_state_dict(saved)
+
+
+def test_without_torchao_moments_in_8_bits_are_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(storage.importlib, "import_module", missing)
+    storage._torchao_8bit.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"torchao.*pip install 'sharded_dadamw\[8bit\]'"):
+            ShardedDecoupledAdamW([nn.Parameter(torch.zeros(4096))], config=ShardingConfig(moments=Moments.INT8))
+    finally:
+        storage._torchao_8bit.cache_clear()
