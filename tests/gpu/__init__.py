@@ -1,0 +1,1 @@
+"""What only a CUDA machine can show: `python -m pytest tests/gpu`. Skipped elsewhere."""
