@@ -10,20 +10,15 @@ whatever else the machine is doing falls on all of them alike. What counts are t
 are this machine's.
 """
 
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +29,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,6 +43,8 @@ from launch.contenders import Contender, Sharded, contender_for, largest_over_ra
 from launch.data import Corpus  # noqa: E402
 from launch.model import GPT  # noqa: E402
 from launch.options import PRESETS, Choice, GPTConfig, Preset, Settings  # noqa: E402
+from scripts import measuring  # noqa: E402
+from scripts.measuring import Clock, Spread  # noqa: E402
 from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
 
 
@@ -141,23 +137,6 @@ class WireSource(StrEnum):
     SOCKETS = "counted at the TCP sockets"
     OPTIMIZER = "counted by the optimizer"
     FORMULA = "computed"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Quartiles and range of a quantity over the rounds."""
-
-    median: float
-    q1: float
-    q3: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Spread":
-        """The spread of 1-D `values`."""
-        at = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0], dtype=values.dtype)
-        return cls(*torch.quantile(values, at).tolist())
 
 
 @dataclass(frozen=True)
@@ -270,30 +249,6 @@ def bytes_sent_by_sockets() -> int | None:
         sent, resent = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
         total += sent - resent
     return total
-
-
-class Clock:
-    """Times work on one device without waiting for it in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-
-    def settle(self) -> None:
-        """Wait until the device has done all it was given."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-
-    def mark(self) -> Any:
-        """A point in the device's work."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Time between two marks that the device has passed."""
-        return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else float(end - start)
 
 
 class Benchmark:
@@ -410,43 +365,6 @@ class Benchmark:
         return WIRE_UNITS[name] * share * self.plan.precision.dtype.itemsize * self.num_parameters, WireSource.FORMULA
 
 
-def surroundings(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Machine, versions, date and commit: what a figure is worth nothing without."""
-    git = ["git", "-C", str(CHECKOUT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fairscale": version_of("fairscale"),
-        "backend": dist.get_backend(),
-        "commit": commit or None,
-        "uncommitted_changes": bool(changes),
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux knows it, or what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def version_of(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 TITLES = (
     "contender",
     "step ms",
@@ -478,7 +396,7 @@ def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]
             [
                 name,
                 f"{1e3 * spreads['step_s'].median:.0f}",
-                f"{ratio.median:.2f} [{ratio.q1:.2f}-{ratio.q3:.2f}] ({ratio.min:.2f}-{ratio.max:.2f})",
+                f"{ratio} ({ratio.min:.2f}-{ratio.max:.2f})",
                 f"{1e3 * spreads['forward_backward_s'].median:.0f}",
                 optimizer,
                 f"{1e3 * spreads['cpu_s'].median:.0f}",
@@ -492,37 +410,31 @@ def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]
 
 def notes(plan: Plan, num_parameters: int, around: dict[str, Any]) -> list[str]:
     """What the table's reader has to know."""
-    dirty = " with uncommitted changes" if around["uncommitted_changes"] else ""
     return [
         f"{num_parameters / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({around['backend']}), "
         f"{plan.batch} x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up.",
         f"{around['gpu'] or around['cpu']}, {around['cores']} cores; torch {around['torch']}, "
-        f"Python {around['python']}, {around['date'][:10]}, commit {(around['commit'] or 'none')[:12]}{dirty}.",
+        f"Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
         "Medians over the rounds; the ratio is taken within each round. The slower rank counts. Wrappers reduce "
         "gradients within backward, ours within the optimizer's step: in brackets, reduction + update + gather. "
         "CPU: what all threads of the rank used of the cores in a step; it hardly feels a busy machine.",
     ]
 
 
-def markdown(rows: list[list[str]], titles: Sequence[str], lines: Sequence[str]) -> str:
-    """The table and its notes, for a README."""
-    table = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in table] + ["", *lines]) + "\n"
-
-
 def show(plan: Plan, benchmark: Benchmark, results: dict[Name, Result], console: Console) -> None:
     """Print the table; write the JSON and markdown files where asked to."""
-    around = surroundings(plan, benchmark.device)
+    around = measuring.surroundings(
+        benchmark.device,
+        torch=torch.__version__,
+        fairscale=measuring.version_of("fairscale"),
+        backend=dist.get_backend(),
+    )
     rows = table_rows(plan, results, benchmark.missing)
     titles = [title.format(baseline=plan.baseline) for title in TITLES]
     lines = notes(plan, benchmark.num_parameters, around)
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    measuring.print_table(console, titles, rows)
+    measuring.print_lines(console, lines)
     if plan.out is not None:
         record = {
             "config": asdict(plan) | {"out": None},
@@ -534,7 +446,7 @@ def show(plan: Plan, benchmark: Benchmark, results: dict[Name, Result], console:
         }
         plan.out.parent.mkdir(parents=True, exist_ok=True)
         plan.out.write_text(json.dumps(record, indent=1) + "\n")
-        plan.out.with_suffix(".md").write_text(markdown(rows, titles, lines))
+        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
         console.print(f"written to {plan.out} and {plan.out.with_suffix('.md')}")
 
 
@@ -555,9 +467,7 @@ def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        console = Console(
-            quiet=dist.get_rank() != 0, markup=False, highlight=False, width=None if sys.stdout.isatty() else 200
-        )
+        console = measuring.console_of(200, quiet=dist.get_rank() != 0)
         benchmark = Benchmark(plan, device)
         results = benchmark.run(console)
         if dist.get_rank() == 0:
@@ -587,7 +497,6 @@ def main(
     asked_for = tuple(dict.fromkeys(name.strip() for name in contenders.split(",")))
     if unknown := [name for name in asked_for if name not in tuple(Name)]:
         raise typer.BadParameter(f"expected --contenders to name some of {', '.join(Name)}, got {', '.join(unknown)}")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     plan = Plan(
         ranks=ranks,
         preset=preset,
@@ -596,7 +505,7 @@ def main(
         batch=batch,
         context=context,
         contenders=tuple(Name(name) for name in asked_for),
-        threads=threads or max(1, cores // ranks),
+        threads=threads or max(1, measuring.num_cores() // ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
         lr=lr,
