@@ -83,7 +83,9 @@ def test_a_kernel_obeys_the_law_within_fp32s_rounding(kernel: ModuleType, kind: 
         now = replace(hyper, beta1=betas[0], beta2=betas[1])
         fragments = make_operands(kind, ODD_SIZES, amsgrad=hyper.amsgrad)
         expected = [law_in_fp64(fragment, now, divisor or 1.0) for fragment in fragments]
+        gradients = [fragment.grad.clone() for fragment in fragments]
         run(kernel, fragments, now, kind, divisor=divisor)
+        assert all(torch.equal(fragment.grad, grad) for fragment, grad in zip(fragments, gradients, strict=True))
         for fragment, one in zip(fragments, expected, strict=True):
             assert_obeys(fragment, one, kind, decays_apart=kernel is torch_kernel)
 
@@ -96,6 +98,19 @@ def test_without_a_reference_lr_the_whole_decay_applies(kernel: ModuleType, kind
     run(kernel, fragments, hyper, kind)
     for fragment, one in zip(fragments, expected, strict=True):
         assert_obeys(fragment, one, kind)
+
+
+@pytest.mark.parametrize("label", ["bf16 alone", "fp16 alone"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_moments_rounded_to_the_nearest_go_to_even_from_a_tie(kernel: ModuleType, label: str) -> None:
+    kind = KINDS[label]
+    digit = 2.0**-7 if kind.moments is BF16 else 2.0**-10
+    (fragment,) = make_operands(kind, [70], amsgrad=False)
+    fragment.exp_avg.copy_(1.0 + digit * (torch.arange(70) % 4))
+    fragment.grad.copy_(fragment.exp_avg.float() + digit)
+    run(kernel, [fragment], replace(HYPER, beta1=0.5), kind)
+    half_way = torch.tensor([0.0, 2.0, 2.0, 4.0])[torch.arange(70) % 4]
+    assert torch.equal(fragment.exp_avg.float(), 1.0 + digit * half_way)
 
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]

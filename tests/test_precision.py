@@ -184,6 +184,17 @@ def test_another_seed_rounds_otherwise() -> None:
     torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)
 
 
+def test_parameters_with_equal_values_are_rounded_independently() -> None:
+    params = [nn.Parameter(torch.ones(512)) for _ in range(3)]
+    optimizer = ShardedDecoupledAdamW(params, config=ShardingConfig(moments=Moments.BF16))
+    for param in params:
+        param.grad = torch.linspace(0.1, 0.2, 512)
+    optimizer.step()
+    first, second, third = (optimizer.state[param]["exp_avg"].float() for param in params)
+    assert not torch.equal(first, second) and not torch.equal(first, third) and not torch.equal(second, third)
+    torch.testing.assert_close(first, second, rtol=2**-7, atol=0.0)
+
+
 @pytest.mark.parametrize("beta2", [0.997, 0.999])
 def test_bf16_second_moments_fall_where_rounding_to_nearest_would_freeze_them(beta2: float) -> None:
     """From gradients of size 1 to gradients of size 1e-2: exp_avg_sq falls from 1 towards 1e-4."""
