@@ -21,10 +21,7 @@ class Moments(Enum):
     FP32 = "fp32: 4 bytes each"
     BF16 = "bf16, rounded stochastically, so that they are right on average: 2 bytes each"
     LIKE_PARAMETERS = "in the parameter's dtype, rounded to the nearest, as DecoupledAdamW stores them"
-    INT8 = (
-        "8 bits in blocks of 256 with a scale each, by torchao, for parameters of at least 4,096 elements that are a "
-    )
-    "multiple of 256; fp32 for others: about 1 byte each"
+    INT8 = "8 bits and a scale per 256 elements, by torchao; fp32 for small parameters: about 1 byte each"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

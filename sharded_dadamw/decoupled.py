@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
 from sharded_dadamw.operands import Form, Operands, Update
+from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
 from sharded_dadamw.update import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
@@ -167,7 +169,7 @@ class DecoupledAdamW(AdamW):
             for param in params:
                 if param.grad.layout != torch.strided:
                     raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {param.grad.layout}")
-                state = self._state_of(param, amsgrad=hyper.amsgrad)
+                state = self._state_of(param, hyper)
                 fragments.append(
                     Operands(
                         param=_local(param),
@@ -230,17 +232,30 @@ class DecoupledAdamW(AdamW):
         if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
             _warn_if_high(merged["weight_decay"])
 
-    def _state_of(self, param: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, hyper: Hyperparameters) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if "step" not in state:
+            if param.dtype.itemsize < 4 and hyper.beta2 > LARGEST_BETA2_FOR_NEAREST:
+                _warn_of_freezing(param.dtype, hyper.beta2)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if state["step"].device != param.device:  # state dicts of torch's AdamW keep it on the CPU
             state["step"] = state["step"].to(param.device)
-        if amsgrad and "max_exp_avg_sq" not in state:
+        if hyper.amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
+
+
+@cache
+def _warn_of_freezing(dtype: torch.dtype, beta2: float) -> None:
+    log.warning(
+        "beta2=%g is high for moments in %s that are rounded to the nearest: a step of exp_avg_sq is then below half "
+        "its last digit, and it never falls again. ShardedDecoupledAdamW, on one rank too, keeps them in fp32 or rounds them "
+        "stochastically.",
+        beta2,
+        dtype,
+    )
 
 
 def _warn_if_high(weight_decay: float) -> None:

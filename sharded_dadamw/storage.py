@@ -16,7 +16,8 @@ from sharded_dadamw.layout import ALIGNMENT
 _BLOCK_8BIT = 256
 _SMALLEST_8BIT = 4096
 """As torchao: below that the scales and the loss of precision are not worth it."""
-_LARGEST_BETA2_FOR_NEAREST = 0.995
+LARGEST_BETA2_FOR_NEAREST = 0.995
+"""Up to which a second moment of 16 bits, rounded to the nearest, still follows its gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,9 @@ class Storage:
         Raises:
             ValueError: Rounding to the nearest would keep ``exp_avg_sq`` from ever falling.
         """
-        if self.rounds_to_nearest and self.moments.itemsize < 4 and beta2 > _LARGEST_BETA2_FOR_NEAREST:
+        if self.rounds_to_nearest and self.moments.itemsize < 4 and beta2 > LARGEST_BETA2_FOR_NEAREST:
             raise ValueError(
-                f"betas: expected beta2 <= {_LARGEST_BETA2_FOR_NEAREST} with moments in {self.moments} rounded to "
+                f"betas: expected beta2 <= {LARGEST_BETA2_FOR_NEAREST} with moments in {self.moments} rounded to "
                 f"the nearest, got {beta2}: a step of exp_avg_sq is then less than half its last digit, and it never "
                 "falls again; use Moments.BF16, which rounds stochastically, or Moments.FP32"
             )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
+from sharded_dadamw.decoupled import _warn_of_freezing
 from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
 from tests.models import BF16, F32
 from tests.pool import on_ranks
@@ -230,6 +231,17 @@ def test_rounding_moments_to_nearest_is_refused_where_it_would_freeze_them() -> 
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match=r"beta2 <= 0\.995"):
         optimizer.step()
+
+
+def test_the_unsharded_optimizer_warns_of_moments_that_would_freeze(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_freezing.cache_clear()
+    for dtype, beta2, num_warnings in ((BF16, 0.995, 0), (F32, 0.999, 0), (BF16, 0.999, 1), (BF16, 0.999, 1)):
+        param = nn.Parameter(torch.zeros(8, dtype=dtype))
+        optimizer = DecoupledAdamW([param], betas=(0.9, beta2))
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.step()
+        assert len([r for r in caplog.records if "never falls again" in r.getMessage()]) == num_warnings
 
 
 @pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
