@@ -251,8 +251,8 @@ class DecoupledAdamW(AdamW):
 def _warn_of_freezing(dtype: torch.dtype, beta2: float) -> None:
     log.warning(
         "beta2=%g is high for moments in %s that are rounded to the nearest: a step of exp_avg_sq is then below half "
-        "its last digit, and it never falls again. ShardedDecoupledAdamW, on one rank too, keeps them in fp32 or rounds "
-        "them stochastically.",
+        "its last digit, and it never falls again. ShardedDecoupledAdamW, on one rank too, keeps them in fp32, or "
+        "rounds them stochastically.",
         beta2,
         dtype,
     )
