@@ -95,6 +95,7 @@ class Bucket:
         self.histories = [0] * len(members)
         self._seed = seed if storage.is_stochastic else None
         self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._places: list[int] = []
         start, stop = layout.shard_range(rank)
 
         self.param_buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
@@ -207,15 +208,23 @@ class Bucket:
     def _plan(self, present: tuple[bool, ...]) -> _Plan:
         """What a step needs; nothing that grows with the number of slots is done twice for the same ones."""
         key = (present, *self.histories)
-        if key not in self._plans:
+        state = () if self.storage.in_8_bits else self._moments
+        tensors = (self.param_shard, self.gradients.shard, self.steps, self.main, *state)
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if places != self._places:  # Tensor.share_memory_(), or sending one to another process, moves a storage
+            self._plans.clear()
+            self._places = places
+        plan = self._plans.pop(key, None)  # put back as the latest
+        if plan is None:
             if len(self._plans) == _NUM_PLANS:
                 del self._plans[next(iter(self._plans))]
             operands = [] if self.storage.in_8_bits else self._operands(present, self.histories, self._moments)
             taken = torch.tensor([float(here) for here in present], dtype=torch.float32)
             taken = taken.to(self.steps.device, non_blocking=True)  # or the host would wait for the device
             update = kernels.prepare(operands) if operands else None
-            self._plans[key] = _Plan(update, self._runs_of(self.gradients.shard, present), taken)
-        return self._plans[key]
+            plan = _Plan(update, self._runs_of(self.gradients.shard, present), taken)
+        self._plans[key] = plan
+        return plan
 
     def _runs_of(self, shard: Tensor, present: Sequence[bool]) -> list[Tensor]:
         """The parts of a shard that belong to slots that are present, neighbours joined."""

@@ -242,6 +242,8 @@ class DecoupledAdamW(AdamW):
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if state["step"].device != param.device:  # state dicts of torch's AdamW keep it on the CPU
             state["step"] = state["step"].to(param.device)
+        if state["step"].dtype is not torch.float32:  # saved where the default dtype was fp64, or as an integer
+            state["step"] = state["step"].to(torch.float32)
         if hyper.amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
@@ -326,7 +328,7 @@ def _put_back_(copies: _Copies) -> None:
 
 def _place(fragment: Operands) -> _Place:
     numel, grad, moments = fragment.param.numel(), fragment.grad.dtype, fragment.exp_avg.dtype
-    return numel, fragment.param.dtype, grad, moments, *fragment.addresses()
+    return numel, fragment.param.dtype, grad, moments, fragment.is_plain, *fragment.addresses()
 
 
 def _local_gradient(param: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _compiled_kernel(device_type: str) -> ModuleType | None:
     module, package, extra = _COMPILED[device_type]
     try:
         return importlib.import_module(f"sharded_dadamw.{module}")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of the compiler does not load
         log.warning(
             "updates on %s run in torch's own kernels, which are slower where norms are asked for or dtypes differ: "
             "%s is missing (%s); pip install 'sharded_dadamw[%s]'",

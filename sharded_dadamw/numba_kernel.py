@@ -81,7 +81,8 @@ def supports(form: Form) -> bool:
     """Whether :class:`Update` takes fragments of this form."""
     dtypes = {form.param, form.grad, form.moments}
     return (
-        form.device.type == "cpu"
+        form.is_plain
+        and form.device.type == "cpu"
         and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
         and (torch.float16 not in dtypes or _has_fp16())
         and (
@@ -355,6 +356,14 @@ def _canonical(value: Any) -> Any:
 
 
 @njit(forceinline=True)
+def _join(value: Any, remainder: Any) -> Any:
+    """As :func:`sharded_dadamw.precision.join`."""
+    word = _pattern(value)
+    wraps = uint32(word & uint32(0x7FFFFFFF)) == uint32(0) and remainder >= uint32(0x80000000)
+    return _float(uint32(word + (uint32(0) if wraps else remainder)))
+
+
+@njit(forceinline=True)
 def _cut(word: Any) -> Any:
     """The bf16 whose pattern is the upper half of this."""
     return _float(uint32(word & uint32(0xFFFF0000)))
@@ -430,7 +439,7 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
                         grad = grad / factor if divide else grad * factor
                         value = _load(value_at, value_column, value_as, i)
                         if main_as == _INT16:
-                            value = _float(uint32(_pattern(value) + _load(main_at, _MAIN, _INT16, i)))
+                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
                         exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
                         sum_grad = _add(sum_grad, grad * grad)
                         sum_param = _add(sum_param, value * value)
@@ -463,7 +472,7 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
                         grad = grad / factor if divide else grad * factor
                         value = _load(value_at, value_column, value_as, i)
                         if main_as == _INT16:
-                            value = _float(uint32(_pattern(value) + _load(main_at, _MAIN, _INT16, i)))
+                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
                         exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
                         exp_avg_sq = _load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
                         exp_avg = beta1 * exp_avg + rest1 * grad
@@ -512,9 +521,9 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
             first_tile = _claim(pointer, _CLAIM)
 
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
-    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:], stochastic, divide))
+    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:6], stochastic, divide))
     signature = types.void(types.CPointer(from_dtype(np.dtype(_Call))))
     try:
         return cfunc(signature, error_model="numpy", cache=True)(run)
-    except RuntimeError:  # nowhere to keep it
+    except Exception:  # nowhere to keep it, no room, or what was kept is damaged; what is wrong itself fails again
         return cfunc(signature, error_model="numpy")(run)

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sharded_dadamw.parameters import has_plain_memory
 from sharded_dadamw.update import Hyperparameters
 
 NORMS = ("grad", "param", "moment", "update")
@@ -60,6 +61,21 @@ class Operands:
             self.exp_avg.dtype,
             None if self.main is None else self.main.dtype,
             self.max_exp_avg_sq is not None,
+            self.is_plain,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether addresses tell the truth: memory of one device, in the dtypes of the form, read as it is."""
+        device, moments = self.param.device, self.exp_avg.dtype
+        return (
+            self.step.dtype is torch.float32
+            and self.exp_avg_sq.dtype is moments
+            and (self.max_exp_avg_sq is None or self.max_exp_avg_sq.dtype is moments)
+            and all(
+                tensor is None or (tensor.device == device and has_plain_memory(tensor))
+                for tensor in (*self.tensors, self.step)
+            )
         )
 
     @property
@@ -81,6 +97,7 @@ class Form(NamedTuple):
     moments: torch.dtype
     main: torch.dtype | None
     amsgrad: bool
+    is_plain: bool = True
 
 
 class Tiles(NamedTuple):
@@ -97,7 +114,7 @@ class Tiles(NamedTuple):
     offsets: Tensor
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def plan_tiles(numels: Sequence[int], size: int) -> Tiles:
     """Cut fragments of these sizes (a tuple) into tiles of at most ``size`` elements; on the CPU, not to be changed.
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 _SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,6 +73,11 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
                 f"{member.name}: expected a plain parameter, got a DTensor, which is sharded already; "
                 "use DecoupledAdamW, which updates the local shards as they are"
             )
+        if not has_plain_memory(param):
+            raise TypeError(
+                f"{member.name}: expected a plain parameter, got a {type(param).__name__}, whose elements are not what "
+                "lies in its memory; use DecoupledAdamW, which updates it by torch's operations"
+            )
         if param.dtype not in _SHARDABLE_DTYPES:
             raise TypeError(f"{member.name}: expected a dtype of {_SHARDABLE_DTYPES}, got {param.dtype}")
         if param.device.type == "meta":
@@ -84,6 +91,13 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
             raise ValueError(f"{member.name} is the same parameter as {first_use[param].name}; pass it once")
         first_use[param] = member
     _check_memory([member for member in members if member.param.numel()])
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether what lies at a tensor's address are its elements: a subclass may wrap others, and a view may negate."""
+    kind = type(tensor)
+    is_its_own = kind is Tensor or kind is Parameter or kind.__torch_dispatch__ is _NO_DISPATCH
+    return is_its_own and not tensor.is_neg()
 
 
 def _check_memory(members: Sequence[NamedParameter]) -> None:

@@ -23,7 +23,9 @@ _CANONICAL_NAN = 0x7FC00000
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 value of a bf16 parameter and its int16 remainder, same shapes."""
-    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+    high, low = param.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
+    low = torch.where(high & 0x7FFF == 0, low.clamp(min=0), low)  # a weight that was set to 0 since: not nan
+    return ((high << 16) + low).view(torch.float32)
 
 
 def split(value: Tensor) -> tuple[Tensor, Tensor]:

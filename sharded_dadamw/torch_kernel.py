@@ -168,7 +168,7 @@ def _is_fusible(form: Form, seed: int | None) -> bool:
     """Torch's fused kernel wants one dtype for value and moments (gradients can be cast), and rounds to the nearest."""
     value = form.param if form.main is None else form.main
     stochastic = seed is not None and form.moments is torch.bfloat16
-    return form.device.type in _FUSED_DEVICES and form.moments == value and not stochastic
+    return form.is_plain and form.device.type in _FUSED_DEVICES and form.moments == value and not stochastic
 
 
 def _fused_adamw_(

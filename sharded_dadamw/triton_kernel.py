@@ -78,7 +78,8 @@ def supports(form: Form) -> bool:
     """Whether :class:`Update` takes fragments of this form."""
     params_of_main = {None: _FLOATS, torch.float32: _NARROW_FLOATS, torch.int16: (torch.bfloat16,)}
     return (
-        form.device.type == _DEVICE_TYPE
+        form.is_plain
+        and form.device.type == _DEVICE_TYPE
         and torch.version.hip is None  # _OPTIONS are for NVIDIA's compiler
         and form.param in params_of_main.get(form.main, ())
         and form.grad in _FLOATS
@@ -301,7 +302,9 @@ def _update_kernel(
                 value = _load(main_at, first, places, inside, width)
             elif main_dtype == tl.int16:
                 high = _load(param_at, first, places, inside, width).to(tl.int32) << 16
-                value = (high + _load(main_at, first, places, inside, width)).to(tl.float32, bitcast=True)
+                low = _load(main_at, first, places, inside, width).to(tl.int32)
+                low = tl.where((high & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
+                value = (high + low).to(tl.float32, bitcast=True)
             else:
                 value = _widen(_load(param_at, first, places, inside, width), param_dtype)
             if amsgrad:

@@ -7,13 +7,18 @@ are derived in ``tests/forms.py``; everything else is compared bit by bit.
 import gc
 import importlib
 import logging
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_dadamw import kernels, numba_kernel, torch_kernel, triton_kernel
 from sharded_dadamw.operands import NORMS, Form, Operands, plan_tiles
@@ -450,3 +455,45 @@ def test_an_update_of_nothing_is_nothing() -> None:
         norms = run(kernel, fragments, HYPER, KINDS["fp32"], with_norms=True)
         assert norms is not None and norms.shape == (2, 4) and not norms.any()
     assert bits_of(make_operands(KINDS["fp32"], (0,), amsgrad=False))[0].numel() == 0
+
+
+# --- memory that is not what it seems ---
+
+
+def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() -> None:
+    """A kernel that goes by addresses would read what is not there."""
+    (plain,) = make_operands(KINDS["fp32"], [100], amsgrad=False)
+    (control,) = copied([plain])
+    run(kernels.kernel_for(control.form), [control], HYPER, KINDS["fp32"])
+    grad, half = plain.grad, plain.exp_avg_sq.bfloat16()
+    disguised = {
+        "negated": replace(plain, grad=torch._neg_view(-grad)),
+        "wrapped": replace(plain, grad=TwoTensor(grad, grad.clone())),
+        "counted in fp64": replace(plain, step=plain.step.double()),
+        "of two dtypes": replace(plain, exp_avg_sq=half),
+    }
+    for name, fragment in disguised.items():
+        assert kernels.kernel_for(fragment.form) is torch_kernel, name
+        if name != "of two dtypes":
+            (fragment,) = [
+                replace(fragment, **{k: getattr(plain, k).clone() for k in ("param", "exp_avg", "exp_avg_sq")})
+            ]
+            run(torch_kernel, [fragment], HYPER, KINDS["fp32"])
+            torch.testing.assert_close(fragment.param, control.param, rtol=1e-6, atol=1e-7)
+
+
+def test_a_damaged_or_missing_cache_only_costs_time(tmp_path: Path) -> None:
+    code = (
+        "import torch; from sharded_dadamw import DecoupledAdamW; p = torch.nn.Parameter(torch.ones(99)); "
+        "o = DecoupledAdamW([p]); p.grad = torch.ones(99); o.step(); print(p[0].item())"
+    )
+    environment = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
+    results = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        results.append(done.stdout)
+        kept = [file for file in tmp_path.rglob("*") if file.suffix in (".nbi", ".nbc")]
+        assert kept, "nothing was kept"
+        for file in kept:
+            file.write_bytes(file.read_bytes()[:20] if len(results) == 1 else b"")
+    assert len(set(results)) == 1

@@ -265,6 +265,40 @@ def test_small_decays_of_bf16_weights_add_up(main: MainParameter) -> None:
     assert (weights[MainParameter.NONE] == 1).all()
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_weight_that_is_set_to_zero_starts_again_from_zero(zero: float) -> None:
+    """Whatever its remainder was: minus something, added to the pattern of zero, would be nan."""
+    param = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(BF16))
+    optimizer = ShardedDecoupledAdamW([param], lr=1e-2, config=ShardingConfig(**REMAINDER))
+    for _ in range(4):
+        param.grad = torch.randn(64).to(BF16)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (optimizer.state[param]["main_remainder"] < 0).any()
+    param.data.fill_(zero)
+    param.grad = torch.ones(64, dtype=BF16)
+    optimizer.step()
+    assert param.isfinite().all() and (param.abs() < 0.1).all()
+
+
+def test_a_model_whose_memory_is_shared_between_steps_trains_on() -> None:
+    """Sharing moves every storage; kernels that go by addresses have to notice."""
+    results = []
+    for share in (False, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 400_000))
+        optimizer = ShardedDecoupledAdamW([param], lr=1e-2)
+        for _ in range(3):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            optimizer.zero_grad()
+            if share:
+                param.data.share_memory_()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    optimizer.state[param][moment].share_memory_()
+        results.append(param.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_a_remainder_for_fp16_is_refused() -> None:
     param = nn.Parameter(torch.zeros(8, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"main_parameter.*float16.*REMAINDER"):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from tests.models import BF16, F32, F64, draw_gradient, make_groups, mean_in_rank_order, named
@@ -235,6 +236,12 @@ def test_a_bad_argument_on_one_rank_alone_is_refused_by_all_quoting_that_rank(ca
 def test_a_setting_without_a_meaning_is_refused(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         ShardingConfig(**arguments)
+
+
+def test_a_parameter_that_wraps_others_is_refused() -> None:
+    wrapped = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+    seen = attempt(lambda: ShardedDecoupledAdamW([("weight", wrapped)]), [])
+    assert_refused([seen], ("TypeError",), "weight", "TwoTensor", "DecoupledAdamW")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
