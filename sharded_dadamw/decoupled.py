@@ -27,8 +27,8 @@ would take shards for whole tensors stumbles over it, instead of dropping it and
 
 _HIGH_WEIGHT_DECAY = 1e-3
 
-_Place = tuple[object, ...]
-"""Where tensors lie, and what they are: an update made ready for some does for others in the same places."""
+_Place = tuple[Any, ...]
+"""The form of tensors, their size and where they lie: an update made ready for some does for others in their place."""
 _Copies = list[tuple[Tensor, Tensor]]
 """Tensors, each with the copy that was updated in its place."""
 
@@ -132,7 +132,8 @@ class DecoupledAdamW(AdamW):
             _alike_in_memory(Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step))
             for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
         ]
-        for update in _prepare([fragment for fragment, _ in alike]):
+        fragments = [fragment for fragment, _ in alike]
+        for update in _prepare(fragments, [_place(fragment) for fragment in fragments]):
             update(Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad))
         for _, copies in alike:
             _put_back_(copies)
@@ -193,7 +194,7 @@ class DecoupledAdamW(AdamW):
         places = [_place(fragment) for fragment, _ in alike]
         ready_places, updates = self._ready_updates.get(group_index, ([], []))
         if ready_places != places:
-            updates = _prepare([fragment for fragment, _ in alike])
+            updates = _prepare([fragment for fragment, _ in alike], places)
             # What refers to tensors would keep gradients in memory that zero_grad() is to free.
             if not any(update.keeps_tensors for update in updates):
                 self._ready_updates[group_index] = places, updates
@@ -270,11 +271,11 @@ def _warn_if_high(weight_decay: float) -> None:
         )
 
 
-def _prepare(fragments: Sequence[Operands]) -> list[Update]:
+def _prepare(fragments: Sequence[Operands], places: Sequence[_Place]) -> list[Update]:
     """Updates of fragments of any forms: one for each form."""
     by_form: dict[Form, list[Operands]] = {}
-    for fragment in fragments:
-        by_form.setdefault(fragment.form, []).append(fragment)
+    for fragment, (form, *_) in zip(fragments, places, strict=True):
+        by_form.setdefault(form, []).append(fragment)
     return [kernels.prepare(alike) for alike in by_form.values()]
 
 
@@ -284,11 +285,14 @@ def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
     Raises:
         ValueError: The tensors differ in shape; torch's kernel would write past the end of the smaller ones.
     """
-    param = fragment.param
-    present = [tensor for tensor in fragment.tensors if tensor is not None]
-    if any(tensor.shape != param.shape for tensor in present):
-        raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in present]}")
-    if all(tensor.is_contiguous() for tensor in present):
+    param, shape, all_contiguous = fragment.param, fragment.param.shape, True
+    for tensor in fragment.tensors:
+        if tensor is not None:
+            if tensor.shape != shape:
+                shapes = [list(each.shape) for each in fragment.tensors if each is not None]
+                raise ValueError(f"expected tensors of one shape, got {shapes}")
+            all_contiguous = all_contiguous and tensor.is_contiguous()
+    if all_contiguous:
         return fragment, []
     model = param if _is_dense(param) else param.contiguous()
     copies: _Copies = []
@@ -327,8 +331,7 @@ def _put_back_(copies: _Copies) -> None:
 
 
 def _place(fragment: Operands) -> _Place:
-    numel, grad, moments = fragment.param.numel(), fragment.grad.dtype, fragment.exp_avg.dtype
-    return numel, fragment.param.dtype, grad, moments, fragment.is_plain, *fragment.addresses()
+    return fragment.form, fragment.param.numel(), *fragment.addresses()
 
 
 def _local_gradient(param: Tensor) -> Tensor:

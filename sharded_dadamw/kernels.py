@@ -26,11 +26,10 @@ def prepare(operands: Sequence[Operands]) -> Update:
     """Make the update of fragments of one form ready to be called every step.
 
     Args:
-        operands: At least one fragment. Their memory has to stay where it is as long as the update is called.
+        operands: At least one fragment, all of one form. Their memory has to stay where it is as long as the update is
+            called.
     """
-    form = operands[0].form
-    assert all(fragment.form == form for fragment in operands), "fragments of one update are of one form"
-    update: Update = kernel_for(form).Update(operands)
+    update: Update = kernel_for(operands[0].form).Update(operands)
     return update
 
 
