@@ -133,14 +133,7 @@ class Update:
         seed: int | None = None,
         with_norms: bool = False,
     ) -> Tensor | None:
-        """Apply the law to every fragment, in place; the arguments are those of :func:`sharded_dadamw.update.adamw_`.
-
-        Args:
-            with_norms: Whether to return the norms.
-
-        Returns:
-            fp64 [fragments, 4]: the squared norms of each fragment, in the order of ``NORMS``.
-        """
+        """See :class:`sharded_dadamw.operands.Update`."""
         skip = found_inf is not None and bool(found_inf)
         if skip and not with_norms:
             return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.decoupled import SHARD
 from sharded_dadamw.parameters import named_parameters
+from sharded_dadamw.storage import is_in_8_bits
 
 
 def shard_identity(buckets: Sequence[Bucket]) -> dict[str, Any]:
@@ -91,4 +92,4 @@ def match_state(
 
 def _describe(tensor: Tensor) -> str:
     """Shape and dtype, and how many bits are stored where that is not what the dtype says."""
-    return f"{tensor.dtype} {list(tensor.shape)}" + ", in 8 bits" * hasattr(tensor, "codes")
+    return f"{tensor.dtype} {list(tensor.shape)}" + ", in 8 bits" * is_in_8_bits(tensor)

@@ -110,16 +110,20 @@ class Storage:
         return torch.zeros(numel, dtype=self.moments, device=device)
 
 
+def is_in_8_bits(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torchao's, of codes and scales."""
+    return hasattr(tensor, "codes")
+
+
 def part_of(moment: Tensor, start: int, stop: int) -> Tensor:
     """A view of a range of a moment; in 8 bits it starts on a block and ends on one."""
-    codes: Tensor | None = getattr(moment, "codes", None)
-    if codes is None:
+    if not is_in_8_bits(moment):
         return moment[start:stop]
     if start == stop:
         return torch.zeros(0, dtype=torch.float32, device=moment.device)
     quantized: Any = moment
     part: Tensor = type(quantized)(
-        codes[start:stop],
+        quantized.codes[start:stop],
         quantized.scale[start // _BLOCK_8BIT : stop // _BLOCK_8BIT],
         quantized.qmap,
         quantized.signed,
@@ -130,14 +134,13 @@ def part_of(moment: Tensor, start: int, stop: int) -> Tensor:
 
 def num_bytes(tensor: Tensor) -> int:
     """Bytes of a moment or main parameter as stored, scales included."""
-    codes, scale = getattr(tensor, "codes", None), getattr(tensor, "scale", None)
-    return tensor.nbytes if codes is None or scale is None else codes.nbytes + scale.nbytes
+    quantized: Any = tensor
+    return int(quantized.codes.nbytes + quantized.scale.nbytes) if is_in_8_bits(tensor) else tensor.nbytes
 
 
 def widened(moment: Tensor) -> Tensor:
     """What a kernel can work on: the moment itself or, where it is in 8 bits, its fp32 values."""
-    dequantize = getattr(moment, "dequantize", None) if hasattr(moment, "codes") else None
-    return moment if dequantize is None else dequantize()
+    return moment.dequantize() if is_in_8_bits(moment) else moment
 
 
 def put_back_(moment: Tensor, values: Tensor, found_inf: Tensor | None) -> None:

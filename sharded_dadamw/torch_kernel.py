@@ -33,7 +33,7 @@ class Update:
     keeps_tensors = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
-        """Take fragments of one form; needs no preparation but to find those that can be updated as one."""
+        """Take at least one fragment, all of one form, and find those that can be updated as one."""
         self._operands = list(operands)
         self._runs = _merge_adjacent(operands)
 
@@ -47,8 +47,6 @@ class Update:
         with_norms: bool = False,
     ) -> Tensor | None:
         """See :class:`sharded_dadamw.operands.Update`."""
-        if not self._operands:
-            return torch.zeros(0, 4, dtype=torch.float64) if with_norms else None
         fusible = _is_fusible(self._operands[0].form, seed)
         norms = None
         if with_norms:
@@ -106,14 +104,13 @@ def _merge_adjacent(operands: Sequence[Operands]) -> list[Operands]:
     Args:
         operands: Fragments of one form; those with a ``history`` are 1-D views of flat tensors.
     """
-    merged: list[Operands] = []
-    run: list[Operands] = []
+    runs: list[list[Operands]] = []
     for fragment in operands:
-        if run and not _follows(run[-1], fragment):
-            merged.append(_merge(run))
-            run = []
-        run.append(fragment)
-    return [*merged, _merge(run)] if run else merged
+        if runs and _follows(runs[-1][-1], fragment):
+            runs[-1].append(fragment)
+        else:
+            runs.append([fragment])
+    return [_merge(run) for run in runs]
 
 
 def _follows(before: Operands, after: Operands) -> bool:
