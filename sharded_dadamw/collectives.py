@@ -12,12 +12,14 @@ Three groups of ranks, one interface: :class:`OneRank` (nothing to exchange), :c
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # [Note: whose group it is]
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -119,20 +121,33 @@ class OneRank(Collectives):
 
 
 class NativeVerbs(Collectives):
-    """The backend's own collectives."""
+    """The backend's own collectives.
+
+    [Note: whose group it is] torch.distributed owns process groups until ``destroy_process_group``; we refer to one
+    weakly. Another owner would keep gloo's threads running after that, until the interpreter exits, and a thread that
+    then still wants to release a Python object aborts the process. ``torch.distributed.nn`` becomes such an owner when
+    it is imported while there is a default group, which it takes for the defaults of its functions, and torch's
+    optimizers import it when the first one is built; so it is imported here, which is usually earlier.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._group = group
+        self._group_reference = weakref.ref(group)  # [Note: whose group it is]
         self._device = device
 
-    def check_alive(self) -> None:
-        """See :meth:`Collectives.check_alive`."""
-        if not _is_alive(self._group):
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._group_reference()
+        if group is None or not _is_alive(group):
             raise RuntimeError(
                 "the optimizer's process group has been destroyed; build a new optimizer on a live group"
             )
+        return group
+
+    def check_alive(self) -> None:
+        """See :meth:`Collectives.check_alive`."""
+        _ = self._group
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`. The order of the sum is the backend's."""

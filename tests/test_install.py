@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 TRAIN_WITHOUT_NUMPY = """
-import sys
+import sys, weakref
 sys.modules["numpy"] = None  # importing it now fails, as where it is not installed
 import torch, torch.distributed as dist
 from sharded_dadamw import ShardedDecoupledAdamW
 dist.init_process_group("gloo")
+group = weakref.ref(dist.group.WORLD)
 model = torch.nn.Linear(8, 8)
 optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2)
 model(torch.randn(4, 8)).square().sum().backward()
@@ -26,6 +27,7 @@ except RuntimeError as error:
     # One write a line: two ranks share the pipe.
     sys.stdout.write("trained without NumPy\\n")
 dist.destroy_process_group()
+assert group() is None, "its threads live on, and may abort the interpreter's exit"
 """
 
 
