@@ -1,7 +1,7 @@
-"""The flat tensors of one bucket, the parameters that live in them as views, and the update of one shard.
+"""One bucket: its parameters and gradients, the state of this rank's shard of them, and the update of that shard.
 
-    param_buffer  [num_ranks * n]   p.data of every parameter is a view of it
-    gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it
+    weights       [num_ranks * n]   p.data of every plain parameter is a view of it       (see weights for others)
+    gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it   (see gradients)
     main, exp_avg, exp_avg_sq, max_exp_avg_sq  [n]   this rank's shard only
 
 Where the parameters are narrower than fp32, ``main`` holds what the update acts on: an fp32 copy of the parameter
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_dadamw import kernels
-from sharded_dadamw.gradients import ForeignGradients, OwnGradients
-from sharded_dadamw.layout import BucketLayout
+from sharded_dadamw.gradients import CopiedGradients, ForeignGradients, OwnGradients
+from sharded_dadamw.layout import BucketLayout, Fragment
 from sharded_dadamw.operands import Operands, Update
 from sharded_dadamw.parameters import NamedParameter
 from sharded_dadamw.precision import image
 from sharded_dadamw.storage import Storage, num_bytes, part_of, put_back_, widened
-from sharded_dadamw.update import Hyperparameters
+from sharded_dadamw.update import Hyperparameters, value_of
+from sharded_dadamw.weights import BorrowedWeights, OwnWeights
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 _NUM_PLANS = 8
@@ -37,20 +38,19 @@ class _Plan(NamedTuple):
     Attributes:
         update: The kernel, ready to be called; None where this rank holds nothing of those slots, or where the moments
             are in 8 bits, and there is a new place for their fp32 values every time.
-        gradients: Its parts of the reduced gradient shard, as few 1-D views as there can be.
+        params: The parameters of the fragments that it updates, in their order.
         taken: fp32 [num_slots], 1 where a slot is updated.
     """
 
     update: Update | None
-    gradients: list[Tensor]
+    params: list[Tensor]
     taken: Tensor
 
 
 class Bucket:
-    """One bucket on one rank: parameters of one group, dtype and device.
+    """One bucket on one rank: parameters of one group, dtype and device, all of them borrowed or none.
 
-    Constructing it moves the parameters into the flat buffer (``p.data`` becomes a contiguous view, ``p`` stays the
-    same object) and allocates the state.
+    Constructing it takes hold of the parameters and allocates the state.
 
     Attributes:
         layout: Where everything lies.
@@ -59,6 +59,7 @@ class Bucket:
         group_index: The parameter group whose hyperparameters hold for the whole bucket.
         members: The parameters, in slot order.
         histories: Per slot a number that is equal for slots with equal step counts; known without asking the device.
+        weights: The parameters' elements.
         gradients: Their gradients.
     """
 
@@ -72,9 +73,9 @@ class Bucket:
         group_index: int,
         amsgrad: bool,
         seed: int,
-        owns_gradients: bool,
+        reduces_gradients: bool,
     ) -> None:
-        """Allocate buffers and state, and move ``members`` in.
+        """Allocate buffers and state, and move ``members`` in where they are plain.
 
         Args:
             layout: Sizes must be those of ``members``.
@@ -84,7 +85,7 @@ class Bucket:
             group_index: Position of their parameter group.
             amsgrad: Whether to hold ``max_exp_avg_sq``.
             seed: Key of stochastic rounding.
-            owns_gradients: Whether gradients live here too. If not, ``p.grad`` is read where it is.
+            reduces_gradients: Whether gradients are ours to average. If not, ``p.grad`` is read where it is.
         """
         first = members[0].param
         self.layout = layout
@@ -95,31 +96,32 @@ class Bucket:
         self.histories = [0] * len(members)
         self._seed = seed if storage.is_stochastic else None
         self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._runs: dict[tuple[bool, ...], list[Tensor]] = {}
         self._places: list[int] = []
-        start, stop = layout.shard_range(rank)
 
-        self.param_buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
-        self.param_shard = self.param_buffer[start:stop]
-        self._param_views = [
-            self.param_buffer[offset : offset + member.param.numel()].view(member.param.shape)
-            for member, offset in zip(members, layout.offsets, strict=True)
-        ]
-        where = OwnGradients if owns_gradients else ForeignGradients
-        self.gradients: OwnGradients | ForeignGradients = where(members, layout, rank, self._param_views)
-        for member, view in zip(members, self._param_views, strict=True):
-            view.copy_(member.param.data)
-            member.param.data = view
-        self._versions = self._read_versions()
+        self.weights: OwnWeights | BorrowedWeights
+        self.gradients: OwnGradients | ForeignGradients
+        if members[0].placement.is_borrowed:
+            self.weights = BorrowedWeights(members, layout, rank)
+            self.gradients = (CopiedGradients if reduces_gradients else ForeignGradients)(members, layout, rank)
+        else:
+            self.weights = weights = OwnWeights(members, layout, rank)
+            if reduces_gradients:
+                self.gradients = OwnGradients(members, layout, rank, weights.views)
+            else:
+                self.gradients = ForeignGradients(members, layout, rank)
 
-        self.main = None if storage.main is None else torch.zeros_like(self.param_shard, dtype=storage.main)
+        self.main = None if storage.main is None else torch.zeros_like(self.weights.shard, dtype=storage.main)
         self.reset_main_()
         self.exp_avg = storage.zeros(layout.shard_numel, first.device, signed=True)
         self.exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False)
         self.max_exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False) if amsgrad else None
         self.steps = torch.zeros(len(members), dtype=torch.float32, device=first.device)
 
-    def _read_versions(self) -> list[int]:
-        return [member.param._version for member in self.members]
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether the parameters' memory belongs to something else."""
+        return isinstance(self.weights, BorrowedWeights)
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -144,28 +146,24 @@ class Bucket:
         state.update({name: part_of(shard, fragment.shard_start, stop) for name, shard in self.shards.items()})
         return state
 
-    def misplaced(self) -> list[NamedParameter]:
-        """The parameters that have been moved out of the flat buffer."""
-        return [
-            member
-            for member, view in zip(self.members, self._param_views, strict=True)
-            if member.param.data_ptr() != view.data_ptr()
-            or member.param.dtype != view.dtype
-            or member.param.shape != view.shape
-        ]
-
     def reset_main_(self) -> None:
-        """Take the main parameter from the parameter buffer, after that was filled with other weights."""
+        """Take the main parameter from the weights, after those were filled with others."""
         if self.main is None:
             return
         if self.main.dtype is torch.int16:
             self.main.zero_()
         else:
-            self.main.copy_(self.param_shard)
+            self.main.copy_(self.weights.shard)
 
-    def gradient_runs(self, present: Sequence[bool]) -> list[Tensor]:
-        """The parts of the reduced gradient shard that belong to the slots that are ``present``, as 1-D views."""
-        return self._plan(tuple(present)).gradients
+    def gradient_runs(self, wanted: Sequence[bool]) -> list[Tensor]:
+        """The parts of the reduced gradient shard that belong to the slots that are ``wanted``, as few 1-D views."""
+        self._forget_moved()
+        key = tuple(wanted)
+        if key not in self._runs:
+            if len(self._runs) == _NUM_PLANS:
+                self._runs.clear()
+            self._runs[key] = self._runs_of(self.gradients.shard, key)
+        return self._runs[key]
 
     def update_(
         self,
@@ -174,15 +172,20 @@ class Bucket:
         *,
         grad_divisor: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
-        """Apply the law to this rank's shard, once its gradients are reduced, and publish it in the parameter buffer.
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Apply the law to this rank's shard, once its gradients are reduced.
 
         Args:
             present: Per slot whether its parameter has a gradient; the others, and their state, stay as they are.
             hyper: The group's scalars.
             grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
             found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
+
+        Returns:
+            The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
+            norms of those, fp64 [num_params, 4] in the order of NORMS.
         """
+        self.weights.refresh_()
         self._absorb_edits_()
         plan = self._plan(tuple(present))
         self.steps.add_(plan.taken if found_inf is None else plan.taken * (1 - found_inf))
@@ -194,11 +197,13 @@ class Bucket:
         if update is None:
             operands = self._operands(present, self.histories, moments)
             if not operands:
-                return
+                return [], None
             update = kernels.prepare(operands)
-        update(hyper, grad_divisor=grad_divisor, found_inf=found_inf, seed=self._seed)
+        measures = update.measures_in_passing
+        squares = update(hyper, grad_divisor=grad_divisor, found_inf=found_inf, seed=self._seed, with_norms=measures)
         for moment, values in zip(self._moments, moments, strict=True):
             put_back_(moment, values, found_inf)
+        return plan.params, squares
 
     @property
     def _moments(self) -> list[Tensor]:
@@ -208,12 +213,7 @@ class Bucket:
     def _plan(self, present: tuple[bool, ...]) -> _Plan:
         """What a step needs; nothing that grows with the number of slots is done twice for the same ones."""
         key = (present, *self.histories)
-        state = () if self.storage.in_8_bits else self._moments
-        tensors = (self.param_shard, self.gradients.shard, self.steps, self.main, *state)
-        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if places != self._places:  # Tensor.share_memory_(), or sending one to another process, moves a storage
-            self._plans.clear()
-            self._places = places
+        self._forget_moved()
         plan = self._plans.pop(key, None)  # put back as the latest
         if plan is None:
             if len(self._plans) == _NUM_PLANS:
@@ -222,40 +222,63 @@ class Bucket:
             taken = torch.tensor([float(here) for here in present], dtype=torch.float32)
             taken = taken.to(self.steps.device, non_blocking=True)  # or the host would wait for the device
             update = kernels.prepare(operands) if operands else None
-            plan = _Plan(update, self._runs_of(self.gradients.shard, present), taken)
+            params = [self.members[fragment.slot].param for fragment in self._fragments_of(present)]
+            plan = _Plan(update, params, taken)
         self._plans[key] = plan
         return plan
+
+    def _forget_moved(self) -> None:
+        """Forget what was made ready if our tensors have moved, as by Tensor.share_memory_()."""
+        state = () if self.storage.in_8_bits else self._moments
+        tensors = (self.weights.shard, self.gradients.shard, self.steps, self.main, *state)
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._plans.clear()
+            self._runs.clear()
+            self._places = places
+
+    def _fragments_of(self, present: Sequence[bool]) -> list[Fragment]:
+        return [fragment for fragment in self.layout.fragments(self.rank) if present[fragment.slot]]
 
     def _runs_of(self, shard: Tensor, present: Sequence[bool]) -> list[Tensor]:
         """The parts of a shard that belong to slots that are present, neighbours joined."""
         runs: list[tuple[int, int]] = []
-        for fragment in self.layout.fragments(self.rank):
-            if present[fragment.slot]:
-                start, stop = fragment.shard_start, fragment.shard_start + fragment.numel
-                runs.append((runs.pop()[0], stop) if runs and runs[-1][1] == start else (start, stop))
+        for fragment in self._fragments_of(present):
+            start, stop = fragment.shard_start, fragment.shard_start + fragment.numel
+            runs.append((runs.pop()[0], stop) if runs and runs[-1][1] == start else (start, stop))
         return [shard[start:stop] for start, stop in runs]
 
     def _operands(self, present: Sequence[bool], histories: Sequence[int], moments: Sequence[Tensor]) -> list[Operands]:
         """This rank's fragments of the slots that are present, in order."""
+        return [
+            self._operands_at(fragment, histories[fragment.slot], moments) for fragment in self._fragments_of(present)
+        ]
+
+    def _operands_at(self, fragment: Fragment, history: int, moments: Sequence[Tensor]) -> Operands:
         exp_avg, exp_avg_sq, *maximum = moments
-        operands = []
-        for fragment in self.layout.fragments(self.rank):
-            if present[fragment.slot]:
-                part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
-                operands.append(
-                    Operands(
-                        param=self.param_shard[part],
-                        grad=self.gradients.shard[part],
-                        exp_avg=exp_avg[part],
-                        exp_avg_sq=exp_avg_sq[part],
-                        max_exp_avg_sq=maximum[0][part] if maximum else None,
-                        main=None if self.main is None else self.main[part],
-                        step=self.steps[fragment.slot],
-                        first_element=self.members[fragment.slot].first_element + fragment.param_start,
-                        history=histories[fragment.slot],
-                    )
-                )
-        return operands
+        part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
+        return Operands(
+            param=self.weights.shard[part],
+            grad=self.gradients.shard[part],
+            exp_avg=exp_avg[part],
+            exp_avg_sq=exp_avg_sq[part],
+            max_exp_avg_sq=maximum[0][part] if maximum else None,
+            main=None if self.main is None else self.main[part],
+            step=self.steps[fragment.slot],
+            first_element=self.members[fragment.slot].first_element + fragment.param_start,
+            history=history,
+        )
+
+    def operands_of(self, slot: int) -> Operands:
+        """This rank's fragment of one parameter, as it is after a step."""
+        moments = [widened(moment) for moment in self._moments]
+        return self._operands_at(self.layout.fragment(slot, self.rank), self.histories[slot], moments)
+
+    def value_of(self, slot: int) -> Tensor:
+        """This rank's fragment of what the law acts on, for one parameter; fp32 or wider."""
+        fragment = self.layout.fragment(slot, self.rank)
+        part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
+        return value_of(self.weights.shard[part], None if self.main is None else self.main[part])
 
     def _absorb_edits_(self) -> None:
         """Let weights that were edited in place since the last step win over the fp32 main parameter.
@@ -264,19 +287,25 @@ class Bucket:
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
         and back in loses no precision. A remainder needs no such care: it is less than half of the weight's last digit.
         """
-        if self.main is None or self.main.dtype is torch.int16 or self._read_versions() == self._versions:
+        if self.main is None or self.main.dtype is torch.int16 or not self.weights.may_be_edited():
             return
-        edited = image(self.main, self.param_shard.dtype) != self.param_shard
-        self.main.copy_(torch.where(edited, self.param_shard.to(self.main.dtype), self.main))
+        shard = self.weights.shard
+        edited = image(self.main, shard.dtype) != shard
+        self.main.copy_(torch.where(edited, shard.to(self.main.dtype), self.main))
 
-    def announce_update(self, present: Sequence[bool]) -> None:
+    def announce_update(self, present: Sequence[bool]) -> list[Tensor]:
         """Let autograd know that parameters have changed, so that a backward through an older graph fails.
 
         Args:
             present: Per slot whether it was updated.
+
+        Returns:
+            The parameters that were.
         """
-        increment_version([member.param for member, here in zip(self.members, present, strict=True) if here])
-        self._versions = self._read_versions()
+        updated = [member.param for member, here in zip(self.members, present, strict=True) if here]
+        increment_version(updated)
+        self.weights.note_update()
+        return updated
 
     def reread_histories(self) -> None:
         """Derive ``histories`` from the step counts, after these were loaded."""

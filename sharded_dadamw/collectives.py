@@ -12,6 +12,7 @@ Three groups of ranks, one interface: :class:`OneRank` (nothing to exchange), :c
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -70,6 +71,10 @@ class Collectives(ABC):
         """Raise RuntimeError when the process group has been destroyed."""
 
     @abstractmethod
+    def are_all_of(self, group: dist.ProcessGroup) -> bool:
+        """Whether a group has the same ranks."""
+
+    @abstractmethod
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """Replace this rank's slice of ``buffer`` [num_ranks * n] by its mean over ranks."""
 
@@ -99,6 +104,10 @@ class OneRank(Collectives):
 
     def check_alive(self) -> None:
         """See :meth:`Collectives.check_alive`."""
+
+    def are_all_of(self, group: dist.ProcessGroup) -> bool:
+        """See :meth:`Collectives.are_all_of`."""
+        return dist.get_world_size(group) == 1
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`."""
@@ -137,7 +146,8 @@ class NativeVerbs(Collectives):
         self._device = device
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
+        """The process group; raises as :meth:`check_alive`."""
         group = self._group_reference()
         if group is None or not _is_alive(group):
             raise RuntimeError(
@@ -147,43 +157,47 @@ class NativeVerbs(Collectives):
 
     def check_alive(self) -> None:
         """See :meth:`Collectives.check_alive`."""
-        _ = self._group
+        _ = self.group
+
+    def are_all_of(self, group: dist.ProcessGroup) -> bool:
+        """See :meth:`Collectives.are_all_of`."""
+        return set(dist.get_process_group_ranks(group)) == set(dist.get_process_group_ranks(self.group))
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`. The order of the sum is the backend's."""
         own = self._slices(buffer)[self.rank]
-        averages = buffer.is_cuda and dist.get_backend(self._group) == "nccl"
+        averages = buffer.is_cuda and dist.get_backend(self.group) == "nccl"
         op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
-        work = _reduce_scatter(own, buffer, op=op, group=self._group, async_op=True)
+        work = _reduce_scatter(own, buffer, op=op, group=self.group, async_op=True)
         self.bytes_sent += (self.num_ranks - 1) * own.nbytes
         return work if averages else _ThenDivide(work, own, self.num_ranks)
 
     def all_gather_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.all_gather_`."""
         own = self._slices(buffer)[self.rank]
-        work: Handle = _all_gather(buffer, own, group=self._group, async_op=True)
+        work: Handle = _all_gather(buffer, own, group=self.group, async_op=True)
         self.bytes_sent += (self.num_ranks - 1) * own.nbytes
         return work
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
         """See :meth:`Collectives.all_reduce_`."""
-        work: Handle = dist.all_reduce(tensor, op=op, group=self._group, async_op=True)
+        work: Handle = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return work
 
     def broadcast_(self, tensor: Tensor) -> None:
         """See :meth:`Collectives.broadcast_`."""
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        dist.broadcast(tensor, group=self.group, group_src=0)
 
     def gather_texts(self, text: str) -> list[str]:
         """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
         mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.num_ranks)]
-        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self._device), group=self._group)
+        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self._device), group=self.group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device)
         padded[: mine.numel()] = mine
         texts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
-        dist.all_gather(texts, padded, group=self._group)
+        dist.all_gather(texts, padded, group=self.group)
         return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
 
 
@@ -246,13 +260,13 @@ class DirectExchange(NativeVerbs):
     def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
         """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""
         self.bytes_sent += tensor.nbytes
-        work = dist.isend(tensor, group=self._group, group_dst=peer, tag=tag)
+        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
         assert work is not None
         return work
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Handle:
         """Receive into ``tensor``; wait once."""
-        work = dist.irecv(tensor, group=self._group, group_src=peer, tag=tag)
+        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=tag)
         assert work is not None
         return work
 
@@ -371,6 +385,46 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
         )
     direct = device.type == "cpu" and "cpu:gloo" in backend
     return DirectExchange(process_group, device) if direct else NativeVerbs(process_group, device)
+
+
+def common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:
+    """The first group of more than one rank of which each choice has one with the same ranks, or None."""
+    ranks = [{frozenset(dist.get_process_group_ranks(group)) for group in groups} for groups in choices]
+    first = [(frozenset(dist.get_process_group_ranks(group)), group) for group in choices[0]] if choices else []
+    return next((g for key, g in first if len(key) > 1 and all(key in others for others in ranks)), None)
+
+
+def connect_over(
+    groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None = None
+) -> Collectives:
+    """The verbs of all ranks among which parameters are spread.
+
+    Args:
+        groups: One for each axis of a mesh along which parameters are sharded; may be none, or the same one repeatedly.
+        device: Where parameters live.
+        also: A further axis, whose ranks are the answer where there is no other.
+
+    Raises:
+        ValueError: There are several axes, and they are not all there is: no one group is known to hold their product.
+    """
+    by_ranks = {frozenset(dist.get_process_group_ranks(group)): group for group in groups}
+    by_ranks = {ranks: group for ranks, group in by_ranks.items() if len(ranks) > 1}
+    if also is not None and all(also.are_all_of(group) for group in by_ranks.values()):
+        return also
+    if isinstance(also, NativeVerbs):
+        by_ranks[frozenset(dist.get_process_group_ranks(also.group))] = also.group
+    if not by_ranks:
+        return OneRank()
+    largest = max(by_ranks, key=len)
+    if all(ranks <= largest for ranks in by_ranks):
+        return connect(by_ranks[largest], device)
+    sizes = sorted(len(ranks) for ranks in by_ranks)
+    if math.prod(sizes) != dist.get_world_size():
+        raise ValueError(
+            f"parameters are sharded along axes of {sizes} ranks, which are not all {dist.get_world_size()} ranks; "
+            "pass norm_group, the ranks over which norms are to be added up"
+        )
+    return connect(None, device)
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:

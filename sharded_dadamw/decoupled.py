@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, overload
+from weakref import ReferenceType, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
+from sharded_dadamw.collectives import Collectives, connect, connect_over
+from sharded_dadamw.metrics import Held, Monitored
+from sharded_dadamw.norms import check_clip, clip_coefficient, global_norm, require_finite
 from sharded_dadamw.operands import Form, Operands, Update
+from sharded_dadamw.parameters import named_parameters
+from sharded_dadamw.placement import local, local_gradient, placements_of
 from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
-from sharded_dadamw.update import Hyperparameters, check_group
+from sharded_dadamw.update import Hyperparameters, check_group, value_of
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -29,11 +37,13 @@ _HIGH_WEIGHT_DECAY = 1e-3
 
 _Place = tuple[Any, ...]
 """The form of tensors, their size and where they lie: an update made ready for some does for others in their place."""
+_Ready = tuple[Update, Sequence[int]]
+"""An update, and the positions of what it updates among the fragments of a group."""
 _Copies = list[tuple[Tensor, Tensor]]
 """Tensors, each with the copy that was updated in its place."""
 
 
-class DecoupledAdamW(AdamW):
+class DecoupledAdamW(Monitored, AdamW):
     """AdamW whose weight decay does not scale with the learning rate.
 
     Each step multiplies every weight by ``1 - weight_decay * lr / initial_lr``: the decay follows the learning-rate
@@ -46,6 +56,10 @@ class DecoupledAdamW(AdamW):
     State per parameter, made at its first step: ``step`` (0-d fp32), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (shape and dtype of the parameter).
 
+    Parameters may be plain, or what FSDP1, FSDP2, HSDP or tensor parallelism made of them, also mixed: the law is
+    elementwise, so each rank updates the parts that it holds. Norms are those of the whole: added up over the ranks
+    that hold other parts, with each element counted once.
+
     Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
 
@@ -57,6 +71,8 @@ class DecoupledAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-5,
         amsgrad: bool = False,
+        *,
+        norm_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         """Take parameters, (name, parameter) pairs, or group dicts of either.
 
@@ -67,18 +83,29 @@ class DecoupledAdamW(AdamW):
             eps: Added to the denominator.
             weight_decay: Fraction of a weight that decays away per step at the schedule's peak; warns from 1e-3 up.
             amsgrad: Use the running maximum of ``exp_avg_sq`` in the denominator.
+            norm_group: The ranks over which norms are added up, a group or a 1-D mesh. None: those among which the
+                parameters are sharded. Stages of a pipeline, which hold parameters of other names, have to say.
 
         Raises:
             TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
-            ValueError: A hyperparameter is out of range, or ``params`` is empty.
+            ValueError: A hyperparameter is out of range, ``params`` is empty, or it has no names and ``norm_group`` is
+                given.
         """
+        self._forget_steps()
+        self._clip: Tensor | None = None
+        self._clipped: list[tuple[ReferenceType[Tensor], int]] = []
+        self._is_clip_used = False
+        self._needs_names = norm_group is not None
+        self._norm_ranks: Collectives | None = None
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         _warn_if_high(weight_decay)
         beta1, beta2 = betas
-        self._ready_updates: dict[int, tuple[list[_Place], list[Update]]] = {}
-        self._captured_updates: list[list[Update]] = []
+        self._ready_updates: dict[int, tuple[list[_Place], list[_Ready]]] = {}
+        self._captured_updates: list[list[_Ready]] = []
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
+        if norm_group is not None:
+            self._norm_ranks = connect(norm_group, self._device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -88,9 +115,16 @@ class DecoupledAdamW(AdamW):
             ValueError: As the constructor, or a parameter is in a group already.
         """
         self._check_group(param_group)
+        self._roll = None  # a new parameter may have the id of an old one
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
+        if self._needs_names and "param_names" not in self.param_groups[-1]:
+            del self.param_groups[-1]
+            raise ValueError(
+                "expected (name, parameter) pairs, such as model.named_parameters(), beside norm_group: names tell "
+                "which parameters of two ranks are one"
+            )
 
     @staticmethod
     def adamw(
@@ -133,7 +167,7 @@ class DecoupledAdamW(AdamW):
             for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
         ]
         fragments = [fragment for fragment, _ in alike]
-        for update in _prepare(fragments, [_place(fragment) for fragment in fragments]):
+        for update, _ in _prepare(fragments, [_place(fragment) for fragment in fragments]):
             update(Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad))
         for _, copies in alike:
             _put_back_(copies)
@@ -161,34 +195,57 @@ class DecoupledAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
-            hyper = Hyperparameters.from_group(group)
+        if self._is_dummy_step():
+            for param, _, hyper in self._with_gradients():
+                self._make_state(param, hyper)
+            return loss
+        divisor = self._take_clip()
+        self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, None)
+        for index, (group, hyper) in enumerate(zip(self.param_groups, self._last.hypers, strict=True)):
             params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
             fragments = []
             for param in params:
                 if param.grad.layout != torch.strided:
                     raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {param.grad.layout}")
-                state = self._state_of(param, hyper)
-                fragments.append(
-                    Operands(
-                        param=_local(param),
-                        grad=_local_gradient(param),
-                        exp_avg=_local(state["exp_avg"]),
-                        exp_avg_sq=_local(state["exp_avg_sq"]),
-                        max_exp_avg_sq=_local(state["max_exp_avg_sq"]) if hyper.amsgrad else None,
-                        main=None,
-                        step=state["step"],
-                    )
-                )
+                self._make_state(param, hyper)
+                fragments.append(self._operands_of(param, hyper))
             if fragments:
                 torch._foreach_add_([fragment.step for fragment in fragments], 1)
-            self._update_(index, fragments, hyper)
+            self._update_(index, params, fragments, hyper, divisor)
+            self._last.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
-    def _update_(self, group_index: int, fragments: Sequence[Operands], hyper: Hyperparameters) -> None:
+    def _is_dummy_step(self) -> bool:
+        """Whether this first step is only to make the state, as torch.distributed.checkpoint takes one before it saves.
+
+        It sets every lr to 0 and every gradient to zeros. A step that was counted would make the first real update 1.36
+        times too small (at beta2 0.95).
+        """
+        lrs = [group["lr"] for group in self.param_groups]
+        if self.state or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs):
+            return False
+        return not any(grad.any() for _, grad, _ in self._with_gradients())
+
+    def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, Hyperparameters]]:
+        """The parameters that a step updates, with their gradients and their groups' scalars."""
+        for group in self.param_groups:
+            hyper = Hyperparameters.from_group(group)
+            for param in group["params"]:
+                if param.grad is not None and param.requires_grad:
+                    yield param, param.grad, hyper
+
+    def _update_(
+        self,
+        group_index: int,
+        params: Sequence[Tensor],
+        fragments: Sequence[Operands],
+        hyper: Hyperparameters,
+        divisor: Tensor | None,
+    ) -> None:
         """Apply the law to a group, with what an earlier step has made ready if everything is still where it was."""
         alike = [_alike_in_memory(fragment) for fragment in fragments]
         places = [_place(fragment) for fragment, _ in alike]
@@ -196,19 +253,129 @@ class DecoupledAdamW(AdamW):
         if ready_places != places:
             updates = _prepare([fragment for fragment, _ in alike], places)
             # What refers to tensors would keep gradients in memory that zero_grad() is to free.
-            if not any(update.keeps_tensors for update in updates):
+            if not any(update.keeps_tensors for update, _ in updates):
                 self._ready_updates[group_index] = places, updates
-        for update in updates:
-            update(hyper)
+        for update, positions in updates:
+            squares = update(hyper, grad_divisor=divisor, with_norms=update.measures_in_passing)
+            self._last.note([params[position] for position in positions], squares)
         for _, copies in alike:
             _put_back_(copies)
         if fragments and fragments[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured_updates.append(updates)  # a graph's replays read what these hold on the device
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the gradients by their norm over all parameters, parts on other ranks included.
+
+        Call it between the last backward and ``step``, in place of ``torch.nn.utils.clip_grad_norm_``. Gradients stay
+        as they are; the next ``step`` uses them clipped. Collective where parameters are sharded: one all-reduce, and
+        an exchange of names the first time.
+
+        Args:
+            max_norm: The norm that gradients must not exceed.
+            norm_type: 2 or inf.
+            error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
+
+        Returns:
+            0-d fp32: the norm of the gradients before this clipping, the same bits on every rank.
+
+        Raises:
+            RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
+            ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf; or the ranks over which
+                to add up are not known.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        check_clip(max_norm, norm_type)
+        already = self._clip if self._has_clipped() else None
+        counts, collectives = self._counts(), self._call_roll()[0].collectives
+        clipped = [(param, grad) for param, grad, _ in self._with_gradients()]
+        gradients = [(id(param), local_gradient(param)) for param, _ in clipped]  # all: that may be collective
+        counted = [gradient for param, gradient in gradients if counts[param]]
+        norm = global_norm(counted, norm_type, collectives=collectives, device=self._device)
+        if already is not None:
+            norm = norm * already
+        if error_if_nonfinite:
+            require_finite(norm, norm_type)
+        clip = clip_coefficient(norm, max_norm)
+        self._clip = clip if already is None else already * clip
+        self._clipped = [(ref(grad), grad._version) for _, grad in clipped]
+        self._is_clip_used = False
+        return norm
+
+    def _has_clipped(self) -> bool:
+        """Whether the gradients are those that were clipped.
+
+        Raises:
+            RuntimeError: They are, but have changed since, and no step has used them yet.
+        """
+        if self._clip is None:
+            return False
+        clipped = {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        now = [(id(grad), grad._version) for grad in grads if grad is not None]
+        if all(clipped.get(grad) == version for grad, version in now):
+            return True
+        if not self._is_clip_used and any(grad in clipped for grad, _ in now):
+            raise RuntimeError(
+                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or drop "
+                "them with optimizer.zero_grad()"
+            )
+        self._clip = None
+        return False
+
+    def _take_clip(self) -> Tensor | None:
+        """What gradients are to be divided by in a step; None means 1."""
+        if not self._has_clipped() or self._clip is None:
+            return None
+        self._is_clip_used = True
+        return 1.0 / self._clip
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
+        super().zero_grad(set_to_none)
+        self._clip = None
+
+    def _held_ids(self) -> list[int]:
+        return [id(param) for group in self.param_groups for param in group["params"] if param.requires_grad]
+
+    def _held(self) -> list[Held]:
+        return [
+            Held(member.param, member.name, member.placement.part)
+            for member in named_parameters(self.param_groups)
+            if member.param.requires_grad
+        ]
+
+    def _connect_for_norms(self) -> Collectives:
+        if self._norm_ranks is not None:
+            return self._norm_ranks
+        placements = placements_of([param for group in self.param_groups for param in group["params"]])
+        return connect_over([group for placement in placements for group in placement.others], self._device)
+
+    def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
+        if param.grad is None:
+            raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
+        state = self.state[param]
+        return Operands(
+            param=local(param),
+            grad=local_gradient(param),
+            exp_avg=local(state["exp_avg"]),
+            exp_avg_sq=local(state["exp_avg_sq"]),
+            max_exp_avg_sq=local(state["max_exp_avg_sq"]) if hyper.amsgrad else None,
+            main=None,
+            step=state["step"],
+        )
+
+    def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
+        exp_avg = self.state[param]["exp_avg"] if param in self.state else None
+        return value_of(local(param), None), None if exp_avg is None else local(exp_avg)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._ready_updates, self._captured_updates = {}, []
+        self._needs_names, self._norm_ranks = False, None
+        self._clip = None
+        self._forget_steps()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
@@ -233,7 +400,7 @@ class DecoupledAdamW(AdamW):
         if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
             _warn_if_high(merged["weight_decay"])
 
-    def _state_of(self, param: Tensor, hyper: Hyperparameters) -> dict[str, Tensor]:
+    def _make_state(self, param: Tensor, hyper: Hyperparameters) -> None:
         state: dict[str, Tensor] = self.state[param]
         if "step" not in state:
             if param.dtype.itemsize < 4 and hyper.beta2 > LARGEST_BETA2_FOR_NEAREST:
@@ -247,7 +414,6 @@ class DecoupledAdamW(AdamW):
             state["step"] = state["step"].to(torch.float32)
         if hyper.amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
 
 
 @cache
@@ -271,12 +437,12 @@ def _warn_if_high(weight_decay: float) -> None:
         )
 
 
-def _prepare(fragments: Sequence[Operands], places: Sequence[_Place]) -> list[Update]:
-    """Updates of fragments of any forms: one for each form."""
-    by_form: dict[Form, list[Operands]] = {}
-    for fragment, (form, *_) in zip(fragments, places, strict=True):
-        by_form.setdefault(form, []).append(fragment)
-    return [kernels.prepare(alike) for alike in by_form.values()]
+def _prepare(fragments: Sequence[Operands], places: Sequence[_Place]) -> list[_Ready]:
+    """Updates of fragments of any forms: one for each form, with the positions of its fragments."""
+    by_form: dict[Form, list[int]] = {}
+    for position, (form, *_) in enumerate(places):
+        by_form.setdefault(form, []).append(position)
+    return [(kernels.prepare([fragments[i] for i in positions]), positions) for positions in by_form.values()]
 
 
 def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
@@ -332,18 +498,3 @@ def _put_back_(copies: _Copies) -> None:
 
 def _place(fragment: Operands) -> _Place:
     return fragment.form, fragment.param.numel(), *fragment.addresses()
-
-
-def _local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of a gradient, laid out like its parameter: tensor parallelism may leave it unsummed."""
-    grad: Any = param.grad
-    placements = getattr(param, "placements", None)
-    if placements is not None and grad.placements != placements:
-        grad = grad.redistribute(grad.device_mesh, placements)
-    return _local(grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, as FSDP2 makes them; any other tensor as it is. The law is elementwise."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

@@ -14,8 +14,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from sharded_dadamw.collectives import Collectives, Handle
 from sharded_dadamw.layout import BucketLayout
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.placement import local_gradient
 
 
 class Stage(Enum):
@@ -116,6 +118,15 @@ class Gradients(ABC):
             self.adopt(slot)
 
     @abstractmethod
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """Begin to fill ``shard`` with the mean over ranks; None where it is filled at once. Collective."""
+
+    @property
+    @abstractmethod
+    def still_holds_last_step(self) -> bool:
+        """Whether ``shard`` is what the last step has used, as far as can be known."""
+
+    @abstractmethod
     def adopt(self, slot: int) -> None:
         """Take over one parameter's gradient, if it has one.
 
@@ -182,6 +193,15 @@ class OwnGradients(Gradients):
         view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
         member.param.grad = view
 
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """See :meth:`Gradients.reduce`; in place."""
+        return collectives.reduce_scatter_mean_(self.buffer)
+
+    @property
+    def still_holds_last_step(self) -> bool:
+        """See :meth:`Gradients.still_holds_last_step`; backward may write into it from ``zero_grad`` on."""
+        return self.stage is Stage.CONSUMED
+
     def deliver(self, slot: int) -> None:
         """Take the gradient that backward has just accumulated for a slot.
 
@@ -216,12 +236,19 @@ class ForeignGradients(Gradients):
 
     can_be_read_again = True
 
-    def __init__(
-        self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, params: Sequence[Tensor]
-    ) -> None:
-        """Allocate memory for this rank's shard alone; the arguments are those of :class:`OwnGradients`."""
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
+        """Allocate memory for this rank's shard alone.
+
+        Args:
+            members: The parameters, in slot order.
+            layout: Where they lie.
+            rank: Which shard is ours.
+        """
         super().__init__(members)
-        self.shard = torch.zeros(layout.shard_numel, dtype=params[0].dtype, device=params[0].device)
+        first = members[0].param
+        self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
+        self._layout = layout
+        self._rank = rank
         self._fragments = tuple(layout.fragments(rank))
 
     def adopt(self, slot: int) -> None:
@@ -230,13 +257,24 @@ class ForeignGradients(Gradients):
         if member.param.grad is not None:
             _check(member, member.param.grad)
 
-    def read(self) -> None:
-        """Copy this rank's fragments into ``shard``."""
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """See :meth:`Gradients.reduce`: copies this rank's fragments."""
+        grads = self._local_gradients()
         for fragment in self._fragments:
-            grad = self._members[fragment.slot].param.grad
-            if grad is not None:
+            if (grad := grads.get(fragment.slot)) is not None:
                 own = grad.reshape(-1)[fragment.param_start : fragment.param_start + fragment.numel]
                 self.shard[fragment.shard_start : fragment.shard_start + fragment.numel].copy_(own)
+        return None
+
+    def _local_gradients(self) -> dict[int, Tensor]:
+        """This rank's part of each gradient there is, by slot."""
+        params = {slot: member.param for slot, member in enumerate(self._members)}
+        return {slot: local_gradient(param) for slot, param in params.items() if param.grad is not None}
+
+    @property
+    def still_holds_last_step(self) -> bool:
+        """See :meth:`Gradients.still_holds_last_step`."""
+        return True
 
     def mark(self, stage: Stage) -> None:
         """See :meth:`Gradients.mark`. A step uses up nothing here, so it need not hold on to anything."""
@@ -248,6 +286,44 @@ class ForeignGradients(Gradients):
     def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
         """See :meth:`Gradients.settle_scale_`; these are means already, and only have this rank's scale."""
         return own
+
+
+class CopiedGradients(ForeignGradients):
+    """Gradients of borrowed parameters, which live elsewhere and are still to be averaged over ranks.
+
+    They are only read: the flat buffer of their exchange exists while it is under way.
+    """
+
+    _rescale: Tensor | None = None
+
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """See :meth:`Gradients.reduce`."""
+        buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
+        for slot, grad in self._local_gradients().items():
+            offset = self._layout.offsets[slot]
+            buffer[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
+        if self._rescale is not None:
+            buffer.mul_(self._rescale)
+            self._rescale = None
+        start, stop = self._layout.shard_range(self._rank)
+        return _ThenCopy(collectives.reduce_scatter_mean_(buffer), buffer[start:stop], self.shard)
+
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+        """See :meth:`Gradients.settle_scale_`."""
+        if self.stage is Stage.LOCAL:
+            self._rescale = smallest / own
+        return smallest
+
+
+class _ThenCopy:
+    """A reduction under way whose result goes elsewhere."""
+
+    def __init__(self, reduction: Handle, result: Tensor, target: Tensor) -> None:
+        self._reduction, self._result, self._target = reduction, result, target
+
+    def wait(self) -> None:
+        self._reduction.wait()
+        self._target.copy_(self._result)
 
 
 def _are_same(now: Sequence[tuple[Tensor, int]], before: Sequence[tuple[Tensor, int]]) -> bool:

@@ -1,9 +1,18 @@
-"""Norms of what is spread over ranks: each element counted exactly once, one all-reduce, nothing read on the host."""
+"""Norms of what is spread over ranks: each element counted exactly once, one all-reduce, nothing read on the host.
+
+Every rank squares what it holds. Of the ranks that hold the same part of a parameter the first one counts; the others
+add zero. So the sum over ranks, and the norm, is that of the whole, in every layout.
+
+    rank 0    weight, part 0 of 2: counts        bias: counts
+    rank 1    weight, part 1 of 2: counts        bias: held by rank 0 as well
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,11 +24,61 @@ _CPU_CHUNK = 1 << 15
 """Elements widened to fp64 at a time on CPU, so that the copy stays in cache. A running fp32 sum would drift."""
 
 
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who counts what, of all parameters of a group of ranks.
+
+    Attributes:
+        collectives: The ranks.
+        names: Of the parameters of all ranks, each once, in the same order on every rank.
+        rows: Per parameter of this rank its place in ``names``.
+        counts: Per parameter of this rank whether this rank counts its part.
+    """
+
+    collectives: Collectives
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    counts: tuple[bool, ...]
+
+
+def call_roll(collectives: Collectives, held: Sequence[tuple[str, str]]) -> Roll:
+    """Find out who counts what. Collective, and host-blocking.
+
+    Args:
+        collectives: The ranks that hold the parts of the parameters.
+        held: Name and part of each parameter of this rank. One name means one parameter, one part the same elements.
+    """
+    first_holder: dict[tuple[str, str], int] = {}
+    row_of: dict[str, int] = {}
+    for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
+        for name, part in json.loads(text):
+            first_holder.setdefault((name, part), rank)
+            row_of.setdefault(name, len(row_of))
+    return Roll(
+        collectives,
+        names=tuple(row_of),
+        rows=tuple(row_of[name] for name, _ in held),
+        counts=tuple(first_holder[name, part] == collectives.rank for name, part in held),
+    )
+
+
+def check_clip(max_norm: float, norm_type: float) -> None:
+    """Refuse what no gradient can be clipped by.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
+    """
+    if not max_norm >= 0.0:
+        raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
+
+
 def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collectives, device: torch.device) -> Tensor:
     """The norm over all ranks of what each rank holds.
 
     Args:
-        runs: 1-D tensors that no other rank holds; may be empty.
+        runs: Tensors of any shape that no other rank counts; may be empty.
         norm_type: 2 or inf.
         collectives: The ranks to add up.
         device: Where the result goes.
@@ -34,10 +93,23 @@ def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collec
         norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
         collectives.all_reduce_(norm, dist.ReduceOp.MAX).wait()
         return norm.to(torch.float32)
-    squares = [_sum_of_squares(run) for run in runs if run.numel()]
+    squares = [sum_of_squares(run) for run in runs if run.numel()]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     collectives.all_reduce_(total, dist.ReduceOp.SUM).wait()
     return total.sqrt().to(torch.float32)
+
+
+def require_finite(norm: Tensor, norm_type: float) -> None:
+    """Wait for a norm of gradients.
+
+    Raises:
+        RuntimeError: It is nan or infinite.
+    """
+    if not torch.isfinite(norm):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
+            "error_if_nonfinite=False"
+        )
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -50,13 +122,13 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def _sum_of_squares(run: Tensor) -> Tensor:
-    """0-d fp64. The square of an fp32 is exact in fp64, so only the additions round."""
+def sum_of_squares(run: Tensor) -> Tensor:
+    """0-d fp64, of a tensor of any shape. The square of an fp32 is exact in fp64, so only the additions round."""
     if run.device.type != "cpu":
         norm: Tensor = torch.linalg.vector_norm(run, dtype=torch.float64)
         return norm.square()
     total = torch.zeros((), dtype=torch.float64)
-    for chunk in torch.split(run, _CPU_CHUNK):
+    for chunk in torch.split(run.reshape(-1), _CPU_CHUNK):
         wide = chunk.to(torch.float64)
         total += torch.dot(wide, wide)
     return total

@@ -110,6 +110,7 @@ class Update:
     """
 
     keeps_tensors = False
+    measures_in_passing = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         self._form = operands[0].form

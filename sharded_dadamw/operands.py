@@ -141,6 +141,8 @@ class Update(Protocol):
 
     keeps_tensors: bool
     """Whether it refers to the operands' tensors, and not to their addresses alone."""
+    measures_in_passing: bool
+    """Whether norms come out of the pass over memory that the update is, and not of passes of their own."""
 
     def __call__(
         self,

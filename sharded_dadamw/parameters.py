@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sharded_dadamw.placement import Placement, is_of_fsdp1, local, placements_of
+
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 _SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,7 +26,8 @@ class NamedParameter:
         param: The parameter itself.
         index: Its number over all groups, which is its key in a state dict.
         group_index: The group it is in.
-        first_element: Number of its first element, counted over all parameters of all groups.
+        first_element: Number of the first element of this rank's part, counted over all parameters of all groups.
+        placement: Where its elements are.
     """
 
     name: str
@@ -32,23 +35,33 @@ class NamedParameter:
     index: int
     group_index: int
     first_element: int
+    placement: Placement
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's part of it, a view of its memory."""
+        return local(self.param.detach() if self.placement.is_borrowed else self.param.data)
 
     def describe(self) -> str:
         """Everything about it that has to be equal on all ranks."""
         kind = "trainable" if self.param.requires_grad else "frozen"
         dtype = str(self.param.dtype).removeprefix("torch.")
-        return f"{self.name}, {dtype} {list(self.param.shape)}, {kind}, in group {self.group_index}"
+        part = self.placement.part and f", part {self.placement.part}"
+        return f"{self.name}, {dtype} {list(self.param.shape)}{part}, {kind}, in group {self.group_index}"
 
 
 def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter]:
     """All parameters in the order of their groups; unnamed ones are called by their place in ``param_groups``."""
     members: list[NamedParameter] = []
     num_elements = 0
+    placements = iter(placements_of([param for group in groups for param in group["params"]]))
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             place = f"param_groups[{group_index}]['params'][{position}]"
             name = group["param_names"][position] if "param_names" in group else place
-            members.append(NamedParameter(name, param, len(members), group_index, num_elements))
+            placement = next(placements)
+            first_element = num_elements + placement.first_element
+            members.append(NamedParameter(name, param, len(members), group_index, first_element, placement))
             num_elements += param.numel()
     return members
 
@@ -68,12 +81,12 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
         param = member.param
         if param.layout != torch.strided:
             raise TypeError(f"{member.name}: expected a dense parameter, got layout {param.layout}")
-        if hasattr(param, "to_local"):
+        if is_of_fsdp1(param):
             raise TypeError(
-                f"{member.name}: expected a plain parameter, got a DTensor, which is sharded already; "
-                "use DecoupledAdamW, which updates the local shards as they are"
+                f"{member.name}: expected a plain parameter or a DTensor, got one that FSDP1 has flattened; "
+                "use DecoupledAdamW, which updates the local shards as they are, or FSDP2 (fully_shard)"
             )
-        if not has_plain_memory(param):
+        if not has_plain_memory(member.local):
             raise TypeError(
                 f"{member.name}: expected a plain parameter, got a {type(param).__name__}, whose elements are not what "
                 "lies in its memory; use DecoupledAdamW, which updates it by torch's operations"
@@ -90,7 +103,7 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
         if param in first_use:
             raise ValueError(f"{member.name} is the same parameter as {first_use[param].name}; pass it once")
         first_use[param] = member
-    _check_memory([member for member in members if member.param.numel()])
+    _check_memory([member for member in members if member.placement.local_numel])
 
 
 def has_plain_memory(tensor: Tensor) -> bool:
@@ -102,7 +115,7 @@ def has_plain_memory(tensor: Tensor) -> bool:
 
 def _check_memory(members: Sequence[NamedParameter]) -> None:
     """Moving two parameters that share memory into separate slots would silently untie them."""
-    spans = sorted((*_span(member.param), index) for index, member in enumerate(members))
+    spans = sorted((*_span(member.local), index) for index, member in enumerate(members))
     for (_, stop, index), (start, _, following) in pairwise(spans):
         if start < stop:
             raise ValueError(

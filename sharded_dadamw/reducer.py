@@ -55,13 +55,7 @@ class Reducer:
                 _finish(*under_way.popleft())
 
     def _launch(self, bucket: Bucket) -> Handle | None:
-        gradients = bucket.gradients
-        if gradients.stage is Stage.REDUCED:
-            return None
-        if isinstance(gradients, OwnGradients):
-            return self._collectives.reduce_scatter_mean_(gradients.buffer)
-        gradients.read()
-        return None
+        return None if bucket.gradients.stage is Stage.REDUCED else bucket.gradients.reduce(self._collectives)
 
 
 class _Delivery:

@@ -12,9 +12,9 @@ This module conducts and touches no element itself.
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -28,17 +28,23 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
-from sharded_dadamw.collectives import connect
+from sharded_dadamw.collectives import Collectives, common_group, connect, connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gradients import Stage
 from sharded_dadamw.layout import BucketLayout, plan_buckets
-from sharded_dadamw.norms import clip_coefficient, global_norm
+from sharded_dadamw.metrics import Held
+from sharded_dadamw.norms import check_clip, clip_coefficient, global_norm, require_finite
+from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
+from sharded_dadamw.placement import placements_of
 from sharded_dadamw.reducer import Reducer
 from sharded_dadamw.state_dict import match_state, shard_identity
-from sharded_dadamw.storage import Storage
+from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
+
+_GATHERS_AHEAD = 2
+"""All-gathers of borrowed parameters kept under way, each with a buffer of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         *,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         config: ShardingConfig | None = None,
+        norm_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
@@ -105,8 +112,10 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             weight_decay: Decay per step at the schedule's peak.
             amsgrad: Use the running maximum of ``exp_avg_sq``.
             process_group: The ranks that hold the same parameters: a group, a 1-D mesh, or None for the default group,
-                which is one rank where torch.distributed is not initialised.
+                which is one rank where torch.distributed is not initialised. Where parameters are DTensors: the ranks
+                that hold the same parts of them, or None for the mesh axis along which they are replicated.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
+            norm_group: As in :class:`DecoupledAdamW`.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -118,17 +127,24 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._buckets: list[Bucket] = []
         self._dormant: list[NamedParameter] = []
         self._accumulating = False
-        self._clip: Tensor | None = None
+        self._slots: dict[int, tuple[Bucket, int]] = {}
         self._reduce_s = 0.0
         refusal: Exception | None = None
         self.param_groups: list[dict[str, Any]] = []
         try:
-            if not isinstance(self._config, ShardingConfig):
-                raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
-            super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
-            self._check_members()
+            if not isinstance(params, (Tensor, dict)):  # which torch refuses
+                given: list[Any] = list(params)
+                params = given
+                process_group = _group_of_replicas(given) if process_group is None else process_group
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
+        try:
+            if not isinstance(self._config, ShardingConfig):
+                raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
+            super().__init__(params, lr, betas, eps, weight_decay, amsgrad, norm_group=norm_group)
+            self._check_members()
+        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
+            refusal = refusal or error
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
         self._collectives = connect(process_group, device)
@@ -170,6 +186,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         if refusal is None:
             for member in named_parameters(self.param_groups):
                 if member.group_index >= first_group:
+                    if any(self._collectives.are_all_of(group) for group in member.placement.others):
+                        refusal = ValueError(
+                            f"{member.name}: expected a parameter that all ranks of the process group hold alike, got "
+                            "a DTensor that is sharded among them already; use DecoupledAdamW, which updates the local "
+                            "shards as they are"
+                        )
                     claims[f"parameter {member.index}"] = member.describe()
             for index, group in enumerate(self.param_groups[first_group:], start=first_group):
                 claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
@@ -183,28 +205,33 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         check_parameters(members)
         for member in members:
             beta2 = float(self.param_groups[member.group_index]["betas"][1])
-            Storage.of(member.param, self._config).check_beta2(beta2)
+            Storage.of(member.local, self._config).check_beta2(beta2)
 
     def _shard_members(self, members: Sequence[NamedParameter]) -> None:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
             if not member.param.requires_grad:
-                whole = member.param.data.contiguous()
+                whole = member.local.contiguous()
                 self._collectives.broadcast_(whole)
-                member.param.data.copy_(whole)
+                member.local.copy_(whole)
                 self._dormant.append(member)
         trainable = [member for member in members if member.param.requires_grad]
         for index, of_group in groupby(trainable, key=lambda member: member.group_index):
             self._shard(index, list(of_group))
 
     def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
-        """Put parameters of one group into new buckets, one or more per storage. Collective."""
+        """Put parameters of one group into new buckets, one or more per storage and kind. Collective."""
         group = self.param_groups[group_index]
-        stored: dict[Storage, list[NamedParameter]] = {}
+        stored: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
         for member in members:
-            stored.setdefault(Storage.of(member.param, self._config), []).append(member)
-        for storage, alike in stored.items():
-            numels = [member.param.numel() for member in alike]
+            # Who replicates a DTensor along our axis has reduced its gradient along it.
+            reduces = self._config.reduce_gradients and not any(
+                map(self._collectives.are_all_of, member.placement.same)
+            )
+            key = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
+            stored.setdefault(key, []).append(member)
+        for (storage, _, reduces), alike in stored.items():
+            numels = [member.placement.local_numel for member in alike]
             cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
             for indices in plan_buckets(numels, cap=cap):
                 bucket = Bucket(
@@ -217,14 +244,17 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                     group_index=group_index,
                     amsgrad=bool(group["amsgrad"]),
                     seed=self._config.seed,
-                    owns_gradients=self._config.reduce_gradients,
+                    reduces_gradients=reduces,
                 )
-                self._collectives.broadcast_(bucket.param_buffer)
+                whole = bucket.weights.whole()
+                self._collectives.broadcast_(whole)
+                bucket.weights.accept_(whole)
                 bucket.reset_main_()
                 self._reducer.watch(bucket)
                 self._buckets.append(bucket)
                 for slot, member in enumerate(bucket.members):
                     self.state[member.param] = bucket.state_of(slot)
+                    self._slots[id(member.param)] = bucket, slot
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -267,24 +297,44 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             for bucket in self._buckets:  # the same for all: the gradients of all live in our buffers, or of none
                 scale = bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
             divisor = scale if divisor is None else divisor * scale
+        self._begin_step(agreed.hypers, divisor, agreed.found_inf)
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, 0.0
         mark = time.perf_counter()
+        gathers: deque[Callable[[], None]] = deque()
         with ExitStack() as under_way:
-            for bucket in under_way.enter_context(closing(self._reducer.drain(self._buckets))):
+            reduced_buckets = under_way.enter_context(closing(self._reducer.drain(self._buckets)))
+            under_way.callback(lambda: [finish() for finish in gathers])  # also where something is raised
+            for bucket in reduced_buckets:
                 reduced = time.perf_counter()
                 hyper = agreed.hypers[bucket.group_index]
-                bucket.update_(agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=agreed.found_inf)
+                params, squares = bucket.update_(
+                    agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=agreed.found_inf
+                )
+                self._last.note(params, squares)
                 updated = time.perf_counter()
-                under_way.callback(self._collectives.all_gather_(bucket.param_buffer).wait)
+                gathers.append(self._publish(bucket))
+                while bucket.is_borrowed and len(gathers) > _GATHERS_AHEAD:
+                    gathers.popleft()()
                 reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
                 gather_s += mark - updated
         for bucket in self._buckets:
             bucket.gradients.mark(Stage.CONSUMED)
-            bucket.announce_update(agreed.slots[bucket])
+            self._last.updated += bucket.announce_update(agreed.slots[bucket])
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
         self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
+
+    def _publish(self, bucket: Bucket) -> Callable[[], None]:
+        """Begin to gather a bucket's parameters; what is returned finishes that."""
+        buffer = bucket.weights.outgoing()
+        gather = self._collectives.all_gather_(buffer)
+
+        def finish() -> None:
+            gather.wait()
+            bucket.weights.accept_(buffer)
+
+        return finish
 
     def _agree(
         self,
@@ -363,7 +413,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 )
 
     def _check_in_place(self) -> None:
-        moved = [member for bucket in self._buckets for member in bucket.misplaced()]
+        moved = [member for bucket in self._buckets for member in bucket.weights.misplaced()]
         if moved:
             first = min(moved, key=lambda member: member.index)
             raise RuntimeError(
@@ -419,31 +469,94 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         refusal = None
-        if not max_norm >= 0.0:
-            refusal = ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
-        elif norm_type not in (2.0, math.inf):
-            refusal = ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
+        try:
+            check_clip(max_norm, norm_type)
+        except ValueError as error:  # which the other ranks are waiting to hear of
+            refusal = error
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
         agreed = self._agree(doing, to_clip=True, refusal=refusal)
+        counts, collectives = self._counts(), self._call_roll()[0].collectives
         start = time.perf_counter()
         runs = []
         with closing(self._reducer.drain(self._buckets)) as reduced_buckets:
             for bucket in reduced_buckets:
-                runs += bucket.gradient_runs(agreed.slots[bucket])
+                present = zip(bucket.members, agreed.slots[bucket], strict=True)
+                runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
         self._reduce_s += time.perf_counter() - start
-        device = self._buckets[0].steps.device if self._buckets else torch.device("cpu")
-        norm = global_norm(runs, norm_type, collectives=self._collectives, device=device)
+        norm = global_norm(runs, norm_type, collectives=collectives, device=self._device)
         already = self._clip
         if already is not None:
             norm = norm * already
-        if error_if_nonfinite and not torch.isfinite(norm):
-            raise RuntimeError(
-                f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
-                "error_if_nonfinite=False"
-            )
+        if error_if_nonfinite:
+            require_finite(norm, norm_type)
         clip = clip_coefficient(norm, max_norm)
         self._clip = clip if already is None else already * clip
         return norm
+
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Add the metrics of one parameter's last update. Composer's protocol; collective, once after each step.
+
+        The values are final, the same on every rank, so call it on all ranks or on none.
+        ``pre_reduce_metrics`` and ``dist_reduce_metrics`` leave final values as they are.
+
+        Args:
+            param: A parameter.
+            name: What to call it.
+            optimizer_metrics: Gets ``l2_norm/{moment,param,update,grad}/NAME``, 0-d fp32 tensors. Nothing where the
+                last step has not updated the parameter.
+
+        Returns:
+            ``optimizer_metrics``.
+
+        Raises:
+            RuntimeError: As ``metrics``.
+        """
+        return super().report_per_parameter_metrics(param, name, optimizer_metrics)
+
+    def _values_to_report(self) -> Mapping[int, Mapping[str, Tensor]]:
+        if self._values is None:
+            table = self._add_up()
+            updated = [id(param) for param in self._last.updated]
+            self._values = {
+                param: {metric: values[table.place_of[param]] for metric, values in table.values.items()}
+                for param in updated
+            }
+        return self._values
+
+    def _counts_reported(self) -> Mapping[int, bool]:
+        return dict.fromkeys(self._slots, self._call_roll()[0].collectives.rank == 0)
+
+    def _held_ids(self) -> list[int]:
+        return [id(member.param) for bucket in self._buckets for member in bucket.members]
+
+    def _held(self) -> list[Held]:
+        held = []
+        for bucket in self._buckets:
+            for slot, member in enumerate(bucket.members):
+                fragment = bucket.layout.fragment(slot, bucket.rank)
+                stop = fragment.param_start + fragment.numel
+                part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
+                held.append((member.index, Held(member.param, member.name, part)))
+        return [part for _, part in sorted(held, key=lambda pair: pair[0])]
+
+    def _connect_for_norms(self) -> Collectives:
+        if self._norm_ranks is not None:
+            return self._norm_ranks
+        members = [member for bucket in self._buckets for member in bucket.members]
+        others = [group for member in members for group in member.placement.others]
+        return connect_over(others, self._device, also=self._collectives)
+
+    def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
+        bucket, slot = self._slots[id(param)]
+        if not bucket.gradients.still_holds_last_step:
+            raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
+        return bucket.operands_of(slot)
+
+    def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
+        bucket, slot = self._slots[id(param)]
+        return bucket.value_of(slot), widened(self.state[param]["exp_avg"])
 
     @property
     def state_bytes(self) -> int:
@@ -508,6 +621,36 @@ class _Agreed:
     hypers: list[Hyperparameters]
     found_inf: Tensor | None
     grad_scale: Tensor | None
+
+
+def _group_of_replicas(params: Sequence[Any]) -> dist.ProcessGroup | None:
+    """The axis along which DTensors among the parameters are replicated; None where there are no DTensors.
+
+    Raises:
+        ValueError: There is no such axis, or there are plain parameters beside them.
+    """
+    tensors: list[Tensor] = []
+    for entry in params:
+        of_group = entry["params"] if isinstance(entry, dict) else [entry]
+        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
+        tensors += [each[1] if isinstance(each, tuple) else each for each in of_group]
+    placements = placements_of([tensor for tensor in tensors if isinstance(tensor, Tensor)])
+    borrowed = [placement for placement in placements if placement.is_borrowed]
+    if not borrowed:
+        return None
+    if len(borrowed) < len(placements):
+        raise ValueError(
+            "expected process_group, since there are plain parameters beside DTensors; pass the ranks that hold the "
+            "same parameters, such as mesh['dp']"
+        )
+    group = common_group([placement.same for placement in borrowed])
+    if group is None:
+        raise ValueError(
+            "expected parameters that several ranks hold alike, got DTensors that are replicated along no axis of "
+            "their mesh, so that nothing is left to shard; use DecoupledAdamW, which updates the local shards as they "
+            "are, or pass process_group, the ranks that hold the same shards"
+        )
+    return group
 
 
 def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:

@@ -31,6 +31,7 @@ class Update:
     """See :class:`sharded_dadamw.operands.Update`."""
 
     keeps_tensors = True
+    measures_in_passing = False
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         """Take at least one fragment, all of one form, and find those that can be updated as one."""

@@ -91,6 +91,7 @@ class Update:
     """See :class:`sharded_dadamw.operands.Update`."""
 
     keeps_tensors = False
+    measures_in_passing = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         """Put the addresses of fragments on their device, without waiting for it.

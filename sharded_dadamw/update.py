@@ -142,9 +142,7 @@ def adamw_(
         and of the update, which is what was subtracted from the parameter, decay included.
     """
     wide = torch.promote_types(param.dtype, torch.float32)
-    value = param.to(wide) if main is None else main
-    if main is not None and main.dtype is torch.int16:
-        value = join(param, main)
+    value = value_of(param, main)
     grad = grad.to(wide)
     if grad_divisor is not None:
         grad = grad / grad_divisor
@@ -153,10 +151,7 @@ def adamw_(
     second_moment = new_exp_avg_sq
     if max_exp_avg_sq is not None:
         second_moment = torch.maximum(max_exp_avg_sq.to(wide), new_exp_avg_sq)
-    bias_correction1 = 1 - hyper.beta1 ** step.double()
-    bias_correction2 = 1 - hyper.beta2 ** step.double()
-    denom = second_moment.sqrt() / bias_correction2.sqrt() + hyper.eps
-    update = hyper.decay * value + (hyper.lr / bias_correction1) * (new_exp_avg / denom)
+    update = hyper.decay * value + _descent(new_exp_avg, second_moment, step, hyper)
     value = value - update
 
     keep = torch.zeros((), dtype=torch.bool, device=param.device) if found_inf is None else found_inf != 0
@@ -183,6 +178,44 @@ def adamw_(
         value = main
     update = torch.where(keep, torch.zeros_like(update), update)
     return torch.stack([tensor.to(torch.float64).square().sum() for tensor in (grad, value, exp_avg, update)])
+
+
+def value_of(param: Tensor, main: Tensor | None) -> Tensor:
+    """What the law acts on, in fp32 or wider, given what :func:`adamw_` is given."""
+    if main is None:
+        return param.to(torch.promote_types(param.dtype, torch.float32))
+    return join(param, main) if main.dtype is torch.int16 else main
+
+
+def applied_update(
+    value: Tensor, exp_avg: Tensor, second_moment: Tensor, step: Tensor, *, hyper: Hyperparameters
+) -> Tensor:
+    """What the last update subtracted, told from what it left: ``(decay * value + descent) / (1 - decay)``.
+
+    It is ``decay * before + descent`` with ``before = (value + descent) / (1 - decay)``.
+
+    Args:
+        value: What the law acted on, as it is after that update.
+        exp_avg: Shape of ``value``, after the update.
+        second_moment: Shape of ``value``: ``exp_avg_sq``, or with amsgrad ``max_exp_avg_sq``, after the update.
+        step: 0-d; the number of that update, counted from 1.
+        hyper: The scalars that it had; nothing can be told where they made it forget the value (decay 1).
+
+    Returns:
+        Shape of ``value``, fp32 or wider.
+    """
+    wide = torch.promote_types(value.dtype, torch.float32)
+    descent = _descent(exp_avg.to(wide), second_moment.to(wide), step, hyper)
+    return (hyper.decay * value + descent) / (1 - hyper.decay)
+
+
+def _descent(exp_avg: Tensor, second_moment: Tensor, step: Tensor, hyper: Hyperparameters) -> Tensor:
+    """What the moments take off a value, decay apart."""
+    bias_correction1 = 1 - hyper.beta1 ** step.double()
+    bias_correction2 = 1 - hyper.beta2 ** step.double()
+    denom = second_moment.sqrt() / bias_correction2.sqrt() + hyper.eps
+    descent: Tensor = (hyper.lr / bias_correction1) * (exp_avg / denom)
+    return descent
 
 
 def _select_(target: Tensor, new: Tensor, keep: Tensor) -> None:
