@@ -9,6 +9,7 @@
 #   PIP_*             pip's own, such as PIP_INDEX_URL
 
 TORCH_VERSION=2.13.0
+COMPOSER_VERSION=0.32.1
 
 CHECKOUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$CHECKOUT/.venv
@@ -59,7 +60,7 @@ use_environment() {
     local purpose=$1 extras stamp have='' python
     case $purpose in
         launch) extras=launch,fairscale,cpu ;;
-        test) extras=launch,fairscale,test ;;
+        test) extras=launch,fairscale,composer,test ;;
         *) die "expected launch or test, got $purpose" ;;
     esac
     cd "$CHECKOUT"
@@ -93,12 +94,16 @@ use_environment() {
             say "making .venv with $("$python" --version); pip's output goes to $VENV_LOG"
             logged "$python" -m venv --clear "$VENV"
         elif [[ $(<"$VENV/stamp") == *" test" ]]; then
-            purpose=test extras=launch,fairscale,test
+            purpose=test extras=launch,fairscale,composer,test
         fi
         rm -f "$VENV/stamp"
         # torch first and alone, so that nothing else chooses its version or where it comes from.
         install "torch==$TORCH_VERSION" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
         install "torch==$TORCH_VERSION" numpy --editable ".[$extras]"
+        if [[ $purpose == test ]]; then
+            # It asks for a torch of its own time, and for torchvision, which tests/composer_client.py does without.
+            install --no-deps "mosaicml==$COMPOSER_VERSION"
+        fi
         logged "$VENV_PYTHON" -c 'import torch, sharded_dadamw'
         printf '%s %s\n' "$stamp" "$purpose" >"$VENV/stamp"
         say "set up in ${SECONDS}s"
