@@ -60,8 +60,14 @@ class DecoupledAdamW(Monitored, AdamW):
     elementwise, so each rank updates the parts that it holds. Norms are those of the whole: added up over the ranks
     that hold other parts, with each element counted once.
 
+    Under ``torch.amp.GradScaler`` gradients are unscaled within the update, and a non-finite one on any rank that holds
+    a part leaves every byte as it was.
+
     Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
+
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes."""
 
     def __init__(
         self,
@@ -95,6 +101,7 @@ class DecoupledAdamW(Monitored, AdamW):
         self._clip: Tensor | None = None
         self._clipped: list[tuple[ReferenceType[Tensor], int]] = []
         self._is_clip_used = False
+        self._is_fresh = True
         self._needs_names = norm_group is not None
         self._norm_ranks: Collectives | None = None
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -198,12 +205,17 @@ class DecoupledAdamW(Monitored, AdamW):
         for group in self.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
-        if self._is_dummy_step():
+        if self._is_dummy_step() and closure is None:
             for param, _, hyper in self._with_gradients():
                 self._make_state(param, hyper)
             return loss
-        divisor = self._take_clip()
-        self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, None)
+        divisor, found_inf = self._take_clip(), getattr(self, "found_inf", None)
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            divisor = scale if divisor is None else divisor * scale
+        if found_inf is not None:
+            found_inf = found_inf.to(torch.float32, copy=True).reshape(())
+            self._call_roll()[0].collectives.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+        self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
         for index, (group, hyper) in enumerate(zip(self.param_groups, self._last.hypers, strict=True)):
             params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
             fragments = []
@@ -213,8 +225,9 @@ class DecoupledAdamW(Monitored, AdamW):
                 self._make_state(param, hyper)
                 fragments.append(self._operands_of(param, hyper))
             if fragments:
-                torch._foreach_add_([fragment.step for fragment in fragments], 1)
-            self._update_(index, params, fragments, hyper, divisor)
+                counted = 1 if found_inf is None else (found_inf == 0).to(torch.float32)
+                torch._foreach_add_([fragment.step for fragment in fragments], counted)
+            self._update_(index, params, fragments, hyper)
             self._last.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
@@ -223,12 +236,18 @@ class DecoupledAdamW(Monitored, AdamW):
         """Whether this first step is only to make the state, as torch.distributed.checkpoint takes one before it saves.
 
         It sets every lr to 0 and every gradient to zeros. A step that was counted would make the first real update 1.36
-        times too small (at beta2 0.95).
+        times too small (at beta2 0.95). Collective where parameters are sharded, since a rank's own part of the real
+        gradients may be zeros; all ranks ask at their first step, if it has lr 0, and never again.
         """
+        is_first, self._is_fresh = self._is_fresh and not self.state, False
         lrs = [group["lr"] for group in self.param_groups]
-        if self.state or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs):
+        if not is_first or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs):
             return False
-        return not any(grad.any() for _, grad, _ in self._with_gradients())
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        is_real = any(param.grad is None or local(param.grad).any() for param in params)
+        answer = torch.tensor(float(is_real), device=self._device)
+        self._call_roll()[0].collectives.all_reduce_(answer, dist.ReduceOp.MAX).wait()
+        return not answer
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, Hyperparameters]]:
         """The parameters that a step updates, with their gradients and their groups' scalars."""
@@ -244,7 +263,6 @@ class DecoupledAdamW(Monitored, AdamW):
         params: Sequence[Tensor],
         fragments: Sequence[Operands],
         hyper: Hyperparameters,
-        divisor: Tensor | None,
     ) -> None:
         """Apply the law to a group, with what an earlier step has made ready if everything is still where it was."""
         alike = [_alike_in_memory(fragment) for fragment in fragments]
@@ -256,7 +274,12 @@ class DecoupledAdamW(Monitored, AdamW):
             if not any(update.keeps_tensors for update, _ in updates):
                 self._ready_updates[group_index] = places, updates
         for update, positions in updates:
-            squares = update(hyper, grad_divisor=divisor, with_norms=update.measures_in_passing)
+            squares = update(
+                hyper,
+                grad_divisor=self._last.grad_divisor,
+                found_inf=self._last.found_inf,
+                with_norms=update.measures_in_passing,
+            )
             self._last.note([params[position] for position in positions], squares)
         for _, copies in alike:
             _put_back_(copies)
@@ -373,7 +396,7 @@ class DecoupledAdamW(Monitored, AdamW):
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._ready_updates, self._captured_updates = {}, []
-        self._needs_names, self._norm_ranks = False, None
+        self._is_fresh, self._needs_names, self._norm_ranks = False, False, None
         self._clip = None
         self._forget_steps()
 
@@ -392,6 +415,7 @@ class DecoupledAdamW(Monitored, AdamW):
         for group in state_dict["param_groups"]:
             self._check_group(group)
         super().load_state_dict(state_dict)
+        self._is_fresh = False
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group that is added or loaded, or warn of it; what it lacks are the constructor's values."""

@@ -324,10 +324,10 @@ class Monitored:
                 norms = squares.sqrt().to(torch.float32).unbind()
                 own = [self._call_functions(param) for param in params]
                 for param, row, others in zip(params, norms, own, strict=True):
-                    named = {f"l2_norm/{norm}": value for norm, value in zip(NORMS, row.unbind(), strict=True)}
+                    measured = dict(zip(NORMS, row.unbind(), strict=True))
                     self._values[id(param)] = {
-                        metric: others[metric] if metric in others else named[metric]
-                        for metric in self.metric_functions
+                        metric: others[metric] if metric in others else measured[_MEASURED[function]]
+                        for metric, function in self.metric_functions.items()
                     }
         return self._values
 
@@ -399,7 +399,8 @@ class Monitored:
 
     def _own_functions(self) -> list[str]:
         """The metrics whose values do not come out of the update, but of a function."""
-        return [metric for metric, function in self.metric_functions.items() if function not in _MEASURED]
+        functions = self.metric_functions.items()
+        return [metric for metric, function in functions if function not in _MEASURED or not _is_norm(metric)]
 
     def _call_functions(self, param: Tensor) -> dict[str, Tensor]:
         """What a user's functions return for this rank's part of an updated parameter."""

@@ -33,12 +33,14 @@ class Roll:
         names: Of the parameters of all ranks, each once, in the same order on every rank.
         rows: Per parameter of this rank its place in ``names``.
         counts: Per parameter of this rank whether this rank counts its part.
+        leads: Per parameter of this rank whether this is the first rank that holds any part of it.
     """
 
     collectives: Collectives
     names: tuple[str, ...]
     rows: tuple[int, ...]
     counts: tuple[bool, ...]
+    leads: tuple[bool, ...]
 
 
 def call_roll(collectives: Collectives, held: Sequence[tuple[str, str]]) -> Roll:
@@ -49,16 +51,19 @@ def call_roll(collectives: Collectives, held: Sequence[tuple[str, str]]) -> Roll
         held: Name and part of each parameter of this rank. One name means one parameter, one part the same elements.
     """
     first_holder: dict[tuple[str, str], int] = {}
+    leader: dict[str, int] = {}
     row_of: dict[str, int] = {}
     for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
         for name, part in json.loads(text):
             first_holder.setdefault((name, part), rank)
+            leader.setdefault(name, rank)
             row_of.setdefault(name, len(row_of))
     return Roll(
         collectives,
         names=tuple(row_of),
         rows=tuple(row_of[name] for name, _ in held),
         counts=tuple(first_holder[name, part] == collectives.rank for name, part in held),
+        leads=tuple(leader[name] == collectives.rank for name, _ in held),
     )
 
 

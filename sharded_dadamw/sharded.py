@@ -86,9 +86,6 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     Source: ZeRO, arXiv:1910.02054, stage 1.
     """
 
-    _step_supports_amp_scaling = True
-    """Tells ``torch.amp.GradScaler`` to always call ``step``, which skips on all ranks or on none."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -526,7 +523,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return self._values
 
     def _counts_reported(self) -> Mapping[int, bool]:
-        return dict.fromkeys(self._slots, self._call_roll()[0].collectives.rank == 0)
+        roll, index_of = self._call_roll()
+        return {param: roll.leads[index] for param, index in index_of.items()}
 
     def _held_ids(self) -> list[int]:
         return [id(member.param) for bucket in self._buckets for member in bucket.members]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +17,11 @@ from torch.distributed.tensor.parallel import (
 
 from sharded_dadamw import DecoupledAdamW
 from tests.pool import on_ranks
+
+
+def mesh_of(group: Any) -> DeviceMesh:
+    """A mesh of its own for each group: torch keeps what it knows of a mesh beyond the end of its group."""
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
 
 
 class Block(nn.Module):
@@ -39,7 +45,7 @@ def train(model: nn.Module, part: slice = slice(None)) -> list[Tensor]:
 
 
 def under_fsdp2(group: Any) -> list[Tensor]:
-    return train(fully_shard(Block(), mesh=DeviceMesh.from_group(group, "cpu")))
+    return train(fully_shard(Block(), mesh=mesh_of(group)))
 
 
 def under_tensor_parallelism(group: Any) -> list[Tensor]:
@@ -49,7 +55,7 @@ def under_tensor_parallelism(group: Any) -> list[Tensor]:
         "b": RowwiseParallel(),
     }
     half = slice(4 * group.rank(), 4 * group.rank() + 4)  # sequence parallelism: each rank has its own positions
-    return train(parallelize_module(Block(), DeviceMesh.from_group(group, "cpu"), plan), half)
+    return train(parallelize_module(Block(), mesh_of(group), plan), half)
 
 
 def test_fsdp2_shards_are_updated_as_the_whole_would_be() -> None:
@@ -66,3 +72,72 @@ def test_tensor_parallel_parameters_and_the_replicated_ones_between_them_are_upd
         for ours, expected in zip(params, alone, strict=True):
             # Partial sums round in another order, and Adam's division passes that on.
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def with_a_grad_scaler(group: Any | None, bad_step: int | None) -> list[Tensor]:
+    """Trains under a loss scaler; in one step the last rank meets an inf, which all others have to hear of."""
+    model = Block()
+    if group is not None:
+        fully_shard(model, mesh=mesh_of(group))
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    for step in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(step))
+        scaler.scale(model(x).square().mean()).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        state = {key: {k: v.clone() for k, v in entries.items()} for key, entries in optimizer.state.items()}
+        if step == bad_step and (group is None or group.rank() == group.size() - 1):
+            grad = model.a.weight.grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad)[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        for p, old in zip(model.parameters(), before, strict=True):
+            unchanged = torch.equal(local(p), local(old))
+            assert unchanged == (step == bad_step)
+            if step == bad_step:
+                assert all(torch.equal(local(v), local(state[p][k])) for k, v in optimizer.state[p].items())
+    assert optimizer.metrics()["skipped_steps"] == (bad_step is not None)
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("bad_step", [None, 2])
+def test_under_a_grad_scaler_all_ranks_step_or_none_does(bad_step: int | None) -> None:
+    alone = with_a_grad_scaler(None, bad_step)
+    for params in on_ranks(2, with_a_grad_scaler, bad_step):
+        assert all(torch.equal(ours, expected) for ours, expected in zip(params, alone, strict=True))
+
+
+def test_a_loss_scale_is_divided_out_within_the_update() -> None:
+    """It is a power of two, so that rounds nothing."""
+    scaled = with_a_grad_scaler(None, None)
+    model = Block()
+    optimizer = DecoupledAdamW(model.parameters(), lr=1e-2, weight_decay=1e-4)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(ours, expected) for ours, expected in zip(scaled, model.parameters(), strict=True))
+
+
+def first_step_at_lr_0(group: Any, is_dummy: bool) -> tuple[float, list[bool]]:
+    """A warm-up begins at lr 0, and the second rank's part of every gradient happens to be zeros."""
+    model = fully_shard(Block(), mesh=mesh_of(group))
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        if group.rank() == 0 and not is_dummy:
+            p.grad.to_local().fill_(1.0)
+    optimizer.step()
+    steps = {float(state["step"]) for state in optimizer.state.values()}
+    return steps.pop(), [not steps, len(optimizer.state) == len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("is_dummy", [True, False])
+def test_ranks_agree_on_whether_a_first_step_is_only_to_make_state(is_dummy: bool) -> None:
+    """torch.distributed.checkpoint takes one with lr 0 and gradients of zeros before it saves."""
+    assert on_ranks(2, first_step_at_lr_0, is_dummy) == [(float(not is_dummy), [True, True])] * 2

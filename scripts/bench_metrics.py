@@ -1,0 +1,251 @@
+"""Time a training step that reports norms beside the same step without, all in one run.
+
+    python scripts/bench_metrics.py                     starts its own 2 ranks, on CPU over gloo
+    python scripts/bench_metrics.py --ranks 1 --out metrics.json
+
+Every contender holds its own copy of one model and trains it on the same batches. In every round each of them takes two
+steps on the same batch, one after which it reports everything it can, as a monitor would, and one after which it does
+not; which of the two comes first changes from round to round. What counts is their ratio within a round.
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))
+
+from launch.data import Corpus  # noqa: E402
+from launch.model import GPT  # noqa: E402
+from launch.options import PRESETS, GPTConfig, Preset  # noqa: E402
+from scripts import measuring  # noqa: E402
+from scripts.measuring import Spread  # noqa: E402
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, numba_kernel  # noqa: E402
+
+LAW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 3e-5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, the same on every rank."""
+
+    ranks: int
+    preset: Preset
+    rounds: int
+    warmup: int
+    context: int
+    threads: int
+    out: Path | None
+
+    @property
+    def model(self) -> GPTConfig:
+        """The model's shape."""
+        return replace(PRESETS[self.preset], context=self.context)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer around its own copy of the model.
+
+    Attributes:
+        model: What forward goes through.
+        optimizer: What steps.
+        report: Reports everything about the last step, and reads it on the host.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    report: Callable[[], object]
+
+
+def read_all(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Each value on the host, as a logger wants it."""
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def as_a_monitor(model: nn.Module, optimizer: Any) -> Callable[[], object]:
+    """The calls of Composer's OptimizerMonitor under DistributedDataParallel, its global gradient norm included."""
+
+    def report() -> dict[str, float]:
+        metrics: dict[str, Any] = {}
+        for name, param in model.named_parameters():
+            if param.grad is not None and param.requires_grad:
+                metrics.update(optimizer.report_per_parameter_metrics(param, name, metrics))
+        norms = [value**2 for key, value in metrics.items() if key.startswith("l2_norm/grad")]
+        metrics["l2_norm/grad/global"] = torch.stack(norms).sum() ** 0.5
+        return read_all(metrics)
+
+    return report
+
+
+def build(plan: Plan) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders, and those that cannot be had, with the reason."""
+    contenders, missing = {}, {}
+
+    def copy_of_model(wrapped: bool) -> nn.Module:
+        model = GPT(plan.model, 0)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if wrapped else model
+
+    model = copy_of_model(False)
+    sharded = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    contenders["ShardedDecoupledAdamW, metrics()"] = Contender(model, sharded, lambda: read_all(sharded.metrics()))
+    model = copy_of_model(False)
+    monitored = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    contenders["ShardedDecoupledAdamW, a monitor's calls"] = Contender(model, monitored, as_a_monitor(model, monitored))
+    model = copy_of_model(True)
+    whole = DecoupledAdamW(model.named_parameters(), **LAW)
+    contenders["DDP + DecoupledAdamW, metrics()"] = Contender(model, whole, lambda: read_all(whole.metrics()))
+    try:
+        composer = composers_optimizer()
+    except ImportError as error:
+        missing["DDP + Composer's DecoupledAdamW, its monitor's calls"] = str(error)
+    else:
+        model = copy_of_model(True)
+        theirs = composer(model.parameters(), **LAW)
+        name = "DDP + Composer's DecoupledAdamW, its monitor's calls"
+        contenders[name] = Contender(model, theirs, as_a_monitor(model, theirs))
+    return contenders, missing
+
+
+def composers_optimizer() -> Any:
+    """Composer's own class.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from composer.optim import DecoupledAdamW
+
+    from tests import composer_client  # noqa: F401 - puts stand-ins where Composer imports what we have no build of
+
+    return DecoupledAdamW
+
+
+class Benchmark:
+    """The contenders on this rank, and their steps."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.contenders, self.missing = build(plan)
+        self._corpus = Corpus(None, plan.context)
+
+    def run(self, console: Any) -> Tensor:
+        """Seconds [rounds, contenders, (plain, unmeasured, reporting)], the slower rank's. Collective.
+
+        An unmeasured step is one whose kernel is told to leave out the norms, which otherwise come out of every update.
+        """
+        rounds = self.plan.warmup + self.plan.rounds
+        seconds = torch.zeros(rounds, len(self.contenders), 3, dtype=torch.float64)
+        gc.disable()  # a collection in the middle of a step would be counted as that contender's
+        for index in range(rounds):
+            rank, ranks = dist.get_rank(), self.plan.ranks
+            batch = self._corpus.batch(0, index, range(rank, rank + 1), ranks, self.plan.context, torch.device("cpu"))
+            order = [kind % 3 for kind in range(index, index + 3)]
+            for column, contender in enumerate(self.contenders.values()):
+                for kind in order:
+                    numba_kernel.Update.measures_in_passing = kind != 1
+                    seconds[index, column, kind] = self._step(contender, batch, reports=kind == 2)
+            gc.collect()
+            if (index + 1) * 10 // rounds > index * 10 // rounds:
+                console.print(f"round {index + 1} of {rounds}")
+        gc.enable()
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds[self.plan.warmup :]
+
+    def _step(self, contender: Contender, batch: tuple[Tensor, Tensor], *, reports: bool) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        contender.model(*batch).backward()
+        contender.optimizer.step()
+        if reports:
+            contender.report()
+        contender.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> None:
+    """Print the table; write the JSON and markdown files where asked to."""
+    model = GPT(plan.model)
+    params = list(model.parameters())
+    titles = ("contender", "step ms", "reporting / plain: median [quartiles]", "plain / without norms in the kernel")
+    rows = []
+    for column, name in enumerate(benchmark.contenders):
+        plain, unmeasured, reporting = seconds[:, column].unbind(1)
+        ratios = [str(Spread.of(reporting / plain)), str(Spread.of(plain / unmeasured))]
+        if "Composer" in name:
+            ratios[1] = "-"
+        rows.append([name, f"{1e3 * float(plain.median()):.0f}", *ratios])
+    rows += [[name, "not installed", reason, ""] for name, reason in benchmark.missing.items()]
+    around = measuring.surroundings(
+        torch.device("cpu"),
+        torch=torch.__version__,
+        numba=measuring.version_of("numba"),
+        composer=measuring.version_of("mosaicml"),
+    )
+    lines = [
+        f"{sum(p.numel() for p in params) / 1e6:.1f} M fp32 parameters in {len(params)} tensors, {plan.ranks} ranks "
+        f"over gloo, 1 x {plan.context} tokens per rank and step, {plan.threads} threads per rank; {plan.rounds} rounds "
+        f"after {plan.warmup} of warm-up. {around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba "
+        f"{around['numba']}, Composer {around['composer']}, Python {around['python']}, {around['date'][:10]}, "
+        f"{measuring.commit_in(around)}.",
+    ]
+    measuring.print_table(console, titles, rows)
+    measuring.print_lines(console, lines)
+    if plan.out is not None:
+        record = {"plan": asdict(plan) | {"out": None}, "surroundings": around, "seconds": seconds.tolist()}
+        plan.out.parent.mkdir(parents=True, exist_ok=True)
+        plan.out.write_text(json.dumps(record | {"contenders": list(benchmark.contenders)}, indent=1) + "\n")
+        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
+
+
+def work(rank: int, plan: Plan, rendezvous: str) -> None:
+    """One rank, from joining to leaving."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(plan.threads)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
+    try:
+        console = measuring.console_of(160, quiet=rank != 0)
+        benchmark = Benchmark(plan)
+        seconds = benchmark.run(console)
+        if rank == 0:
+            show(plan, benchmark, seconds, console)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def main(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start.")] = 2,
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.MEDIUM,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
+    threads: Annotated[int, typer.Option(min=0, help="torch's threads per rank; 0 shares out the cores.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None,
+) -> None:
+    """Time a training step that reports norms beside the same step without."""
+    threads = threads or max(1, measuring.num_cores() // ranks)
+    plan = Plan(ranks, preset, rounds, warmup, context, threads, out)
+    os.environ["NODE_RANK"] = "0"  # which Composer wants to know
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
