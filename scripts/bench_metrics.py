@@ -198,8 +198,9 @@ def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> Non
     )
     lines = [
         f"{sum(p.numel() for p in params) / 1e6:.1f} M fp32 parameters in {len(params)} tensors, {plan.ranks} ranks "
-        f"over gloo, 1 x {plan.context} tokens per rank and step, {plan.threads} threads per rank; {plan.rounds} rounds "
-        f"after {plan.warmup} of warm-up. {around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba "
+        f"over gloo, 1 x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up. "
+        f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba "
         f"{around['numba']}, Composer {around['composer']}, Python {around['python']}, {around['date'][:10]}, "
         f"{measuring.commit_in(around)}.",
     ]
