@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.collectives import Collectives
-from sharded_dadamw.norms import Roll, call_roll, sum_of_squares
+from sharded_dadamw.norms import Roll, call_roll, sums_of_squares
 from sharded_dadamw.operands import NORMS, Operands
 from sharded_dadamw.placement import local
 from sharded_dadamw.update import Hyperparameters, applied_update, value_of
@@ -394,8 +394,9 @@ class Monitored:
         if is_updated:
             operands, hyper = self._as_updated(param)
             squares |= {"grad": self._divided_gradient(operands), "update": self._subtracted(operands, hyper)}
+        sums = dict(zip(squares, sums_of_squares(list(squares.values())).unbind(), strict=True))
         zero = torch.zeros((), dtype=torch.float64, device=value.device)
-        return torch.stack([sum_of_squares(squares[norm]) if norm in squares else zero for norm in NORMS])
+        return torch.stack([sums.get(norm, zero) for norm in NORMS])
 
     def _own_functions(self) -> list[str]:
         """The metrics whose values do not come out of the update, but of a function."""

@@ -98,8 +98,9 @@ def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collec
         norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
         collectives.all_reduce_(norm, dist.ReduceOp.MAX).wait()
         return norm.to(torch.float32)
-    squares = [sum_of_squares(run) for run in runs if run.numel()]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if filled := [run for run in runs if run.numel()]:
+        total = sums_of_squares(filled).sum()
     collectives.all_reduce_(total, dist.ReduceOp.SUM).wait()
     return total.sqrt().to(torch.float32)
 
@@ -127,13 +128,19 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def sum_of_squares(run: Tensor) -> Tensor:
-    """0-d fp64, of a tensor of any shape. The square of an fp32 is exact in fp64, so only the additions round."""
-    if run.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(run, dtype=torch.float64)
-        return norm.square()
+def sums_of_squares(runs: Sequence[Tensor]) -> Tensor:
+    """Of tensors of any shape on one device, at least one: fp64 [num_runs], in few launches on an accelerator.
+
+    The square of an fp32 is exact in fp64, so only the additions round.
+    """
+    if runs[0].device.type == "cpu":
+        return torch.stack([_sum_of_squares(run.reshape(-1)) for run in runs])
+    return torch.stack(torch._foreach_norm(list(runs), 2.0, dtype=torch.float64)).square()
+
+
+def _sum_of_squares(run: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for chunk in torch.split(run.reshape(-1), _CPU_CHUNK):
+    for chunk in torch.split(run, _CPU_CHUNK):
         wide = chunk.to(torch.float64)
         total += torch.dot(wide, wide)
     return total
