@@ -1,0 +1,315 @@
+"""The same numbers in every layout: every norm of every parameter, the clipping, and where training leads.
+
+Five steps, with clipping and with learning rates that change between them, beside the control in `tests/layouts.py`.
+"""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
+from tests.layouts import (
+    BETAS,
+    EPS,
+    F32,
+    LAYOUTS,
+    LR_FACTORS,
+    MAX_NORM,
+    NUM_STEPS,
+    Hyper,
+    Model,
+    Record,
+    assert_close,
+    control_of_the_model,
+    fsdp2_over,
+    grid,
+    in_flat_parameters,
+    loss_of,
+    of_parameters,
+)
+from tests.pool import on_ranks
+
+# --- training in a layout ---
+
+
+def stripped(name: str) -> str:
+    """A parameter's name without what wrappers put in front."""
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
+def stripped_keys(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics as numbers, under names as the control has them."""
+    plain = {}
+    for key, value in metrics.items():
+        assert type(value) in (Tensor, float), f"{key} is a {type(value).__name__}"
+        assert not (isinstance(value, Tensor) and (value.dim() or value.requires_grad)), f"{key}: not 0-d, or a graph"
+        kind, _, name = key.rpartition("/")
+        plain[f"{kind}/{stripped(name)}".lstrip("/")] = float(value)
+    return plain
+
+
+def as_composer_calls_it(model: nn.Module, optimizer: DecoupledAdamW, record: Record) -> None:
+    """What its OptimizerMonitor does at the end of a batch."""
+    collected: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.requires_grad:
+            collected.update(optimizer.report_per_parameter_metrics(p, name, collected))
+    record.reported.append(stripped_keys(collected))
+    record.reduced.append(stripped_keys(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected))))
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, FullyShardedDataParallel):
+        with warnings.catch_warnings(), FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {stripped(name): p.detach().clone() for name, p in model.named_parameters()}
+    return {
+        stripped(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def train(group: Any, layout: str, amsgrad: bool, same_batch: bool) -> Record:
+    hyper: Hyper = dict(betas=BETAS, eps=EPS, amsgrad=amsgrad)
+    model, optimizer, part, num_parts, after_backward = LAYOUTS[layout].place(group, hyper)
+    if same_batch:
+        part, num_parts = 0, 1
+    scheduler = LambdaLR(optimizer, [lambda step, f=factors: (f + f[-1:])[step] for factors in LR_FACTORS])
+    record = Record()
+    for step in range(NUM_STEPS):
+        loss_of(model, step, part, num_parts).backward()
+        after_backward()
+        norm = optimizer.clip_grad_norm_(MAX_NORM)
+        assert type(norm) is Tensor and norm.shape == () and norm.dtype == F32
+        record.norms.append(float(norm))
+        optimizer.step()
+        scheduler.step()  # monitors read after it, and the step was another's
+        if step % 2:
+            as_composer_calls_it(model, optimizer, record)
+        metrics = optimizer.metrics()
+        assert all(value.dtype == F32 for value in metrics.values())
+        record.metrics.append(stripped_keys(metrics))
+        if not step % 2:
+            as_composer_calls_it(model, optimizer, record)
+        optimizer.zero_grad()
+    record.params = whole_parameters(model)
+    return record
+
+
+@cache
+def records(layout: str, amsgrad: bool, same_batch: bool = False) -> list[Record]:
+    """Of every rank."""
+    return on_ranks(LAYOUTS[layout].num_ranks, train, layout, amsgrad, same_batch)
+
+
+def expected_metrics(layout: str, amsgrad: bool) -> list[dict[str, float]]:
+    return in_layout(control_of_the_model(amsgrad).metrics, layout)
+
+
+def in_layout(metrics: list[dict[str, float]], layout: str) -> list[dict[str, float]]:
+    """What is known of whole parameters, under the names that they have there."""
+    return [in_flat_parameters(of_step) for of_step in metrics] if LAYOUTS[layout].flat else metrics
+
+
+every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
+with_and_without_amsgrad = pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+
+
+def test_the_control_clips_some_steps_and_not_others_and_amsgrad_changes_it() -> None:
+    clipped = [norm > MAX_NORM for norm in control_of_the_model(False).norms]
+    assert clipped[0] and clipped[-1] and not all(clipped)
+    plain, amsgrad = (
+        control_of_the_model(choice).metrics[-1]["l2_norm/update/block.up.weight"] for choice in (False, True)
+    )
+    assert abs(plain / amsgrad - 1) > 1e-3
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_every_metric_at_every_step_is_that_of_the_whole_model(layout: str, amsgrad: bool) -> None:
+    for rank, record in enumerate(records(layout, amsgrad)):
+        for step, expected in enumerate(expected_metrics(layout, amsgrad)):
+            assert_close(record.metrics[step], expected, f"rank {rank}, step {step}")
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_every_metric_is_that_of_a_single_process(layout: str, amsgrad: bool) -> None:
+    (single,) = records("single process", amsgrad)
+    for rank, record in enumerate(records(layout, amsgrad)):
+        for step, expected in enumerate(in_layout(single.metrics, layout)):
+            assert_close(record.metrics[step], expected, f"rank {rank}, step {step}")
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_composers_protocol_yields_every_norm_of_every_parameter(layout: str, amsgrad: bool) -> None:
+    for rank, record in enumerate(records(layout, amsgrad)):
+        for step, expected in enumerate(expected_metrics(layout, amsgrad)):
+            # Sorted here, since what wrappers put in front of names has gone.
+            found = dict(sorted(record.reduced[step].items()))
+            assert_close(found, dict(sorted(of_parameters(expected).items())), f"rank {rank}, step {step}")
+
+
+@pytest.mark.parametrize("layout", ["single process", "DDP", *(name for name in LAYOUTS if "sharded" in name)])
+def test_what_a_rank_reports_needs_no_reduction_where_state_is_sharded_here_or_nothing_is_sharded(layout: str) -> None:
+    """Under DDP Composer logs what it is told, and reduces nothing."""
+    for record in records(layout, False):
+        for reported, metrics in zip(record.reported, record.metrics, strict=True):
+            assert all(metrics[key] == value for key, value in reported.items())
+            assert reported.keys() == of_parameters(metrics).keys()
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_the_norm_that_clipping_returns_is_that_of_the_whole_gradient(layout: str, amsgrad: bool) -> None:
+    for record in records(layout, amsgrad):
+        assert record.norms == pytest.approx(control_of_the_model(amsgrad).norms, rel=1e-6, abs=0)
+        for norm, metrics in zip(record.norms, record.metrics, strict=True):
+            # Metrics describe the gradient after clipping.
+            assert metrics["l2_norm/grad/global"] == pytest.approx(min(norm, MAX_NORM), rel=2e-6, abs=0)
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_all_ranks_see_the_same_bits(layout: str, amsgrad: bool) -> None:
+    first, *others = records(layout, amsgrad)
+    for other in others:
+        assert other.metrics == first.metrics
+        assert [list(step) for step in other.metrics] == [list(step) for step in first.metrics], "order of keys"
+        assert other.norms == first.norms
+        assert other.reduced == first.reduced
+        assert [list(step) for step in other.reduced] == [list(step) for step in first.reduced], "order of keys"
+        for name, param in first.params.items():
+            assert torch.equal(other.params[name], param), f"{name} differs between ranks"
+
+
+@every_layout
+@with_and_without_amsgrad
+def test_parameters_after_five_clipped_steps_are_those_of_the_whole_model(layout: str, amsgrad: bool) -> None:
+    """1e-6 of the largest step and of the value: an element whose gradients nearly cancel keeps their roundings."""
+    expected = control_of_the_model(amsgrad).params
+    (single,) = records("single process", amsgrad)
+    found = records(layout, amsgrad)[0].params
+    assert sorted(found) == sorted(expected)
+    for name, param in found.items():
+        torch.testing.assert_close(
+            param.double(), expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        torch.testing.assert_close(param, single.params[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.exact])
+def test_bit_for_bit_where_every_rank_sees_the_same_batch(layout: str) -> None:
+    """The mean of two equal numbers is exact, and so is the mean of two such means; clipping is by one fp64 sum."""
+    (single,) = records("single process", amsgrad=True, same_batch=True)
+    for record in records(layout, amsgrad=True, same_batch=True):
+        assert record.norms == single.norms
+        for name, param in record.params.items():
+            assert torch.equal(param, single.params[name]), f"{name} differs"
+
+
+# --- HSDP ---
+
+
+SHARDED_HSDP = ["HSDP 2x2, sharded", "HSDP 2x2, sharded over the replicate axis"]
+
+
+@pytest.mark.parametrize("layout", SHARDED_HSDP)
+@with_and_without_amsgrad
+def test_state_spread_over_the_replicas_trains_to_the_bits_of_state_kept_by_each(layout: str, amsgrad: bool) -> None:
+    for ours, plain in zip(records(layout, amsgrad), records("HSDP 2x2", amsgrad), strict=True):
+        assert ours.norms == plain.norms
+        for name, param in ours.params.items():
+            assert torch.equal(param, plain.params[name]), f"{name} differs"
+
+
+def eventful_training(group: Any, spread: bool) -> tuple[list[list[tuple[str, float]]], dict[str, Tensor]]:
+    """Accumulated, zeroed in place, edited between steps, with a parameter that joins late and one that rests."""
+    model = fsdp2_over(grid("replicate", "shard"), Model())
+    late, *first = model.named_parameters()
+    build = ShardedDecoupledAdamW if spread else DecoupledAdamW
+    optimizer = build(first, lr=1e-2, weight_decay=2e-4, amsgrad=True)
+    params = dict(model.named_parameters())
+    seen = []
+    for step in range(NUM_STEPS):
+        for micro in (0, 1):
+            loss_of(model, (step + micro) % NUM_STEPS, group.rank(), group.size()).backward()
+        if step == 2:
+            params["readout.bias"].grad = None
+        optimizer.clip_grad_norm_(MAX_NORM)
+        optimizer.step()
+        seen.append(list(stripped_keys(optimizer.metrics()).items()))
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        if step == 1:
+            optimizer.add_param_group({"params": [late], "lr": 0.1})
+            model.zero_grad()
+        with torch.no_grad():
+            params["block.up.weight"].mul_(0.9)
+    return seen, whole_parameters(model)
+
+
+def test_state_spread_over_the_replicas_follows_whatever_happens_between_steps() -> None:
+    spread, plain = (on_ranks(4, eventful_training, choice) for choice in (True, False))
+    for (ours, our_params), (theirs, their_params) in zip(spread, plain, strict=True):
+        for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(dict(found), dict(expected), f"step {step}")
+        assert ours == spread[0][0]
+        for name, param in our_params.items():
+            assert torch.equal(param, their_params[name]), f"{name} differs"
+
+
+def state_held(group: Any, spread: bool, amsgrad: bool) -> tuple[int, int | None, int]:
+    """(bytes of the tensors in the state, state_bytes, bytes per rank were there one)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256))
+    fully_shard(model, mesh=grid("replicate", "shard"))
+    build = ShardedDecoupledAdamW if spread else DecoupledAdamW
+    optimizer = build(model.named_parameters(), amsgrad=amsgrad)
+    for _ in range(2):
+        model(torch.ones(4, 128)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    storages = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            if key != "step" and local.numel():
+                storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    numel = sum(p.numel() for p in model.parameters())
+    return sum(storages.values()), getattr(optimizer, "state_bytes", None), (12 if amsgrad else 8) * numel
+
+
+@with_and_without_amsgrad
+def test_under_hsdp_each_of_four_ranks_keeps_a_quarter_of_the_state(amsgrad: bool) -> None:
+    """Sizes without padding: to the byte."""
+    for held, reported, total in on_ranks(4, state_held, True, amsgrad):
+        assert held == reported == total // 4
+    for held, _, total in on_ranks(4, state_held, False, amsgrad):
+        assert held == total // 2
+
+
+# --- what is sharded already ---
+
+
+def refusal(group: Any, layout: str, with_group: bool) -> str:
+    model = LAYOUTS[layout].place(group, {}).model
+    with pytest.raises((TypeError, ValueError)) as caught:
+        ShardedDecoupledAdamW(model.named_parameters(), process_group=group if with_group else None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["FSDP1", "FSDP1 flat", "FSDP2"])
+@pytest.mark.parametrize("with_group", [True, False], ids=["with a group", "without"])
+def test_what_is_sharded_already_is_refused_in_favour_of_the_optimizer_that_takes_it(
+    layout: str, with_group: bool
+) -> None:
+    num_ranks = LAYOUTS[layout].num_ranks if with_group else 4  # without a group it is everybody
+    for message in on_ranks(num_ranks, refusal, layout, with_group):
+        assert "use DecoupledAdamW" in message

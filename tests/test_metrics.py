@@ -1,0 +1,1037 @@
+"""What optimizers say about a step, and clipping: against the law in fp64, and as users and Composer call it.
+
+The same numbers in every layout are in `tests/test_layouts.py`; here are plain parameters, and everything that is not a
+number: keys, hooks, collectives, errors.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from tests.layouts import (
+    Control,
+    Model,
+    assert_close,
+    fsdp2_over,
+    grid,
+    line,
+    loss_of,
+    of_parameters,
+    root_sum_square,
+)
+from tests.models import (
+    F32,
+    F64,
+    Groups,
+    TiedLanguageModel,
+    draw_gradient,
+    mains_of,
+    make_groups,
+    mean_in_rank_order,
+    named,
+)
+from tests.pool import on_ranks
+
+DEFAULTS: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4, amsgrad=False)
+KINDS = ("moment", "param", "update", "grad")
+
+Params = dict[str, nn.Parameter]
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics, which are 0-d plain tensors without a graph, as numbers."""
+    for key, value in metrics.items():
+        assert type(value) is Tensor and value.shape == () and not value.requires_grad, f"{key}: {value!r}"
+        assert value.dtype in (F32, F64), f"{key} is {value.dtype}"
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def build(kind: str, params: Any, group: Any = None, **options: Any) -> DecoupledAdamW:
+    if kind == "unsharded":
+        return DecoupledAdamW(params, **DEFAULTS | options)
+    config = ShardingConfig(bucket_cap_mb=1e-3)
+    return ShardedDecoupledAdamW(params, **DEFAULTS | dict(process_group=group, config=config) | options)
+
+
+def assign(params: Params, gradients: Mapping[str, Tensor]) -> None:
+    for name, p in params.items():
+        p.grad = gradients[name].clone() if name in gradients else None
+
+
+def drawn(params: Params, step: int, rank: int = 0, without: Sequence[str] = ()) -> dict[str, Tensor]:
+    return {
+        name: draw_gradient(p, step, rank, index)
+        for index, (name, p) in enumerate(params.items())
+        if p.requires_grad and name not in without
+    }
+
+
+both = pytest.mark.parametrize("kind", ["unsharded", "sharded"])
+every_rank_count = pytest.mark.parametrize("num_ranks", [1, 2, 3, 4], ids=lambda n: f"{n} ranks")
+
+
+def small(kind: str, **options: Any) -> tuple[Params, DecoupledAdamW, Control]:
+    """Three parameters in two groups, on one rank, with an optimizer and the control."""
+    draw = torch.Generator().manual_seed(5)
+    params = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in SHAPES.items()}
+    first, *rest = params.items()
+    groups: Groups = [{"params": [first], "lr": 1e-2}, {"params": rest, "weight_decay": 7e-4}]
+    control = Control([{**DEFAULTS, **options, **group} for group in groups])
+    for group in control.groups:
+        group["initial_lr"] = group["lr"]
+    return params, build(kind, groups, **options), control
+
+
+SHAPES = {"weight": (37, 11), "bias": (37,), "scale": (5,)}
+
+
+# --- the numbers ---
+
+
+def metrics_of_steps(group: Any, kind: str, parameters: str, clip: float | None, alternating: bool) -> list[Any]:
+    """Per step: metrics, the norm that clipping returned, and the mean gradients."""
+    rank = 0 if group is None else group.rank()
+    num_ranks = 1 if group is None else group.size()
+    groups = make_groups(parameters, seed=0)
+    params = named(groups)
+    optimizer = build(kind, groups, group)
+    happened = []
+    for step in range(4):
+        without = [name for index, name in enumerate(params) if alternating and (step + index) % 3 == 0]
+        per_rank = [drawn(params, step, r, without) for r in range(num_ranks)]
+        assign(params, per_rank[rank])
+        norm = math.nan if clip is None else float(optimizer.clip_grad_norm_(clip))
+        optimizer.step()
+        mean = {name: mean_in_rank_order([local[name] for local in per_rank]) for name in per_rank[0]}
+        happened.append((numbers(optimizer.metrics()), norm, mean if rank == 0 else None))
+        optimizer.zero_grad()
+    return happened
+
+
+IN_FP32 = ["odd sizes", "tiny", "several groups", "frozen", "large"]
+WITH_MAIN_PARAMETERS = ["non-contiguous", "mixed dtypes", "bf16"]
+"""Without them, bf16 rounds by more than any tolerance."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "parameters"),
+    [
+        *(pytest.param("unsharded", name, id=f"unsharded, {name}") for name in IN_FP32),
+        *(
+            pytest.param(num_ranks, name, id=f"{num_ranks} ranks, {name}")
+            for num_ranks in (1, 2, 3, 4)
+            for name in IN_FP32 + WITH_MAIN_PARAMETERS
+            if name != "large" or num_ranks == 2  # the control takes its time
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("clip", "alternating"), [(None, False), (0.3, True)], ids=["", "clipped, some without gradient"]
+)
+def test_metrics_are_those_of_the_law(layout: Any, parameters: str, clip: float | None, alternating: bool) -> None:
+    """1e-6: a few roundings to fp32, which largely cancel in a norm; 1e-9: a moment of one element, near zero."""
+    if layout == "unsharded":
+        ranks = [metrics_of_steps(None, layout, parameters, clip, alternating)]
+    else:
+        ranks = on_ranks(layout, metrics_of_steps, "sharded", parameters, clip, alternating)
+    control = Control([{**DEFAULTS, **group} for group in mains_of(make_groups(parameters, seed=0))])
+    for group in control.groups:
+        group["initial_lr"] = group["lr"]
+    for step, (metrics, norm, gradients) in enumerate(ranks[0]):
+        expected = control.step(gradients, math.inf if clip is None else clip)
+        assert_close(metrics, expected, f"step {step}", atol=1e-9)
+        if clip is not None:
+            assert norm == pytest.approx(control.norm, rel=1e-6)
+        for of_rank in ranks[1:]:
+            assert list(of_rank[step][0].items()) == list(metrics.items()), "other bits, or another order of keys"
+
+
+@both
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+def test_the_update_norm_is_that_of_what_the_step_took_off_the_parameter(kind: str, amsgrad: bool) -> None:
+    """Measured on the parameter itself. lr is large, so that rounding the parameter does not drown the update."""
+    params, optimizer, _ = small(kind, amsgrad=amsgrad)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 0.5
+    for step in range(3):
+        before = {name: p.detach().double() for name, p in params.items()}
+        assign(params, drawn(params, step))
+        optimizer.step()
+        metrics = numbers(optimizer.metrics())
+        for name, p in params.items():
+            taken = torch.linalg.vector_norm(before[name] - p.detach().double()).item()
+            assert metrics[f"l2_norm/update/{name}"] == pytest.approx(taken, rel=1e-6)
+
+
+@both
+def test_amsgrads_maximum_is_in_the_update_norm(kind: str) -> None:
+    """A large gradient, then small ones: the maximum keeps updates small."""
+    params, optimizer, control = small(kind, amsgrad=True)
+    plain_params, plain, _ = small(kind)
+    for step in range(4):
+        gradients = {name: g * (1.0 if step == 0 else 0.01) for name, g in drawn(params, 0).items()}
+        assign(params, gradients)
+        assign(plain_params, gradients)
+        optimizer.step()
+        plain.step()
+        metrics = numbers(optimizer.metrics())
+        assert_close(metrics, control.step(gradients), f"step {step}")
+    key = "l2_norm/update/weight"
+    assert abs(metrics[key] / numbers(plain.metrics())[key] - 1) > 1e-3
+
+
+@both
+def test_metrics_describe_the_step_whatever_has_changed_in_the_groups_since(kind: str) -> None:
+    params, optimizer, control = small(kind)
+    scheduler = LambdaLR(optimizer, lambda step: (1.0, 0.3, 0.6, 0.1)[step])
+    peaks = [group["lr"] for group in control.groups]
+    for step in range(3):
+        for group, peak in zip(control.groups, peaks, strict=True):
+            group["lr"] = peak * (1.0, 0.3, 0.6)[step]
+        gradients = drawn(params, step)
+        assign(params, gradients)
+        optimizer.step()
+        scheduler.step()
+        saved = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+        for group in optimizer.param_groups:
+            group.update(weight_decay=0.5, betas=(0.1, 0.2), eps=1.0, initial_lr=77.0)
+        expected = control.step(gradients)
+        assert_close(numbers(optimizer.metrics()), expected, f"step {step}")
+        reported: dict[str, Any] = {}
+        for name, p in params.items():
+            optimizer.report_per_parameter_metrics(p, name, reported)
+        assert_close(numbers(reported), of_parameters(expected), f"step {step}")
+        for group, old in zip(optimizer.param_groups, saved, strict=True):
+            group.update(old)
+
+
+@both
+def test_a_second_call_says_the_same(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    first = numbers(optimizer.metrics())
+    assert list(numbers(optimizer.metrics()).items()) == list(first.items())
+    assign(params, drawn(params, 1))
+    optimizer.step()
+    assert numbers(optimizer.metrics()) != first
+
+
+@both
+def test_asking_for_metrics_changes_no_bit_of_training(kind: str) -> None:
+    asked_params, asked, _ = small(kind, amsgrad=True)
+    params, optimizer, _ = small(kind, amsgrad=True)
+    for step in range(3):
+        for each, of_each in ((asked_params, asked), (params, optimizer)):
+            assign(each, drawn(each, step))
+            of_each.step()
+            if of_each is asked:
+                asked.metrics()
+                asked.report_per_parameter_metrics(each["bias"], "bias", {})
+            of_each.zero_grad()
+    assert all(torch.equal(p, asked_params[name]) for name, p in params.items())
+
+
+@both
+def test_before_the_first_step_there_are_the_parameters_and_nothing_else(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    metrics = numbers(optimizer.metrics())
+    for name, p in params.items():
+        assert metrics[f"l2_norm/param/{name}"] == pytest.approx(torch.linalg.vector_norm(p).item(), rel=1e-6)
+        assert [metrics[f"l2_norm/{kind}/{name}"] for kind in ("moment", "update", "grad")] == [0, 0, 0]
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    assert list(optimizer.metrics()) == list(metrics)
+
+
+@both
+def test_a_parameter_without_a_gradient_has_gradient_and_update_zero_and_keeps_its_moment(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    before = numbers(optimizer.metrics())
+    assign(params, drawn(params, 1, without=["bias"]))
+    optimizer.step()
+    after = numbers(optimizer.metrics())
+    assert after["l2_norm/update/bias"] == after["l2_norm/grad/bias"] == 0.0
+    for key in ("l2_norm/moment/bias", "l2_norm/param/bias"):
+        assert after[key] == pytest.approx(before[key], rel=1e-6)
+    assert after["l2_norm/update/weight"] > 0
+
+
+@both
+def test_frozen_parameters_are_left_out_and_unnamed_ones_called_by_their_place(kind: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    made = [nn.Parameter(torch.randn(n, generator=draw), requires_grad=n != 4) for n in (3, 4, 5)]
+    optimizer = build(kind, [{"params": made[:2]}, {"params": made[2:]}])
+    for p in (made[0], made[2]):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    names = ["param_groups[0]['params'][0]", "param_groups[1]['params'][0]"]
+    keys = [f"l2_norm/{norm}/{name}" for name in [*names, "global"] for norm in KINDS]
+    assert list(optimizer.metrics()) == [
+        *keys,
+        "effective_decay/group_0",
+        "effective_decay/group_1",
+        "skipped_steps",
+    ]
+
+
+@both
+def test_a_group_added_later_is_reported_too(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    optimizer.metrics()
+    optimizer.zero_grad()
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [("late", late)], "lr": 0.25, "weight_decay": 0.0})
+    assign({**params, "late": late}, drawn({**params, "late": late}, 1))
+    optimizer.step()
+    metrics = numbers(optimizer.metrics())
+    assert metrics["l2_norm/update/late"] > 0.1
+    assert list(metrics)[-4:-1] == [f"effective_decay/group_{index}" for index in range(3)]
+
+
+def test_a_closure_may_be_what_computes_the_gradients() -> None:
+    params, optimizer, control = small("unsharded")
+    gradients = drawn(params, 0)
+
+    def closure() -> float:
+        assign(params, gradients)
+        return 1.0
+
+    optimizer.step(closure)
+    assert_close(numbers(optimizer.metrics()), control.step(gradients), "with a closure")
+
+
+def test_a_copy_of_an_optimizer_has_metrics_of_its_own() -> None:
+    params, optimizer, control = small("unsharded")
+    model = nn.ParameterDict(params)
+    assign(params, drawn(params, 0))
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    control.step(drawn(params, 0), 1.0)
+    optimizer.metrics()
+    optimizer.zero_grad()
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    assign(dict(twin_model.items()), drawn(params, 1))
+    twin.step()
+    assert_close(numbers(twin.metrics()), control.step(drawn(params, 1)), "the copy")
+
+
+# --- many elements ---
+
+
+def test_norms_of_twenty_million_elements_are_right_to_one_in_a_million() -> None:
+    """A running sum in fp32 would stop growing; the end, which fills no block, holds a large part of the norm."""
+    draw = torch.Generator().manual_seed(0)
+    numel = 20_000_003
+    param = nn.Parameter(torch.randn(numel, generator=draw))
+    param.grad = torch.rand(numel, generator=draw).square_()
+    for tensor in (param.detach(), param.grad):
+        tensor[-5:] = 1500.0
+    before = param.detach().clone()
+    optimizer = DecoupledAdamW([("p", param)], lr=1e-2)
+
+    def norm(tensor: Tensor, other: Tensor | None = None) -> float:
+        chunks = zip(tensor.split(1 << 20), (tensor if other is None else other).split(1 << 20), strict=True)
+        wide = (a.double() if other is None else a.double() - b.double() for a, b in chunks)
+        return root_sum_square(torch.linalg.vector_norm(chunk).item() for chunk in wide)
+
+    of_gradient = norm(param.grad)
+    assert optimizer.clip_grad_norm_(1e9).item() == pytest.approx(of_gradient, rel=1e-6)
+    optimizer.step()
+    metrics = numbers(optimizer.metrics())
+    assert metrics["l2_norm/grad/p"] == pytest.approx(of_gradient, rel=1e-6)
+    assert metrics["l2_norm/param/p"] == pytest.approx(norm(param.detach()), rel=1e-6)
+    assert metrics["l2_norm/moment/p"] == pytest.approx(norm(optimizer.state[param]["exp_avg"]), rel=1e-6)
+    # But for the five, whose step is below their rounding.
+    update = math.sqrt(metrics["l2_norm/update/p"] ** 2 - 5 * (1e-2 + 1500e-5) ** 2)
+    assert update == pytest.approx(norm(before[:-5], param.detach()[:-5]), rel=1e-6)
+
+
+@both
+def test_parameters_in_fp64_which_torchs_own_kernel_updates_have_the_same_norms(kind: str) -> None:
+    params, optimizer, control = small(kind, amsgrad=True)
+    first, *rest = ((name, nn.Parameter(p.detach().double())) for name, p in params.items())
+    wide = dict([first, *rest])
+    groups: Groups = [{"params": [first], "lr": 1e-2}, {"params": rest, "weight_decay": 7e-4}]
+    in_fp64 = build(kind, groups, amsgrad=True)
+    for step in range(3):
+        gradients = drawn(params, step)
+        assign(params, gradients)
+        assign(wide, {name: g.double() for name, g in gradients.items()})
+        for each in (optimizer, in_fp64):
+            each.clip_grad_norm_(0.1)
+            each.step()
+        assert_close(numbers(in_fp64.metrics()), numbers(optimizer.metrics()), f"step {step}")
+        assert_close(numbers(in_fp64.metrics()), control.step(gradients, 0.1), f"step {step}")
+        for each in (optimizer, in_fp64):
+            each.zero_grad()
+
+
+# --- steps that a loss scaler skips ---
+
+
+def skip_one_step(group: Any) -> list[dict[str, float]]:
+    """Metrics of three steps; in the second, one rank has found an inf."""
+    params = named(make_groups("odd sizes", seed=0))
+    optimizer = build("sharded", params.items(), group)
+    seen = []
+    for step in range(3):
+        assign(params, drawn(params, step, group.rank()))
+        optimizer.found_inf = torch.tensor(float(step == 1 and group.rank() == group.size() - 1))
+        optimizer.step()
+        del optimizer.found_inf
+        seen.append(numbers(optimizer.metrics()))
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_skipped_step_is_counted_and_has_an_update_of_zero(num_ranks: int) -> None:
+    for first, skipped, last in on_ranks(num_ranks, skip_one_step):
+        assert [metrics["skipped_steps"] for metrics in (first, skipped, last)] == [0, 1, 1]
+        for key, value in skipped.items():
+            if "/update/" in key:
+                assert value == 0.0 and (first[key] > 0) == (last[key] > 0), key
+            elif "/param/" in key or "/moment/" in key:
+                assert value == pytest.approx(first[key], rel=1e-6), key
+        assert last["l2_norm/update/global"] > 0
+
+
+def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Metrics under a loss scaler, which meets an inf in step 1, and of the same steps without it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    seen: list[list[dict[str, float]]] = [[], []]
+    for which in (0, 1):
+        params = named(make_groups("several groups", seed=0))
+        optimizer = build("sharded", make_like(params), group)
+        for step in range(4):
+            if which == 1 and step == 1:
+                continue
+            gradients = drawn(params, step, group.rank())
+            if which == 0:
+                scale = scaler.scale(torch.ones(()))
+                gradients = {name: g * scale for name, g in gradients.items()}
+                if step == 1 and group.rank() == 0:
+                    gradients["a"][0, 0] = math.inf
+            assign(params, gradients)
+            if which == 0:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            if step != 1:
+                seen[which].append(numbers(optimizer.metrics()))
+            optimizer.zero_grad()
+    return seen[0], seen[1]
+
+
+def make_like(params: Params) -> Groups:
+    """All parameters in one group."""
+    return [{"params": list(params.items())}]
+
+
+def test_under_a_loss_scaler_metrics_are_those_of_unscaled_gradients() -> None:
+    """The scale is a power of two: to the bit."""
+    for scaled, plain in on_ranks(2, scaled_and_not):
+        assert [metrics.pop("skipped_steps") for metrics in scaled] == [0, 1, 1]
+        assert [metrics.pop("skipped_steps") for metrics in plain] == [0, 0, 0]
+        assert scaled == plain
+
+
+# --- keys that ranks could disagree about ---
+
+
+def keys_with_unused_parameters(group: Any, kind: str) -> tuple[list[str], list[str], list[str]]:
+    """Keys of metrics, and through Composer's protocol, and the names of all trainable parameters."""
+    model = TiedLanguageModel()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if kind == "FSDP2":
+        fully_shard(model, mesh=line(group))
+    optimizer = build("unsharded" if kind == "FSDP2" else "sharded", model.named_parameters(), group)
+    keys: list[list[str]] = []
+    for step in range(2):
+        model.loss(step + 10 * group.rank()).backward()
+        optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+        collected: dict[str, Any] = {}
+        for name, p in model.named_parameters():
+            if p.grad is not None and p.requires_grad:
+                collected.update(optimizer.report_per_parameter_metrics(p, name, collected))
+        reduced = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected))
+        keys = [list(optimizer.metrics()), list(reduced)]
+        optimizer.zero_grad()
+    return keys[0], keys[1], names
+
+
+@pytest.mark.parametrize("kind", ["sharded", "FSDP2"])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(num_ranks: int, kind: str) -> None:
+    first, *others = on_ranks(num_ranks, keys_with_unused_parameters, kind)
+    assert all(other == first for other in others)
+    keys, reduced, names = first
+    assert keys[: 4 * len(names)] == [f"l2_norm/{norm}/{name}" for name in names for norm in KINDS]
+    used = [name for name in names if not name.startswith("unused")]
+    assert reduced == sorted(f"l2_norm/{norm}/{name}" for name in used for norm in KINDS)
+
+
+def one_rank_reports_less(group: Any) -> tuple[dict[str, float], list[str]]:
+    """FSDP1 leaves nothing of some parameters on some ranks, and those have nothing to report."""
+    model = fsdp2_over(line(group), Model())
+    optimizer = build("unsharded", model.named_parameters())
+    loss_of(model, 0, 0, 1).backward()
+    optimizer.step()
+    whole = numbers(optimizer.metrics())
+    collected: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor)
+        if p.to_local().numel():
+            optimizer.report_per_parameter_metrics(p, name, collected)
+    num_reported = len(collected)
+    reduced = numbers(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected)))
+    assert_close(reduced, dict(sorted(of_parameters(whole).items())), "reduced")
+    return reduced, [str(num_reported)]
+
+
+def test_what_only_some_ranks_report_is_reduced_over_those() -> None:
+    (first, num_first), (second, num_second) = on_ranks(2, one_rank_reports_less)
+    assert list(first.items()) == list(second.items())
+    assert num_first != num_second, "one rank was to have nothing of the gain"
+
+
+# --- collectives ---
+
+
+VERBS = [
+    verb
+    for verb in (
+        *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "gather"),
+        *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all", "all_to_all_single"),
+        *("scatter", "isend", "irecv", "send", "recv", "batch_isend_irecv", "barrier", "all_gather_object"),
+        *("gather_object", "broadcast_object_list", "scatter_object_list"),
+    )
+    if hasattr(dist, verb)
+]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """What is called of torch.distributed in here."""
+    calls: Counter[str] = Counter()
+    originals = {verb: getattr(dist, verb) for verb in VERBS}
+
+    def counting(verb: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[verb] += 1
+            return originals[verb](*args, **kwargs)
+
+        return call
+
+    for verb in VERBS:
+        setattr(dist, verb, counting(verb))
+    try:
+        yield calls
+    finally:
+        for verb, original in originals.items():
+            setattr(dist, verb, original)
+
+
+def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[str, int]]]:
+    """Per call the collectives in each of three steps."""
+    if layout == "FSDP2":
+        model = fsdp2_over(line(group), Model())
+        optimizer = build("unsharded", model.named_parameters())
+    else:
+        model = Model()
+        optimizer = build(layout, model.named_parameters(), group)
+    happened: dict[str, list[dict[str, int]]] = {}
+
+    def count(what: str, call: Callable[[], Any]) -> None:
+        with counted() as calls:
+            call()
+        happened.setdefault(what, []).append(dict(calls))
+
+    def report() -> None:
+        for name, p in model.named_parameters():
+            optimizer.report_per_parameter_metrics(p, name, collected)
+
+    for step in range(3):
+        loss_of(model, step, group.rank(), group.size()).backward()
+        collected: dict[str, Any] = {}
+        count("clip_grad_norm_", lambda: optimizer.clip_grad_norm_(1.0))
+        count("step", optimizer.step)
+        if ask:
+            count("report", report)
+            count("pre_reduce_metrics", lambda: optimizer.pre_reduce_metrics(collected))  # noqa: B023
+            count("dist_reduce_metrics", lambda: optimizer.dist_reduce_metrics(collected))  # noqa: B023
+            count("metrics", optimizer.metrics)
+        optimizer.zero_grad()
+    return happened
+
+
+ONE = {"all_reduce": 1}
+
+
+@pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
+def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layout: str) -> None:
+    """The first time, ranks exchange names besides."""
+    asked = on_ranks(2, collectives_of, layout, True)
+    not_asked = on_ranks(2, collectives_of, layout, False)
+    one = {} if layout == "unsharded" else ONE
+    for calls, without in zip(asked, not_asked, strict=True):
+        assert calls["step"] == without["step"]
+        assert calls["clip_grad_norm_"][1:] == without["clip_grad_norm_"][1:]
+        assert calls["dist_reduce_metrics"][1:] == [one, one]
+        assert calls["pre_reduce_metrics"][1:] == [{}, {}]
+        assert calls["metrics"][1:] == [one, one]
+        if layout == "sharded":
+            assert calls["report"][1:] == [ONE, ONE]
+            # Agreement, the mean of the gradients from slice to owner, and the norm.
+            exchange = {key: n for key, n in calls["clip_grad_norm_"][1].items() if key != "all_reduce"}
+            assert calls["clip_grad_norm_"][1:] == [{"all_reduce": 2, **exchange}] * 2
+            assert set(exchange) == {"isend", "irecv"}
+            assert [step["all_reduce"] for step in calls["step"]] == [1, 1, 1]
+        else:
+            assert calls["report"] == [{}] * 3
+            assert calls["step"] == [{}] * 3
+            assert calls["clip_grad_norm_"][1:] == [one, one]
+
+
+# --- Composer's protocol ---
+
+
+@both
+def test_a_parameter_that_was_never_updated_adds_nothing(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    stranger = nn.Parameter(torch.ones(3))
+    metrics: dict[str, Any] = {"l2_norm/grad/other": torch.ones(())}
+    for p in (params["weight"], stranger):
+        assert optimizer.report_per_parameter_metrics(p, "weight", metrics) is metrics
+        assert list(metrics) == ["l2_norm/grad/other"]
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    optimizer.report_per_parameter_metrics(stranger, "stranger", metrics)
+    assert list(metrics) == ["l2_norm/grad/other"]
+    optimizer.report_per_parameter_metrics(params["weight"], "weight", metrics)
+    assert list(metrics) == ["l2_norm/grad/other", *(f"l2_norm/{norm}/weight" for norm in KINDS)]
+
+
+def test_norms_that_the_caller_adds_are_squared_and_summed_with_ours() -> None:
+    params, optimizer, _ = small("unsharded")
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    metrics = optimizer.report_per_parameter_metrics(params["bias"], "bias", {"l2_norm/grad/other": 3.0, "loss": 2.0})
+    squares = optimizer.pre_reduce_metrics(dict(metrics))
+    assert float(squares["l2_norm/grad/other"]) == 9.0 and float(squares["loss"]) == 2.0
+    reduced = optimizer.dist_reduce_metrics(squares)
+    assert list(reduced) == sorted(metrics)
+    for key, value in metrics.items():
+        assert float(reduced[key]) == pytest.approx(float(value), rel=1e-6)
+
+
+COMPOSERS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "l2_norm/moment": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(optim_state["exp_avg"]),
+    "l2_norm/param": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(param.data),
+    "l2_norm/update": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(step_tensor),
+    "l2_norm/grad": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(param.grad),
+}
+OWN_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "l2_norm/second_moment": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(
+        optim_state["exp_avg_sq"]
+    ),
+    "mean/param": lambda param, optim_state, step_tensor: param.mean(),
+}
+
+
+class WithComposersFunctions(DecoupledAdamW):
+    metric_functions: ClassVar = COMPOSERS_FUNCTIONS
+
+
+class WithOwnFunctions(DecoupledAdamW):
+    metric_functions: ClassVar = {**DecoupledAdamW.metric_functions, **OWN_FUNCTIONS}
+
+
+def reported_by(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) -> dict[str, float]:
+    collected: dict[str, Any] = {}
+    for name, p in params.items():
+        optimizer.report_per_parameter_metrics(p, name, collected)
+    return numbers(collected)
+
+
+def test_composers_own_functions_yield_what_ours_do() -> None:
+    params, optimizer, _ = small("unsharded")
+    theirs = WithComposersFunctions([{**group} for group in optimizer.param_groups], **DEFAULTS)
+    twin = copy.deepcopy(params)
+    for group, theirs_group in zip(optimizer.param_groups, theirs.param_groups, strict=True):
+        theirs_group["params"] = [twin[name] for name in group["param_names"]]
+    for step in range(2):
+        for each, of_each in ((params, optimizer), (twin, theirs)):
+            assign(each, drawn(params, step))
+            of_each.step()
+        assert_close(reported_by(theirs, twin), reported_by(optimizer, params), f"step {step}")
+
+
+@pytest.mark.parametrize("of_instance", [False, True], ids=["of a subclass", "of an instance"])
+def test_metric_functions_can_be_replaced(of_instance: bool) -> None:
+    draw = torch.Generator().manual_seed(5)
+    params = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in SHAPES.items()}
+    if of_instance:
+        optimizer = DecoupledAdamW(params.items(), **DEFAULTS)
+        optimizer.metric_functions = WithOwnFunctions.metric_functions  # type: ignore[misc]
+    else:
+        optimizer = WithOwnFunctions(params.items(), **DEFAULTS)
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    found = reported_by(optimizer, params)
+    for name, p in params.items():
+        second = torch.linalg.vector_norm(optimizer.state[p]["exp_avg_sq"]).item()
+        assert found[f"l2_norm/second_moment/{name}"] == pytest.approx(second, rel=1e-6)
+        assert found[f"mean/param/{name}"] == pytest.approx(p.mean().item(), rel=1e-6)
+    assert len(found) == 6 * len(params)
+    assert "mean/param" not in DecoupledAdamW.metric_functions
+
+
+def test_a_norm_of_ours_may_go_by_another_name() -> None:
+    params, optimizer, _ = small("unsharded")
+    ours = DecoupledAdamW.metric_functions
+    optimizer.metric_functions = {"l2_norm/first_moment": ours["l2_norm/moment"]}  # type: ignore[misc]
+    assign(params, drawn(params, 0))
+    optimizer.step()
+    found = reported_by(optimizer, params)
+    assert list(found) == [f"l2_norm/first_moment/{name}" for name in params]
+    for name, p in params.items():
+        expected = torch.linalg.vector_norm(optimizer.state[p]["exp_avg"]).item()
+        assert found[f"l2_norm/first_moment/{name}"] == pytest.approx(expected, rel=1e-6)
+        assert optimizer.metrics()[f"l2_norm/first_moment/{name}"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def own_functions_on_ranks(group: Any, kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Through the protocol; and what they are of the whole. Sizes divide evenly: a mean of means is the mean."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Linear(64, 16, bias=False))
+    model: Any = layers
+    if kind == "FSDP2":
+        model = fully_shard(layers, mesh=line(group))
+        optimizer = WithOwnFunctions(model.named_parameters(), **DEFAULTS)
+    else:
+        optimizer = build("sharded", model.named_parameters(), group)
+        optimizer.metric_functions = WithOwnFunctions.metric_functions  # type: ignore[misc]
+    model(torch.ones(2, 16) + group.rank()).square().mean().backward()
+    optimizer.step()
+    params = dict(model.named_parameters())
+    collected: dict[str, Any] = {}
+    for name, p in params.items():
+        optimizer.report_per_parameter_metrics(p, name, collected)
+    if kind == "FSDP2":
+        collected = optimizer.pre_reduce_metrics(collected)
+        collected = optimizer.dist_reduce_metrics(collected)
+    whole = {}
+    for name, p in params.items():
+        second = optimizer.state[p]["exp_avg_sq"]
+        if isinstance(second, DTensor):
+            second = second.full_tensor()
+        else:  # a fragment of it
+            square = second.double().square().sum()
+            dist.all_reduce(square, group=group)
+            second = square.sqrt()
+        full = p.full_tensor() if isinstance(p, DTensor) else p
+        whole[f"l2_norm/second_moment/{name}"] = torch.linalg.vector_norm(second).item()
+        whole[f"mean/param/{name}"] = full.mean().item()
+    return numbers(collected), whole
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "sharded"])
+def test_own_norms_are_added_up_over_ranks_and_other_functions_averaged(kind: str) -> None:
+    for found, whole in on_ranks(2, own_functions_on_ranks, kind):
+        assert len(found) == 6 * 2
+        assert_close({key: found[key] for key in whole}, whole, kind, rtol=1e-5)
+
+
+# --- clipping ---
+
+
+def test_clipping_is_torchs_clipping_but_leaves_the_gradients_as_they_are() -> None:
+    params, optimizer, _ = small("unsharded")
+    theirs_params, theirs, _ = small("unsharded")
+    for step in range(3):
+        gradients = drawn(params, step)
+        assign(params, gradients)
+        assign(theirs_params, gradients)
+        max_norm = (0.1, 1e9, 0.01)[step]
+        norm = optimizer.clip_grad_norm_(max_norm)
+        expected = torch.nn.utils.clip_grad_norm_(theirs_params.values(), max_norm)
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        optimizer.step()
+        theirs.step()
+        for name, p in params.items():
+            assert torch.equal(p.grad, gradients[name]), f"{name}.grad was rewritten"  # type: ignore[arg-type]
+            # The clipped gradient is rounded once, and not twice.
+            torch.testing.assert_close(p, theirs_params[name], rtol=1e-6, atol=1e-7)
+            for key in ("exp_avg", "exp_avg_sq"):
+                ours_state, theirs_state = optimizer.state[p][key], theirs.state[theirs_params[name]][key]
+                atol = 1e-6 * theirs_state.abs().max().item()
+                torch.testing.assert_close(ours_state, theirs_state, rtol=1e-6, atol=atol)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=["2", "inf"])
+@both
+def test_the_norm_is_over_all_parameters_and_the_metrics_are_of_the_clipped_gradient(
+    kind: str, norm_type: float
+) -> None:
+    params, optimizer, control = small(kind)
+    gradients = drawn(params, 0)
+    assign(params, gradients)
+    norm = optimizer.clip_grad_norm_(0.01, norm_type=norm_type)
+    optimizer.step()
+    expected = control.step(gradients, 0.01, norm_type)
+    assert norm.dtype == F32 and norm.shape == ()
+    assert norm.item() == pytest.approx(control.norm, rel=1e-6)
+    assert_close(numbers(optimizer.metrics()), expected, "clipped")
+
+
+def test_a_second_clipping_starts_from_the_first() -> None:
+    params, optimizer, _ = small("unsharded")
+    assign(params, drawn(params, 0))
+    norm = optimizer.clip_grad_norm_(0.5)
+    assert norm > 0.5, "the test wants something to clip"
+    assert optimizer.clip_grad_norm_(0.2).item() == pytest.approx(0.5, rel=1e-5)
+    optimizer.step()
+    metrics = numbers(optimizer.metrics())
+    assert metrics["l2_norm/grad/global"] == pytest.approx(0.2, rel=1e-5)
+
+
+def forget_by_optimizer(optimizer: Any, model: nn.Module) -> None:
+    optimizer.zero_grad()
+
+
+def zero_by_optimizer(optimizer: Any, model: nn.Module) -> None:
+    optimizer.zero_grad(set_to_none=False)
+
+
+def forget_by_model(optimizer: Any, model: nn.Module) -> None:
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("forget", [forget_by_optimizer, zero_by_optimizer, forget_by_model])
+@both
+def test_a_clip_goes_with_the_gradients_it_was_made_for(kind: str, forget: Callable[[Any, nn.Module], None]) -> None:
+    """Whoever drops the gradients drops the clip: the step after that is as if there had been none."""
+    params, optimizer, _ = small(kind)
+    plain_params, plain, _ = small(kind)
+    model = nn.ParameterDict(params)
+    for step in range(2):
+        sum((p * drawn(params, 7)[name]).sum() for name, p in params.items()).backward()  # type: ignore[union-attr]
+        optimizer.clip_grad_norm_(1e-3)
+        forget(optimizer, model)
+        gradients = drawn(params, step)
+        sum((p * gradients[name]).sum() for name, p in params.items()).backward()  # type: ignore[union-attr]
+        assign(plain_params, gradients)
+        optimizer.step()
+        plain.step()
+        assert numbers(optimizer.metrics()) == numbers(plain.metrics())
+        optimizer.zero_grad()
+        plain.zero_grad()
+    assert all(torch.equal(p, plain_params[name]) for name, p in params.items())
+
+
+def test_a_clip_is_used_once() -> None:
+    params, optimizer, _ = small("unsharded")
+    assign(params, drawn(params, 0))
+    optimizer.clip_grad_norm_(1e-3)
+    optimizer.step()
+    gradients = drawn(params, 1)
+    assign(params, gradients)  # nobody called zero_grad
+    optimizer.step()
+    norm = root_sum_square(torch.linalg.vector_norm(g.double()).item() for g in gradients.values())
+    assert float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda p: p.grad.mul_(2.0), id="scaled"),
+        pytest.param(lambda p: (p * 2.0).sum().backward(), id="more backward"),
+        pytest.param(lambda p: setattr(p, "grad", p.grad * 2.0), id="replaced"),
+    ],
+)
+def test_gradients_that_change_between_clipping_and_the_step_are_an_error(
+    change: Callable[[nn.Parameter], None],
+) -> None:
+    params, optimizer, _ = small("unsharded")
+    assign(params, drawn(params, 0))
+    optimizer.clip_grad_norm_(0.1)
+    change(params["bias"])
+    before = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.raises(RuntimeError, match="changed between clip_grad_norm_"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in params.items()), "nothing was to change"
+    optimizer.zero_grad()
+    assign(params, drawn(params, 1))
+    optimizer.step()
+
+
+@both
+def test_a_norm_that_is_not_finite_is_an_error_if_asked_for(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    gradients = drawn(params, 0)
+    gradients["bias"][3] = math.nan
+    assign(params, gradients)
+    with pytest.raises(RuntimeError, match="norm of order 2"):
+        optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    optimizer.zero_grad()
+    assign(params, gradients)
+    assert not torch.isfinite(optimizer.clip_grad_norm_(1.0))
+
+
+@both
+def test_what_no_gradient_can_be_clipped_by_is_refused(kind: str) -> None:
+    params, optimizer, _ = small(kind)
+    assign(params, drawn(params, 0))
+    with pytest.raises(ValueError, match="max_norm: expected a number >= 0"):
+        optimizer.clip_grad_norm_(-1.0)
+    with pytest.raises(ValueError, match="norm_type: expected 2 or inf"):
+        optimizer.clip_grad_norm_(1.0, norm_type=1.0)
+    optimizer.step()
+
+
+def test_without_any_gradient_the_norm_is_zero_and_the_step_does_nothing() -> None:
+    params, optimizer, _ = small("unsharded")
+    before = {name: p.detach().clone() for name, p in params.items()}
+    assert optimizer.clip_grad_norm_(1.0).item() == 0.0
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
+    assert float(optimizer.metrics()["l2_norm/update/global"]) == 0.0
+
+
+# --- stages of a pipeline ---
+
+
+def through_protocol(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) -> dict[str, float]:
+    collected: dict[str, Any] = {}
+    for name, p in params.items():
+        optimizer.report_per_parameter_metrics(p, name, collected)
+    return numbers(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected)))
+
+
+def stage(group: Any, clip: float) -> list[tuple[dict[str, float], float]]:
+    """Each rank has parameters of its own."""
+    draw = torch.Generator().manual_seed(group.rank())
+    shapes = [(13, 5), (7,), (3, 3)][: 2 + group.rank()]
+    params = {f"{group.rank()}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
+    optimizer = DecoupledAdamW(params.items(), **DEFAULTS, norm_group=group)
+    seen = []
+    for step in range(2):
+        assign(params, drawn(params, step, group.rank()))
+        norm = optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        seen.append((numbers(optimizer.metrics()), float(norm)))
+        reduced = through_protocol(optimizer, params)
+        assert_close(reduced, dict(sorted(of_parameters(seen[-1][0]).items())), f"step {step}")
+        optimizer.zero_grad()
+    return seen
+
+
+def stages_control(clip: float) -> list[tuple[dict[str, float], float]]:
+    pairs, gradients = [], []
+    for rank in (0, 1):
+        draw = torch.Generator().manual_seed(rank)
+        shapes = [(13, 5), (7,), (3, 3)][: 2 + rank]
+        of_rank = {f"{rank}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
+        pairs += list(of_rank.items())
+        gradients.append([drawn(of_rank, step, rank) for step in range(2)])
+    control = Control([{**DEFAULTS, "params": pairs, "initial_lr": DEFAULTS["lr"]}])
+    steps = []
+    for step in range(2):
+        metrics = control.step({**gradients[0][step], **gradients[1][step]}, clip)
+        steps.append((metrics, control.norm))
+    return steps
+
+
+def test_pipeline_stages_add_up_over_the_group_they_are_given() -> None:
+    expected = stages_control(0.2)
+    first, second = on_ranks(2, stage, 0.2)
+    assert [list(metrics.items()) for metrics, _ in first] == [list(metrics.items()) for metrics, _ in second]
+    assert [norm for _, norm in first] == [norm for _, norm in second]
+    for step, (metrics, norm) in enumerate(expected):
+        assert_close(first[step][0], metrics, f"step {step}")
+        assert first[step][1] == pytest.approx(norm, rel=1e-6)
+
+
+def sharded_stage(group: Any, clip: float) -> list[tuple[dict[str, float], float]]:
+    """Two stages, each on two data-parallel ranks over which its state is sharded."""
+    mesh = grid("pipeline", "dp")
+    which = mesh["pipeline"].get_local_rank()
+    draw = torch.Generator().manual_seed(which)
+    shapes = [(13, 5), (7,), (3, 3)][: 2 + which]
+    params = {f"{which}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
+    optimizer = ShardedDecoupledAdamW(params.items(), **DEFAULTS, process_group=mesh["dp"], norm_group=group)
+    seen = []
+    for step in range(2):
+        assign(params, drawn(params, step, which))  # the same on both: their mean is exact
+        norm = optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        seen.append((numbers(optimizer.metrics()), float(norm)))
+        reduced = through_protocol(optimizer, params)
+        assert_close(reduced, dict(sorted(of_parameters(seen[-1][0]).items())), f"step {step}")
+        optimizer.zero_grad()
+    return seen
+
+
+def test_stages_whose_state_is_sharded_add_up_over_all_ranks() -> None:
+    expected = stages_control(0.2)
+    first, *others = on_ranks(4, sharded_stage, 0.2)
+    assert all(other == first for other in others)
+    for step, (metrics, norm) in enumerate(expected):
+        assert_close(first[step][0], metrics, f"step {step}")
+        assert first[step][1] == pytest.approx(norm, rel=1e-6)
+
+
+def unnamed_stage(group: Any, kind: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        if kind == "unsharded":
+            DecoupledAdamW([nn.Parameter(torch.ones(3))], norm_group=group)
+        else:
+            ShardedDecoupledAdamW([nn.Parameter(torch.ones(3))], process_group=group, norm_group=group)
+    return str(caught.value)
+
+
+@both
+def test_beside_norm_group_parameters_need_names(kind: str) -> None:
+    for message in on_ranks(2, unnamed_stage, kind):
+        assert "named_parameters" in message
+
+
+def remainder_and_main(group: Any) -> list[dict[str, float]]:
+    seen = []
+    for main in (MainParameter.FP32, MainParameter.REMAINDER):
+        params = named(make_groups("bf16", seed=0))
+        config = ShardingConfig(main_parameter=main)
+        optimizer = ShardedDecoupledAdamW(params.items(), **DEFAULTS, process_group=group, config=config)
+        for step in range(2):
+            assign(params, drawn(params, step, group.rank()))
+            optimizer.step()
+            seen.append(numbers(optimizer.metrics()))
+            optimizer.zero_grad()
+    return seen
+
+
+def test_a_remainder_reports_as_an_fp32_main_parameter_does() -> None:
+    for seen in on_ranks(2, remainder_and_main):
+        for step in (0, 1):
+            assert_close(seen[2 + step], seen[step], f"step {step}")
