@@ -37,6 +37,9 @@ class ShardingConfig:
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
         seed: Key of the stochastic rounding of ``Moments.BF16``, in [0, 2**32). The random bits for an element follow
             from this, its step and its number alone, so they are the same on any number of ranks and on any device.
+        whole_state_dict: False: ``state_dict()`` is this rank's shards. True: it is the state of whole parameters, as
+            from :class:`~sharded_dadamw.DecoupledAdamW`, on every rank, in host memory; making it is collective. Either
+            loads, whatever is chosen here.
 
     Raises:
         TypeError: A value is not of the type it has here.
@@ -48,6 +51,7 @@ class ShardingConfig:
     main_parameter: MainParameter = MainParameter.FP32
     moments: Moments = Moments.FP32
     seed: int = 0
+    whole_state_dict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -55,8 +59,9 @@ class ShardingConfig:
             raise TypeError(f"bucket_cap_mb: expected a number of MiB, got {self.bucket_cap_mb!r}")
         if not (math.isfinite(self.bucket_cap_mb) and self.bucket_cap_mb > 0):
             raise ValueError(f"bucket_cap_mb: expected a finite number > 0 (MiB), got {self.bucket_cap_mb}")
-        if not isinstance(self.reduce_gradients, bool):
-            raise TypeError(f"reduce_gradients: expected True or False, got {self.reduce_gradients!r}")
+        for name in ("reduce_gradients", "whole_state_dict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name, kind in (("main_parameter", MainParameter), ("moments", Moments)):
             value = getattr(self, name)
             if not isinstance(value, kind):

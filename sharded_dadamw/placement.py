@@ -93,6 +93,25 @@ def local_gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
+def like_parameter(part: Tensor, param: Any) -> Tensor:
+    """A copy of this rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
+
+    Args:
+        part: Local shape of the parameter.
+        param: The parameter.
+
+    Returns:
+        A tensor in host memory, or a DTensor where the parameter is.
+    """
+    if not hasattr(param, "to_local"):
+        return part.to("cpu", copy=True)
+    mesh, placements = param.device_mesh, param.placements
+    distributed: Tensor = type(param).from_local(
+        part.clone(), mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+    return distributed
+
+
 def _of_tensor(param: Any) -> Placement:
     if not hasattr(param, "to_local"):
         return Placement(tuple(param.shape))

@@ -39,7 +39,7 @@ from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.placement import placements_of
 from sharded_dadamw.reducer import Reducer
-from sharded_dadamw.state_dict import match_state, shard_identity
+from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
 
@@ -562,23 +562,32 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return sum(bucket.state_bytes for bucket in self._buckets)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shards, in torch's format, and under ``state["shard"]`` which shards they are.
+        """The state in torch's format: this rank's shards, or with ``ShardingConfig.whole_state_dict`` all of it.
 
-        The tensors are views of the live state. Each rank saves its own, and loads it back at the same world size.
+        Shards are views of the live state, and ``state["shard"]`` says which they are: each rank saves its own, and
+        loads it back at the same world size. The whole is the same on every rank, in host memory, and loads anywhere;
+        making it is collective, so call it on every rank then.
         """
         state_dict = super().state_dict()
-        state_dict["state"][SHARD] = shard_identity(self._buckets)
+        if self._config.whole_state_dict:
+            self._collectives.check_alive()
+            state_dict["state"] = gather_state(self._buckets, self._collectives)
+            self._sent_before = self._collectives.bytes_sent
+        else:
+            state_dict["state"][SHARD] = shard_identity(self._buckets)
         return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned on the same rank of an equally large group: all of it, or nothing.
+        """Load shards of the same rank of an equally large group, or whole tensors from anywhere; all or nothing.
 
-        Hyperparameters come from ``state_dict``, as in torch. State is copied into place, in the dtype it was saved in.
+        Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW or
+        Composer's optimizer. Hyperparameters come from ``state_dict``, as in torch. State is copied into place, and
+        never rounded, but for moments in 8 bits.
 
         Raises:
-            ValueError: It comes from another kind of optimizer, rank, group size or layout, or an entry is missing, has
-                another shape or another dtype; names the first difference.
+            ValueError: Shards come from another rank, group size or layout, or an entry is missing, has another shape
+                or a dtype that would be rounded; names the first difference.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -67,7 +67,9 @@ HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.6), eps=1e-8, weight_decay=2
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "composer": composer.optim.DecoupledAdamW,
     "decoupled": DecoupledAdamW,
-    "sharded": lambda *args, **kw: ShardedDecoupledAdamW(*args, config=ShardingConfig(reduce_gradients=False), **kw),
+    "sharded": lambda *args, **kw: ShardedDecoupledAdamW(
+        *args, config=ShardingConfig(reduce_gradients=False, whole_state_dict=True), **kw
+    ),
 }
 LAYOUTS: dict[str, Callable[[], ParallelismConfig | None]] = {
     "plain": lambda: None,  # on several ranks the Trainer wraps the model in DistributedDataParallel

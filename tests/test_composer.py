@@ -230,7 +230,6 @@ def test_weights_saved_under_the_sharded_optimizer_are_those_of_the_unsharded_on
     assert sharded["losses"] == pytest.approx(unsharded["losses"], rel=1e-6)
 
 
-@pytest.mark.xfail(reason="torch.distributed.checkpoint cannot name the shards of one rank", strict=True)
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_the_sharded_optimizer_is_saved_and_resumed_bit_for_bit(results: Results, num_ranks: int) -> None:
     for rank in results[num_ranks]:

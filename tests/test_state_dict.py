@@ -1,0 +1,261 @@
+"""Whole state dicts: the tensors of the unsharded optimizer, from and into any number of ranks and any layout."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from tests.models import draw_gradient, make_groups, mean_in_rank_order, named
+from tests.pool import on_ranks
+
+LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
+NUM_STEPS = 3
+NUM_GRADIENTS = 4  # of which the mean is taken, whatever the number of ranks
+
+
+def give_means(params: dict[str, nn.Parameter], step: int) -> None:
+    for index, p in enumerate(params.values()):
+        if p.requires_grad:
+            p.grad = mean_in_rank_order([draw_gradient(p, step, rank, index) for rank in range(NUM_GRADIENTS)])
+
+
+def train(optimizer: Any, params: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        give_means(params, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def build(group: Any, parameters: str, seed: int = 0, **settings: Any) -> tuple[dict[str, nn.Parameter], Any]:
+    """Gradients are given as means, so that every number of ranks sees the same ones."""
+    groups = make_groups(parameters, seed)
+    config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, whole_state_dict=True, **settings)
+    return named(groups), ShardedDecoupledAdamW(groups, **LAW, process_group=group, config=config)
+
+
+def saved_on(
+    group: Any, parameters: str, settings: dict[str, Any]
+) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
+    """What a run saves, its weights then, and where it goes from there."""
+    params, optimizer = build(group, parameters, **settings)
+    train(optimizer, params, range(NUM_STEPS))
+    saved = optimizer.state_dict()
+    then = [p.detach().clone() for p in params.values()]
+    train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
+    return saved, then, [p.detach().clone() for p in params.values()]
+
+
+def resumed_on(
+    group: Any, parameters: str, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str
+) -> list[Tensor]:
+    params, optimizer = build(group, parameters, seed=1, **settings)
+    if first == "optimizer":
+        optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for p, weight in zip(params.values(), weights, strict=True):
+            p.copy_(weight)
+    if first == "weights":
+        optimizer.load_state_dict(saved)
+    train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
+    return [p.detach().clone() for p in params.values()]
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32": ("odd sizes", {}),
+    "groups, one with amsgrad": ("several groups", {}),
+    "bf16, fp32 main": ("bf16", {}),
+    "bf16, remainder, bf16 moments": (
+        "bf16",
+        dict(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16),
+    ),
+    "mixed dtypes": ("mixed dtypes", {}),
+    "frozen": ("frozen", {}),
+}
+
+
+@pytest.mark.parametrize("first", ["optimizer", "weights"])
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 3), (2, 2), (3, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_a_run_goes_on_bit_for_bit_on_another_number_of_ranks(
+    form: str, saved_at: int, loaded_at: int, first: str
+) -> None:
+    parameters, settings = FORMS[form]
+    saved, weights, expected = on_ranks(saved_at, saved_on, parameters, settings)[-1]
+    for resumed in on_ranks(loaded_at, resumed_on, parameters, settings, saved, weights, first):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
+
+
+def test_it_is_the_unsharded_optimizers_state_on_every_rank() -> None:
+    groups = make_groups("several groups", 0)
+    params = named(groups)
+    control = DecoupledAdamW(groups, **LAW)
+    train(control, params, range(NUM_STEPS))
+    expected = control.state_dict()
+    for saved, _, _ in on_ranks(3, saved_on, "several groups", {}):
+        assert saved["param_groups"] == expected["param_groups"]
+        assert saved["state"].keys() == expected["state"].keys()
+        for index, entries in expected["state"].items():
+            assert saved["state"][index].keys() == entries.keys()
+            assert all(torch.equal(saved["state"][index][key], value) for key, value in entries.items())
+
+
+def test_the_unsharded_optimizer_and_ours_load_each_others() -> None:
+    saved, weights, expected = on_ranks(2, saved_on, "odd sizes", {})[0]
+    groups = make_groups("odd sizes", 1)
+    params = named(groups)
+    control = DecoupledAdamW(groups, **LAW)
+    control.load_state_dict(saved)
+    with torch.no_grad():
+        for p, weight in zip(params.values(), weights, strict=True):
+            p.copy_(weight)
+    state = copy.deepcopy(control.state_dict())
+    train(control, params, range(NUM_STEPS, 2 * NUM_STEPS))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(params.values(), expected, strict=True))
+    for resumed in on_ranks(3, resumed_on, "odd sizes", {}, state, weights, "weights"):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
+
+
+def test_the_state_of_torchs_adamw_loads() -> None:
+    groups = make_groups("odd sizes", 0)
+    params = named(groups)
+    control = AdamW(groups, **LAW)
+    train(control, params, range(NUM_STEPS))
+    ours, optimizer = build(None, "odd sizes")
+    optimizer.load_state_dict(control.state_dict())
+    for mine, theirs in zip(ours.values(), params.values(), strict=True):
+        assert torch.equal(optimizer.state[mine]["exp_avg"], control.state[theirs]["exp_avg"].flatten())
+        assert optimizer.state[mine]["step"] == NUM_STEPS
+    assert optimizer.param_groups[0]["initial_lr"] == LAW["lr"]
+
+
+def test_a_state_that_never_stepped_starts_from_scratch() -> None:
+    params, optimizer = build(None, "bf16")
+    train(optimizer, params, range(1))
+    optimizer.load_state_dict(AdamW(make_groups("bf16", 0), **LAW).state_dict())
+    for entries in optimizer.state.values():
+        assert all(not value.any() for key, value in entries.items() if key != "main_param")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("entry", "p3.*exp_avg"),
+        ("shape", r"p1, exp_avg: expected .*\[13, 3\].*\[5\]"),
+        ("dtype", "p1.*float64"),
+        ("amsgrad", "amsgrad"),
+    ],
+)
+def test_a_whole_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, said: str) -> None:
+    params, optimizer = build(None, "odd sizes")
+    train(optimizer, params, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, params, range(1, 2))
+    if kind == "entry":
+        del saved["state"][3]["exp_avg"]
+    elif kind == "shape":
+        saved["state"][1]["exp_avg"] = torch.zeros(5)
+    elif kind == "dtype":
+        saved["state"][1]["exp_avg_sq"] = saved["state"][1]["exp_avg_sq"].double()
+    else:
+        saved["param_groups"][0]["amsgrad"] = True
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=said):
+        optimizer.load_state_dict(saved)
+    for index, entries in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before["state"][index][key]) for key, value in entries.items())
+
+
+# --- through torch.distributed.checkpoint, and on DTensors ---
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 11), nn.Linear(11, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y
+
+
+def fit(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        model(torch.randn(4, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(tensor: Any) -> Tensor:
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return full.clone()
+
+
+def through_torch_checkpoint(group: Any, hsdp: bool) -> bool:
+    """Saved by name through torch's functions, loaded by name into a fresh model and optimizer."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
+    if hsdp:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    config = ShardingConfig(whole_state_dict=True)
+
+    def make() -> tuple[nn.Module, Any]:
+        model: nn.Module = fully_shard(Model(), mesh=mesh) if hsdp else Model()
+        sharing = {} if hsdp else {"process_group": group}
+        return model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config, **sharing)
+
+    model, optimizer = make()
+    fit(model, optimizer, range(NUM_STEPS))
+    state = get_optimizer_state_dict(model, optimizer)
+    assert state["state"]["first.weight"]["exp_avg"].shape == (11, 6)
+    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    resumed, again = make()
+    resumed.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(resumed, again, state)
+    fit(model, optimizer, range(NUM_STEPS, 2 * NUM_STEPS))
+    fit(resumed, again, range(NUM_STEPS, 2 * NUM_STEPS))
+    same = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+    alone = Model()
+    control = DecoupledAdamW(alone.named_parameters(), **LAW)
+    fit(alone, control, range(NUM_STEPS))
+    expected = get_optimizer_state_dict(alone, control)["state"]
+    for name, entries in full["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(whole(value), expected[name][key]), f"{key} of {name}"
+    return same
+
+
+@pytest.mark.parametrize(("num_ranks", "hsdp"), [(1, False), (2, False), (4, True)])
+def test_torchs_checkpoint_functions_save_and_load_it_by_name(num_ranks: int, hsdp: bool) -> None:
+    assert on_ranks(num_ranks, through_torch_checkpoint, hsdp) == [True] * num_ranks
+
+
+def shards_of_hsdp(_: Any) -> str:
+    """A rank's shards know which part of each DTensor they belong to."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(Model(), mesh=mesh)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    fit(model, optimizer, range(NUM_STEPS))
+    saved = copy.deepcopy(optimizer.state_dict())
+    fit(model, optimizer, range(1))
+    optimizer.load_state_dict(saved)
+    saved["state"]["shard"]["parts"] = {index: "another" for index in saved["state"]["shard"]["parts"]}
+    with pytest.raises(ValueError) as refusal:
+        optimizer.load_state_dict(saved)
+    return str(refusal.value)
+
+
+def test_shards_of_another_part_are_refused() -> None:
+    assert all(message.startswith("parts: ") for message in on_ranks(4, shards_of_hsdp))
