@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from sharded_dadamw import kernels
 from sharded_dadamw.gradients import CopiedGradients, ForeignGradients, OwnGradients
 from sharded_dadamw.layout import BucketLayout, Fragment
-from sharded_dadamw.operands import Operands, Update
+from sharded_dadamw.operands import Form, Operands, Update
 from sharded_dadamw.parameters import NamedParameter
 from sharded_dadamw.precision import image
 from sharded_dadamw.storage import Storage, num_bytes, part_of, put_back_, widened
@@ -122,6 +122,15 @@ class Bucket:
     def is_borrowed(self) -> bool:
         """Whether the parameters' memory belongs to something else."""
         return isinstance(self.weights, BorrowedWeights)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the norms of its updates come out of the updates; the same on every rank."""
+        moments = torch.float32 if self.storage.in_8_bits else self.storage.moments
+        shard, amsgrad = self.weights.shard, self.max_exp_avg_sq is not None
+        form = Form(shard.device, shard.dtype, self.gradients.shard.dtype, moments, self.storage.main, amsgrad)
+        measures: bool = kernels.kernel_for(form).Update.measures_in_passing
+        return measures
 
     @property
     def shards(self) -> dict[str, Tensor]:

@@ -388,10 +388,11 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
 
 
 def common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:
-    """The first group of more than one rank of which each choice has one with the same ranks, or None."""
+    """The largest group of which each choice has one with the same ranks, or None."""
     ranks = [{frozenset(dist.get_process_group_ranks(group)) for group in groups} for groups in choices]
-    first = [(frozenset(dist.get_process_group_ranks(group)), group) for group in choices[0]] if choices else []
-    return next((g for key, g in first if len(key) > 1 and all(key in others for others in ranks)), None)
+    common = set.intersection(*ranks) if ranks else set()
+    groups = {frozenset(dist.get_process_group_ranks(group)): group for group in choices[0]} if choices else {}
+    return groups[max(common, key=len)] if common else None
 
 
 def connect_over(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, overload
-from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -18,12 +17,13 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
+from sharded_dadamw.clipping import FoldedClip, check_clip, clip_coefficient, require_finite
 from sharded_dadamw.collectives import Collectives, connect, connect_over
 from sharded_dadamw.metrics import Held, Monitored
-from sharded_dadamw.norms import check_clip, clip_coefficient, global_norm, require_finite
+from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Form, Operands, Update
 from sharded_dadamw.parameters import named_parameters
-from sharded_dadamw.placement import local, local_gradient, placements_of
+from sharded_dadamw.placement import is_of_fsdp1, local, local_gradient, placements_of
 from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
 from sharded_dadamw.update import Hyperparameters, check_group, value_of
 
@@ -66,9 +66,6 @@ class DecoupledAdamW(Monitored, AdamW):
     Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
 
-    _step_supports_amp_scaling = True
-    """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -98,9 +95,7 @@ class DecoupledAdamW(Monitored, AdamW):
                 given.
         """
         self._forget_steps()
-        self._clip: Tensor | None = None
-        self._clipped: list[tuple[ReferenceType[Tensor], int]] = []
-        self._is_clip_used = False
+        self._folded_clip: FoldedClip | None = None
         self._is_fresh = True
         self._needs_names = norm_group is not None
         self._norm_ranks: Collectives | None = None
@@ -122,7 +117,7 @@ class DecoupledAdamW(Monitored, AdamW):
             ValueError: As the constructor, or a parameter is in a group already.
         """
         self._check_group(param_group)
-        self._roll = None  # a new parameter may have the id of an old one
+        self._forget_parameters()
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
@@ -179,6 +174,14 @@ class DecoupledAdamW(Monitored, AdamW):
         for _, copies in alike:
             _put_back_(copies)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes.
+
+        Not for FSDP1, whose own scaler then would not hear of the other ranks' gradients.
+        """
+        return not any(is_of_fsdp1(param) for group in self.param_groups for param in group["params"])
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -209,11 +212,12 @@ class DecoupledAdamW(Monitored, AdamW):
             for param, _, hyper in self._with_gradients():
                 self._make_state(param, hyper)
             return loss
-        divisor, found_inf = self._take_clip(), getattr(self, "found_inf", None)
+        clip, found_inf = self._current_clip(for_step=True), getattr(self, "found_inf", None)
+        divisor = None if clip is None else clip.use()
         if (scale := getattr(self, "grad_scale", None)) is not None:
             divisor = scale if divisor is None else divisor * scale
         if found_inf is not None:
-            found_inf = found_inf.to(torch.float32, copy=True).reshape(())
+            found_inf = torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
             self._call_roll()[0].collectives.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
         self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
         for index, (group, hyper) in enumerate(zip(self.param_groups, self._last.hypers, strict=True)):
@@ -237,13 +241,18 @@ class DecoupledAdamW(Monitored, AdamW):
 
         It sets every lr to 0 and every gradient to zeros. A step that was counted would make the first real update 1.36
         times too small (at beta2 0.95). Collective where parameters are sharded, since a rank's own part of the real
-        gradients may be zeros; all ranks ask at their first step, if it has lr 0, and never again.
+        gradients may be zeros: all ranks ask at their first step, if it has lr 0, and never again, since a rank without
+        elements never has state.
         """
-        is_first, self._is_fresh = self._is_fresh and not self.state, False
-        lrs = [group["lr"] for group in self.param_groups]
-        if not is_first or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs):
-            return False
+        is_first, self._is_fresh = self._is_fresh, False
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        lrs = [group["lr"] for group in self.param_groups]
+        if any(self.state.values()) or any(
+            (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs
+        ):
+            return False
+        if not is_first and any(hasattr(param, "to_local") or is_of_fsdp1(param) for param in params):
+            return False
         is_real = any(param.grad is None or local(param.grad).any() for param in params)
         answer = torch.tensor(float(is_real), device=self._device)
         self._call_roll()[0].collectives.all_reduce_(answer, dist.ReduceOp.MAX).wait()
@@ -309,68 +318,49 @@ class DecoupledAdamW(Monitored, AdamW):
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         check_clip(max_norm, norm_type)
-        already = self._clip if self._has_clipped() else None
+        already = self._current_clip()
         counts, collectives = self._counts(), self._call_roll()[0].collectives
         clipped = [(param, grad) for param, grad, _ in self._with_gradients()]
         gradients = [(id(param), local_gradient(param)) for param, _ in clipped]  # all: that may be collective
         counted = [gradient for param, gradient in gradients if counts[param]]
         norm = global_norm(counted, norm_type, collectives=collectives, device=self._device)
         if already is not None:
-            norm = norm * already
+            norm = norm * already.coefficient
         if error_if_nonfinite:
             require_finite(norm, norm_type)
-        clip = clip_coefficient(norm, max_norm)
-        self._clip = clip if already is None else already * clip
-        self._clipped = [(ref(grad), grad._version) for _, grad in clipped]
-        self._is_clip_used = False
+        coefficient = clip_coefficient(norm, max_norm)
+        if already is not None:
+            coefficient = coefficient * already.coefficient
+        self._folded_clip = FoldedClip(coefficient, [grad for _, grad in clipped])
         return norm
 
-    def _has_clipped(self) -> bool:
-        """Whether the gradients are those that were clipped.
-
-        Raises:
-            RuntimeError: They are, but have changed since, and no step has used them yet.
-        """
-        if self._clip is None:
-            return False
-        clipped = {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
-        now = [(id(grad), grad._version) for grad in grads if grad is not None]
-        if all(clipped.get(grad) == version for grad, version in now):
-            return True
-        if not self._is_clip_used and any(grad in clipped for grad, _ in now):
-            raise RuntimeError(
-                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or drop "
-                "them with optimizer.zero_grad()"
-            )
-        self._clip = None
-        return False
-
-    def _take_clip(self) -> Tensor | None:
-        """What gradients are to be divided by in a step; None means 1."""
-        if not self._has_clipped() or self._clip is None:
-            return None
-        self._is_clip_used = True
-        return 1.0 / self._clip
+    def _current_clip(self, *, for_step: bool = False) -> FoldedClip | None:
+        """The clip of the gradients that there are now, if they were clipped; a step must not miss it."""
+        if self._folded_clip is not None:
+            grads = [grad for _, grad, _ in self._with_gradients()]
+            if not self._folded_clip.is_for(grads):
+                if for_step:
+                    self._folded_clip.require_unchanged(grads)
+                self._folded_clip = None
+        return self._folded_clip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         super().zero_grad(set_to_none)
-        self._clip = None
+        self._folded_clip = None
 
     def _held_ids(self) -> list[int]:
-        return [id(param) for group in self.param_groups for param in group["params"] if param.requires_grad]
+        return [id(param) for group in self.param_groups for param in group["params"]]
 
     def _held(self) -> list[Held]:
-        return [
-            Held(member.param, member.name, member.placement.part)
-            for member in named_parameters(self.param_groups)
-            if member.param.requires_grad
-        ]
+        members = named_parameters(self.param_groups)
+        return [Held(member.param, member.name, member.placement.part) for member in members]
 
     def _connect_for_norms(self) -> Collectives:
         if self._norm_ranks is not None:
             return self._norm_ranks
+        if self._needs_names:
+            raise ValueError("expected norm_group, which this copy of an optimizer has lost; build a new one with it")
         placements = placements_of([param for group in self.param_groups for param in group["params"]])
         return connect_over([group for placement in placements for group in placement.others], self._device)
 
@@ -389,16 +379,22 @@ class DecoupledAdamW(Monitored, AdamW):
         )
 
     def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
-        exp_avg = self.state[param]["exp_avg"] if param in self.state else None
+        exp_avg = self.state.get(param, {}).get("exp_avg")
         return value_of(local(param), None), None if exp_avg is None else local(exp_avg)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
+        return {**super().__getstate__(), "_needs_names": self._needs_names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._ready_updates, self._captured_updates = {}, []
-        self._is_fresh, self._needs_names, self._norm_ranks = False, False, None
-        self._clip = None
-        self._forget_steps()
+        if not hasattr(self, "_norm_ranks"):  # torch calls this for a loaded state, too
+            self._is_fresh, self._norm_ranks = True, None
+            self._needs_names = state.get("_needs_names", False)
+            self._folded_clip = None
+            self._forget_steps()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.

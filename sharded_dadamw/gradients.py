@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from sharded_dadamw.collectives import Collectives, Handle
 from sharded_dadamw.layout import BucketLayout
 from sharded_dadamw.parameters import NamedParameter
-from sharded_dadamw.placement import local_gradient
+from sharded_dadamw.placement import local, local_gradient
 
 
 class Stage(Enum):
@@ -44,7 +45,7 @@ class Gradients(ABC):
         """Start without gradients, for ``members`` in slot order."""
         self.stage = Stage.LOCAL
         self._members = tuple(members)
-        self._marked: list[tuple[Tensor, int]] = []
+        self._marked: list[tuple[ReferenceType[Tensor], int]] = []
 
     @property
     def present(self) -> tuple[bool, ...]:
@@ -59,12 +60,13 @@ class Gradients(ABC):
     def mark(self, stage: Stage) -> None:
         """Say what the gradients mean from now on, and remember which they are, so that their end is noticed."""
         self.stage = stage
-        self._marked = [] if stage is Stage.LOCAL else self._existing()
+        self._marked = [] if stage is Stage.LOCAL else [(ref(grad), version) for grad, version in self._existing()]
 
     def _existing(self) -> list[tuple[Tensor, int]]:
         """The gradients there are, each with the count of in-place changes to its memory."""
         grads = (member.param.grad for member in self._members)
-        return [(grad, grad._version) for grad in grads if grad is not None and grad.numel()]
+        # FSDP2 accumulates into what is local, which a DTensor does not notice.
+        return [(grad, local(grad)._version) for grad in grads if grad is not None and grad.numel()]
 
     def reopen_if_ended(self, *, arriving: int | None = None) -> None:
         """Go back to LOCAL if the marked gradients were dropped or cleared, by ``model.zero_grad`` or by hand.
@@ -82,8 +84,8 @@ class Gradients(ABC):
             self.mark(Stage.LOCAL)
 
     def _marked_ended(self, arriving: Tensor | None) -> bool:
-        marked = {id(grad): version for grad, version in self._marked}
-        kept = [(grad, grad._version - marked[id(grad)]) for grad, _ in self._existing() if id(grad) in marked]
+        marked = {id(grad()): version for grad, version in self._marked}
+        kept = [(grad, version - marked[id(grad)]) for grad, version in self._existing() if id(grad) in marked]
         # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
         # show its zeros any more, but has changed once more.
         added = any(grad is arriving for grad, _ in kept)
@@ -106,7 +108,8 @@ class Gradients(ABC):
         self.reopen_if_ended()
         if self.stage is Stage.CONSUMED:
             raise self._uncleared()
-        if self.stage is Stage.REDUCED and not _are_same(self._existing(), self._marked):
+        marked = [(id(grad()), version) for grad, version in self._marked]
+        if self.stage is Stage.REDUCED and [(id(grad), version) for grad, version in self._existing()] != marked:
             if not (to_clip and self.can_be_read_again):
                 raise RuntimeError(
                     f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by "
@@ -324,10 +327,6 @@ class _ThenCopy:
     def wait(self) -> None:
         self._reduction.wait()
         self._target.copy_(self._result)
-
-
-def _are_same(now: Sequence[tuple[Tensor, int]], before: Sequence[tuple[Tensor, int]]) -> bool:
-    return [(id(grad), version) for grad, version in now] == [(id(grad), version) for grad, version in before]
 
 
 def _check(member: NamedParameter, grad: Tensor) -> None:

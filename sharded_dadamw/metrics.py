@@ -100,23 +100,25 @@ class LastStep:
 
 
 class Held(NamedTuple):
-    """This rank's part of a trainable parameter."""
+    """This rank's part of a parameter."""
 
     param: Tensor
     name: str
     part: str
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """Metrics of all parameters of all ranks: per metric a row, in which each parameter has its place.
 
     Attributes:
         place_of: The place of each parameter of this rank, by its id.
+        shown: By its place the name of each parameter that is trainable, or was when names were exchanged.
         squares: Per norm fp64 [num_names], the sums of squares.
         values: Per metric num_names 0-d fp32 tensors.
     """
 
     place_of: Mapping[int, int]
+    shown: Mapping[int, str]
     squares: Mapping[str, Tensor]
     values: Mapping[str, Sequence[Tensor]]
 
@@ -148,6 +150,11 @@ class Monitored:
         self._values: dict[int, Mapping[str, Tensor]] | None = None
         self._roll: tuple[Sequence[int], Roll, Mapping[int, int]] | None = None
 
+    def _forget_parameters(self) -> None:
+        """Let go of parameters that may no longer be here; a new one may have the id of an old one."""
+        self._last = LastStep()
+        self._reported, self._values, self._roll = {}, None, None
+
     def _begin_step(
         self, hypers: Sequence[Hyperparameters], grad_divisor: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -164,7 +171,7 @@ class Monitored:
 
     @abstractmethod
     def _held(self) -> list[Held]:
-        """This rank's parts of the trainable parameters, in the order of their groups."""
+        """This rank's parts of the parameters, in the order of their groups."""
 
     @abstractmethod
     def _connect_for_norms(self) -> Collectives:
@@ -188,7 +195,8 @@ class Monitored:
         if self._roll is None or self._roll[0] != ids:
             self._roll = None
             held = self._held()
-            roll = call_roll(self._connect_for_norms(), [(part.name, part.part) for part in held])
+            entries = [(part.name, part.part, part.param.requires_grad) for part in held]
+            roll = call_roll(self._connect_for_norms(), entries)
             self._roll = ids, roll, {id(part.param): index for index, part in enumerate(held)}
         return self._roll[1:]
 
@@ -210,19 +218,18 @@ class Monitored:
                 and a gradient that would have to be measured now is gone.
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
-        roll, _ = self._call_roll()
         table = self._add_up()
         found = {
             f"{metric}/{name}": values[place]
-            for place, name in enumerate(roll.names)
+            for place, name in table.shown.items()
             for metric, values in table.values.items()
         }
         for metric, squares in table.squares.items():
             found[f"{metric}/global"] = squares.sum().sqrt().to(torch.float32)
         hypers = self._last.hypers or [Hyperparameters.from_group(group) for group in self.param_groups]
         for index, hyper in enumerate(hypers):
-            decay = torch.as_tensor(hyper.decay, dtype=torch.float32)
-            found[f"effective_decay/group_{index}"] = decay.to(self._device, non_blocking=True)
+            decay = torch.as_tensor(hyper.decay, dtype=torch.float32).to(self._device, non_blocking=True)
+            found[f"effective_decay/group_{index}"] = self._unless_skipped(decay)
         skipped = torch.zeros(()) if self._num_skipped is None else self._num_skipped
         found["skipped_steps"] = skipped.to(self._device, torch.float32, non_blocking=True)
         return found
@@ -322,22 +329,27 @@ class Monitored:
             self._values = {}
             for params, squares in self._squares(self._last.updated_here()):
                 norms = squares.sqrt().to(torch.float32).unbind()
-                own = [self._call_functions(param) for param in params]
-                for param, row, others in zip(params, norms, own, strict=True):
+                own = self._own_functions()
+                for param, row in zip(params, norms, strict=True):
+                    others = self._call_functions(param)
                     measured = dict(zip(NORMS, row.unbind(), strict=True))
                     self._values[id(param)] = {
-                        metric: others[metric] if metric in others else measured[_MEASURED[function]]
+                        metric: others[metric] if metric in own else measured[_MEASURED[function]]
                         for metric, function in self.metric_functions.items()
+                        if metric not in own or metric in others
                     }
         return self._values
 
-    def _add_up(self) -> _Table:
+    def _add_up(self) -> Table:
         """The metrics of all parameters, of all ranks. Collective."""
         roll, index_of = self._call_roll()
         own = self._own_functions()
         squares = torch.zeros(len(roll.names), len(NORMS), dtype=torch.float64, device=self._device)
         others = torch.zeros(len(own), 2, len(roll.names), dtype=torch.float64, device=self._device)
-        for params, part in self._squares([held.param for held in self._held()]):
+        here = [(held.param, roll.rows[index_of[id(held.param)]]) for held in self._held()]
+        trainable = {row for row, was in enumerate(roll.trainable) if was}
+        trainable |= {row for param, row in here if param.requires_grad}
+        for params, part in self._squares([param for param, row in here if row in trainable]):
             counted = [
                 (row, roll.rows[index_of[id(param)]])
                 for row, param in enumerate(params)
@@ -347,9 +359,12 @@ class Monitored:
                 rows, places = torch.tensor(counted).to(self._device, non_blocking=True).unbind(1)
                 squares[places] = part[rows]
         for param in self._last.updated_here() if own else ():
+            if id(param) not in index_of:
+                continue
             place = roll.rows[index_of[id(param)]]
-            for number, (metric, value) in enumerate(self._call_functions(param).items()):
+            for metric, value in self._call_functions(param).items():
                 if roll.counts[index_of[id(param)]]:
+                    number = own.index(metric)
                     others[number, 0, place] = value.to(torch.float64).square() if _is_norm(metric) else value
                     others[number, 1, place] = 1.0
         packed = torch.cat([squares.flatten(), others.flatten()])
@@ -364,8 +379,9 @@ class Monitored:
             metric: total.sqrt() if _is_norm(metric) else total / counts[own.index(metric)]
             for metric, total in totals.items()
         }
-        return _Table(
+        return Table(
             {param: roll.rows[index] for param, index in index_of.items()},
+            {row: roll.names[row] for row in sorted(trainable)},
             {metric: total for metric, total in totals.items() if _is_norm(metric)},
             {metric: value.to(torch.float32).unbind() for metric, value in values.items()},
         )
@@ -404,11 +420,13 @@ class Monitored:
         return [metric for metric, function in functions if function not in _MEASURED or not _is_norm(metric)]
 
     def _call_functions(self, param: Tensor) -> dict[str, Tensor]:
-        """What a user's functions return for this rank's part of an updated parameter."""
+        """What a user's functions return for this rank's part of an updated parameter, if that has elements."""
         own = self._own_functions()
         if not own:
             return {}
         operands, hyper = self._as_updated(param)
+        if not operands.param.numel():
+            return {}
         part = operands.param.detach()
         part.grad = self._divided_gradient(operands).to(part.dtype)
         state = {key: local(value) for key, value in self.state[param].items()}
@@ -430,9 +448,11 @@ class Monitored:
         value = value_of(operands.param, operands.main)
         maximum = operands.max_exp_avg_sq
         second_moment = operands.exp_avg_sq if maximum is None else maximum
-        update = applied_update(value, operands.exp_avg, second_moment, operands.step, hyper=hyper)
+        return self._unless_skipped(applied_update(value, operands.exp_avg, second_moment, operands.step, hyper=hyper))
+
+    def _unless_skipped(self, values: Tensor) -> Tensor:
         found_inf = self._last.found_inf
-        return update if found_inf is None else torch.where(found_inf != 0, torch.zeros_like(update), update)
+        return values if found_inf is None else torch.where(found_inf != 0, torch.zeros_like(values), values)
 
 
 def _is_norm(metric: str) -> bool:

@@ -34,6 +34,7 @@ class Roll:
         rows: Per parameter of this rank its place in ``names``.
         counts: Per parameter of this rank whether this rank counts its part.
         leads: Per parameter of this rank whether this is the first rank that holds any part of it.
+        trainable: Per name whether it was trainable when the roll was called.
     """
 
     collectives: Collectives
@@ -41,42 +42,35 @@ class Roll:
     rows: tuple[int, ...]
     counts: tuple[bool, ...]
     leads: tuple[bool, ...]
+    trainable: tuple[bool, ...]
 
 
-def call_roll(collectives: Collectives, held: Sequence[tuple[str, str]]) -> Roll:
+def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool]]) -> Roll:
     """Find out who counts what. Collective, and host-blocking.
 
     Args:
         collectives: The ranks that hold the parts of the parameters.
-        held: Name and part of each parameter of this rank. One name means one parameter, one part the same elements.
+        held: Of each parameter of this rank the name, the part, and whether it is trainable. One name means one
+            parameter, and one part the same elements.
     """
     first_holder: dict[tuple[str, str], int] = {}
     leader: dict[str, int] = {}
     row_of: dict[str, int] = {}
+    trainable: dict[str, bool] = {}
     for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
-        for name, part in json.loads(text):
+        for name, part, is_trainable in json.loads(text):
             first_holder.setdefault((name, part), rank)
             leader.setdefault(name, rank)
             row_of.setdefault(name, len(row_of))
+            trainable[name] = is_trainable or trainable.get(name, False)
     return Roll(
         collectives,
         names=tuple(row_of),
-        rows=tuple(row_of[name] for name, _ in held),
-        counts=tuple(first_holder[name, part] == collectives.rank for name, part in held),
-        leads=tuple(leader[name] == collectives.rank for name, _ in held),
+        rows=tuple(row_of[name] for name, _, _ in held),
+        counts=tuple(first_holder[name, part] == collectives.rank for name, part, _ in held),
+        leads=tuple(leader[name] == collectives.rank for name, _, _ in held),
+        trainable=tuple(trainable[name] for name in row_of),
     )
-
-
-def check_clip(max_norm: float, norm_type: float) -> None:
-    """Refuse what no gradient can be clipped by.
-
-    Raises:
-        ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
-    """
-    if not max_norm >= 0.0:
-        raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
-    if norm_type not in (2.0, math.inf):
-        raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
 
 
 def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collectives, device: torch.device) -> Tensor:
@@ -103,29 +97,6 @@ def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collec
         total = sums_of_squares(filled).sum()
     collectives.all_reduce_(total, dist.ReduceOp.SUM).wait()
     return total.sqrt().to(torch.float32)
-
-
-def require_finite(norm: Tensor, norm_type: float) -> None:
-    """Wait for a norm of gradients.
-
-    Raises:
-        RuntimeError: It is nan or infinite.
-    """
-    if not torch.isfinite(norm):
-        raise RuntimeError(
-            f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
-            "error_if_nonfinite=False"
-        )
-
-
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are multiplied by, at most 1; torch's ``clip_grad_norm_`` has the same formula.
-
-    Args:
-        norm: 0-d fp32.
-        max_norm: The norm that must not be exceeded.
-    """
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def sums_of_squares(runs: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,19 +47,24 @@ class NamedParameter:
         """Everything about it that has to be equal on all ranks."""
         kind = "trainable" if self.param.requires_grad else "frozen"
         dtype = str(self.param.dtype).removeprefix("torch.")
-        part = self.placement.part and f", part {self.placement.part}"
-        return f"{self.name}, {dtype} {list(self.param.shape)}{part}, {kind}, in group {self.group_index}"
+        return f"{self.name}, {dtype} {list(self.param.shape)}, {kind}, in group {self.group_index}"
 
 
 def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter]:
-    """All parameters in the order of their groups; unnamed ones are called by their place in ``param_groups``."""
+    """All parameters in the order of their groups.
+
+    Unnamed ones are called by their place in ``param_groups``, which is added to a name that several have.
+    """
     members: list[NamedParameter] = []
     num_elements = 0
+    num_bearers = Counter(name for group in groups for name in group.get("param_names", ()))
     placements = iter(placements_of([param for group in groups for param in group["params"]]))
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             place = f"param_groups[{group_index}]['params'][{position}]"
             name = group["param_names"][position] if "param_names" in group else place
+            if num_bearers[name] > 1:
+                name = f"{name} of {place}"
             placement = next(placements)
             first_element = num_elements + placement.first_element
             members.append(NamedParameter(name, param, len(members), group_index, first_element, placement))

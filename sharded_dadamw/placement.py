@@ -136,8 +136,8 @@ def _of_fsdp1(param: Tensor, handles: dict[int, Any]) -> Placement:
     handle = handles.get(id(param))
     if handle is None:
         raise ValueError(
-            "expected the parameters of a living FullyShardedDataParallel module, got one whose module is gone; "
-            "build the optimizer from model.parameters() of the wrapped model"
+            "expected the parameters of a living FullyShardedDataParallel module, got one whose module cannot be "
+            "found; keep the wrapped model, and do not hide it with gc.freeze()"
         )
     group = (ref(handle.process_group),)
     if not handle.uses_sharded_strategy:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -28,16 +28,17 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
+from sharded_dadamw.clipping import check_clip, clip_coefficient, require_finite
 from sharded_dadamw.collectives import Collectives, common_group, connect, connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gradients import Stage
 from sharded_dadamw.layout import BucketLayout, plan_buckets
-from sharded_dadamw.metrics import Held
-from sharded_dadamw.norms import check_clip, clip_coefficient, global_norm, require_finite
+from sharded_dadamw.metrics import Held, Table
+from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
-from sharded_dadamw.placement import placements_of
+from sharded_dadamw.placement import Placement, placements_of
 from sharded_dadamw.reducer import Reducer
 from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
 from sharded_dadamw.storage import Storage, widened
@@ -124,15 +125,17 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._buckets: list[Bucket] = []
         self._dormant: list[NamedParameter] = []
         self._accumulating = False
+        self._clip: Tensor | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
         self._reduce_s = 0.0
         refusal: Exception | None = None
+        placements: list[Placement] = []
         self.param_groups: list[dict[str, Any]] = []
         try:
             if not isinstance(params, (Tensor, dict)):  # which torch refuses
-                given: list[Any] = list(params)
-                params = given
-                process_group = _group_of_replicas(given) if process_group is None else process_group
+                params, given = _listed(params)
+                placements = placements_of(given)
+                process_group = _group_of_replicas(placements) if process_group is None else process_group
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         try:
@@ -145,9 +148,10 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
         self._collectives = connect(process_group, device)
+        self._everyone = self._connect_everyone(placements, device)
         self._require_agreement(0, refusal)
         self._reducer = Reducer(self._collectives)
-        self._agreement = StepAgreement(self._collectives, device)
+        self._agreement = StepAgreement(self._everyone, device)
         self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
         self.last_step = StepCost(0.0, 0.0, 0.0, 0)
@@ -177,24 +181,45 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             raise
         self._shard_members([m for m in named_parameters(self.param_groups) if m.group_index == num_groups])
 
+    def _connect_everyone(self, placements: Sequence[Placement], device: torch.device) -> Collectives:
+        """Those that hold parts of these parameters: if one of them stopped alone, the others would wait for it."""
+        others = [group for placement in placements for group in placement.others]
+        try:
+            return connect_over(others, device, also=self._collectives)
+        except ValueError:  # they are not known; then at least those that hold the same parts
+            return self._collectives
+
     def _require_agreement(self, first_group: int, refusal: Exception | None) -> None:
         """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective."""
         claims: Claims = {}
+        parts: Claims = {}
         if refusal is None:
-            for member in named_parameters(self.param_groups):
+            members = named_parameters(self.param_groups)
+            replicated = [m for m in members if m.placement.others and self._is_reduced_by_others(m)]
+            for member in members:
                 if member.group_index >= first_group:
-                    if any(self._collectives.are_all_of(group) for group in member.placement.others):
+                    ours = [self._collectives.are_all_of(group) for group in member.placement.others]
+                    if any(ours) and self._collectives.num_ranks > 1:
                         refusal = ValueError(
                             f"{member.name}: expected a parameter that all ranks of the process group hold alike, got "
                             "a DTensor that is sharded among them already; use DecoupledAdamW, which updates the local "
                             "shards as they are"
                         )
+                    if replicated and self._config.reduce_gradients and not member.placement.is_borrowed:
+                        refusal = ValueError(
+                            f"{member.name}: expected a DTensor like {replicated[0].name}, got a plain parameter, "
+                            "whose gradient nobody would average over all ranks; put it into an optimizer of its own"
+                        )
                     claims[f"parameter {member.index}"] = member.describe()
+                    if member.placement.part:
+                        parts[f"the part of {member.name}"] = member.placement.part
             for index, group in enumerate(self.param_groups[first_group:], start=first_group):
                 claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
                 claims.update(_hyperparameter_claims(index, Hyperparameters.from_group(group)))
             claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
-        require_agreement(self._collectives, claims, refusal)
+        require_agreement(self._everyone, claims, refusal)
+        if parts:
+            require_agreement(self._collectives, parts, None)
 
     def _check_members(self) -> None:
         """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
@@ -216,15 +241,16 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for index, of_group in groupby(trainable, key=lambda member: member.group_index):
             self._shard(index, list(of_group))
 
+    def _is_reduced_by_others(self, member: NamedParameter) -> bool:
+        """Whether FSDP replicates a parameter along our axis, and so reduces its gradient along it."""
+        return any(self._collectives.are_all_of(group) for group in member.placement.same)
+
     def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
         """Put parameters of one group into new buckets, one or more per storage and kind. Collective."""
         group = self.param_groups[group_index]
         stored: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
         for member in members:
-            # Who replicates a DTensor along our axis has reduced its gradient along it.
-            reduces = self._config.reduce_gradients and not any(
-                map(self._collectives.are_all_of, member.placement.same)
-            )
+            reduces = self._config.reduce_gradients and not self._is_reduced_by_others(member)
             key = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
             stored.setdefault(key, []).append(member)
         for (storage, _, reduces), alike in stored.items():
@@ -281,6 +307,10 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None:  # the scaler's sum of flags: 0 where there are no gradients
+            found_inf = torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
+            if self._norm_ranks is not None:
+                self._norm_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
         doing = (
             "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
         )
@@ -546,10 +576,18 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         others = [group for member in members for group in member.placement.others]
         return connect_over(others, self._device, also=self._collectives)
 
+    def _add_up(self) -> Table:
+        updated = {id(param) for param in self._last.updated}
+        for bucket in self._buckets:
+            bucket.weights.refresh_()
+            # All ranks raise, those without a fragment too.
+            if not bucket.is_measured and any(id(member.param) in updated for member in bucket.members):
+                _require_gradients(bucket)
+        return super()._add_up()
+
     def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
         bucket, slot = self._slots[id(param)]
-        if not bucket.gradients.still_holds_last_step:
-            raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
+        _require_gradients(bucket)
         return bucket.operands_of(slot)
 
     def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -630,18 +668,31 @@ class _Agreed:
     grad_scale: Tensor | None
 
 
-def _group_of_replicas(params: Sequence[Any]) -> dist.ProcessGroup | None:
+def _require_gradients(bucket: Bucket) -> None:
+    if not bucket.gradients.still_holds_last_step:
+        raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
+
+
+def _listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+    """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
+    given: list[Any] = []
+    tensors: list[Any] = []
+    for entry in params:
+        if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
+            entry = {**entry, "params": list(entry["params"])}
+        given.append(entry)
+        of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
+        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
+        tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
+    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | None:
     """The axis along which DTensors among the parameters are replicated; None where there are no DTensors.
 
     Raises:
         ValueError: There is no such axis, or there are plain parameters beside them.
     """
-    tensors: list[Tensor] = []
-    for entry in params:
-        of_group = entry["params"] if isinstance(entry, dict) else [entry]
-        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
-        tensors += [each[1] if isinstance(each, tuple) else each for each in of_group]
-    placements = placements_of([tensor for tensor in tensors if isinstance(tensor, Tensor)])
     borrowed = [placement for placement in placements if placement.is_borrowed]
     if not borrowed:
         return None
