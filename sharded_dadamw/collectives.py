@@ -75,6 +75,10 @@ class Collectives(ABC):
         """Whether a group has the same ranks."""
 
     @abstractmethod
+    def include(self, group: dist.ProcessGroup) -> bool:
+        """Whether all ranks of a group are among these."""
+
+    @abstractmethod
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """Replace this rank's slice of ``buffer`` [num_ranks * n] by its mean over ranks."""
 
@@ -107,6 +111,10 @@ class OneRank(Collectives):
 
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
         """See :meth:`Collectives.are_all_of`."""
+        return dist.get_world_size(group) == 1
+
+    def include(self, group: dist.ProcessGroup) -> bool:
+        """See :meth:`Collectives.include`."""
         return dist.get_world_size(group) == 1
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
@@ -162,6 +170,10 @@ class NativeVerbs(Collectives):
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
         """See :meth:`Collectives.are_all_of`."""
         return set(dist.get_process_group_ranks(group)) == set(dist.get_process_group_ranks(self.group))
+
+    def include(self, group: dist.ProcessGroup) -> bool:
+        """See :meth:`Collectives.include`."""
+        return set(dist.get_process_group_ranks(group)) <= set(dist.get_process_group_ranks(self.group))
 
     def reduce_scatter_mean_(self, buffer: Tensor) -> Handle:
         """See :meth:`Collectives.reduce_scatter_mean_`. The order of the sum is the backend's."""
@@ -343,13 +355,16 @@ def _mean_in_order(parts: Sequence[Tensor], *, out: Tensor, total: Tensor) -> No
         out.copy_(total.div_(len(parts)))
 
 
-def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device) -> Collectives:
+def connect(
+    process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device, *, called: str = "process_group"
+) -> Collectives:
     """The best verbs for a group of ranks and the device their buffers live on.
 
     Args:
         process_group: A group that this rank is in, a 1-D mesh, or None for the default group; None without an
             initialised torch.distributed means one rank.
         device: Where parameters live.
+        called: The argument's name in messages.
 
     Raises:
         TypeError: It is none of these.
@@ -361,8 +376,8 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
     if isinstance(process_group, DeviceMesh):
         if process_group.ndim != 1:
             raise ValueError(
-                f"process_group: expected a mesh with one axis, got {process_group.ndim} axes "
-                f"{process_group.mesh_dim_names}; pass the axis to shard over, such as mesh['dp']"
+                f"{called}: expected a group or a mesh with one axis, got {process_group.ndim} axes "
+                f"{process_group.mesh_dim_names}; pass one axis, such as mesh['dp'], or a group of all their ranks"
             )
         process_group = process_group.get_group()
     if process_group is None:
@@ -370,17 +385,17 @@ def connect(process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.
         assert process_group is not None
     if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
-            f"process_group: expected a group with this rank in it, got {process_group}, which new_group() returns on "
+            f"{called}: expected a group with this rank in it, got {process_group}, which new_group() returns on "
             "the ranks outside; build the optimizer on the group's own ranks only"
         )
     if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {process_group!r}")
+        raise TypeError(f"{called}: expected a ProcessGroup, a 1-D DeviceMesh or None, got {process_group!r}")
     if not _is_alive(process_group):
-        raise ValueError("process_group: expected a live process group, got one that has been destroyed")
+        raise ValueError(f"{called}: expected a live process group, got one that has been destroyed")
     backend = dist.get_backend_config(process_group)
     if f"{device.type}:" not in backend:
         raise ValueError(
-            f"process_group: expected a backend for parameters on {device.type}, got {backend}; move the model to the "
+            f"{called}: expected a backend for parameters on {device.type}, got {backend}; move the model to the "
             "backend's device before building the optimizer"
         )
     direct = device.type == "cpu" and "cpu:gloo" in backend

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw import kernels
 from sharded_dadamw.clipping import FoldedClip, check_clip, clip_coefficient, require_finite
-from sharded_dadamw.collectives import Collectives, connect, connect_over
+from sharded_dadamw.collectives import Collectives, NativeVerbs, connect, connect_over
 from sharded_dadamw.metrics import Held, Monitored
 from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Form, Operands, Update
@@ -87,7 +87,8 @@ class DecoupledAdamW(Monitored, AdamW):
             weight_decay: Fraction of a weight that decays away per step at the schedule's peak; warns from 1e-3 up.
             amsgrad: Use the running maximum of ``exp_avg_sq`` in the denominator.
             norm_group: The ranks over which norms are added up, a group or a 1-D mesh. None: those among which the
-                parameters are sharded. Stages of a pipeline, which hold parameters of other names, have to say.
+                parameters are sharded. Stages of a pipeline have to say: all ranks of all stages, with parameters whose
+                names differ between stages, and groups added on every stage or on none.
 
         Raises:
             TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
@@ -107,7 +108,7 @@ class DecoupledAdamW(Monitored, AdamW):
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
         if norm_group is not None:
-            self._norm_ranks = connect(norm_group, self._device)
+            self._norm_ranks = connect(norm_group, self._device, called="norm_group")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -357,12 +358,26 @@ class DecoupledAdamW(Monitored, AdamW):
         return [Held(member.param, member.name, member.placement.part) for member in members]
 
     def _connect_for_norms(self) -> Collectives:
-        if self._norm_ranks is not None:
-            return self._norm_ranks
-        if self._needs_names:
-            raise ValueError("expected norm_group, which this copy of an optimizer has lost; build a new one with it")
         placements = placements_of([param for group in self.param_groups for param in group["params"]])
-        return connect_over([group for placement in placements for group in placement.others], self._device)
+        return self._connect_over([group for placement in placements for group in placement.others])
+
+    def _connect_over(self, groups: Sequence[dist.ProcessGroup], *, also: Collectives | None = None) -> Collectives:
+        """The ranks over which norms are added up, given those among which parameters are spread.
+
+        Raises:
+            ValueError: They are not known, or ``norm_group`` is not all of them.
+        """
+        if self._norm_ranks is None:
+            if self._needs_names:
+                raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
+            return connect_over(groups, self._device, also=also)
+        spread = [*groups, also.group] if isinstance(also, NativeVerbs) else groups
+        if not all(self._norm_ranks.include(group) for group in spread):
+            raise ValueError(
+                "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
+                "parameters are spread; pass the default group, or one of all these ranks"
+            )
+        return self._norm_ranks
 
     def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
         if param.grad is None:
@@ -399,6 +414,9 @@ class DecoupledAdamW(Monitored, AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 
+        Moments take the dtype of their parameter, as in torch. Main parameters, which a whole state dict of
+        :class:`~sharded_dadamw.ShardedDecoupledAdamW` may have, are left out.
+
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
             ValueError: It is one rank's shards, does not fit the groups, or has a hyperparameter out of range.
@@ -410,7 +428,11 @@ class DecoupledAdamW(Monitored, AdamW):
             )
         for group in state_dict["param_groups"]:
             self._check_group(group)
-        super().load_state_dict(state_dict)
+        state = {
+            key: {name: value for name, value in entries.items() if not name.startswith("main_")}
+            for key, entries in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state})
         self._is_fresh = False
 
     def _check_group(self, group: dict[str, Any]) -> None:

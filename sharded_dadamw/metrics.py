@@ -28,7 +28,7 @@ from torch import Tensor
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.norms import Roll, call_roll, sums_of_squares
 from sharded_dadamw.operands import NORMS, Operands
-from sharded_dadamw.placement import local
+from sharded_dadamw.placement import local, shape_of
 from sharded_dadamw.update import Hyperparameters, applied_update, value_of
 
 MetricFunction = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
@@ -195,7 +195,7 @@ class Monitored:
         if self._roll is None or self._roll[0] != ids:
             self._roll = None
             held = self._held()
-            entries = [(part.name, part.part, part.param.requires_grad) for part in held]
+            entries = [(part.name, part.part, part.param.requires_grad, shape_of(part.param)) for part in held]
             roll = call_roll(self._connect_for_norms(), entries)
             self._roll = ids, roll, {id(part.param): index for index, part in enumerate(held)}
         return self._roll[1:]
@@ -205,7 +205,7 @@ class Monitored:
         """Everything about the most recent step. Collective: one all-reduce, and an exchange of names the first time.
 
         Call it on every rank, after ``step`` and before ``zero_grad``. A parameter that had no gradient in that step
-        has gradient and update 0.
+        has gradient and update 0, and before the first step all have.
 
         Returns:
             0-d fp32 tensors on the parameters' device, the same keys in the same order on every rank:
@@ -226,9 +226,9 @@ class Monitored:
         }
         for metric, squares in table.squares.items():
             found[f"{metric}/global"] = squares.sum().sqrt().to(torch.float32)
-        hypers = self._last.hypers or [Hyperparameters.from_group(group) for group in self.param_groups]
-        for index, hyper in enumerate(hypers):
-            decay = torch.as_tensor(hyper.decay, dtype=torch.float32).to(self._device, non_blocking=True)
+        decays = [hyper.decay for hyper in self._last.hypers] or [0.0] * len(self.param_groups)
+        for index, value in enumerate(decays):
+            decay = torch.as_tensor(value, dtype=torch.float32).to(self._device, non_blocking=True)
             found[f"effective_decay/group_{index}"] = self._unless_skipped(decay)
         skipped = torch.zeros(()) if self._num_skipped is None else self._num_skipped
         found["skipped_steps"] = skipped.to(self._device, torch.float32, non_blocking=True)

@@ -45,20 +45,29 @@ class Roll:
     trainable: tuple[bool, ...]
 
 
-def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool]]) -> Roll:
+def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool, Sequence[int]]]) -> Roll:
     """Find out who counts what. Collective, and host-blocking.
 
     Args:
         collectives: The ranks that hold the parts of the parameters.
-        held: Of each parameter of this rank the name, the part, and whether it is trainable. One name means one
-            parameter, and one part the same elements.
+        held: Of each parameter of this rank the name, the part, whether it is trainable, and its shape. One name means
+            one parameter, and one part the same elements.
+
+    Raises:
+        ValueError: Two ranks have parameters of one name and different shapes. On every rank.
     """
     first_holder: dict[tuple[str, str], int] = {}
     leader: dict[str, int] = {}
     row_of: dict[str, int] = {}
     trainable: dict[str, bool] = {}
+    shapes: dict[str, list[int]] = {}
     for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
-        for name, part, is_trainable in json.loads(text):
+        for name, part, is_trainable, shape in json.loads(text):
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"{name}: expected one parameter of this name, got {shapes[name]} on rank {leader[name]} and "
+                    f"{shape} on rank {rank}; give parameters names that tell the stages of a pipeline apart"
+                )
             first_holder.setdefault((name, part), rank)
             leader.setdefault(name, rank)
             row_of.setdefault(name, len(row_of))
@@ -66,9 +75,9 @@ def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool]]) -
     return Roll(
         collectives,
         names=tuple(row_of),
-        rows=tuple(row_of[name] for name, _, _ in held),
-        counts=tuple(first_holder[name, part] == collectives.rank for name, part, _ in held),
-        leads=tuple(leader[name] == collectives.rank for name, _, _ in held),
+        rows=tuple(row_of[name] for name, *_ in held),
+        counts=tuple(first_holder[name, part] == collectives.rank for name, part, *_ in held),
+        leads=tuple(leader[name] == collectives.rank for name, *_ in held),
         trainable=tuple(trainable[name] for name in row_of),
     )
 

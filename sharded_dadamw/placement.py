@@ -74,6 +74,11 @@ def is_of_fsdp1(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter; () where it is not known, of what FSDP1 has flattened."""
+    return () if is_of_fsdp1(param) else tuple(param.shape)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts."""
     to_local = getattr(tensor, "to_local", None)

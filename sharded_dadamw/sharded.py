@@ -103,7 +103,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
         Args:
-            params: Parameters, (name, parameter) pairs (error messages then use the names), or group dicts of either.
+            params: Parameters, (name, parameter) pairs (messages and metrics then use the names), or group dicts of
+                either.
             lr: As in :class:`DecoupledAdamW`, and so are the next four.
             betas: Coefficients of the moving averages.
             eps: Added to the denominator.
@@ -570,11 +571,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return [part for _, part in sorted(held, key=lambda pair: pair[0])]
 
     def _connect_for_norms(self) -> Collectives:
-        if self._norm_ranks is not None:
-            return self._norm_ranks
         members = [member for bucket in self._buckets for member in bucket.members]
         others = [group for member in members for group in member.placement.others]
-        return connect_over(others, self._device, also=self._collectives)
+        return self._connect_over(others, also=self._collectives)
 
     def _add_up(self) -> Table:
         updated = {id(param) for param in self._last.updated}
@@ -704,9 +703,9 @@ def _group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | N
     group = common_group([placement.same for placement in borrowed])
     if group is None:
         raise ValueError(
-            "expected parameters that several ranks hold alike, got DTensors that are replicated along no axis of "
-            "their mesh, so that nothing is left to shard; use DecoupledAdamW, which updates the local shards as they "
-            "are, or pass process_group, the ranks that hold the same shards"
+            "expected process_group, since these DTensors are replicated along no axis of their mesh; pass the ranks "
+            "that hold the same shards, such as mesh['dp'] beside tensor parallelism; or if there are none, nothing is "
+            "left to shard: use DecoupledAdamW, which updates the local shards as they are"
         )
     return group
 

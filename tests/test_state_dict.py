@@ -127,6 +127,20 @@ def test_the_unsharded_optimizer_and_ours_load_each_others() -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
 
 
+def test_the_unsharded_optimizer_leaves_main_parameters_out_and_what_it_saves_then_loads_again() -> None:
+    settings = dict(main_parameter=MainParameter.REMAINDER)
+    saved, _, _ = on_ranks(2, saved_on, "bf16", settings)[0]
+    assert "main_remainder" in saved["state"][0]
+    groups = make_groups("bf16", 0)
+    control = DecoupledAdamW(groups, **LAW)
+    control.load_state_dict(saved)
+    assert all("main_remainder" not in entries for entries in control.state.values())
+    _, optimizer = build(None, "bf16", **settings)
+    optimizer.load_state_dict(control.state_dict())
+    for entries in optimizer.state.values():
+        assert entries["step"] == NUM_STEPS and not entries["main_remainder"].any()
+
+
 def test_the_state_of_torchs_adamw_loads() -> None:
     groups = make_groups("odd sizes", 0)
     params = named(groups)
