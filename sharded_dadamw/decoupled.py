@@ -242,8 +242,8 @@ class DecoupledAdamW(Monitored, AdamW):
 
         It sets every lr to 0 and every gradient to zeros. A step that was counted would make the first real update 1.36
         times too small (at beta2 0.95). Collective where parameters are sharded, since a rank's own part of the real
-        gradients may be zeros: all ranks ask at their first step, if it has lr 0, and never again, since a rank without
-        elements never has state.
+        gradients may be zeros. Where a rank may never have state, since FSDP1 left it no elements or its stage of a
+        pipeline trains nothing, all ranks ask at their first step, if it has lr 0, and never again.
         """
         is_first, self._is_fresh = self._is_fresh, False
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
@@ -252,7 +252,7 @@ class DecoupledAdamW(Monitored, AdamW):
             (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs
         ):
             return False
-        if not is_first and any(hasattr(param, "to_local") or is_of_fsdp1(param) for param in params):
+        if not is_first and (self._needs_names or any(is_of_fsdp1(param) for param in params)):
             return False
         is_real = any(param.grad is None or local(param.grad).any() for param in params)
         answer = torch.tensor(float(is_real), device=self._device)

@@ -1,0 +1,602 @@
+"""Optimizers where several ranks, wrappers or modules have a say, off the straight path.
+
+The numbers of every layout are in `tests/test_layouts.py`; here are equal names, other orders of calls, one rank
+that does something else, and objects that come and go: each test is something that once went wrong.
+"""
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
+
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
+from tests.layouts import grid, line, root_sum_square
+from tests.pool import on_ranks, outcomes
+from tests.test_metrics import both, build, numbers
+
+
+class Net(nn.Module):
+    """Its head has one row, so that where it is sharded by rows the first rank holds all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))).square().sum()
+
+
+def backward(model: nn.Module, factor: float = 1.0) -> None:
+    (factor * model(torch.linspace(-1.0, 2.0, 8))).backward()
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    return [whole(p).clone() for p in model.parameters()]
+
+
+def moved(model: nn.Module, since: Iterable[Tensor]) -> list[bool]:
+    return [not torch.equal(now, before) for now, before in zip(copies(model), since, strict=True)]
+
+
+def norm_of_gradients(model: nn.Module) -> float:
+    return root_sum_square(torch.linalg.vector_norm(whole(p.grad).double()).item() for p in model.parameters())
+
+
+def placed(group: Any, kind: str) -> tuple[nn.Module, DecoupledAdamW]:
+    """Sharded: HSDP on four ranks. Unsharded: FSDP2 on any number."""
+    mesh = grid("replicate", "shard") if kind == "sharded" else line(group)
+    model = Net()
+    fully_shard(model.body, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer_class = ShardedDecoupledAdamW if kind == "sharded" else DecoupledAdamW
+    return model, optimizer_class(model.named_parameters(), lr=1e-2)
+
+
+# --- groups and names ---
+
+
+@both
+@pytest.mark.parametrize("second", [iter, list], ids=["two generators", "a generator and a list"])
+def test_generators_inside_groups_train(kind: str, second: Callable[[Any], Any]) -> None:
+    model = Net()
+    groups = [{"params": model.body.parameters(), "lr": 1e-2}, {"params": second(list(model.head.parameters()))}]
+    optimizer = build(kind, groups)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    before = copies(model)
+    backward(model)
+    optimizer.step()
+    assert all(moved(model, before))
+
+
+def two_modules_with_equal_names(group: Any, kind: str) -> tuple[list[float], float, dict[str, float]]:
+    """Of each parameter the norm of its gradient, then what the optimizer says."""
+    torch.manual_seed(0)
+    modules = [nn.Linear(64, 8, bias=False) for _ in range(2)]
+    if kind == "unsharded":
+        modules = [fully_shard(module, mesh=line(group)) for module in modules]
+    pairs = [pair for module in modules for pair in module.named_parameters()]
+    optimizer = DecoupledAdamW(pairs) if kind == "unsharded" else ShardedDecoupledAdamW(pairs, process_group=group)
+    for factor, module in enumerate(modules, start=1):
+        (factor * module(torch.linspace(-1.0, 2.0, 64)).square().sum()).backward()
+    norms = [norm_of_gradients(module) for module in modules]
+    norm = float(optimizer.clip_grad_norm_(1e9))
+    optimizer.step()
+    return norms, norm, numbers(optimizer.metrics())
+
+
+@both
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_two_parameters_of_one_name_are_two(kind: str, num_ranks: int) -> None:
+    for norms, norm, metrics in on_ranks(num_ranks, two_modules_with_equal_names, kind):
+        assert norm == pytest.approx(root_sum_square(norms), rel=1e-6)
+        names = ["weight of param_groups[0]['params'][0]", "weight of param_groups[0]['params'][1]", "global"]
+        reported = {key: value for key, value in metrics.items() if key.startswith("l2_norm/grad/")}
+        assert list(reported) == [f"l2_norm/grad/{name}" for name in names]
+        assert list(reported.values()) == pytest.approx([*norms, root_sum_square(norms)], rel=1e-6)
+
+
+def with_an_extra_metric(optimizer: DecoupledAdamW) -> None:
+    optimizer.metric_functions = {**optimizer.metric_functions, "mean/param": lambda param, state, step: param.mean()}
+
+
+def test_functions_of_the_user_are_not_called_for_parameters_whose_group_is_gone() -> None:
+    model = Net()
+    optimizer = DecoupledAdamW([{"params": m.named_parameters(prefix=n)} for n, m in model.named_children()])
+    with_an_extra_metric(optimizer)
+    backward(model)
+    optimizer.step()
+    del optimizer.param_groups[1]
+    assert [key for key in optimizer.metrics() if "mean" in key] == ["mean/param/body.weight", "mean/param/body.bias"]
+
+
+def mean_of_parameters(group: Any) -> list[tuple[float, float]]:
+    model, optimizer = placed(group, "unsharded")
+    with_an_extra_metric(optimizer)
+    backward(model)
+    optimizer.step()
+    metrics = numbers(optimizer.metrics())
+    return [(metrics[f"mean/param/{name}"], whole(p).mean().item()) for name, p in model.named_parameters()]
+
+
+def test_functions_of_the_user_are_averaged_over_the_ranks_that_have_a_part() -> None:
+    for means in on_ranks(2, mean_of_parameters):
+        assert all(found == pytest.approx(expected, rel=1e-6) for found, expected in means)
+
+
+# --- stages of a pipeline ---
+
+
+def stage(group: Any) -> tuple[nn.Module, list[tuple[str, nn.Parameter]]]:
+    """A module of which every gradient is 1, with names of its own: 20 elements on each rank."""
+    torch.manual_seed(group.rank())
+    model = nn.ModuleDict({str(group.rank()): nn.Linear(4, 4)})
+    return model, list(model.named_parameters())
+
+
+def step_of_stage(model: nn.Module, optimizer: DecoupledAdamW) -> tuple[float, list[str]]:
+    optimizer.zero_grad()
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    norm = float(optimizer.clip_grad_norm_(1e9))
+    optimizer.step()
+    return norm, list(optimizer.metrics())
+
+
+def resumed_stage(group: Any, through_torch: bool) -> list[tuple[float, list[str]]]:
+    model, params = stage(group)
+    optimizer = DecoupledAdamW(params, norm_group=group)
+    seen = [step_of_stage(model, optimizer)]
+    if through_torch:
+        saved = get_optimizer_state_dict(model, optimizer)
+        optimizer = DecoupledAdamW(params, norm_group=group)
+        set_optimizer_state_dict(model, optimizer, saved)
+    else:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+    return [*seen, step_of_stage(model, optimizer)]
+
+
+@pytest.mark.parametrize("through_torch", [False, True], ids=["load_state_dict", "set_optimizer_state_dict"])
+def test_a_stage_still_knows_the_others_after_a_state_was_loaded(through_torch: bool) -> None:
+    for (norm, keys), (norm_then, keys_then) in on_ranks(2, resumed_stage, through_torch):
+        assert norm == norm_then == pytest.approx(math.sqrt(40))
+        assert keys == keys_then and len(keys) == 4 * 5 + 2
+
+
+def copied_stage(group: Any) -> None:
+    optimizer = DecoupledAdamW(stage(group)[1], norm_group=group)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for ask in (lambda twin=twin: twin.clip_grad_norm_(1.0), twin.metrics):
+            with pytest.raises(ValueError, match="expected norm_group, which this copy of an optimizer"):
+                ask()
+
+
+def test_a_copy_of_a_stages_optimizer_says_that_it_has_lost_the_others() -> None:
+    on_ranks(2, copied_stage)
+
+
+def freezes_its_bias(group: Any) -> list[tuple[float, list[str]]]:
+    model, params = stage(group)
+    optimizer = DecoupledAdamW(params, norm_group=group)
+    seen = [step_of_stage(model, optimizer)]
+    if group.rank() == 0:
+        params[1][1].requires_grad_(False)
+        params[1][1].grad = None
+    return [*seen, step_of_stage(model, optimizer)]
+
+
+def test_one_stage_may_freeze_a_parameter() -> None:
+    first, second = on_ranks(2, freezes_its_bias)
+    assert first == second
+    assert [norm for norm, _ in first] == pytest.approx([math.sqrt(40), math.sqrt(36)])
+
+
+def an_inf_on_one_stage(group: Any, kind: str) -> tuple[list[bool], float]:
+    """Two stages, each on two ranks."""
+    mesh = grid("pipeline", "dp")
+    model, params = stage(mesh["pipeline"].get_group())
+    optimizer = build(kind, params, mesh["dp"], norm_group=group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(sum(p.sum() for p in model.parameters())).backward()  # type: ignore[union-attr]
+    if mesh["pipeline"].get_local_rank() == 0:
+        params[0][1].grad[0, 0] = math.inf  # type: ignore[index]
+    before = copies(model)
+    scaler.step(optimizer)
+    scaler.update()
+    return moved(model, before), float(optimizer.metrics()["skipped_steps"])
+
+
+@both
+def test_all_stages_skip_a_step_or_none_does(kind: str) -> None:
+    assert on_ranks(4, an_inf_on_one_stage, kind) == [([False, False], 1.0)] * 4
+
+
+# --- loss scalers and the step that only makes state ---
+
+
+def an_inf_under_fsdp1(group: Any, use_orig_params: bool) -> tuple[list[float], list[bool], float, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated
+        model = FullyShardedDataParallel(
+            Net(), process_group=group, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
+    scaler = ShardedGradScaler("cpu", init_scale=16.0, process_group=group)
+    scales, kept = [], []
+    for step in range(2):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.linspace(-1.0, 2.0, 8))).backward()
+        if step == 0 and group.rank() == 1:
+            next(p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()).view(-1)[0] = math.inf
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        kept.append(all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)))
+    alone = Net()
+    backward(alone)
+    return scales, kept, float(optimizer.metrics()["l2_norm/grad/global"]), norm_of_gradients(alone)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False], ids=["original parameters", "flat"])
+def test_under_fsdp1_with_its_scaler_an_inf_on_one_rank_skips_the_step_and_halves_the_scale_on_all(
+    use_orig_params: bool,
+) -> None:
+    for scales, kept, norm, expected in on_ranks(2, an_inf_under_fsdp1, use_orig_params):
+        assert scales == [8.0, 8.0] and kept == [True, False]
+        assert norm == pytest.approx(expected, rel=1e-5)
+
+
+@both
+def test_a_loss_scaler_may_step_before_anything_has_a_gradient(kind: str) -> None:
+    model = Net()
+    optimizer = build(kind, model.named_parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    before = copies(model)
+    scaler.step(optimizer)
+    assert not any(moved(model, before))
+
+
+def a_scaler_on_one_rank_without_gradients(group: Any) -> None:
+    model = Net()
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group)
+    scaler = torch.amp.GradScaler("cpu")
+    loss = scaler.scale(model(torch.ones(8)))
+    if group.rank() == 0:
+        loss.backward()
+    scaler.step(optimizer)
+
+
+def test_a_loss_scaler_on_a_rank_without_gradients_is_an_error_on_all() -> None:
+    for outcome in outcomes(2, a_scaler_on_one_rank_without_gradients):
+        assert outcome.error == "RuntimeError" and "ranks disagree about this step" in outcome.message
+
+
+def test_in_a_skipped_step_nothing_decays() -> None:
+    model = Net()
+    optimizer = DecoupledAdamW(model.named_parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(torch.ones(8))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        decay = float(optimizer.metrics()["effective_decay/group_0"])
+        assert decay == (0.0 if factor == math.inf else pytest.approx(1e-5))
+
+
+@pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients", "a copy"])
+def test_a_step_that_only_makes_state_is_not_counted_whatever_happened_before(earlier: str) -> None:
+    """torch.distributed.checkpoint takes one before it saves."""
+    model = Net()
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
+    if earlier == "an empty state was loaded":
+        optimizer.load_state_dict(DecoupledAdamW(model.named_parameters()).state_dict())
+    elif earlier == "a step without gradients":
+        optimizer.step()
+    else:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    saved = get_optimizer_state_dict(model, optimizer)["state"]
+    assert [float(saved[name]["step"]) for name, _ in model.named_parameters()] == [0.0] * 4
+    before = copies(model)
+    backward(model)
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values()) and all(moved(model, before))
+
+
+def test_looking_at_state_that_is_not_there_yet_makes_none() -> None:
+    model = Net()
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=0.0)
+    assert not any(optimizer.state[p] for p in model.parameters())  # that makes an entry
+    assert len(optimizer.metrics()) == 4 * 5 + 2
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # as torch.distributed.checkpoint would
+    assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [0.0] * 4
+
+
+# --- clipping ---
+
+
+def accumulates(group: Any, kind: str) -> None:
+    """After a clip that no step has used, and after one that a step has used."""
+    model, optimizer = placed(group, kind)
+    backward(model)
+    optimizer.clip_grad_norm_(0.1)
+    backward(model, 3.0)
+    before = copies(model)
+    with pytest.raises(RuntimeError, match="gradients were changed between clip_grad_norm_"):
+        optimizer.step()
+    assert not any(moved(model, before))
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.clip_grad_norm_(0.1)
+    optimizer.step()
+    assert all(moved(model, before))
+    backward(model)  # nobody called zero_grad
+    optimizer.step()
+    norm = norm_of_gradients(model)
+    assert norm > 0.2 and float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
+def test_under_fsdp_a_clip_is_for_the_gradients_that_there_were(kind: str, num_ranks: int) -> None:
+    on_ranks(num_ranks, accumulates, kind)
+
+
+@both
+def test_gradients_that_the_model_has_cleared_in_place_may_be_clipped_again(kind: str) -> None:
+    model, twin = Net(), Net()
+    optimizer, of_twin = (build(kind, each.named_parameters()) for each in (model, twin))
+    backward(model)
+    optimizer.clip_grad_norm_(0.1)
+    model.zero_grad(set_to_none=False)
+    for each, of_each in ((model, optimizer), (twin, of_twin)):
+        backward(each, 2.0)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in each.parameters()])
+        assert of_each.clip_grad_norm_(0.1).item() == pytest.approx(norm.item(), rel=1e-6)
+        of_each.step()
+    assert not any(moved(model, copies(twin)))
+
+
+# --- HSDP ---
+
+
+def disagrees(group: Any, how: str, odd_one: int) -> tuple[str, bool, bool]:
+    """What this rank was told, whether nothing had changed then, and whether a step that all agree on was right."""
+    model, optimizer = placed(group, "sharded")
+    is_odd = group.rank() == odd_one
+    extra = [("extra", nn.Parameter(torch.ones(3)))] if is_odd else []
+    before = copies(model)
+    backward(model)
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        if how == "step":
+            optimizer.param_groups[0]["lr"] = 5e-3 if is_odd else 1e-2
+            optimizer.step()
+        elif how == "clip":
+            optimizer.clip_grad_norm_(-1.0 if is_odd else 1.0)
+        elif how == "built with another lr":
+            ShardedDecoupledAdamW(model.named_parameters(), lr=-1.0 if is_odd else 1e-2)
+        else:
+            ShardedDecoupledAdamW([*model.named_parameters(), *extra])
+    untouched = not any(moved(model, before)) and not any(state["step"] for state in optimizer.state.values())
+    optimizer.param_groups[0]["lr"] = 1e-2
+    norm = float(optimizer.clip_grad_norm_(1.0))
+    optimizer.step()
+    return str(caught.value), untouched, all(moved(model, before)) and norm == pytest.approx(norm_of_gradients(model))
+
+
+@pytest.mark.parametrize("odd_one", [0, 3])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("step", "param_groups[0]['lr']"),
+        ("clip", "max_norm"),
+        ("built with another lr", "lr: expected a finite number >= 0"),
+        ("built with a plain parameter more", "expected process_group"),
+    ],
+)
+def test_under_hsdp_one_rank_that_does_something_else_is_an_error_on_all_four(
+    how: str, message: str, odd_one: int
+) -> None:
+    for told, *then in on_ranks(4, disagrees, how, odd_one):
+        assert message in told and then == [True, True]
+
+
+def a_plain_parameter_beside_hsdp(group: Any) -> str:
+    mesh = grid("replicate", "shard")
+    model = Net()
+    fully_shard(model, mesh=mesh, ignored_params={model.head.bias})
+    with pytest.raises(ValueError) as caught:
+        ShardedDecoupledAdamW(model.named_parameters(), process_group=mesh["replicate"])
+    return str(caught.value)
+
+
+def test_a_plain_parameter_beside_hsdp_whose_gradient_nobody_averages_is_refused_on_every_rank() -> None:
+    for message in on_ranks(4, a_plain_parameter_beside_hsdp):
+        assert message.startswith("head.bias: expected a DTensor like body.weight, got a plain parameter")
+
+
+def edited_after_construction(group: Any) -> float:
+    model, optimizer = placed(group, "sharded")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    return float(optimizer.metrics()["l2_norm/param/body.weight"])
+
+
+def test_under_hsdp_metrics_before_the_first_step_see_weights_as_they_are() -> None:
+    assert on_ranks(4, edited_after_construction) == pytest.approx([math.sqrt(48)] * 4)
+
+
+def on_one_replica(group: Any) -> list[bool]:
+    """Two runs side by side on two ranks each, as HSDP of one replica and as FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("run", "replicate", "shard"))
+    model = fully_shard(Net(), mesh=mesh["replicate", "shard"])
+    twin = fully_shard(Net(), mesh=mesh["shard"])
+    before = copies(model)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2)
+    of_twin = DecoupledAdamW(twin.named_parameters(), lr=1e-2)
+    for step in range(3):
+        for each, of_each in ((model, optimizer), (twin, of_twin)):
+            backward(each, 1.0 + step)
+            of_each.clip_grad_norm_(0.5)
+            of_each.step()
+        assert numbers(optimizer.metrics()) == pytest.approx(numbers(of_twin.metrics()), rel=1e-6)
+        optimizer.zero_grad()
+        of_twin.zero_grad()
+    return [all(moved(model, before)), *moved(model, copies(twin))]
+
+
+def test_hsdp_of_one_replica_trains_as_fsdp2_does() -> None:
+    assert on_ranks(4, on_one_replica) == [[True, False, False, False, False]] * 4
+
+
+def metrics_after_zero_grad(group: Any) -> str:
+    """In fp64 no kernel measures, and the second rank holds no element."""
+    param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = ShardedDecoupledAdamW([("p", param)], process_group=group)
+    param.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.metrics()
+    return str(caught.value)
+
+
+def test_metrics_that_need_a_gradient_that_is_gone_are_an_error_on_all_ranks() -> None:
+    assert all("a gradient of the last step is gone" in message for message in on_ranks(2, metrics_after_zero_grad))
+
+
+# --- memory ---
+
+
+def test_parameters_that_were_replaced_are_freed_at_once() -> None:
+    model = Net()
+    optimizer = DecoupledAdamW(model.named_parameters())
+    backward(model)
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.metrics()
+    optimizer.zero_grad()
+    old = [ref(p) for p in model.parameters()]
+    del model
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert [reference() for reference in old] == [None] * 4
+
+
+def gradients_alive(group: Any) -> list[int]:
+    """After a clip alone, and after a step and its metrics, once the model has dropped them."""
+    model, optimizer = placed(group, "sharded")
+    alive = []
+    for finishes in (False, True):
+        backward(model)
+        optimizer.clip_grad_norm_(1.0)
+        if finishes:
+            optimizer.step()
+            optimizer.metrics()
+        references = [ref(p.grad) for p in model.parameters()] + [ref(p.grad.to_local()) for p in model.parameters()]
+        model.zero_grad()
+        alive.append(sum(reference() is not None for reference in references))
+    return alive
+
+
+def test_under_hsdp_gradients_are_freed_when_the_model_drops_them() -> None:
+    assert on_ranks(4, gradients_alive) == [[0, 0]] * 4
+
+
+# --- stages of a pipeline ---
+
+
+def nothing_to_train_on_the_second_stage(group: Any) -> list[float]:
+    """Its schedule ends at lr 0, where a first step without state might be taken for one that only makes state."""
+    model = Net().requires_grad_(group.rank() == 0)
+    named = [(f"{group.rank()}.{name}", p) for name, p in model.named_parameters()]
+    optimizer = DecoupledAdamW(named, norm_group=group)
+    norms = []
+    for lr in (1e-2, 0.0):
+        optimizer.param_groups[0]["lr"] = lr
+        if group.rank() == 0:
+            model(torch.ones(8)).backward()
+        optimizer.step()
+        norms.append(float(optimizer.clip_grad_norm_(1.0)))
+        optimizer.zero_grad()
+    return norms
+
+
+def test_a_stage_that_trains_nothing_goes_along() -> None:
+    first, second = on_ranks(2, nothing_to_train_on_the_second_stage)
+    assert first == second
+
+
+def one_name_for_two(group: Any) -> str:
+    layer = nn.Linear(2, 3 + group.rank())
+    optimizer = DecoupledAdamW(layer.named_parameters(), norm_group=group)
+    layer(torch.ones(2)).sum().backward()
+    with pytest.raises(ValueError) as refusal:
+        optimizer.clip_grad_norm_(1.0)
+    return str(refusal.value)
+
+
+def test_stages_that_give_one_name_to_different_parameters_are_refused() -> None:
+    for message in on_ranks(2, one_name_for_two):
+        assert "weight" in message and "[3, 2] on rank 0" in message and "[4, 2] on rank 1" in message
+
+
+def a_group_of_one_axis(_: Any, kind: str) -> str:
+    """Two stages of two data-parallel ranks each; norms have to be added up over all four."""
+    mesh = grid("pp", "dp")
+    model = Net()
+    names = {f"{mesh.get_local_rank('pp')}.{name}": p for name, p in model.named_parameters()}
+    sharing = {"norm_group": mesh["pp"]}
+    if kind == "unsharded":
+        model = fully_shard(model, mesh=mesh["dp"])
+        names = {f"{mesh.get_local_rank('pp')}.{name}": p for name, p in model.named_parameters()}
+        optimizer = DecoupledAdamW(names.items(), **sharing)
+    else:
+        optimizer = ShardedDecoupledAdamW(names.items(), process_group=mesh["dp"], **sharing)
+    model(torch.ones(8)).backward()
+    with pytest.raises(ValueError) as refusal:
+        optimizer.clip_grad_norm_(1.0)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["unsharded", "sharded"])
+def test_a_norm_group_without_the_ranks_that_have_other_parts_is_refused(kind: str) -> None:
+    for message in on_ranks(4, a_group_of_one_axis, kind):
+        assert message.startswith("norm_group: expected all ranks")
+
+
+def before_the_first_step_under_fsdp2(group: Any, earlier: str) -> set[float]:
+    model = fully_shard(Net(), mesh=line(group))
+    optimizer = DecoupledAdamW(model.named_parameters())
+    if earlier == "an empty state was loaded":
+        optimizer.load_state_dict(DecoupledAdamW(model.named_parameters()).state_dict())
+    else:
+        optimizer.step()
+    get_optimizer_state_dict(model, optimizer)
+    return {float(state["step"]) for state in optimizer.state.values()}
+
+
+@pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients"])
+def test_nor_is_it_counted_under_fsdp2(earlier: str) -> None:
+    assert on_ranks(2, before_the_first_step_under_fsdp2, earlier) == [{0.0}] * 2
