@@ -129,8 +129,6 @@ def composers_optimizer() -> Any:
     Raises:
         ImportError: It is not installed.
     """
-    from composer.optim import DecoupledAdamW
-
     client = importlib.import_module("tests.composer_client")  # it knows what Composer's imports need
     return client.composer.optim.DecoupledAdamW
 
