@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, overload
 
@@ -16,14 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw import kernels
 from sharded_dadamw.clipping import FoldedClip, check_clip, clip_coefficient, require_finite
 from sharded_dadamw.collectives import Collectives, NativeVerbs, connect, connect_over
 from sharded_dadamw.metrics import Held, Monitored
 from sharded_dadamw.norms import global_norm
-from sharded_dadamw.operands import Form, Operands, Update
+from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import named_parameters
 from sharded_dadamw.placement import is_of_fsdp1, local, local_gradient, placements_of
+from sharded_dadamw.ready import ReadyUpdates
 from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
 from sharded_dadamw.update import Hyperparameters, check_group, value_of
 
@@ -34,13 +33,6 @@ SHARD = "shard"
 would take shards for whole tensors stumbles over it, instead of dropping it and losing the other ranks' shards."""
 
 _HIGH_WEIGHT_DECAY = 1e-3
-
-_Place = tuple[Any, ...]
-"""The form of tensors, their size and where they lie: an update made ready for some does for others in their place."""
-_Ready = tuple[Update, Sequence[int]]
-"""An update, and the positions of what it updates among the fragments of a group."""
-_Copies = list[tuple[Tensor, Tensor]]
-"""Tensors, each with the copy that was updated in its place."""
 
 
 class DecoupledAdamW(Monitored, AdamW):
@@ -103,8 +95,7 @@ class DecoupledAdamW(Monitored, AdamW):
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         _warn_if_high(weight_decay)
         beta1, beta2 = betas
-        self._ready_updates: dict[int, tuple[list[_Place], list[_Ready]]] = {}
-        self._captured_updates: list[list[_Ready]] = []
+        self._ready_updates = ReadyUpdates()
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
         if norm_group is not None:
@@ -165,15 +156,12 @@ class DecoupledAdamW(Monitored, AdamW):
         """
         maxima = max_exp_avg_sqs if amsgrad else [None] * len(params)
         columns = zip(params, grads, exp_avgs, exp_avg_sqs, maxima, state_steps, strict=True)
-        alike = [
-            _alike_in_memory(Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step))
+        fragments = [
+            Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step)
             for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
         ]
-        fragments = [fragment for fragment, _ in alike]
-        for update, _ in _prepare(fragments, [_place(fragment) for fragment in fragments]):
-            update(Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad))
-        for _, copies in alike:
-            _put_back_(copies)
+        hyper = Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad)
+        ReadyUpdates().apply_(0, fragments, hyper)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -232,7 +220,9 @@ class DecoupledAdamW(Monitored, AdamW):
             if fragments:
                 counted = 1 if found_inf is None else (found_inf == 0).to(torch.float32)
                 torch._foreach_add_([fragment.step for fragment in fragments], counted)
-            self._update_(index, params, fragments, hyper)
+            measured = self._ready_updates.apply_(index, fragments, hyper, grad_divisor=divisor, found_inf=found_inf)
+            for positions, squares in measured:
+                self._last.note([params[position] for position in positions], squares)
             self._last.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
@@ -266,35 +256,6 @@ class DecoupledAdamW(Monitored, AdamW):
             for param in group["params"]:
                 if param.grad is not None and param.requires_grad:
                     yield param, param.grad, hyper
-
-    def _update_(
-        self,
-        group_index: int,
-        params: Sequence[Tensor],
-        fragments: Sequence[Operands],
-        hyper: Hyperparameters,
-    ) -> None:
-        """Apply the law to a group, with what an earlier step has made ready if everything is still where it was."""
-        alike = [_alike_in_memory(fragment) for fragment in fragments]
-        places = [_place(fragment) for fragment, _ in alike]
-        ready_places, updates = self._ready_updates.get(group_index, ([], []))
-        if ready_places != places:
-            updates = _prepare([fragment for fragment, _ in alike], places)
-            # What refers to tensors would keep gradients in memory that zero_grad() is to free.
-            if not any(update.keeps_tensors for update, _ in updates):
-                self._ready_updates[group_index] = places, updates
-        for update, positions in updates:
-            squares = update(
-                hyper,
-                grad_divisor=self._last.grad_divisor,
-                found_inf=self._last.found_inf,
-                with_norms=update.measures_in_passing,
-            )
-            self._last.note([params[position] for position in positions], squares)
-        for _, copies in alike:
-            _put_back_(copies)
-        if fragments and fragments[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured_updates.append(updates)  # a graph's replays read what these hold on the device
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -404,7 +365,7 @@ class DecoupledAdamW(Monitored, AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._ready_updates, self._captured_updates = {}, []
+        self._ready_updates = ReadyUpdates()
         if not hasattr(self, "_norm_ranks"):  # torch calls this for a loaded state, too
             self._is_fresh, self._norm_ranks = True, None
             self._needs_names = state.get("_needs_names", False)
@@ -477,66 +438,3 @@ def _warn_if_high(weight_decay: float) -> None:
             weight_decay,
             1.0 - weight_decay,
         )
-
-
-def _prepare(fragments: Sequence[Operands], places: Sequence[_Place]) -> list[_Ready]:
-    """Updates of fragments of any forms: one for each form, with the positions of its fragments."""
-    by_form: dict[Form, list[int]] = {}
-    for position, (form, *_) in enumerate(places):
-        by_form.setdefault(form, []).append(position)
-    return [(kernels.prepare([fragments[i] for i in positions]), positions) for positions in by_form.values()]
-
-
-def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
-    """The same with its elements in one order in memory, which kernels need, and what had to be copied for that.
-
-    Raises:
-        ValueError: The tensors differ in shape; torch's kernel would write past the end of the smaller ones.
-    """
-    param, shape, all_contiguous = fragment.param, fragment.param.shape, True
-    for tensor in fragment.tensors:
-        if tensor is not None:
-            if tensor.shape != shape:
-                shapes = [list(each.shape) for each in fragment.tensors if each is not None]
-                raise ValueError(f"expected tensors of one shape, got {shapes}")
-            all_contiguous = all_contiguous and tensor.is_contiguous()
-    if all_contiguous:
-        return fragment, []
-    model = param if _is_dense(param) else param.contiguous()
-    copies: _Copies = []
-
-    def alike(tensor: Tensor) -> Tensor:
-        if tensor.stride() == model.stride():
-            return tensor
-        copies.append((tensor, torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)))
-        return copies[-1][1]
-
-    maximum = fragment.max_exp_avg_sq
-    laid_out = replace(
-        fragment,
-        param=alike(fragment.param),
-        grad=alike(fragment.grad),
-        exp_avg=alike(fragment.exp_avg),
-        exp_avg_sq=alike(fragment.exp_avg_sq),
-        max_exp_avg_sq=None if maximum is None else alike(maximum),
-    )
-    return laid_out, [(original, copy) for original, copy in copies if original is not fragment.grad]
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _put_back_(copies: _Copies) -> None:
-    for original, copy in copies:
-        original.copy_(copy)
-
-
-def _place(fragment: Operands) -> _Place:
-    return fragment.form, fragment.param.numel(), *fragment.addresses()

@@ -14,9 +14,9 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn, overload
 
@@ -29,7 +29,7 @@ from torch.optim.optimizer import ParamsT
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.clipping import check_clip, clip_coefficient, require_finite
-from sharded_dadamw.collectives import Collectives, common_group, connect, connect_over
+from sharded_dadamw.collectives import Collectives, connect, connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gradients import Stage
@@ -40,6 +40,14 @@ from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.placement import Placement, placements_of
 from sharded_dadamw.reducer import Reducer
+from sharded_dadamw.sharing import (
+    check_sharing,
+    claims_of,
+    group_of_replicas,
+    hyperparameter_claims,
+    is_reduced_by_others,
+    listed,
+)
 from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
@@ -134,9 +142,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self.param_groups: list[dict[str, Any]] = []
         try:
             if not isinstance(params, (Tensor, dict)):  # which torch refuses
-                params, given = _listed(params)
+                params, given = listed(params)
                 placements = placements_of(given)
-                process_group = _group_of_replicas(placements) if process_group is None else process_group
+                process_group = group_of_replicas(placements) if process_group is None else process_group
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         try:
@@ -196,28 +204,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         parts: Claims = {}
         if refusal is None:
             members = named_parameters(self.param_groups)
-            replicated = [m for m in members if m.placement.others and self._is_reduced_by_others(m)]
-            for member in members:
-                if member.group_index >= first_group:
-                    ours = [self._collectives.are_all_of(group) for group in member.placement.others]
-                    if any(ours) and self._collectives.num_ranks > 1:
-                        refusal = ValueError(
-                            f"{member.name}: expected a parameter that all ranks of the process group hold alike, got "
-                            "a DTensor that is sharded among them already; use DecoupledAdamW, which updates the local "
-                            "shards as they are"
-                        )
-                    if replicated and self._config.reduce_gradients and not member.placement.is_borrowed:
-                        refusal = ValueError(
-                            f"{member.name}: expected a DTensor like {replicated[0].name}, got a plain parameter, "
-                            "whose gradient nobody would average over all ranks; put it into an optimizer of its own"
-                        )
-                    claims[f"parameter {member.index}"] = member.describe()
-                    if member.placement.part:
-                        parts[f"the part of {member.name}"] = member.placement.part
-            for index, group in enumerate(self.param_groups[first_group:], start=first_group):
-                claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
-                claims.update(_hyperparameter_claims(index, Hyperparameters.from_group(group)))
-            claims.update({f"config.{key}": str(value) for key, value in asdict(self._config).items()})
+            claims = claims_of(members, self.param_groups, first_group, self._config)
+            parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
+            try:
+                check_sharing(members, self._collectives, self._config)
+            except ValueError as error:  # which the other ranks are waiting to hear of
+                refusal = error
         require_agreement(self._everyone, claims, refusal)
         if parts:
             require_agreement(self._collectives, parts, None)
@@ -242,16 +234,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for index, of_group in groupby(trainable, key=lambda member: member.group_index):
             self._shard(index, list(of_group))
 
-    def _is_reduced_by_others(self, member: NamedParameter) -> bool:
-        """Whether FSDP replicates a parameter along our axis, and so reduces its gradient along it."""
-        return any(self._collectives.are_all_of(group) for group in member.placement.same)
-
     def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
         """Put parameters of one group into new buckets, one or more per storage and kind. Collective."""
         group = self.param_groups[group_index]
         stored: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
         for member in members:
-            reduces = self._config.reduce_gradients and not self._is_reduced_by_others(member)
+            reduces = self._config.reduce_gradients and not is_reduced_by_others(member, self._collectives)
             key = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
             stored.setdefault(key, []).append(member)
         for (storage, _, reduces), alike in stored.items():
@@ -400,7 +388,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
         scalars: Claims = {}
         for index, hyper in enumerate(hypers):
-            scalars.update(_hyperparameter_claims(index, hyper))
+            scalars.update(hyperparameter_claims(index, hyper))
 
         def claims() -> Claims:
             made: Claims = {"the call": doing, **scalars}
@@ -670,54 +658,3 @@ class _Agreed:
 def _require_gradients(bucket: Bucket) -> None:
     if not bucket.gradients.still_holds_last_step:
         raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
-
-
-def _listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
-    """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
-    given: list[Any] = []
-    tensors: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
-            entry = {**entry, "params": list(entry["params"])}
-        given.append(entry)
-        of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
-        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
-        tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
-    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-
-
-def _group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | None:
-    """The axis along which DTensors among the parameters are replicated; None where there are no DTensors.
-
-    Raises:
-        ValueError: There is no such axis, or there are plain parameters beside them.
-    """
-    borrowed = [placement for placement in placements if placement.is_borrowed]
-    if not borrowed:
-        return None
-    if len(borrowed) < len(placements):
-        raise ValueError(
-            "expected process_group, since there are plain parameters beside DTensors; pass the ranks that hold the "
-            "same parameters, such as mesh['dp']"
-        )
-    group = common_group([placement.same for placement in borrowed])
-    if group is None:
-        raise ValueError(
-            "expected process_group, since these DTensors are replicated along no axis of their mesh; pass the ranks "
-            "that hold the same shards, such as mesh['dp'] beside tensor parallelism; or if there are none, nothing is "
-            "left to shard: use DecoupledAdamW, which updates the local shards as they are"
-        )
-    return group
-
-
-def _hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
-    lr = hyper.lr
-    values = {
-        "lr": f"a tensor on {lr.device}" if isinstance(lr, Tensor) else str(lr),  # whose value the host cannot see
-        "initial_lr": hyper.reference_lr,
-        "betas": (hyper.beta1, hyper.beta2),
-        "eps": hyper.eps,
-        "weight_decay": hyper.weight_decay,
-        "amsgrad": hyper.amsgrad,
-    }
-    return {f"param_groups[{index}][{name!r}]": str(value) for name, value in values.items()}
