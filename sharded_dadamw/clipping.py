@@ -47,6 +47,32 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
+def fold(
+    norm: Tensor, already: Tensor | None, *, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, Tensor]:
+    """Clip gradients that may have been clipped before, without touching them.
+
+    Args:
+        norm: 0-d fp32, of the gradients as they are.
+        already: 0-d, the coefficient of earlier clips that no step has used; None means 1.
+        max_norm: The norm that must not be exceeded.
+        norm_type: 2 or inf, for the message.
+        error_if_nonfinite: Whether to wait for the norm, and raise if it is nan or infinite.
+
+    Returns:
+        The norm before this clip and after earlier ones, and the coefficient of all of them together.
+
+    Raises:
+        RuntimeError: As :func:`require_finite`.
+    """
+    if already is not None:
+        norm = norm * already
+    if error_if_nonfinite:
+        require_finite(norm, norm_type)
+    coefficient = clip_coefficient(norm, max_norm)
+    return norm, coefficient if already is None else already * coefficient
+
+
 class FoldedClip:
     """A clip that waits for the step that uses it, and the gradients that it is for.
 

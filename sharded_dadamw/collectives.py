@@ -155,17 +155,16 @@ class NativeVerbs(Collectives):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group; raises as :meth:`check_alive`."""
+        """The process group; raises as :meth:`check_alive` where nothing is left of it."""
         group = self._group_reference()
-        if group is None or not _is_alive(group):
-            raise RuntimeError(
-                "the optimizer's process group has been destroyed; build a new optimizer on a live group"
-            )
+        if group is None:
+            raise _was_destroyed()
         return group
 
     def check_alive(self) -> None:
         """See :meth:`Collectives.check_alive`."""
-        _ = self.group
+        if not _is_alive(self.group):
+            raise _was_destroyed()
 
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
         """See :meth:`Collectives.are_all_of`."""
@@ -441,6 +440,10 @@ def connect_over(
             "pass norm_group, the ranks over which norms are to be added up"
         )
     return connect(None, device)
+
+
+def _was_destroyed() -> RuntimeError:
+    return RuntimeError("the optimizer's process group has been destroyed; build a new optimizer on a live group")
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:

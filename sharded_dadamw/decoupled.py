@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.clipping import FoldedClip, check_clip, clip_coefficient, require_finite
+from sharded_dadamw.clipping import FoldedClip, check_clip, fold
 from sharded_dadamw.collectives import Collectives, NativeVerbs, connect, connect_over
 from sharded_dadamw.metrics import Held, Monitored
 from sharded_dadamw.norms import global_norm
@@ -201,12 +201,11 @@ class DecoupledAdamW(Monitored, AdamW):
             for param, _, hyper in self._with_gradients():
                 self._make_state(param, hyper)
             return loss
-        clip, found_inf = self._current_clip(for_step=True), getattr(self, "found_inf", None)
+        clip, found_inf = self._current_clip(for_step=True), self._scalers_flag()
         divisor = None if clip is None else clip.use()
         if (scale := getattr(self, "grad_scale", None)) is not None:
             divisor = scale if divisor is None else divisor * scale
         if found_inf is not None:
-            found_inf = torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
             self._call_roll()[0].collectives.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
         self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
         for index, (group, hyper) in enumerate(zip(self.param_groups, self._last.hypers, strict=True)):
@@ -227,6 +226,13 @@ class DecoupledAdamW(Monitored, AdamW):
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
+    def _scalers_flag(self) -> Tensor | None:
+        """A copy of the loss scaler's non-finite flag, 0-d fp32; it hands over a plain 0 where it saw no gradient."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return None
+        return torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
+
     def _is_dummy_step(self) -> bool:
         """Whether this first step is only to make the state, as torch.distributed.checkpoint takes one before it saves.
 
@@ -236,12 +242,12 @@ class DecoupledAdamW(Monitored, AdamW):
         pipeline trains nothing, all ranks ask at their first step, if it has lr 0, and never again.
         """
         is_first, self._is_fresh = self._is_fresh, False
-        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         lrs = [group["lr"] for group in self.param_groups]
         if any(self.state.values()) or any(
             (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs
         ):
             return False
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         if not is_first and (self._needs_names or any(is_of_fsdp1(param) for param in params)):
             return False
         is_real = any(param.grad is None or local(param.grad).any() for param in params)
@@ -286,13 +292,13 @@ class DecoupledAdamW(Monitored, AdamW):
         gradients = [(id(param), local_gradient(param)) for param, _ in clipped]  # all: that may be collective
         counted = [gradient for param, gradient in gradients if counts[param]]
         norm = global_norm(counted, norm_type, collectives=collectives, device=self._device)
-        if already is not None:
-            norm = norm * already.coefficient
-        if error_if_nonfinite:
-            require_finite(norm, norm_type)
-        coefficient = clip_coefficient(norm, max_norm)
-        if already is not None:
-            coefficient = coefficient * already.coefficient
+        norm, coefficient = fold(
+            norm,
+            None if already is None else already.coefficient,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
         self._folded_clip = FoldedClip(coefficient, [grad for _, grad in clipped])
         return norm
 
@@ -311,8 +317,8 @@ class DecoupledAdamW(Monitored, AdamW):
         super().zero_grad(set_to_none)
         self._folded_clip = None
 
-    def _held_ids(self) -> list[int]:
-        return [id(param) for group in self.param_groups for param in group["params"]]
+    def _held_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _held(self) -> list[Held]:
         members = named_parameters(self.param_groups)

@@ -166,8 +166,8 @@ class Monitored:
             self._num_skipped = skipped if self._num_skipped is None else self._num_skipped + skipped
 
     @abstractmethod
-    def _held_ids(self) -> list[int]:
-        """The id of each parameter that ``_held`` would list; cheap."""
+    def _held_params(self) -> list[Tensor]:
+        """The parameters that ``_held`` would list, in any order; cheap."""
 
     @abstractmethod
     def _held(self) -> list[Held]:
@@ -191,7 +191,7 @@ class Monitored:
 
     def _call_roll(self) -> tuple[Roll, Mapping[int, int]]:
         """Who counts what, and the index of each parameter in that, by its id. Collective where parameters changed."""
-        ids = self._held_ids()
+        ids = [id(param) for param in self._held_params()]
         if self._roll is None or self._roll[0] != ids:
             self._roll = None
             held = self._held()
@@ -327,11 +327,11 @@ class Monitored:
         """Per updated parameter, by its id, its metrics, for the part that is on this rank."""
         if self._values is None:
             self._values = {}
+            own = self._own_functions()
             for params, squares in self._squares(self._last.updated_here()):
                 norms = squares.sqrt().to(torch.float32).unbind()
-                own = self._own_functions()
                 for param, row in zip(params, norms, strict=True):
-                    others = self._call_functions(param)
+                    others = self._call_functions(param) if own else {}
                     measured = dict(zip(NORMS, row.unbind(), strict=True))
                     self._values[id(param)] = {
                         metric: others[metric] if metric in own else measured[_MEASURED[function]]
@@ -346,7 +346,7 @@ class Monitored:
         own = self._own_functions()
         squares = torch.zeros(len(roll.names), len(NORMS), dtype=torch.float64, device=self._device)
         others = torch.zeros(len(own), 2, len(roll.names), dtype=torch.float64, device=self._device)
-        here = [(held.param, roll.rows[index_of[id(held.param)]]) for held in self._held()]
+        here = [(param, roll.rows[index_of[id(param)]]) for param in self._held_params()]
         trainable = {row for row, was in enumerate(roll.trainable) if was}
         trainable |= {row for param, row in here if param.requires_grad}
         for params, part in self._squares([param for param, row in here if row in trainable]):
@@ -421,9 +421,6 @@ class Monitored:
 
     def _call_functions(self, param: Tensor) -> dict[str, Tensor]:
         """What a user's functions return for this rank's part of an updated parameter, if that has elements."""
-        own = self._own_functions()
-        if not own:
-            return {}
         operands, hyper = self._as_updated(param)
         if not operands.param.numel():
             return {}
@@ -431,7 +428,10 @@ class Monitored:
         part.grad = self._divided_gradient(operands).to(part.dtype)
         state = {key: local(value) for key, value in self.state[param].items()}
         step = self._subtracted(operands, hyper)
-        return {metric: torch.as_tensor(self.metric_functions[metric](part, state, step)) for metric in own}
+        return {
+            metric: torch.as_tensor(self.metric_functions[metric](part, state, step))
+            for metric in self._own_functions()
+        }
 
     def _divided_gradient(self, operands: Operands) -> Tensor:
         divisor = self._last.grad_divisor

@@ -28,7 +28,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
-from sharded_dadamw.clipping import check_clip, clip_coefficient, require_finite
+from sharded_dadamw.clipping import check_clip, fold
 from sharded_dadamw.collectives import Collectives, connect, connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
@@ -295,11 +295,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None:  # the scaler's sum of flags: 0 where there are no gradients
-            found_inf = torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
-            if self._norm_ranks is not None:
-                self._norm_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+        found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
+        if found_inf is not None and self._norm_ranks is not None:
+            self._norm_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
         doing = (
             "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
         )
@@ -500,13 +498,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
         self._reduce_s += time.perf_counter() - start
         norm = global_norm(runs, norm_type, collectives=collectives, device=self._device)
-        already = self._clip
-        if already is not None:
-            norm = norm * already
-        if error_if_nonfinite:
-            require_finite(norm, norm_type)
-        clip = clip_coefficient(norm, max_norm)
-        self._clip = clip if already is None else already * clip
+        norm, self._clip = fold(
+            norm, self._clip, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+        )
         return norm
 
     def report_per_parameter_metrics(
@@ -545,8 +539,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         roll, index_of = self._call_roll()
         return {param: roll.leads[index] for param, index in index_of.items()}
 
-    def _held_ids(self) -> list[int]:
-        return [id(member.param) for bucket in self._buckets for member in bucket.members]
+    def _held_params(self) -> list[Tensor]:
+        return [member.param for bucket in self._buckets for member in bucket.members]
 
     def _held(self) -> list[Held]:
         held = []
