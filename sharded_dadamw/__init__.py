@@ -1,9 +1,18 @@
 """Sharded decoupled AdamW: 1/N of the optimizer state on each of N ranks, and the unsharded optimizer's bits."""
 
-from sharded_dadamw.config import MainParameter, Moments, ShardingConfig
+from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig
 from sharded_dadamw.decoupled import DecoupledAdamW
 from sharded_dadamw.sharded import ShardedDecoupledAdamW, StepCost
 
-__all__ = ["DecoupledAdamW", "MainParameter", "Moments", "ShardedDecoupledAdamW", "ShardingConfig", "StepCost"]
+__all__ = [
+    "DecoupledAdamW",
+    "Exchange",
+    "GradientResidency",
+    "MainParameter",
+    "Moments",
+    "ShardedDecoupledAdamW",
+    "ShardingConfig",
+    "StepCost",
+]
 
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ Each rank states what it is about to do as a list of labelled claims. Ranks firs
 where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
 
 At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale, in
-one all-reduce of four integers: max(h) and max(-h) are equal in size only where all h are equal.
+one all-reduce of six integers: max(h) and max(-h) are equal in size only where all h are equal.
 """
 
 from __future__ import annotations
@@ -61,11 +61,23 @@ class StepAgreement:
     so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
     one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients. A rank that
     refuses a step raises at once there, and leaves the others to the backend's timeout.
+
+    Attributes:
+        scalers_have_parted: Whether the loss scalers of the ranks have been seen to find, or to hold, different things,
+            so that gradients of different ranks are not on one scale until they are brought there.
     """
 
-    def __init__(self, collectives: Collectives, device: torch.device) -> None:
-        """Compare notes in ``collectives``; the answer arrives on ``device``."""
+    def __init__(self, collectives: Collectives, device: torch.device, *, reconcile: Callable[[], None]) -> None:
+        """Compare notes.
+
+        Args:
+            collectives: The ranks.
+            device: Where the answer arrives.
+            reconcile: Called on every rank before a disagreement is raised.
+        """
+        self.scalers_have_parted = False
         self._collectives = collectives
+        self._reconcile = reconcile
         self._device = device
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims]] | None = None
 
@@ -76,6 +88,7 @@ class StepAgreement:
         *,
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
+        are_reduced: bool,
         refusal: Exception | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compare what every rank is about to do in this step. Collective.
@@ -85,11 +98,13 @@ class StepAgreement:
             key: Bytes that differ where the claims differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
             grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
+            are_reduced: Whether gradients have been averaged already, each on its rank's own scale.
             refusal: The error with which this rank refuses the step, or None.
 
         Returns:
-            ``found_inf`` and ``grad_scale`` for the group, 0-d fp32 on the device: 1 where any rank's flag is set, and
-            the smallest scale of a rank. None where this rank has None.
+            ``found_inf`` and ``grad_scale`` for the group, 0-d fp32 on the device: 1 where any rank's flag is set, or
+            averages are void since their parts had different scales; and the smallest scale of a rank. None where this
+            rank has None.
 
         Raises:
             Exception: ``refusal`` itself, on the ranks that have one.
@@ -101,27 +116,34 @@ class StepAgreement:
             text = f"refused ({type(refusal).__name__}: {refusal})"
             claims, key = (lambda: {_THE_STEP: text}), text.encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-        note = torch.tensor([digest, -digest, 0, 0], dtype=torch.int64).to(self._device, non_blocking=True)
+        had_parted = self.scalers_have_parted
+        note = torch.tensor([digest, -digest, 0, 0, 0, 0], dtype=torch.int64).to(self._device, non_blocking=True)
         if found_inf is not None:
             note[2] = (found_inf != 0).to(torch.int64).reshape(())
+            note[3] = -note[2]
         if grad_scale is not None:
             # Positive floats are ordered like their bits.
-            note[3] = -grad_scale.to(torch.float32).reshape(1).view(torch.int32)[0]
+            note[4] = grad_scale.to(torch.float32).reshape(1).view(torch.int32)[0]
+            note[5] = -note[4]
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
         if note.is_cuda:
             self._read_later(note, claims)
         else:
             difference = self._difference(note, claims)
+            if difference is not None or refusal is not None:
+                self._reconcile()
             if difference is not None and refusal is None:
                 raise RuntimeError(
                     f"ranks disagree about this step; {difference}; no parameter or state has been changed"
                 )
         if refusal is not None:
             raise refusal
-        return (
-            None if found_inf is None else note[2].to(torch.float32),
-            None if grad_scale is None else (-note[3:]).to(torch.int32).view(torch.float32)[0],
-        )
+        if found_inf is not None:
+            found_inf = note[2].to(torch.float32)
+            if are_reduced:
+                found_inf = torch.maximum(found_inf, (note[4] != -note[5]).to(torch.float32))
+                found_inf = torch.ones_like(found_inf) if had_parted else found_inf
+        return found_inf, None if grad_scale is None else (-note[5:]).to(torch.int32).view(torch.float32)[0]
 
     def _read_later(self, note: Tensor, claims: Callable[[], Claims]) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
@@ -138,6 +160,7 @@ class StepAgreement:
             self._unread = None
             arrived.synchronize()
             if (difference := self._difference(host, claims)) is not None:
+                self._reconcile()
                 raise RuntimeError(
                     f"ranks disagreed about the step before this one; {difference}; that step was taken with wrong "
                     "numbers, so go back to a checkpoint"
@@ -145,8 +168,9 @@ class StepAgreement:
 
     def _difference(self, note: Tensor, claims: Callable[[], Claims]) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
-        largest, negated_smallest, *_ = note.tolist()
-        if largest == -negated_smallest:
+        digest, negated_digest, flag, negated_flag, scale, negated_scale = note.tolist()
+        self.scalers_have_parted |= flag != -negated_flag or scale != -negated_scale
+        if digest == -negated_digest:
             return None
         return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})
 

@@ -1,7 +1,7 @@
 """One bucket: its parameters and gradients, the state of this rank's shard of them, and the update of that shard.
 
     weights       [num_ranks * n]   p.data of every plain parameter is a view of it       (see weights for others)
-    gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it   (see gradients)
+    gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it   (see gradients for others)
     main, exp_avg, exp_avg_sq, max_exp_avg_sq  [n]   this rank's shard only
 
 Where the parameters are narrower than fp32, ``main`` holds what the update acts on: an fp32 copy of the parameter
@@ -11,6 +11,7 @@ shard, or the 16 bits that it lacks. Where they are not, there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_dadamw import kernels
-from sharded_dadamw.gradients import CopiedGradients, ForeignGradients, OwnGradients
+from sharded_dadamw.gradients import Gradients
 from sharded_dadamw.layout import BucketLayout, Fragment
 from sharded_dadamw.operands import Form, Operands, Update
 from sharded_dadamw.parameters import NamedParameter
 from sharded_dadamw.precision import image
 from sharded_dadamw.storage import Storage, num_bytes, part_of, put_back_, widened
 from sharded_dadamw.update import Hyperparameters, value_of
-from sharded_dadamw.weights import BorrowedWeights, OwnWeights
+from sharded_dadamw.weights import BorrowedWeights, Weights
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 _NUM_PLANS = 8
@@ -50,7 +51,7 @@ class _Plan(NamedTuple):
 class Bucket:
     """One bucket on one rank: parameters of one group, dtype and device, all of them borrowed or none.
 
-    Constructing it takes hold of the parameters and allocates the state.
+    Constructing it allocates the state.
 
     Attributes:
         layout: Where everything lies.
@@ -71,11 +72,12 @@ class Bucket:
         *,
         rank: int,
         group_index: int,
+        weights: Weights,
+        gradients: Gradients,
         amsgrad: bool,
         seed: int,
-        reduces_gradients: bool,
     ) -> None:
-        """Allocate buffers and state, and move ``members`` in where they are plain.
+        """Allocate the state.
 
         Args:
             layout: Sizes must be those of ``members``.
@@ -83,9 +85,10 @@ class Bucket:
             storage: The same for all of them.
             rank: Which shard is ours.
             group_index: Position of their parameter group.
+            weights: Those of ``members``.
+            gradients: Those of ``members``.
             amsgrad: Whether to hold ``max_exp_avg_sq``.
             seed: Key of stochastic rounding.
-            reduces_gradients: Whether gradients are ours to average. If not, ``p.grad`` is read where it is.
         """
         first = members[0].param
         self.layout = layout
@@ -93,24 +96,15 @@ class Bucket:
         self.rank = rank
         self.group_index = group_index
         self.members = tuple(members)
+        self._params = [member.param for member in members]
         self.histories = [0] * len(members)
         self._seed = seed if storage.is_stochastic else None
         self._plans: dict[tuple[object, ...], _Plan] = {}
         self._runs: dict[tuple[bool, ...], list[Tensor]] = {}
         self._places: list[int] = []
 
-        self.weights: OwnWeights | BorrowedWeights
-        self.gradients: OwnGradients | ForeignGradients
-        if members[0].placement.is_borrowed:
-            self.weights = BorrowedWeights(members, layout, rank)
-            self.gradients = (CopiedGradients if reduces_gradients else ForeignGradients)(members, layout, rank)
-        else:
-            self.weights = weights = OwnWeights(members, layout, rank)
-            if reduces_gradients:
-                self.gradients = OwnGradients(members, layout, rank, weights.views)
-            else:
-                self.gradients = ForeignGradients(members, layout, rank)
-
+        self.weights = weights
+        self.gradients = gradients
         self.main = None if storage.main is None else torch.zeros_like(self.weights.shard, dtype=storage.main)
         self.reset_main_()
         self.exp_avg = storage.zeros(layout.shard_numel, first.device, signed=True)
@@ -289,6 +283,10 @@ class Bucket:
         part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
         return value_of(self.weights.shard[part], None if self.main is None else self.main[part])
 
+    @property
+    def _absorbs_edits(self) -> bool:
+        return self.main is not None and self.main.dtype is not torch.int16
+
     def _absorb_edits_(self) -> None:
         """Let weights that were edited in place since the last step win over the fp32 main parameter.
 
@@ -296,8 +294,9 @@ class Bucket:
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
         and back in loses no precision. A remainder needs no such care: it is less than half of the weight's last digit.
         """
-        if self.main is None or self.main.dtype is torch.int16 or not self.weights.may_be_edited():
+        if not (self._absorbs_edits and self.weights.may_be_edited()):
             return
+        assert self.main is not None
         shard = self.weights.shard
         edited = image(self.main, shard.dtype) != shard
         self.main.copy_(torch.where(edited, shard.to(self.main.dtype), self.main))
@@ -311,9 +310,10 @@ class Bucket:
         Returns:
             The parameters that were.
         """
-        updated = [member.param for member, here in zip(self.members, present, strict=True) if here]
+        updated = self._params if all(present) else list(compress(self._params, present))
         increment_version(updated)
-        self.weights.note_update()
+        if self._absorbs_edits:
+            self.weights.note_update()
         return updated
 
     def reread_histories(self) -> None:

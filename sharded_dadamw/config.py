@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 
 class MainParameter(Enum):
     """What is kept, sharded, beside a parameter that is narrower than fp32, so that small updates and decay count."""
@@ -24,6 +26,21 @@ class Moments(Enum):
     INT8 = "8 bits and a scale per 256 elements, by torchao; fp32 for small parameters: about 1 byte each"
 
 
+class GradientResidency(Enum):
+    """What becomes of a bucket's gradients once they are averaged."""
+
+    FULL = "they stay where they are: p.grad can be read until zero_grad (ZeRO stage 1)"
+    SHARDED = "only this rank's shard of the mean is kept, and p.grad is None from then on (ZeRO stage 2)"
+
+
+class Exchange(Enum):
+    """How ranks average gradients and publish parameters."""
+
+    FASTEST = "on CPUs through memory that the ranks of one host share, or else as RANK_ORDER; on GPUs as BACKEND"
+    RANK_ORDER = "each slice straight to its owner, who adds them in rank order in fp32: the same bits on any network"
+    BACKEND = "the backend's own reduce-scatter and all-gather, whose order of addition is its own"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingConfig:
     """How :class:`~sharded_dadamw.ShardedDecoupledAdamW` spreads its work, and in what precision it keeps state.
@@ -33,6 +50,17 @@ class ShardingConfig:
             one kernel call and one all-gather. Results do not depend on it.
         reduce_gradients: True: each rank brings its own gradients, and ``step`` averages them. False: something else,
             such as DistributedDataParallel, has averaged them already; they are only read.
+        overlap: True: a bucket's reduction begins in backward, as its last gradient arrives; of several backward passes
+            before a step all but the last belong inside ``no_sync()``. False: reductions begin in ``step``, after
+            however many passes; with sharded gradients, one after the other in each pass. Results are the same.
+        gradient_residency: What becomes of gradients once they are averaged.
+        gradient_dtype: In what gradients of narrower parameters are accumulated, over passes and over ranks: fp32, or
+            None for the dtype of the parameter.
+        exchange: How ranks average gradients and publish parameters.
+        wire_dtype: What gradients are rounded to before they are sent to another rank: bf16, fp16, or None to send them
+            as they are. The mean is formed in fp32, but with ``Exchange.BACKEND`` in this dtype.
+        skip_nonfinite: True: a step whose averaged gradients hold a nan or an infinity changes nothing, on any rank. It
+            costs a pass over the gradient shard and an all-reduce, unless the step was clipped.
         main_parameter: What is kept beside bf16 and fp16 parameters; nothing is kept beside wider ones.
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
         seed: Key of the stochastic rounding of ``Moments.BF16``, in [0, 2**32). The random bits for an element follow
@@ -43,11 +71,18 @@ class ShardingConfig:
 
     Raises:
         TypeError: A value is not of the type it has here.
-        ValueError: ``bucket_cap_mb`` is not a finite number > 0, or ``seed`` is out of range.
+        ValueError: ``bucket_cap_mb`` is not a finite number > 0, a dtype is none of those above, or ``seed`` is out of
+            range.
     """
 
     bucket_cap_mb: float = 16.0
     reduce_gradients: bool = True
+    overlap: bool = True
+    gradient_residency: GradientResidency = GradientResidency.FULL
+    gradient_dtype: torch.dtype | None = None
+    exchange: Exchange = Exchange.FASTEST
+    wire_dtype: torch.dtype | None = None
+    skip_nonfinite: bool = False
     main_parameter: MainParameter = MainParameter.FP32
     moments: Moments = Moments.FP32
     seed: int = 0
@@ -59,14 +94,27 @@ class ShardingConfig:
             raise TypeError(f"bucket_cap_mb: expected a number of MiB, got {self.bucket_cap_mb!r}")
         if not (math.isfinite(self.bucket_cap_mb) and self.bucket_cap_mb > 0):
             raise ValueError(f"bucket_cap_mb: expected a finite number > 0 (MiB), got {self.bucket_cap_mb}")
-        for name in ("reduce_gradients", "whole_state_dict"):
+        for name in ("reduce_gradients", "overlap", "skip_nonfinite", "whole_state_dict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        for name, kind in (("main_parameter", MainParameter), ("moments", Moments)):
+        kinds: tuple[tuple[str, type[Enum]], ...] = (
+            ("gradient_residency", GradientResidency),
+            ("exchange", Exchange),
+            ("main_parameter", MainParameter),
+            ("moments", Moments),
+        )
+        for name, kind in kinds:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
                 raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
+        dtypes = (("gradient_dtype", (torch.float32,)), ("wire_dtype", (torch.bfloat16, torch.float16)))
+        for name, known in dtypes:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, torch.dtype):
+                raise TypeError(f"{name}: expected a torch.dtype or None, got {value!r}")
+            if value is not None and value not in known:
+                raise ValueError(f"{name}: expected {' or '.join(map(str, known))} or None, got {value}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an integer, got {self.seed!r}")
         if not 0 <= self.seed < 2**32:

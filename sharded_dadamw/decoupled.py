@@ -16,7 +16,8 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.clipping import FoldedClip, check_clip, fold
-from sharded_dadamw.collectives import Collectives, NativeVerbs, connect, connect_over
+from sharded_dadamw.collectives import Collectives, NativeVerbs
+from sharded_dadamw.connect import connect, connect_over
 from sharded_dadamw.metrics import Held, Monitored
 from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Operands
@@ -99,7 +100,7 @@ class DecoupledAdamW(Monitored, AdamW):
         super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
         if norm_group is not None:
-            self._norm_ranks = connect(norm_group, self._device, called="norm_group")
+            self._norm_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -338,6 +339,7 @@ class DecoupledAdamW(Monitored, AdamW):
             if self._needs_names:
                 raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
             return connect_over(groups, self._device, also=also)
+        also = None if also is None else also.everyone
         spread = [*groups, also.group] if isinstance(also, NativeVerbs) else groups
         if not all(self._norm_ranks.include(group) for group in spread):
             raise ValueError(

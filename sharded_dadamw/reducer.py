@@ -1,83 +1,309 @@
-"""Inbound: gradients from backward into their buckets, and buckets through their reduction."""
+"""Inbound: gradients from backward into their buckets, and buckets through their reduction.
+
+[Note: rounds] A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks
+send each other cannot get mixed up. Backward begins a round when the first bucket of that order is complete, and goes
+on as the next ones are; whoever needs the result launches what is left. With full gradients there is one round per
+step; with sharded ones, one per backward pass outside ``no_sync``, which its end completes.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives, Handle
-from sharded_dadamw.gradients import OwnGradients, Stage
+from sharded_dadamw.gradients import HookedGradients, ShardedGradients, Stage
 
 _BUCKETS_AHEAD = 1
-"""Reductions kept under way while the caller works on a finished one."""
+"""Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""
+_NO_BACKWARD = -1
 
 
 class Reducer:
-    """Collects local gradients and reduces them bucket by bucket."""
+    """Collects local gradients and reduces them bucket by bucket.
 
-    def __init__(self, collectives: Collectives) -> None:
-        """Reduce over the ranks of ``collectives``."""
+    Attributes:
+        overlap: Whether reductions begin in backward, and are not waited for there.
+        is_accumulating: Whether backward passes leave gradients local.
+        num_rounds: Rounds that this rank has completed.
+    """
+
+    def __init__(self, collectives: Collectives, device: torch.device, *, overlap: bool) -> None:
+        """Reduce over ranks.
+
+        Args:
+            collectives: The ranks.
+            device: Where gradients are.
+            overlap: Whether reductions begin in backward, and are not waited for there.
+        """
+        self.is_accumulating = False
+        self.num_rounds = 0
+        self.overlap = overlap
         self._collectives = collectives
+        self._device = device
+        self._hooked: list[Bucket] = []
+        self._others: list[Bucket] = []
+        self._position = 0
+        self._is_begun = False
+        self._holds_means = False
+        self._backward = _NO_BACKWARD
+        self._under_way: deque[tuple[Bucket, Handle | None]] = deque()
+        self._completed: list[Bucket] = []
+        self._knows_order = False
 
     def watch(self, bucket: Bucket) -> None:
-        """Have backward deliver gradients into the bucket's flat buffer, where it has one."""
-        if not isinstance(bucket.gradients, OwnGradients):
+        """Reduce a bucket from now on, and have backward deliver its gradients where they are ours to hold."""
+        if not isinstance(bucket.gradients, HookedGradients):
+            self._others.append(bucket)
             return
+        self._hooked.append(bucket)
+        self._knows_order = False
         # Hooks live as long as the parameters; through weak references they do not keep the buffers alive as well.
-        gradients = weakref.ref(bucket.gradients)
+        here, there = weakref.ref(self), weakref.ref(bucket)
         hooks = [
-            member.param.register_post_accumulate_grad_hook(_Delivery(gradients, slot))
+            member.param.register_post_accumulate_grad_hook(_Delivery(here, there, slot))
             for slot, member in enumerate(bucket.members)
         ]
-        weakref.finalize(bucket.gradients, _remove, hooks).atexit = False
+        weakref.finalize(bucket, _remove, hooks).atexit = False
 
-    def drain(self, buckets: Iterable[Bucket]) -> Generator[Bucket]:
-        """Reduce buckets, and yield each once its gradient shard is the mean, with the next already under way.
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A context in which backward only accumulates."""
+        before, self.is_accumulating = self.is_accumulating, True
+        try:
+            yield
+        finally:
+            self.is_accumulating = before
+
+    def deliver(self, bucket: Bucket, slot: int) -> None:
+        """Take a gradient that backward has just accumulated, and launch the buckets whose turn has come.
+
+        Raises:
+            RuntimeError: It comes after its bucket was averaged, and before ``zero_grad``.
+            ValueError: It is sparse.
+        """
+        gradients = bucket.gradients
+        assert isinstance(gradients, HookedGradients)
+        if gradients.stage is Stage.REDUCING and gradients.have_ended(arriving=slot):
+            self.settle()  # those before were dropped, and the other ranks' messages are still to be received
+        in_parts = isinstance(gradients, ShardedGradients)
+        reduces = (self.overlap or in_parts) and not self.is_accumulating
+        if reduces and in_parts:
+            self._enter_backward()
+        gradients.deliver(slot, counts=reduces)
+        if not reduces:
+            return
+        self._is_begun = True
+        if gradients.num_missing:
+            return
+        if not self._knows_order and bucket not in self._completed:
+            self._completed.append(bucket)
+        while self._position < len(self._hooked) and self._hooked[self._position].gradients.are_complete:
+            self._launch_in_backward(self._hooked[self._position])
+
+    def complete_round(self) -> None:
+        """Launch what a round that backward has begun still lacks."""
+        if self._is_begun:
+            for bucket in self._hooked[self._position :]:
+                if bucket.gradients.stage in (Stage.LOCAL, Stage.CONSUMED):
+                    self._launch_in_backward(bucket)
+            self._end_round()
+
+    def prepare(self) -> None:
+        """Launch what other ranks may be waiting for in backward, before they and this one compare notes.
+
+        What backward has not begun to reduce, such as gradients that were assigned by hand, is left to :meth:`drain`,
+        after that. But where gradients are sharded, backward waits for one reduction before it launches the next.
+        """
+        self.complete_round()
+        if any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked[:1]) and self._rest():
+            self._is_begun = True
+            self.complete_round()
+
+    def settle(self) -> None:
+        """Finish all there is under way, as before gradients are dropped."""
+        self.complete_round()
+        while self._under_way:
+            self._finish_oldest()
+        for bucket in self._hooked:
+            if bucket.gradients.stage is Stage.REDUCING and bucket.gradients.have_ended():
+                bucket.gradients.mark(Stage.LOCAL)
+
+    def release(self) -> None:
+        """Wait until gradients may be written, from anywhere."""
+        for bucket in self._hooked:
+            bucket.gradients.release()
+
+    def drop(self) -> None:
+        """Forget all gradients."""
+        self.settle()
+        for bucket in self.buckets():
+            bucket.gradients.mark(Stage.LOCAL)
+        self._holds_means = False
+
+    def resync(self) -> None:
+        """Have all ranks complete as many rounds as any has, after they disagreed about a step. Collective.
+
+        What was reduced in rounds that only some ranks began is worth nothing; ``zero_grad`` is then asked for.
+        """
+        most = torch.tensor([self.num_rounds], dtype=torch.int64, device=self._device)
+        self._collectives.all_reduce_(most, dist.ReduceOp.MAX).wait()
+        while self.num_rounds < int(most):
+            self._is_begun = True
+            self.consume()
+            self.complete_round()
+            self.consume()
+        self.settle()
+
+    @property
+    def has_reduced_in_backward(self) -> bool:
+        """Whether gradients are averages already, or about to become so, as they were when backward delivered them."""
+        return any(bucket.gradients.stage is Stage.REDUCING for bucket in self._hooked)
+
+    def rounds_to_come(self) -> int:
+        """Rounds that this rank will have completed after :meth:`drain`; the same on all ranks, if they agree."""
+        return self.num_rounds + bool(self._rest())
+
+    def drain(self, ready_order: Sequence[Bucket] = ()) -> Generator[Bucket]:
+        """Reduce what is not reduced, and yield each bucket once its gradient shard is the mean, the next under way.
 
         Close the generator where it might not be exhausted: that waits for what has been started.
+
+        Args:
+            ready_order: In which order to yield the buckets whose means are there already.
         """
-        under_way: deque[tuple[Bucket, Handle | None]] = deque()
+        rest = deque(self._rest())
+        self._is_begun = self._is_begun or bool(rest)
+        rest += [bucket for bucket in self._others if bucket.gradients.stage is Stage.LOCAL]
+        later = [*rest, *(bucket for bucket, _ in self._under_way)]
+        ready = [bucket for bucket in self.buckets() if bucket not in later]
+        ready.sort(key=lambda bucket: ready_order.index(bucket) if bucket in ready_order else len(ready_order))
         try:
-            for bucket in buckets:
-                under_way.append((bucket, self._launch(bucket)))
-                if len(under_way) > _BUCKETS_AHEAD:
-                    yield _finish(*under_way.popleft())
-            while under_way:
-                yield _finish(*under_way.popleft())
+            self._launch_ahead(rest)
+            for bucket in ready:
+                if bucket.gradients.stage is not Stage.REDUCED:
+                    bucket.gradients.mark(Stage.REDUCED)
+                yield bucket
+            while self._under_way:
+                bucket = self._finish_oldest()
+                self._launch_ahead(rest)
+                if all(bucket is not other for other, _ in self._under_way):
+                    bucket.gradients.mark(Stage.REDUCED)
+                    yield bucket
         finally:
             # Whatever stopped the caller, no message may be left over for the next step to receive.
-            while under_way:
-                _finish(*under_way.popleft())
+            while rest or self._under_way:
+                self._launch_ahead(rest)
+                self._finish_oldest().gradients.mark(Stage.REDUCED)
+            self._end_round()
 
-    def _launch(self, bucket: Bucket) -> Handle | None:
-        return None if bucket.gradients.stage is Stage.REDUCED else bucket.gradients.reduce(self._collectives)
+    def consume(self) -> None:
+        """Say that a step has used the gradients."""
+        for bucket in self.buckets():
+            bucket.gradients.mark(Stage.CONSUMED)
+            bucket.gradients.release()
+        self._holds_means = False
+
+    def learn_order(self) -> None:
+        """Take over the order in which rank 0's first backward completed buckets. Collective, once per set of them.
+
+        Buckets that it did not complete, for want of a gradient, come last, so that they hold up no other.
+        """
+        if self._knows_order or not (self.overlap and self._hooked):
+            return
+        first = [self._hooked.index(bucket) for bucket in self._completed]
+        order = first + [index for index in range(len(self._hooked)) if index not in first]
+        agreed = torch.tensor(order, dtype=torch.int64).to(self._device)
+        self._collectives.broadcast_(agreed)
+        self._hooked = [self._hooked[index] for index in agreed.tolist()]
+        self._completed, self._knows_order = [], True
+
+    def buckets(self) -> list[Bucket]:
+        """All that are watched, in the order in which they are reduced."""
+        return [*self._hooked, *self._others]
+
+    def _enter_backward(self) -> None:
+        """See to it that the end of this backward pass completes its round."""
+        current = torch._C._current_graph_task_id()
+        if current != self._backward:
+            self.complete_round()  # of a pass that was broken off
+            self._backward = current
+            Variable._execution_engine.queue_callback(_End(weakref.ref(self)))
+
+    def end_backward(self) -> None:
+        """Complete the round of a backward pass whose gradients are to be sharded."""
+        self._backward = _NO_BACKWARD
+        self.complete_round()
+
+    def _rest(self) -> list[Bucket]:
+        """The buckets of a round without which gradients cannot be used."""
+        local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
+        if not local:
+            return []
+        if self._holds_means and not any(bucket.gradients.are_partly_local for bucket in local):
+            return []
+        return local
+
+    def _launch_in_backward(self, bucket: Bucket) -> None:
+        self._launch(bucket)
+        self._position += 1
+        # What is under way with sharded gradients holds a buffer.
+        while isinstance(bucket.gradients, ShardedGradients) and len(self._under_way) > _BUCKETS_AHEAD * self.overlap:
+            self._finish_oldest()
+
+    def _launch_ahead(self, rest: deque[Bucket]) -> None:
+        while rest and len(self._under_way) <= _BUCKETS_AHEAD:
+            self._launch(rest.popleft())
+
+    def _launch(self, bucket: Bucket) -> None:
+        self._under_way.append((bucket, bucket.gradients.reduce(self._collectives)))
+
+    def _finish_oldest(self) -> Bucket:
+        bucket, reduction = self._under_way.popleft()
+        if reduction is not None:
+            reduction.arrive()
+        return bucket
+
+    def _end_round(self) -> None:
+        self._position = 0
+        if self._is_begun:
+            self._is_begun = False
+            self.num_rounds += 1
+            self._holds_means = any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked)
 
 
 class _Delivery:
     """The hook of one parameter: hands its fresh gradient over."""
 
-    def __init__(self, gradients: weakref.ref[OwnGradients], slot: int) -> None:
-        self._gradients, self._slot = gradients, slot
+    def __init__(self, reducer: weakref.ref[Reducer], bucket: weakref.ref[Bucket], slot: int) -> None:
+        self._reducer, self._bucket, self._slot = reducer, bucket, slot
 
     def __call__(self, _param: Tensor) -> None:
-        gradients = self._gradients()
-        if gradients is not None:
-            gradients.deliver(self._slot)
+        reducer, bucket = self._reducer(), self._bucket()
+        if reducer is not None and bucket is not None:
+            reducer.deliver(bucket, self._slot)
+
+
+class _End:
+    """What autograd calls at the end of a backward pass."""
+
+    def __init__(self, reducer: weakref.ref[Reducer]) -> None:
+        self._reducer = reducer
+
+    def __call__(self) -> None:
+        if (reducer := self._reducer()) is not None:
+            reducer.end_backward()
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _finish(bucket: Bucket, reduction: Handle | None) -> Bucket:
-    if reduction is not None:
-        reduction.wait()
-    if bucket.gradients.stage is Stage.LOCAL:
-        bucket.gradients.mark(Stage.REDUCED)
-    return bucket

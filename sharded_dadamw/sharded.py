@@ -1,10 +1,11 @@
 """``ShardedDecoupledAdamW``: builds the parts, sequences a step, and keeps the torch.optim contract.
 
-    backward    hooks move each gradient into its bucket                                   (reducer)
+    backward    hooks move each gradient into its bucket, and launch its reduce-scatter    (reducer, collectives)
     step        ranks compare notes, then bucket by bucket:                                (agreement)
-                    reduce-scatter the mean, with the next bucket's already under way      (reducer, collectives)
+                    wait for the mean, with the next bucket's already under way            (reducer)
                     one fused update of this rank's shard                                  (kernels)
-                    all-gather the parameters in place, while the next bucket is updated   (collectives)
+                    all-gather the parameters in place, while the next bucket is updated   (gatherer, collectives)
+    forward     where the model is attached, layers wait for the parameters they read  (gatherer)
 
 This module conducts and touches no element itself.
 """
@@ -12,27 +13,37 @@ This module conducts and touches no element itself.
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.clipping import check_clip, fold
-from sharded_dadamw.collectives import Collectives, connect, connect_over
-from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.collectives import Collectives
+from sharded_dadamw.config import GradientResidency, ShardingConfig
+from sharded_dadamw.connect import connect, connect_over
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
-from sharded_dadamw.gradients import Stage
+from sharded_dadamw.gatherer import Attachment, Gatherer
+from sharded_dadamw.gradients import (
+    CopiedGradients,
+    ForeignGradients,
+    Gradients,
+    OwnGradients,
+    ShardedGradients,
+    SpareBuffers,
+    Stage,
+)
 from sharded_dadamw.layout import BucketLayout, plan_buckets
 from sharded_dadamw.metrics import Held, Table
 from sharded_dadamw.norms import global_norm
@@ -51,9 +62,7 @@ from sharded_dadamw.sharing import (
 from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
-
-_GATHERS_AHEAD = 2
-"""All-gathers of borrowed parameters kept under way, each with a buffer of its own."""
+from sharded_dadamw.weights import BorrowedWeights, OwnWeights, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ class StepCost:
     Attributes:
         reduce_s: Host seconds spent launching and waiting for reductions, those of ``clip_grad_norm_`` included.
         update_s: Host seconds in the update. On an accelerator the time to launch it.
-        gather_s: Host seconds launching and waiting for all-gathers.
+        gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
+            later, and counted in the step after that.
         wire_bytes: Gradient and parameter bytes this rank sent.
     """
 
@@ -89,10 +99,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     ``max_exp_avg_sq`` and, where parameters are narrower than fp32, ``main_param`` or ``main_remainder``; they may be
     empty, and joined over ranks in rank order they are the flattened whole.
 
-    A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place:
-    ``step`` and ``clip_grad_norm_`` consume them, and ``zero_grad`` must come before the next backward.
+    A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place, as
+    backward completes their buckets: one backward per step outside ``no_sync``, and ``zero_grad`` before the next. With
+    ``GradientResidency.SHARDED`` only this rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and
+    the means of several backwards add up.
 
-    Source: ZeRO, arXiv:1910.02054, stage 1.
+    Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """
 
     def __init__(
@@ -119,7 +131,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             weight_decay: Decay per step at the schedule's peak.
             amsgrad: Use the running maximum of ``exp_avg_sq``.
             process_group: The ranks that hold the same parameters: a group, a 1-D mesh, or None for the default group,
-                which is one rank where torch.distributed is not initialised. Where parameters are DTensors: the ranks
+                which is one rank where torch.distributed is not initialised. In a 2-D mesh the second axis has the
+                ranks to shard over, and the first the replicas of each shard. Where parameters are DTensors: the ranks
                 that hold the same parts of them, or None for the mesh axis along which they are replicated.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
             norm_group: As in :class:`DecoupledAdamW`.
@@ -133,8 +146,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._config = ShardingConfig() if config is None else config
         self._buckets: list[Bucket] = []
         self._dormant: list[NamedParameter] = []
-        self._accumulating = False
         self._clip: Tensor | None = None
+        self._largest: Tensor | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
         self._reduce_s = 0.0
         refusal: Exception | None = None
@@ -156,11 +169,15 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             refusal = refusal or error
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
-        self._collectives = connect(process_group, device)
+        self._collectives = connect(process_group, device, exchange=None)
         self._everyone = self._connect_everyone(placements, device)
         self._require_agreement(0, refusal)
-        self._reducer = Reducer(self._collectives)
-        self._agreement = StepAgreement(self._everyone, device)
+        # Which takes all ranks, so they had to agree on who they are, and on how, before.
+        self._collectives = connect(process_group, device, exchange=self._config.exchange)
+        self._reducer = Reducer(self._collectives, device, overlap=self._config.overlap)
+        self._gatherer = Gatherer(self._collectives)
+        self._spares = SpareBuffers(self._collectives.new_buffer)
+        self._agreement = StepAgreement(self._everyone, device, reconcile=self._reducer.resync)
         self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
         self.last_step = StepCost(0.0, 0.0, 0.0, 0)
@@ -176,6 +193,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         if not self._ready:  # the base class's constructor calls this for each group; all are sharded together later
             super().add_param_group(param_group)
             return
+        self._gatherer.finish()
         num_groups = len(self.param_groups)
         refusal: Exception | None = None
         try:
@@ -183,6 +201,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             self._check_members()
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
+        self._reducer.complete_round()
         try:
             self._require_agreement(num_groups, refusal)
         except Exception:
@@ -246,17 +265,20 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             numels = [member.placement.local_numel for member in alike]
             cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
             for indices in plan_buckets(numels, cap=cap):
+                layout = BucketLayout(
+                    tuple(numels[i] for i in indices), self._collectives.num_ranks, alignment=storage.alignment
+                )
+                of_bucket = [alike[i] for i in indices]
                 bucket = Bucket(
-                    BucketLayout(
-                        tuple(numels[i] for i in indices), self._collectives.num_ranks, alignment=storage.alignment
-                    ),
-                    [alike[i] for i in indices],
+                    layout,
+                    of_bucket,
                     storage,
                     rank=self._collectives.rank,
                     group_index=group_index,
+                    weights=self._weights_of(of_bucket, layout),
+                    gradients=self._gradients_of(of_bucket, layout, reduces),
                     amsgrad=bool(group["amsgrad"]),
                     seed=self._config.seed,
-                    reduces_gradients=reduces,
                 )
                 whole = bucket.weights.whole()
                 self._collectives.broadcast_(whole)
@@ -267,6 +289,24 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 for slot, member in enumerate(bucket.members):
                     self.state[member.param] = bucket.state_of(slot)
                     self._slots[id(member.param)] = bucket, slot
+
+    def _weights_of(self, members: Sequence[NamedParameter], layout: BucketLayout) -> Weights:
+        rank = self._collectives.rank
+        if members[0].placement.is_borrowed:
+            return BorrowedWeights(members, layout, rank)
+        return OwnWeights(members, layout, rank, self._collectives.new_buffer)
+
+    def _gradients_of(self, members: Sequence[NamedParameter], layout: BucketLayout, reduces: bool) -> Gradients:
+        rank, config = self._collectives.rank, self._config
+        if not reduces:
+            return ForeignGradients(members, layout, rank)
+        if members[0].placement.is_borrowed:
+            return CopiedGradients(members, layout, rank)
+        dtype, wire_dtype = config.gradient_dtype, config.wire_dtype
+        if config.gradient_residency is GradientResidency.SHARDED:
+            return ShardedGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
+        allocate = self._collectives.new_buffer
+        return OwnGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, allocate=allocate)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -311,44 +351,57 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             for bucket in self._buckets:  # the same for all: the gradients of all live in our buffers, or of none
                 scale = bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
             divisor = scale if divisor is None else divisor * scale
-        self._begin_step(agreed.hypers, divisor, agreed.found_inf)
-        reduce_s, update_s, gather_s = self._reduce_s, 0.0, 0.0
+        found_inf = self._void(agreed.found_inf)
+        self._begin_step(agreed.hypers, divisor, found_inf)
+        buckets: Sequence[Bucket] = self._buckets
+        if self._gatherer.num_attached:  # what forward reads first goes out first; backward delivers that last
+            self._reduced()
+        if all(bucket.gradients.stage is Stage.REDUCED for bucket in buckets):
+            buckets = self._gatherer.in_order_of_reading(buckets)
+        reduce_s, update_s, gather_s = self._reduce_s, 0.0, self._gatherer.take_wait_s()
         mark = time.perf_counter()
-        gathers: deque[Callable[[], None]] = deque()
-        with ExitStack() as under_way:
-            reduced_buckets = under_way.enter_context(closing(self._reducer.drain(self._buckets)))
-            under_way.callback(lambda: [finish() for finish in gathers])  # also where something is raised
-            for bucket in reduced_buckets:
-                reduced = time.perf_counter()
-                hyper = agreed.hypers[bucket.group_index]
-                params, squares = bucket.update_(
-                    agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=agreed.found_inf
-                )
-                self._last.note(params, squares)
-                updated = time.perf_counter()
-                gathers.append(self._publish(bucket))
-                while bucket.is_borrowed and len(gathers) > _GATHERS_AHEAD:
-                    gathers.popleft()()
-                reduce_s, update_s, mark = reduce_s + reduced - mark, update_s + updated - reduced, time.perf_counter()
-                gather_s += mark - updated
-        for bucket in self._buckets:
-            bucket.gradients.mark(Stage.CONSUMED)
-            self._last.updated += bucket.announce_update(agreed.slots[bucket])
+        with self._gatherer.publishing():
+            with closing(self._reducer.drain(buckets)) as reduced_buckets:
+                for bucket in reduced_buckets:
+                    reduced = time.perf_counter()
+                    hyper = agreed.hypers[bucket.group_index]
+                    params, squares = bucket.update_(
+                        agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=found_inf
+                    )
+                    self._last.note(params, squares)
+                    updated = time.perf_counter()
+                    self._gatherer.publish(bucket)
+                    reduce_s, update_s = reduce_s + reduced - mark, update_s + updated - reduced
+                    mark = time.perf_counter()
+                    gather_s += mark - updated
+            self._reducer.consume()
+            self._reducer.learn_order()
+            for bucket in self._buckets:
+                self._last.updated += bucket.announce_update(agreed.slots[bucket])
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
-        self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
+        self._sent_before, self._clip, self._largest, self._reduce_s = sent, None, None, 0.0
 
-    def _publish(self, bucket: Bucket) -> Callable[[], None]:
-        """Begin to gather a bucket's parameters; what is returned finishes that."""
-        buffer = bucket.weights.outgoing()
-        gather = self._collectives.all_gather_(buffer)
+    def _void(self, found_inf: Tensor | None) -> Tensor | None:
+        """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
+        if not self._config.skip_nonfinite:
+            return found_inf
+        largest = self._largest
+        if largest is None:
+            runs = [run for bucket in self._reduced() for run in bucket.gradient_runs(bucket.gradients.present)]
+            largest = global_norm(runs, math.inf, collectives=self._everyone, device=self._device)
+        is_void = (~largest.isfinite()).to(torch.float32)
+        return is_void if found_inf is None else torch.maximum(is_void, found_inf)
 
-        def finish() -> None:
-            gather.wait()
-            bucket.weights.accept_(buffer)
-
-        return finish
+    def _reduced(self) -> list[Bucket]:
+        """All buckets, with their gradients averaged. Collective."""
+        start = time.perf_counter()
+        with closing(self._reducer.drain()) as reduced_buckets:
+            for _ in reduced_buckets:
+                pass
+        self._reduce_s += time.perf_counter() - start
+        return self._buckets
 
     def _agree(
         self,
@@ -369,10 +422,16 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             refusal: The error with which this rank refuses the call already.
         """
         self._collectives.check_alive()
+        self._gatherer.finish()
         slots: dict[Bucket, tuple[bool, ...]] = {}
         hypers: list[Hyperparameters] = []
         try:
-            if self._accumulating:
+            if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
+                raise RuntimeError(
+                    "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; "
+                    "use bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
+                )
+            if self._reducer.is_accumulating:
                 raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
             self._check_in_place()
             for bucket in self._buckets:
@@ -383,13 +442,21 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
+        self._reducer.prepare()
+        num_rounds = self._reducer.rounds_to_come()
 
+        num_attached = str(self._gatherer.num_attached)
         scalars: Claims = {}
         for index, hyper in enumerate(hypers):
             scalars.update(hyperparameter_claims(index, hyper))
 
         def claims() -> Claims:
-            made: Claims = {"the call": doing, **scalars}
+            made: Claims = {
+                "the call": doing,
+                "the number of reductions so far": str(num_rounds),
+                "the number of attached models": num_attached,
+                **scalars,
+            }
             for member in awake:
                 made[f"{member.name}.requires_grad"] = "True"
             gradients = {
@@ -400,15 +467,24 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             made.update(gradients[index] for index in sorted(gradients))
             return made
 
-        summary = (doing, scalars, [member.index for member in awake])
-        key = bytes(here for present in slots.values() for here in present) + repr(summary).encode()
+        summary = (doing, num_rounds, num_attached, scalars, [member.index for member in awake])
+        key = b"".join(map(bytes, slots.values())) + repr(summary).encode()
         agreed = _Agreed(
             slots,
             hypers,
-            *self._agreement.check(claims, key, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal),
+            *self._agreement.check(
+                claims,
+                key,
+                found_inf=found_inf,
+                grad_scale=grad_scale,
+                are_reduced=self._reducer.has_reduced_in_backward,
+                refusal=refusal,
+            ),
         )
+        if self._agreement.scalers_have_parted:
+            self._reducer.overlap = False  # gradients have to be brought to one scale before they are averaged
         if not any(bucket.gradients.are_reduced for bucket in self._buckets):
-            self._clip = None  # the gradients that were clipped have been dropped since
+            self._clip = self._largest = None  # the gradients that were clipped have been dropped since
         if not awake:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
@@ -437,16 +513,58 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
-        super().zero_grad(set_to_none)
-        for bucket in self._buckets:
-            bucket.gradients.mark(Stage.LOCAL)
-        self._clip = None
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters in flight, which would be asked one by one
+            self._reducer.settle()
+            if not set_to_none:
+                self._reducer.release()
+            super().zero_grad(set_to_none)
+            self._reducer.drop()
+        self._clip = self._largest = None
+
+    def attach(self, model: nn.Module) -> Attachment:
+        """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
+
+        From then on whoever reads a parameter, a layer in forward or anybody else, first waits for that parameter's
+        bucket, and only for that one. Results are the same. Call it on all ranks or on none, after ``model`` was
+        compiled where it is to be, with the module that training calls. It puts hooks on the modules.
+
+        What shares a parameter's memory without being it cannot be made to wait: a ``p.detach()`` or ``state_dict()``
+        taken before ``step``, a CUDA graph. Nor can C++ that is given a parameter outside the module it belongs to,
+        such as a transform of ``torch.func``, or another stream than the one that reads first. Call ``synchronize``
+        before such a use, and before ``destroy_process_group``.
+
+        Buckets with parameters outside of attached models, DTensors, and parameters of a class of their own are
+        finished within ``step``, as without ``attach``.
+
+        Args:
+            model: A module that has parameters of this optimizer.
+
+        Returns:
+            A handle: ``remove()`` undoes it.
+
+        Raises:
+            TypeError: ``model`` is no module, or has scripted ones in it.
+            ValueError: None of its parameters is this optimizer's.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+        if not any(param in self.state for param in model.parameters()):
+            raise ValueError("model: expected parameters that this optimizer updates, found none")
+        return self._gatherer.attach(model)
+
+    def synchronize(self) -> None:
+        """Wait until all parameters are what the last step made of them; only after ``attach`` can they be otherwise.
+
+        Raises:
+            RuntimeError: They have been lost on their way.
+        """
+        self._gatherer.finish()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A context for accumulating gradients over several backward passes, as loops written for DDP use.
+        """A context for all backward passes of a step but the last: they accumulate, and exchange nothing.
 
-        Backward exchanges nothing anyway: ``step`` and ``clip_grad_norm_`` do, and raise inside.
+        ``step`` and ``clip_grad_norm_`` raise inside. With sharded gradients, the buffers of all buckets then exist.
 
         Raises:
             RuntimeError: Something else reduces the gradients (``reduce_gradients=False``), and its own ``no_sync``
@@ -456,11 +574,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             raise RuntimeError(
                 "reduce_gradients=False: the wrapper that reduces the gradients has the no_sync() to use"
             )
-        before, self._accumulating = self._accumulating, True
-        try:
+        with self._reducer.no_sync():
             yield
-        finally:
-            self._accumulating = before
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -490,14 +605,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
         agreed = self._agree(doing, to_clip=True, refusal=refusal)
         counts, collectives = self._counts(), self._call_roll()[0].collectives
-        start = time.perf_counter()
         runs = []
-        with closing(self._reducer.drain(self._buckets)) as reduced_buckets:
-            for bucket in reduced_buckets:
-                present = zip(bucket.members, agreed.slots[bucket], strict=True)
-                runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
-        self._reduce_s += time.perf_counter() - start
-        norm = global_norm(runs, norm_type, collectives=collectives, device=self._device)
+        for bucket in self._reduced():
+            present = zip(bucket.members, agreed.slots[bucket], strict=True)
+            runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
+        self._largest = norm = global_norm(runs, norm_type, collectives=collectives, device=self._device)
         norm, self._clip = fold(
             norm, self._clip, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
         )
@@ -590,6 +702,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         state_dict = super().state_dict()
         if self._config.whole_state_dict:
             self._collectives.check_alive()
+            self._gatherer.finish()
             state_dict["state"] = gather_state(self._buckets, self._collectives)
             self._sent_before = self._collectives.bytes_sent
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +19,15 @@ _SMALLEST_8BIT = 4096
 """As torchao: below that the scales and the loss of precision are not worth it."""
 LARGEST_BETA2_FOR_NEAREST = 0.995
 """Up to which a second moment of 16 bits, rounded to the nearest, still follows its gradients."""
+
+
+Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
+"""Makes a flat buffer of zeros."""
+
+
+def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat buffer in memory of this process alone."""
+    return torch.zeros(numel, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, slots=True)

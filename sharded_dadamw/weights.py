@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from sharded_dadamw.layout import BucketLayout
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.storage import Allocate, zeros
+
+_VERSION = attrgetter("_version")
 
 
 class Weights(ABC):
@@ -38,13 +42,14 @@ class Weights(ABC):
             rank: Which shard is ours.
         """
         self._members = tuple(members)
+        self._params = tuple(member.param for member in members)
         self._layout = layout
         self._range = layout.shard_range(rank)
 
-    def _copied(self) -> Tensor:
+    def _copied(self, allocate: Allocate = zeros) -> Tensor:
         """A new flat buffer [num_ranks * n] with all parameters in it."""
         first = self._members[0].param
-        buffer = torch.zeros(self._layout.numel, dtype=first.dtype, device=first.device)
+        buffer = allocate(self._layout.numel, first.dtype, first.device)
         for member, view in zip(self._members, self._views_of(buffer), strict=True):
             view.copy_(member.local)
         return buffer
@@ -90,24 +95,25 @@ class OwnWeights(Weights):
     Constructing it moves them there: ``p.data`` becomes a contiguous view, ``p`` stays the same object.
     """
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        """See :class:`Weights`."""
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, allocate: Allocate) -> None:
+        """See :class:`Weights`; ``allocate`` makes the flat buffer."""
         super().__init__(members, layout, rank)
-        self.buffer = self._copied()
+        self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
         self.views = self._views_of(self.buffer)
         for member, view in zip(members, self.views, strict=True):
             member.param.data = view
+        self._places = list(map(Tensor.data_ptr, self.views))
         self.note_update()
 
     def misplaced(self) -> list[NamedParameter]:
         """See :meth:`Weights.misplaced`."""
+        if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
+            return []
         return [
             member
             for member, view in zip(self._members, self.views, strict=True)
             if member.param.data_ptr() != view.data_ptr()
-            or member.param.dtype != view.dtype
-            or member.param.shape != view.shape
         ]
 
     def refresh_(self) -> None:
@@ -118,7 +124,7 @@ class OwnWeights(Weights):
         return self._read_versions() != self._versions
 
     def _read_versions(self) -> list[int]:
-        return [member.param._version for member in self._members]
+        return list(map(_VERSION, self._params))
 
     def whole(self) -> Tensor:
         """See :meth:`Weights.whole`."""

@@ -1,56 +1,90 @@
-"""The verbs: what they compute, bit for bit, and how many bytes they put on the wire."""
+"""The verbs: what they compute, bit for bit, how many bytes they move, and what they leave behind."""
 
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 
-from sharded_dadamw import collectives
-from sharded_dadamw.collectives import DirectExchange, NativeVerbs, OneRank, connect
+from sharded_dadamw import exchange, host_memory
+from sharded_dadamw.collectives import Collectives, NativeVerbs, OneRank, RankOrderVerbs
+from sharded_dadamw.config import Exchange
+from sharded_dadamw.connect import connect
+from sharded_dadamw.exchange import DirectExchange, MemoryExchange
 from tests.pool import on_ranks
 
 CPU = torch.device("cpu")
+IN_RANK_ORDER = ["memory", "direct", "ordered all-to-all"]
+ALL_VERBS = [*IN_RANK_ORDER, "native"]
 
 
-def local_gradient(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+def verbs_of(group: Any, verbs: str) -> Collectives:
+    made: dict[str, Callable[[], Collectives]] = {
+        "memory": lambda: connect(group, CPU),
+        "direct": lambda: connect(group, CPU, exchange=Exchange.RANK_ORDER),
+        "native": lambda: connect(group, CPU, exchange=Exchange.BACKEND),
+        "ordered all-to-all": lambda: RankOrderVerbs(group, CPU),
+    }
+    kinds = {"memory": MemoryExchange, "direct": DirectExchange, "native": NativeVerbs}
+    ours = made[verbs]()
+    if dist.get_world_size(group) > 1:
+        assert type(ours) is kinds.get(verbs, RankOrderVerbs)
+    return ours
+
+
+def local_gradient(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
-def mean_in_rank_order(num_ranks: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    total = local_gradient(0, numel, dtype).to(wide)
+def mean_in_rank_order(
+    num_ranks: int, numel: int, dtype: torch.dtype, out: torch.dtype | None = None, wire: torch.dtype | None = None
+) -> Tensor:
+    def contribution(rank: int) -> Tensor:
+        gradient = local_gradient(rank, numel, dtype)
+        return gradient.to(wire or dtype).to(torch.promote_types(dtype, torch.float32))
+
+    total = contribution(0)
     for rank in range(1, num_ranks):
-        total = total + local_gradient(rank, numel, dtype).to(wide)
-    return (total / num_ranks).to(dtype)
+        total = total + contribution(rank)
+    return (total / num_ranks).to(out or dtype)
 
 
-def reduce_scatter(group: Any, shard_numel: int, dtype: torch.dtype, verbs: str, piece_bytes: int) -> Any:
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
-    buffer = local_gradient(rank, num_ranks * shard_numel, dtype)
-    before = collectives._PIECE_BYTES
-    collectives._PIECE_BYTES = piece_bytes
+@contextlib.contextmanager
+def pieces_of(num_bytes: int) -> Iterator[None]:
+    before, exchange._PIECE_BYTES = exchange._PIECE_BYTES, num_bytes
     try:
-        ours.reduce_scatter_mean_(buffer).wait()
+        yield
     finally:
-        collectives._PIECE_BYTES = before
-    return type(ours).__name__, buffer, ours.bytes_sent
+        exchange._PIECE_BYTES = before
+
+
+def reduce_in_place(group: Any, shard_numel: int, dtype: torch.dtype, verbs: str, piece_bytes: int) -> Any:
+    ours = verbs_of(group, verbs)
+    buffer = ours.new_buffer(ours.num_ranks * shard_numel, dtype, CPU)
+    buffer.copy_(local_gradient(ours.rank, buffer.numel(), dtype))
+    with pieces_of(piece_bytes):
+        ours.reduce_scatter_mean(buffer, buffer.chunk(ours.num_ranks)[ours.rank]).wait()
+    return buffer.clone(), ours.bytes_sent
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("verbs", IN_RANK_ORDER)
 @pytest.mark.parametrize("piece_bytes", [512, 1 << 20])
-def test_the_direct_exchange_averages_in_rank_order_bit_for_bit(
-    num_ranks: int, dtype: torch.dtype, piece_bytes: int
+def test_the_mean_is_summed_in_rank_order_bit_for_bit(
+    num_ranks: int, dtype: torch.dtype, verbs: str, piece_bytes: int
 ) -> None:
     shard_numel = 64 * 37
     mean = mean_in_rank_order(num_ranks, num_ranks * shard_numel, dtype)
-    for rank, (kind, buffer, sent) in enumerate(
-        on_ranks(num_ranks, reduce_scatter, shard_numel, dtype, "direct", piece_bytes)
-    ):
+    for rank, (buffer, sent) in enumerate(on_ranks(num_ranks, reduce_in_place, shard_numel, dtype, verbs, piece_bytes)):
         start, stop = rank * shard_numel, (rank + 1) * shard_numel
-        assert kind == "DirectExchange"
         assert torch.equal(buffer[start:stop], mean[start:stop])
         local = local_gradient(rank, num_ranks * shard_numel, dtype)
         assert torch.equal(buffer[:start], local[:start]), "other ranks' slices are left as they were"
@@ -62,72 +96,483 @@ def test_the_direct_exchange_averages_in_rank_order_bit_for_bit(
 def test_the_backends_own_verbs_give_the_same_mean_within_the_rounding_of_another_order(num_ranks: int) -> None:
     shard_numel = 64 * 5
     mean = mean_in_rank_order(num_ranks, num_ranks * shard_numel, torch.float32)
-    results = on_ranks(num_ranks, reduce_scatter, shard_numel, torch.float32, "native", 1 << 20)
-    for rank, (_, buffer, sent) in enumerate(results):
+    results = on_ranks(num_ranks, reduce_in_place, shard_numel, torch.float32, "native", 1 << 20)
+    for rank, (buffer, sent) in enumerate(results):
         own = slice(rank * shard_numel, (rank + 1) * shard_numel)
         torch.testing.assert_close(buffer[own], mean[own], rtol=2**-22, atol=2**-22)  # N - 1 roundings of size 2^-24
         assert sent == (num_ranks - 1) * shard_numel * 4
 
 
-def gather(group: Any, shard_numel: int, verbs: str) -> Any:
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
-    buffer = torch.full((num_ranks * shard_numel,), -1.0)
+def reduce_elsewhere(
+    group: Any, verbs: str, shard_numel: int, dtypes: Any, add: bool, in_new_buffer: bool = True
+) -> Any:
+    dtype, out_dtype, wire = dtypes
+    ours = verbs_of(group, verbs)
+    buffer = local_gradient(ours.rank, ours.num_ranks * shard_numel, dtype)
+    if in_new_buffer:
+        buffer = ours.new_buffer(buffer.numel(), dtype, CPU).copy_(buffer)
+    before = buffer.clone()
+    out = torch.full((shard_numel,), 0.1, dtype=out_dtype)
+    ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire).wait()
+    assert torch.equal(buffer, before), "the local values stay as they are"
+    return out, ours.bytes_sent
+
+
+DTYPES = [
+    (torch.float32, torch.float32, None),
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.bfloat16, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, torch.float16),  # a wire that is not narrower is ignored
+    (torch.float64, torch.float64, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [False, True], ids=["put", "added"])
+def test_the_mean_goes_to_other_memory_in_a_wider_dtype_over_a_narrower_wire(
+    num_ranks: int, verbs: str, dtypes: Any, add: bool
+) -> None:
+    dtype, out_dtype, wire = dtypes
+    shard_numel = 77
+    narrower = wire is not None and wire.itemsize < dtype.itemsize
+    mean = mean_in_rank_order(num_ranks, num_ranks * shard_numel, dtype, out_dtype, wire if narrower else None)
+    sent_size = (wire if narrower else dtype).itemsize
+    for rank, (out, sent) in enumerate(on_ranks(num_ranks, reduce_elsewhere, verbs, shard_numel, dtypes, add)):
+        expected = mean[rank * shard_numel : (rank + 1) * shard_numel]
+        if add:
+            expected = torch.full_like(expected, 0.1) + expected
+        if verbs == "native":
+            coarsest = min(torch.finfo(each).bits for each in (dtype, wire if narrower else dtype))
+            tolerance = 2**-6 if coarsest == 16 else 2**-21
+            torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+        else:
+            assert torch.equal(out, expected)
+        assert sent == (num_ranks - 1) * shard_numel * sent_size
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_memory_that_peers_cannot_read_is_copied_to_where_they_can(num_ranks: int) -> None:
+    dtypes = (torch.float32, torch.float32, None)
+    mean = mean_in_rank_order(num_ranks, num_ranks * 77, torch.float32)
+    for rank, (out, _) in enumerate(on_ranks(num_ranks, reduce_elsewhere, "memory", 77, dtypes, False, False)):
+        assert torch.equal(out, mean[rank * 77 : (rank + 1) * 77])
+
+
+def gather(group: Any, shard_numel: int, verbs: str, in_new_buffer: bool) -> Any:
+    ours = verbs_of(group, verbs)
+    rank, num_ranks = ours.rank, ours.num_ranks
+    numel = num_ranks * shard_numel
+    buffer = ours.new_buffer(numel, torch.float32, CPU) if in_new_buffer else torch.empty(numel)
+    buffer.fill_(-1.0)
     buffer[rank * shard_numel : (rank + 1) * shard_numel] = torch.arange(shard_numel) + 1000.0 * rank
     ours.all_gather_(buffer).wait()
-    return buffer, ours.bytes_sent
+    return buffer.clone(), ours.bytes_sent
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("verbs", ["direct", "native"])
-@pytest.mark.parametrize("shard_numel", [64, 64 * 9_001])
-def test_an_all_gather_puts_every_slice_in_its_place(num_ranks: int, verbs: str, shard_numel: int) -> None:
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+@pytest.mark.parametrize("shard_numel", [63, 64 * 9_001])
+@pytest.mark.parametrize("in_new_buffer", [True, False], ids=["new buffer", "other memory"])
+def test_an_all_gather_puts_every_slice_in_its_place(
+    num_ranks: int, verbs: str, shard_numel: int, in_new_buffer: bool
+) -> None:
     expected = torch.cat([torch.arange(shard_numel) + 1000.0 * rank for rank in range(num_ranks)])
-    for buffer, sent in on_ranks(num_ranks, gather, shard_numel, verbs):
+    for buffer, sent in on_ranks(num_ranks, gather, shard_numel, verbs, in_new_buffer):
         assert torch.equal(buffer, expected)
         assert sent == (num_ranks - 1) * shard_numel * 4
 
 
-def several_at_once(group: Any, verbs: str) -> Any:
+def several_at_once(group: Any, verbs: str, order: str) -> Any:
     """Reductions and gathers of several buffers overlap, as they do in a step."""
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    ours = connect(group, CPU) if verbs == "direct" else NativeVerbs(group, CPU)
-    numels = [num_ranks * 64 * k for k in (1, 70_000, 7, 0, 50_000)]  # the large ones arrive in more pieces than fly
-    grads = [torch.full((numel,), float(rank + index)) for index, numel in enumerate(numels)]
-    params = [torch.full((numel,), float(rank)) for numel in numels]
+    ours = verbs_of(group, verbs)
+    rank, num_ranks = ours.rank, ours.num_ranks
+    numels = [num_ranks * 64 * k for k in (1, 70_000, 7, 0, 50_000, 3)]  # the large ones arrive in more pieces than fly
+    grads = [ours.new_buffer(numel, torch.float32, CPU).fill_(rank + index) for index, numel in enumerate(numels)]
+    params = [ours.new_buffer(numel, torch.float32, CPU).fill_(rank) for numel in numels]
     handles = []
     for grad, param in zip(grads, params, strict=True):
-        handles += [ours.reduce_scatter_mean_(grad), ours.all_gather_(param)]
-    for handle in handles:
+        own = grad.chunk(num_ranks)[rank] if grad.numel() else grad
+        handles += [ours.reduce_scatter_mean(grad, own), ours.all_gather_(param)]
+    if order == "last first" or (order == "as each rank likes" and rank % 2):
+        handles.reverse()
+    for handle in [*handles, *handles]:
         handle.wait()
-    return [grad.chunk(num_ranks)[rank] if grad.numel() else grad for grad in grads], params
+    return [(grad.chunk(num_ranks)[rank] if grad.numel() else grad).clone() for grad in grads], [
+        param.clone() for param in params
+    ]
 
 
-@pytest.mark.parametrize("verbs", ["direct", "native"])
-def test_collectives_that_overlap_do_not_mix_up_their_messages(verbs: str) -> None:
-    for grads, params in on_ranks(3, several_at_once, verbs):
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+@pytest.mark.parametrize("order", ["first first", "last first", "as each rank likes"])
+def test_verbs_that_overlap_can_be_waited_for_twice_and_in_any_order(verbs: str, order: str) -> None:
+    for grads, params in on_ranks(3, several_at_once, verbs, order):
         for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
             assert torch.all(grad == 1.0 + index)
-            assert torch.equal(param, torch.arange(3.0).repeat_interleave(param.numel() // 3))
+            assert all(torch.all(part == rank) for rank, part in enumerate(param.chunk(3)))
+
+
+def one_of_many(group: Any, verbs: str) -> float:
+    """More reductions are started than may receive at once, and all but the last are waited for by nobody."""
+    ours = verbs_of(group, verbs)
+    buffers = [ours.new_buffer(ours.num_ranks * 500_000, torch.float32, CPU).fill_(ours.rank) for _ in range(12)]
+    outs = [torch.empty(500_000) for _ in buffers]
+    last = [ours.reduce_scatter_mean(buffer, out) for buffer, out in zip(buffers, outs, strict=True)][-1]
+    last.wait()
+    return float(torch.stack(outs).mean())
+
+
+@pytest.mark.parametrize("verbs", ["memory", "direct"])
+def test_handles_that_nobody_waits_for_do_not_stand_in_the_way(verbs: str) -> None:
+    assert on_ranks(2, one_of_many, verbs) == [0.5, 0.5]
 
 
 def a_direct_exchange_holds(group: Any) -> int:
-    """Bytes of scratch memory while a reduction is under way."""
-    ours = connect(group, CPU)
+    """Scratch bytes held with ten reductions of a large buffer under way, which the next ones reuse."""
+    ours = verbs_of(group, "direct")
     assert isinstance(ours, DirectExchange)
     buffer = torch.zeros(dist.get_world_size(group) * 8 * 2**20)
-    reduction: Any = ours.reduce_scatter_mean_(buffer)
-    held = sum(scratch.nbytes for scratch in reduction._arrivals.values()) + reduction._total.nbytes
-    reduction.wait()
-    ours.reduce_scatter_mean_(buffer).wait()
-    kept = sum(scratch.nbytes for idle in ours._idle_scratch.values() for scratch in idle)
-    assert kept == held, "the second reduction reuses the first one's scratch"
-    return held
+    own = buffer.chunk(ours.num_ranks)[ours.rank]
+    for _ in range(2):
+        for handle in [ours.reduce_scatter_mean(buffer, own) for _ in range(10)]:
+            handle.wait()
+    return sum(scratch.nbytes for idle in ours._idle_scratch.values() for scratch in idle)
 
 
-def test_scratch_memory_does_not_grow_with_the_buffer() -> None:
+def test_scratch_memory_grows_neither_with_the_buffer_nor_with_the_number_of_reductions() -> None:
     for held in on_ranks(3, a_direct_exchange_holds):
-        assert held <= (collectives._PIECES_IN_FLIGHT + 1) * collectives._PIECE_BYTES
+        of_one = (exchange._PIECES_IN_FLIGHT + 1) * exchange._PIECE_BYTES
+        assert 0 < held <= exchange._REDUCTIONS_RECEIVING * of_one
+
+
+def two_exchanges_of_one_group(group: Any, verbs: str) -> tuple[bool, bool]:
+    """The verbs of two optimizers overlap."""
+    both = [verbs_of(group, verbs) for _ in range(2)]
+    buffers = [each.new_buffer(2 * 600_000, torch.float32, CPU).fill_(each.rank + k) for k, each in enumerate(both)]
+    outs = [torch.empty(600_000) for _ in both]
+    pairs = list(zip(both, buffers, outs, strict=True))
+    with pieces_of(2**14):  # of which most arrive once they are waited for
+        handles = [ours.reduce_scatter_mean(buffer, out) for ours, buffer, out in pairs]
+        for handle in handles:
+            handle.wait()
+    return bool(torch.all(outs[0] == 0.5)), bool(torch.all(outs[1] == 1.5))
+
+
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+def test_two_exchanges_of_one_group_do_not_mix_up_their_messages(verbs: str) -> None:
+    assert on_ranks(2, two_exchanges_of_one_group, verbs) == [(True, True)] * 2
+
+
+def along_both_axes(group: Any, verbs: str) -> list[float]:
+    rank = dist.get_rank()
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    across, along = verbs_of(rows[rank // 2], verbs), verbs_of(columns[rank % 2], verbs)
+    buffers = [ours.new_buffer(2 * 300_000, torch.float32, CPU).fill_(rank) for ours in (across, along)]
+    outs = [torch.empty(300_000) for _ in buffers]
+    handles = [
+        ours.reduce_scatter_mean(buffer, out) for ours, buffer, out in zip((across, along), buffers, outs, strict=True)
+    ]
+    for handle in handles:
+        handle.wait()
+    for used in (rows[rank // 2], columns[rank % 2]):
+        dist.destroy_process_group(used)
+    return [float(out.mean()) for out in outs]
+
+
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+def test_a_rank_takes_part_in_several_groups_at_once(verbs: str) -> None:
+    assert on_ranks(4, along_both_axes, verbs) == [[0.5, 1.0], [0.5, 2.0], [2.5, 1.0], [2.5, 2.0]]
+
+
+def traced(group: Any, verbs: str) -> dict[str, int]:
+    ours = verbs_of(group, verbs)
+    buffer = ours.new_buffer(ours.num_ranks * 64, torch.float32, CPU)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        handles = [ours.reduce_scatter_mean(buffer, torch.empty(64)), ours.all_gather_(buffer)]
+        for handle in handles:
+            handle.wait()
+    names = [event.name for event in trace.events() or ()]
+    return {name: names.count(name) for name in ("sharded_dadamw::reduce_scatter", "sharded_dadamw::all_gather")}
+
+
+@pytest.mark.parametrize("verbs", ALL_VERBS)
+def test_a_profilers_trace_shows_where_verbs_start_and_where_they_finish(verbs: str) -> None:
+    expected = {"sharded_dadamw::reduce_scatter": 2, "sharded_dadamw::all_gather": 2}
+    assert on_ranks(2, traced, verbs) == [expected] * 2
+
+
+# --- replicas and shards ---------------------------------------------------------------------------------------------
+
+
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    names = ("stage", "replicate", "shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return mesh["replicate", "shard"] if len(shape) == 3 else mesh
+
+
+def reduce_over_both_axes(_: Any, shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool) -> Any:
+    dtype, out_dtype, wire = dtypes
+    ours = connect(mesh_of(shape), CPU, exchange=choice)
+    numel, shard_numel = 77 * ours.num_ranks, 77
+    outs, buffers = [], []
+    for k in range(3):
+        buffer = ours.new_buffer(numel, dtype, CPU).copy_(local_gradient(dist.get_rank() + 10 * k, numel, dtype))
+        in_place = out_dtype == dtype and not add
+        outs.append(
+            buffer[ours.rank * shard_numel :][:shard_numel] if in_place else torch.full((77,), 0.1, dtype=out_dtype)
+        )
+        buffers.append(buffer)
+    handles = [
+        ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire)
+        for buffer, out in zip(buffers, outs, strict=True)
+    ]
+    for handle in handles[:: -1 if dist.get_rank() % 2 else 1]:
+        handle.wait()
+        handle.wait()
+    ours.all_gather_(buffers[0]).wait()
+    return ours.rank, [out.clone() for out in outs], buffers[0].clone(), len(ours.gather_texts("")), ours.bytes_sent
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (2, 2, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("choice", [Exchange.FASTEST, Exchange.RANK_ORDER])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3], DTYPES[4]], ids=str)
+@pytest.mark.parametrize("add", [False, True], ids=["put", "added"])
+def test_a_mesh_averages_over_shards_and_then_over_replicas(
+    shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool
+) -> None:
+    dtype, out_dtype, wire = dtypes
+    sent, num_replicas, num_shards = wire or dtype, *shape[-2:]
+    results = on_ranks(4, reduce_over_both_axes, shape, choice, dtypes, add)
+    for rank, (shard, outs, gathered, num_texts, num_bytes) in enumerate(results):
+        assert shard == rank % num_shards
+        assert num_texts == num_replicas * num_shards
+        first = rank - rank % num_texts
+        for k, out in enumerate(outs):
+            mean = torch.zeros(77)
+            for replica in range(num_replicas):
+                ranks = range(first + replica * num_shards, first + (replica + 1) * num_shards)
+                parts = [local_gradient(r + 10 * k, 77 * num_shards, dtype).to(sent).float() for r in ranks]
+                of_shards = sum(parts[1:], start=parts[0]) / num_shards
+                mean = mean + of_shards.to(sent if num_replicas > 1 and wire else torch.float32)[77 * shard :][:77]
+            expected = (mean / num_replicas).to(out_dtype)
+            assert torch.equal(out, torch.full_like(expected, 0.1) + expected if add else expected)
+        same_shard = [other for other in results[first : first + num_texts] if other[0] == shard]
+        assert all(torch.equal(other[1][0], outs[0]) for other in same_shard), "replicas have the same bits"
+        if not add and dtype == out_dtype:
+            row = results[rank - shard : rank - shard + num_shards]
+            assert torch.equal(gathered, torch.cat([other[1][0] for other in row]))
+        padded = -(-77 // num_replicas)
+        within = (num_shards - 1) * 77 * (3 * sent.itemsize + dtype.itemsize)
+        between = 3 * (num_replicas - 1) * padded * ((wire or torch.float32).itemsize + out_dtype.itemsize)
+        assert num_bytes == within + between
+
+
+def connect_part_of_a_mesh(_: Any) -> str:
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("stage", "replicate", "shard"))
+    assert connect(mesh["replicate", "shard"], CPU).num_ranks == 2
+    mesh = DeviceMesh("cpu", [[0, 1, 2]], mesh_dim_names=("replicate", "shard"))  # of which every rank has to know
+    if dist.get_rank() == 3:
+        return ""
+    return type(connect(mesh, CPU)).__name__
+
+
+def test_a_mesh_with_one_replica_needs_no_verbs_of_its_own() -> None:
+    assert on_ranks(4, connect_part_of_a_mesh) == ["MemoryExchange"] * 3 + [""]
+
+
+# --- memory that ranks share -----------------------------------------------------------------------------------------
+
+
+def kind_chosen(group: Any, choice: Exchange, unable: int, way: str) -> str:
+    """What ranks agree on where one of them, or none, is unable."""
+    before = host_memory.map_arena, host_memory.arena_of_this_process
+
+    def refuse(*_: Any) -> Any:
+        raise OSError("not on this rank")
+
+    if dist.get_rank(group) == unable:
+        if way == "cannot map":
+            host_memory.map_arena = refuse
+        else:
+            host_memory.arena_of_this_process = refuse
+    try:
+        ours = connect(group, CPU, exchange=choice)
+    finally:
+        host_memory.map_arena, host_memory.arena_of_this_process = before
+    ours.gather_texts("in step")
+    return type(ours).__name__
+
+
+@pytest.mark.parametrize("way", ["cannot map", "has no arena"])
+def test_where_one_rank_cannot_share_memory_all_ranks_exchange_directly(way: str) -> None:
+    assert on_ranks(3, kind_chosen, Exchange.FASTEST, 1, way) == ["DirectExchange"] * 3
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [
+        (Exchange.FASTEST, "MemoryExchange"),
+        (Exchange.RANK_ORDER, "DirectExchange"),
+        (Exchange.BACKEND, "NativeVerbs"),
+    ],
+)
+def test_the_exchange_can_be_chosen(choice: Exchange, kind: str) -> None:
+    assert on_ranks(2, kind_chosen, choice, -1, "") == [kind] * 2
+
+
+def test_an_invitation_from_another_host_or_container_is_refused_before_anything_is_opened() -> None:
+    arena = host_memory.Arena()
+    invitation = arena.invitation()
+    assert host_memory.map_arena(invitation)[:8] == b"sharded_"
+    for genuine, other, message in [
+        (arena._boot_id, "another boot", "another host"),
+        (arena._name, "sharded_dadamw-of-someone-else", "something else here"),
+        (f" {arena._fd},", " 999999,", "No such file"),
+    ]:
+        assert genuine in invitation
+        with pytest.raises(OSError, match=message):
+            host_memory.map_arena(invitation.replace(genuine, other))
+
+
+def arena_bytes(arena: host_memory.Arena) -> int:
+    return os.fstat(arena._fd).st_blocks * 512
+
+
+def pages_while_a_tensor_lives(group: Any) -> list[int]:
+    ours = verbs_of(group, "memory")
+    assert isinstance(ours, MemoryExchange)
+    at_first = arena_bytes(ours._arena)
+    counts = []
+
+    def count() -> None:
+        counts.append((arena_bytes(ours._arena) - at_first) // 2**20)
+
+    buffer = ours.new_buffer(2**20, torch.float32, CPU)
+    count()
+    parameter = torch.nn.Parameter(torch.empty(2, 2))
+    parameter.data = buffer.fill_(1.0)[:4].view(2, 2)
+    count()
+    del buffer
+    count()
+    assert parameter.sum() == 4.0
+    address = parameter.data_ptr()
+    del parameter
+    count()
+    again = ours.new_buffer(2**20, torch.float32, CPU)
+    assert again.data_ptr() == address, "the range is used again"
+    assert not again.any(), "and zero again"
+    again.fill_(1.0).share_memory_()  # which moves it
+    count()
+    assert torch.all(again == 1.0)
+    ours.all_gather_(again).wait()
+    return counts
+
+
+def test_memory_goes_back_when_the_last_tensor_on_it_dies() -> None:
+    for counts in on_ranks(2, pages_while_a_tensor_lives):
+        assert counts == [0, 4, 4, 0, 0]
+
+
+def fork_and_drop(group: Any) -> float:
+    ours = verbs_of(group, "memory")
+    buffer = ours.new_buffer(1000, torch.float32, CPU).fill_(3.0)
+    child = os.fork()
+    if child == 0:
+        del buffer
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return float(buffer.mean())
+
+
+def test_a_forked_child_does_not_take_its_parents_memory_away() -> None:
+    assert on_ranks(2, fork_and_drop) == [3.0, 3.0]
+
+
+def handles_of_the_system() -> tuple[int, int]:
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        mapped = sum("sharded_dadamw" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), mapped
+
+
+def connect_often(group: Any) -> tuple[int, int]:
+    """How many more file descriptors and mappings there are after many connections than after none."""
+    verbs_of(group, "memory")
+    before = handles_of_the_system()
+    kept = None
+    for _ in range(200):
+        kept = verbs_of(group, "memory")
+        kept.all_gather_(kept.new_buffer(64 * kept.num_ranks, torch.float32, CPU)).wait()
+    del kept
+    after = handles_of_the_system()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def test_connections_leave_neither_file_descriptors_nor_mappings_behind() -> None:
+    assert on_ranks(2, connect_often) == [(0, 0)] * 2
+
+
+def wait_for_one_who_left(_: Any, verbs: str) -> list[str]:
+    group = dist.new_group([0, 1])
+    rank = dist.get_rank()
+    raised: list[str] = []
+    if rank < 2:
+        ours = verbs_of(group, verbs)
+        if rank == 0:
+            buffer = ours.new_buffer(128, torch.float32, CPU)
+            handle = ours.reduce_scatter_mean(buffer, buffer[:64])
+            for _ in range(2):
+                try:
+                    handle.wait()
+                except RuntimeError as error:
+                    raised.append(str(error))
+        dist.destroy_process_group(group)
+    return raised
+
+
+@pytest.mark.parametrize("verbs", ["memory", "direct"])
+def test_waiting_for_a_rank_that_has_left_is_an_error_each_time_and_no_hang(verbs: str) -> None:
+    errors = on_ranks(4, wait_for_one_who_left, verbs, timeout_s=30.0)[0]
+    assert len(errors) == 2 and errors[0] == errors[1]
+
+
+def test_buffers_are_cut_from_what_is_free() -> None:
+    arena = host_memory.Arena()
+    first, second, third = (arena.new_buffer(numel, torch.float32) for numel in (5000, 1, 1024))
+    places = [arena.offset_of(each) for each in (first, second, third)]
+    assert places == [4096, 4096 + 5 * 4096, 4096 + 6 * 4096]
+    del first, second
+    assert arena.offset_of(arena.new_buffer(6 * 1024, torch.float32)) == 4096, "neighbours that are free are joined"
+    assert arena.offset_of(torch.zeros(4)) is None
+    with pytest.raises(MemoryError, match="in a row"):
+        arena.new_buffer(arena._size, torch.float32)
+
+
+def test_notes_arrive_in_order_by_kind_and_a_peer_that_is_silent_or_gone_is_an_error() -> None:
+    ours, theirs = host_memory.Notes([1], 0.01), host_memory.Notes([0], 0.01)
+    invitations = ours.invitation(), theirs.invitation()
+    ours.accept(1, invitations[1], called=0)
+    theirs.accept(0, invitations[0], called=1)
+    ours.seal()
+    theirs.seal()
+    for kind, value in [(0, 10), (1, 20), (0, 2**40)]:
+        ours.send(1, kind, value)
+    assert [theirs.receive(0, kind) for kind in (1, 0, 0)] == [20, 10, 2**40]
+    with pytest.raises(RuntimeError, match=r"rank 0 .* not come for"):
+        theirs.receive(0, 0)
+    del ours
+    with pytest.raises(RuntimeError, match=r"rank 0 .* has ended"):
+        theirs.receive(0, 0)
+    with pytest.raises(RuntimeError, match=r"rank 0 .* has ended"):
+        theirs.send(0, 0, 1)
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def exchange_texts(group: Any) -> list[str]:
@@ -143,7 +588,11 @@ def test_without_torch_distributed_there_is_one_rank_and_nothing_is_sent() -> No
     ours = connect(None, CPU)
     assert isinstance(ours, OneRank)
     buffer = torch.arange(128.0)
-    ours.reduce_scatter_mean_(buffer).wait()
+    ours.reduce_scatter_mean(buffer, buffer).wait()
     ours.all_gather_(buffer).wait()
     assert torch.equal(buffer, torch.arange(128.0))
+    out = torch.ones(128, dtype=torch.float64)
+    ours.reduce_scatter_mean(buffer + 2**-12, out, add=True, wire_dtype=torch.bfloat16).wait()
+    assert torch.equal(out, torch.arange(1.0, 129.0).double() + (torch.arange(128) == 0) * 2**-12)
+    assert not ours.new_buffer(3, torch.bfloat16, CPU).any()
     assert (ours.num_ranks, ours.bytes_sent, ours.gather_texts("x")) == (1, 0, ["x"])

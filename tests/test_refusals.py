@@ -285,14 +285,15 @@ def test_a_group_destroyed_before_the_step_is_an_error_at_the_step(verb: str) ->
     assert_refused(on_ranks(4, destroyed_before_the_step, verb)[:2], ("RuntimeError",), "destroyed")
 
 
-def on_a_mesh_of_two_axes(_: Any) -> Seen:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+def on_a_mesh(_: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Seen:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("stage", "replicate", "shard"))
     params = plain_params()
-    return attempt(lambda: ShardedDecoupledAdamW(params.items(), process_group=mesh), list(params.values()))
+    return attempt(lambda: ShardedDecoupledAdamW(params.items(), process_group=mesh[axes]), list(params.values()))
 
 
-def test_a_mesh_with_two_axes_is_refused_and_its_axes_named() -> None:
-    assert_refused(on_ranks(4, on_a_mesh_of_two_axes), VALUE, "2", "replicate", "shard")
+def test_a_mesh_with_three_axes_is_refused_and_its_axes_named() -> None:
+    axes = ("stage", "replicate", "shard")
+    assert_refused(on_ranks(4, on_a_mesh, (1, 2, 2), axes), VALUE, "3", *axes)
 
 
 def on_something_else(group: Any, kind: str) -> Seen:

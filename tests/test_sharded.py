@@ -18,11 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, StepLR
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, Exchange, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.precision import image
 from tests.models import (
     BF16,
@@ -360,7 +361,7 @@ def train_model(group: Any, name: str, dtype: torch.dtype, bucket_cap_mb: float,
         lr=3e-3,
         weight_decay=1e-4,
         process_group=group,
-        config=ShardingConfig(bucket_cap_mb=bucket_cap_mb),
+        config=ShardingConfig(bucket_cap_mb=bucket_cap_mb, overlap=False),  # or p.grad would be an average in part
     )
     params = dict(model.named_parameters())
     control_groups = mains_of([{"params": list(params.items())}])
@@ -710,7 +711,8 @@ def test_odd_sizes_send_at_most_one_alignment_unit_more_per_rank_and_bucket(
 
 def written_by_a_large_step(group: Any) -> tuple[int, int | None]:
     param = nn.Parameter(torch.zeros(3 * 2**18))
-    optimizer = ShardedDecoupledAdamW([param], process_group=group)
+    config = ShardingConfig(exchange=Exchange.RANK_ORDER)
+    optimizer = ShardedDecoupledAdamW([param], process_group=group, config=config)
     written = None
     for _ in range(2):
         param.grad = torch.ones_like(param)
@@ -730,3 +732,34 @@ def test_the_operating_system_counts_the_same_bytes(num_ranks: int) -> None:
         assert written is not None
         # Headers of messages, and the few words by which ranks agree that they are doing the same thing.
         assert 0 <= written - reported <= 32 * 1024, f"{written} bytes written, {reported} reported"
+
+
+def train_on(group: Any, shape: tuple[int, int] | None) -> Any:
+    """Gradients are small integers, so that their means are the same in whatever order they are added."""
+    mesh = None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    params = [nn.Parameter(torch.ones(n, 3)) for n in (50, 7, 201)]
+    frozen = nn.Parameter(torch.full((5,), float(dist.get_rank())), requires_grad=False)
+    named = [(str(n), p) for n, p in enumerate([*params, frozen])]
+    config = ShardingConfig(bucket_cap_mb=0.002, whole_state_dict=True)
+    optimizer = ShardedDecoupledAdamW(named, lr=0.1, weight_decay=0.1, process_group=mesh or group, config=config)
+    norms = []
+    for step in range(3):
+        for p in params:
+            p.grad = torch.arange(p.numel()).reshape(p.shape).remainder(5 + step) * float(1 + dist.get_rank())
+        norms.append(optimizer.clip_grad_norm_(1.0))
+        optimizer.step()
+        norms += optimizer.metrics().values()
+        optimizer.zero_grad()
+    state = [tensor for _, of_param in sorted(optimizer.state_dict()["state"].items()) for tensor in of_param.values()]
+    return [p.detach().clone() for p in [*params, frozen]], norms, state, optimizer.state_bytes
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 4)], ids=str)
+def test_replicas_of_shards_train_as_shards_on_all_ranks_do(shape: tuple[int, int]) -> None:
+    params, norms, state, _ = on_ranks(4, train_on, None)[0]
+    for held, said, kept, state_bytes in on_ranks(4, train_on, shape):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(held, params, strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, state, strict=True))
+        for ours, theirs in zip(said, norms, strict=True):  # which are added up in another order
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
+        assert state_bytes >= 8 * 258 * 3 / shape[1]

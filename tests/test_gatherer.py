@@ -1,0 +1,1177 @@
+"""After `attach`, `step` returns with parameters in flight, and nobody can tell but by the clock.
+
+The control is the same optimizer without `attach`. The experiment gathers through `SlowVerbs`, where other ranks'
+slices are nan until the gather has been waited for: whoever reads without waiting sees nan, every time.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from sharded_dadamw import MainParameter, ShardedDecoupledAdamW, ShardingConfig, in_flight
+from sharded_dadamw import gatherer as gatherer_module
+from tests.pool import on_ranks, outcomes
+
+ONE_EACH = 1e-6  # MiB: every parameter gets a bucket of its own
+WIDTH = 6
+
+# --- the stand-in --------------------------------------------------------------------------------------------------
+
+
+class SlowVerbs:
+    """Collectives whose all-gathers arrive when they are waited for and not before.
+
+    Attributes:
+        started: The address of every gathered buffer.
+        waited: Those that have been waited for, in that order.
+        num_broadcasts: How often an order was agreed on.
+    """
+
+    def __init__(self, verbs: Any) -> None:
+        self._verbs = verbs
+        self.started: list[int] = []
+        self.waited: list[int] = []
+        self.num_broadcasts = 0
+        self.fails = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._verbs, name)
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        self.num_broadcasts += 1
+        self._verbs.broadcast_(tensor)
+
+    def all_gather_(self, buffer: Tensor) -> Any:
+        arriving = buffer.clone()
+        handle = self._verbs.all_gather_(arriving)
+        for rank, part in enumerate(buffer.chunk(self._verbs.num_ranks)):
+            if rank != self._verbs.rank:
+                part.fill_(float("nan"))
+        self.started.append(buffer.data_ptr())
+        return _SlowHandle(self, handle, buffer, arriving)
+
+
+class _SlowHandle:
+    def __init__(self, verbs: SlowVerbs, handle: Any, buffer: Tensor, arriving: Tensor) -> None:
+        self._verbs, self._handle, self._buffer, self._arriving = verbs, handle, buffer, arriving
+        self._is_done = False
+
+    def wait(self) -> None:
+        assert not self._is_done, "gloo would hang"
+        self._is_done = True
+        self._handle.wait()
+        if self._verbs.fails:
+            raise ConnectionError("the network is gone")
+        self._buffer.copy_(self._arriving)
+        self._verbs.waited.append(self._buffer.data_ptr())
+
+
+def place(optimizer: ShardedDecoupledAdamW, param: Tensor) -> int:
+    """What SlowVerbs knows the bucket of a parameter by; does not read the parameter."""
+    bucket, _ = optimizer._slots[id(param)]
+    return bucket.weights.buffer.data_ptr()
+
+
+def build(
+    model: nn.Module, group: Any, *, attached: nn.Module | bool, cap: float = ONE_EACH, **config: Any
+) -> tuple[ShardedDecoupledAdamW, SlowVerbs]:
+    optimizer = ShardedDecoupledAdamW(
+        model.named_parameters(),
+        lr=0.05,
+        weight_decay=1e-4,
+        process_group=group,
+        config=ShardingConfig(bucket_cap_mb=cap, **config),
+    )
+    slow = SlowVerbs(optimizer._collectives)
+    if attached:
+        optimizer._gatherer._collectives = slow  # type: ignore[assignment]
+        optimizer.attach(model if attached is True else attached)
+    return optimizer, slow
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Line(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:  # of our own, because torch compiles none of its own in place
+        return F.linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, 16), nn.GELU(), Line(16, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+        self.unused = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self):
+            x = layer(x)
+        return x
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, WIDTH)
+        self.middle = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.embedding(x.abs().mul(5).long().clamp(max=10))))
+
+
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + weight.mT
+
+
+def parametrized() -> nn.Module:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    parametrize.register_parametrization(model[0], "weight", Symmetric())
+    return nn.utils.parametrizations.weight_norm(model[1]) and model
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+class ReadsElsewhere(nn.Module):
+    """A hook reads the weights of a module that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.never_called = nn.Linear(WIDTH, WIDTH)
+        self.first.register_forward_hook(self._add)
+
+    def _add(self, _module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out + F.linear(out, self.never_called.weight) + self.never_called.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).sum((0, 1))
+
+
+class CustomFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Times.apply(x, self.scale)
+
+
+@torch.jit.script
+def scripted_scale(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight + weight
+
+
+class CallsCpp(nn.Module):
+    """Gives its parameter to C++, which does not ask what class it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scripted_scale(x, self.scale)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "tied": Tied,
+    "lstm": Lstm,
+    "attention": Attention,
+    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0), 2),
+    "parametrized": parametrized,
+    "checkpointed": lambda: Checkpointed(use_reentrant=False),
+    "checkpointed, reentrant": lambda: Checkpointed(use_reentrant=True),
+    "reads elsewhere": ReadsElsewhere,
+    "custom function": CustomFunction,
+    "calls C++": CallsCpp,
+    "frozen": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, WIDTH)),
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name]()
+
+
+def data_of(rank: int, step: int) -> Tensor:
+    return torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def train(
+    model: nn.Module,
+    optimizer: ShardedDecoupledAdamW,
+    *,
+    num_steps: int,
+    clip: bool = False,
+    first_step: int = 0,
+    amp: bool = False,
+) -> list[Tensor]:
+    losses = []
+    for step in range(first_step, first_step + num_steps):
+        with torch.autocast("cpu", enabled=amp):
+            loss = model(data_of(optimizer._collectives.rank, step)).square().mean()
+        losses.append(loss.detach())
+        loss.backward()
+        if clip:
+            optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def everything_of(model: nn.Module, optimizer: ShardedDecoupledAdamW) -> list[Tensor]:
+    optimizer.synchronize()
+    params = [param.detach().clone() for param in model.parameters()]
+    return params + [value.clone() for param in model.parameters() for value in optimizer.state.get(param, {}).values()]
+
+
+def are_pending(model: nn.Module) -> list[bool]:
+    return [type(param) is in_flight.PendingParameter for param in model.parameters()]
+
+
+def assert_equal(control: Any, experiment: Any) -> None:
+    if isinstance(control, Tensor):
+        assert control.detach().isfinite().all() and torch.equal(control, experiment), (control, experiment)
+    elif isinstance(control, (list, tuple)):
+        assert len(control) == len(experiment)
+        for one, other in zip(control, experiment, strict=True):
+            assert_equal(one, other)
+    else:
+        assert control == experiment
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_both_ways(group: Any, name: str, num_steps: int, options: dict[str, Any], config: dict[str, Any]) -> None:
+    results = []
+    for attached in (False, True):
+        model = made(name)
+        optimizer, slow = build(model, group, attached=attached, **config)
+        losses = train(model, optimizer, num_steps=num_steps, **options)
+        assert any(are_pending(model)) == attached
+        results.append([*losses, *everything_of(model, optimizer)])
+        assert sorted(slow.started) == sorted(slow.waited)
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_the_same_bit_for_bit(name: str) -> None:
+    on_ranks(2, train_both_ways, name, 4, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"clip": True}, {}),
+        ({}, {"cap": 16.0}),
+        ({"amp": True}, {"cap": 1e-3}),
+        ({"clip": True}, {"cap": 1e-3}),
+    ],
+)
+def test_twenty_steps_are_the_same_bit_for_bit(options: dict[str, Any], config: dict[str, Any]) -> None:
+    on_ranks(2, train_both_ways, "mlp", 20, options, config)
+
+
+def test_three_ranks_train_to_the_same_bits() -> None:
+    on_ranks(3, train_both_ways, "mlp", 4, {"clip": True}, {})
+
+
+def train_bf16(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model = made("mlp").bfloat16()
+        optimizer, _ = build(model, group, attached=attached, main_parameter=MainParameter.FP32)
+        for step in range(4):
+            model(data_of(optimizer._collectives.rank, step).bfloat16()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(everything_of(model, optimizer))
+    assert_equal(*results)
+
+
+def test_narrow_parameters_are_not_taken_for_edited() -> None:
+    on_ranks(2, train_bf16)
+
+
+def train_under_ddp(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model = DistributedDataParallel(made("mlp"), process_group=group, find_unused_parameters=True)
+        optimizer, _ = build(model, group, attached=attached, reduce_gradients=False)
+        losses = train(model, optimizer, num_steps=4)
+        assert any(are_pending(model)) == attached
+        results.append([*losses, *everything_of(model, optimizer)])
+    assert_equal(*results)
+
+
+def test_ddp_with_reduce_gradients_false_trains_to_the_same_bits() -> None:
+    on_ranks(2, train_under_ddp)
+
+
+# --- ways to read ----------------------------------------------------------------------------------------------------
+
+
+def _saved(model: nn.Module) -> list[Tensor]:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return list(torch.load(file).values())
+
+
+def _evaluated(model: nn.Module, context: Any) -> Tensor:
+    model.eval()
+    with context:
+        return model(data_of(0, 77)).clone()
+
+
+def _loaded(model: nn.Module) -> list[Tensor]:
+    model.load_state_dict({name: torch.full_like(value, 0.5) for name, value in made("mlp").state_dict().items()})
+    return list(model.parameters())
+
+
+def _edited(model: Any) -> list[Tensor]:
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[2].weight[1] = 7.0
+        model[2].bias += 1
+    return list(model.parameters())
+
+
+def _averaged(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(9)
+    average = AveragedModel(Mlp(), avg_fn=lambda old, new, num: 0.5 * old + 0.5 * new)
+    average.n_averaged.fill_(1)
+    average.update_parameters(model)
+    return list(average.parameters())
+
+
+def _averaged_by_foreach(model: nn.Module) -> list[Tensor]:
+    average = [torch.ones_like(param) for param in model.parameters()]
+    torch._foreach_lerp_(average, list(model.parameters()), 0.25)
+    return average
+
+
+def _shuffled(model: Any) -> list[Tensor]:
+    torch.utils.swap_tensors(model[0].weight, other := nn.Parameter(torch.ones(16, WIDTH)))
+    return [other.detach(), model[0].weight.detach(), model[2].weight.detach()]
+
+
+def _per_sample(model: Any) -> list[Tensor]:
+    params = dict(model.named_parameters())  # not detached: transforms get them as they are
+
+    def loss_of(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (x,)).square().mean()
+
+    grads = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0))(params, data_of(0, 5))
+    return [grads[name] for name in sorted(grads)]
+
+
+class _HearsOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _HearsFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _under(mode: Any, model: nn.Module) -> Any:
+    with mode:
+        out = model(data_of(0, 5))
+    return [out, mode.heard]
+
+
+READINGS: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda m: m(data_of(0, 5)),
+    "forward of one layer": lambda m: m[2](torch.ones(16)),
+    "evaluation": lambda m: _evaluated(m, contextlib.nullcontext()),
+    "evaluation without gradients": lambda m: _evaluated(m, torch.no_grad()),
+    "inference mode": lambda m: _evaluated(m, torch.inference_mode()),
+    "state_dict": lambda m: list(m.state_dict().values()),
+    "state_dict that keeps the parameters": lambda m: [v * 1 for v in m.state_dict(keep_vars=True).values()],
+    "sum": lambda m: m[2].weight.sum(),
+    "data": lambda m: [p.data.clone() for p in m.parameters()],
+    "detach": lambda m: [p.detach().clone() for p in m.parameters()],
+    "functional_call": lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (data_of(0, 5),)),
+    "torch.func": _per_sample,
+    "under a mode for operations": lambda m: _under(_HearsOperations(), m),
+    "under a mode for functions": lambda m: _under(_HearsFunctions(), m),
+    "deepcopy": lambda m: [*copy.deepcopy(m).parameters(), copy.deepcopy(m)(data_of(0, 5))],
+    "deepcopy of a parameter": lambda m: copy.deepcopy(m[2].weight),
+    "copy of a parameter": lambda m: copy.copy(m[2].weight),
+    "its own class": lambda m: type(m[2].weight)(m[2].weight.data.clone()),
+    "pickle": lambda m: [p.clone() for p in pickle.loads(pickle.dumps(m)).parameters()],
+    "pickle of a parameter": lambda m: pickle.loads(pickle.dumps(m[2].weight)),
+    "how it is pickled": lambda m: m[2].weight.__reduce_ex__(2)[0].__name__,
+    "torch.save": _saved,
+    "load_state_dict": _loaded,
+    "edits by hand": _edited,
+    "print": lambda m: [str(m[2].weight), f"{m[4].bias}", repr(m.unused)],
+    "numpy": lambda m: m[2].weight.detach().numpy().tolist(),
+    "tolist": lambda m: m[2].weight.tolist(),
+    "item": lambda m: m[2].bias[3].item(),
+    "iteration": lambda m: [float(x) for x in m[2].bias],
+    "data_ptr": lambda m: [m[2].weight.data_ptr() and m[2].weight.data.clone()],
+    "dlpack": lambda m: torch.from_dlpack(m[2].weight.detach()).clone(),
+    "operators": lambda m: torch.ops.aten.mm.default(m[2].weight, m[2].weight),
+    "concatenation": lambda m: torch.cat([m[0].weight.flatten(), m[2].weight.flatten()]),
+    "parameters_to_vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+    "average of weights": _averaged,
+    "average of weights by foreach": _averaged_by_foreach,
+    "clone": lambda m: m.unused.clone(),
+    "conversion": lambda m: list(m.double().parameters()),
+    "comparison": lambda m: (m[2].weight == m[2].weight).sum(),
+    "swap_tensors": _shuffled,
+    "a keyword": lambda m: F.linear(input=torch.ones(16), weight=m[2].weight, bias=m[2].bias),
+    "out": lambda m: torch.mul(m.unused.data, 3, out=m.unused.data),
+}
+
+
+def read_right_after_a_step(group: Any, name: str) -> None:
+    results = []
+    for attached in (False, True):
+        model = made("mlp")
+        optimizer, slow = build(model, group, attached=attached)
+        train(model, optimizer, num_steps=2)
+        assert any(are_pending(model)) == attached
+        read = READINGS[name](model)
+        results.append([read, [param.detach().clone() for param in model.parameters()]])
+        assert sorted(slow.started) == sorted(slow.waited) and not any(are_pending(model))
+        kinds = {type(value) for value in read if isinstance(value, Tensor)} if isinstance(read, list) else {type(read)}
+        assert in_flight.PendingParameter not in kinds
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_whoever_reads_waits(name: str) -> None:
+    on_ranks(2, read_right_after_a_step, name)
+
+
+def evaluate_fast_path(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer)
+        optimizer, _ = build(model, group, attached=attached)
+        train(model, optimizer, num_steps=2)
+        calls = []
+        fast = torch._transformer_encoder_layer_fwd
+        torch._transformer_encoder_layer_fwd = lambda *args, to=fast, log=calls: log.append(1) or to(*args)
+        try:
+            results.append(_evaluated(model, torch.no_grad()))
+        finally:
+            torch._transformer_encoder_layer_fwd = fast
+        assert calls, "torch's fast path was not taken"
+    assert_equal(*results)
+
+
+def test_evaluation_takes_the_same_fast_path() -> None:
+    on_ranks(2, evaluate_fast_path)
+
+
+# --- who waits for what ----------------------------------------------------------------------------------------------
+
+
+def ask_without_reading(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True)
+    train(model, optimizer, num_steps=1)
+    for param in model.parameters():
+        assert isinstance(param, nn.Parameter) and param.requires_grad and param.is_leaf and param.grad is None
+        assert param.numel() == param.shape.numel() == torch.numel(param) and param.dim() == param.ndim == len(
+            param.size()
+        )
+        assert param.dtype == torch.float32 and param.is_floating_point() and param.device.type == "cpu"
+        assert len({param, param}) == 1 and param.stride() and param.grad_fn is None and param._version >= 0
+        param.register_hook(lambda grad: grad).remove()
+        param.register_post_accumulate_grad_hook(lambda param: None).remove()
+        param.requires_grad_(True)
+        param.grad = torch.ones(param.shape)
+        assert param.grad.sum() == param.numel()
+        del param.grad
+    model.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
+    sum(param.numel() for param in model.parameters() if param.requires_grad)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    model.train()
+    assert len(list(model.named_parameters())) == 7 and optimizer.param_groups and optimizer.state_dict()
+    assert not slow.waited and all(are_pending(model)[1:])
+
+
+def test_what_reads_no_elements_does_not_wait() -> None:
+    on_ranks(2, ask_without_reading)
+
+
+def clear_many(group: Any) -> int:
+    model = nn.ParameterList(nn.Parameter(torch.ones(3)) for _ in range(200))
+    optimizer, slow = build(model, group, attached=True, cap=16.0)
+    for param in model:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    assert all(are_pending(model))
+    calls = []
+    ask = in_flight.PendingParameter.__torch_function__
+
+    def listen(_cls: type, *args: Any) -> Any:
+        calls.append(args[0])
+        return ask(*args)
+
+    in_flight.PendingParameter.__torch_function__ = classmethod(listen)  # type: ignore[assignment]
+    try:
+        optimizer.zero_grad()
+        num_ours = len(calls)
+        model.zero_grad()
+    finally:
+        del in_flight.PendingParameter.__torch_function__
+    assert len(calls) >= 200 and not slow.waited
+    return num_ours
+
+
+def test_zero_grad_asks_parameters_in_flight_nothing() -> None:
+    assert on_ranks(2, clear_many) == [0, 0]
+
+
+def watch_layers(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True)
+    train(model, optimizer, num_steps=1)
+    seen = []
+    for layer in model:
+        layer.register_forward_hook(lambda *_: seen.append(list(slow.waited)))
+    places = {name: place(optimizer, param) for name, param in model.named_parameters()}
+    model(data_of(0, 0))
+    first, second, third = ([places[f"{i}.weight"], places[f"{i}.bias"]] for i in (0, 2, 4))
+    root = [places["unused"]]  # the model's own parameter: who knows what its forward does with it
+    assert seen == [
+        root + first,
+        root + first,
+        root + first + second,
+        root + first + second,
+        root + first + second + third,
+    ]
+
+
+def test_each_layer_waits_for_its_own_buckets_only() -> None:
+    on_ranks(2, watch_layers)
+
+
+def read_one_member(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True, cap=1e-3)
+    train(model, optimizer, num_steps=1)
+    buckets = {place(optimizer, param) for param in model.parameters()}
+    assert 1 < len(buckets) < 7 and all(are_pending(model))
+    assert isinstance(model, Mlp)
+    model[2].bias.sum()
+    assert slow.waited == [place(optimizer, model[2].bias)]
+    for param, is_pending in zip(model.parameters(), are_pending(model), strict=True):
+        assert is_pending == (place(optimizer, param) not in slow.waited)
+
+
+def test_one_read_gives_back_its_whole_bucket_and_no_other() -> None:
+    on_ranks(2, read_one_member)
+
+
+def report(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model = made("mlp")
+        optimizer, slow = build(model, group, attached=attached)
+        for step in range(3):
+            model(data_of(optimizer._collectives.rank, step)).square().mean().backward()
+            optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+            num_waited = len(slow.waited)
+            metrics = optimizer.metrics()
+            assert len(slow.waited) == num_waited and any(are_pending(model)) == attached
+            optimizer.zero_grad()
+        results.append([[key, metrics[key]] for key in sorted(metrics)])
+    assert_equal(*results)
+
+
+def test_metrics_are_the_same_and_wait_for_nothing() -> None:
+    on_ranks(2, report)
+
+
+def read_from_threads(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True, cap=16.0)
+    train(model, optimizer, num_steps=1)
+    together = threading.Barrier(8)
+    sums: list[float] = []
+
+    def read() -> None:
+        together.wait()
+        sums.append(sum(float(param.sum()) for param in model.parameters()))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(slow.waited) == 1 and len(set(sums)) == 1 and len(sums) == 8 and sums[0] == sums[0]
+
+
+def test_several_threads_may_read_at_once() -> None:
+    on_ranks(2, read_from_threads)
+
+
+# --- steps, and what comes between -----------------------------------------------------------------------------------
+
+
+def step_twice(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model = made("mlp")
+        optimizer, _ = build(model, group, attached=attached)
+        for step in range(3):
+            for index, param in enumerate(model.parameters()):
+                param.grad = torch.full(param.shape, 0.1 * step + index + optimizer._collectives.rank)
+            if step == 1:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(everything_of(model, optimizer))
+    assert_equal(*results)
+
+
+def test_a_step_may_follow_a_step_without_a_forward_between() -> None:
+    on_ranks(2, step_twice)
+
+
+def add_and_save(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model, more = made("mlp"), nn.Linear(3, 3)
+        with torch.no_grad():
+            more.weight.fill_(0.5)
+            more.bias.fill_(0.5)
+        optimizer, _ = build(model, group, attached=attached, whole_state_dict=True)
+        train(model, optimizer, num_steps=1)
+        optimizer.add_param_group({"params": list(more.named_parameters())})
+        train(model, optimizer, num_steps=1, first_step=1)
+        state = optimizer.state_dict()
+        train(model, optimizer, num_steps=1, first_step=2)
+        optimizer.load_state_dict(state)
+        train(model, optimizer, num_steps=1, first_step=3)
+        results.append(everything_of(model, optimizer))
+    assert_equal(*results)
+
+
+def test_groups_are_added_and_state_is_saved_and_loaded_in_flight() -> None:
+    on_ranks(2, add_and_save)
+
+
+def step_that_fails(group: Any, attached: bool) -> list[Tensor]:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=attached)
+    train(model, optimizer, num_steps=1)
+    third = optimizer._buckets[2]
+    update = third.update_
+
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise KeyboardInterrupt("in the middle")
+
+    third.update_ = fail  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt, match="in the middle"):
+        train(model, optimizer, num_steps=1, first_step=1)
+    assert not any(are_pending(model)) and sorted(slow.started) == sorted(slow.waited)
+    third.update_ = update  # type: ignore[method-assign]
+    model.zero_grad()
+    optimizer.zero_grad()
+    train(model, optimizer, num_steps=2, first_step=2)
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_step_that_fails_leaves_nothing_pending(attached: bool) -> None:
+    """How far it got depends on the order of buckets, but ranks stay replicas of each other."""
+    assert_equal(*on_ranks(2, step_that_fails, attached))
+
+
+def lose_the_network(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True, cap=16.0)
+    train(model, optimizer, num_steps=1)
+    slow.fails = True
+    with pytest.raises(ConnectionError, match="gone"):
+        model(data_of(0, 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="parameters were lost"):
+            model(data_of(0, 0))
+    with pytest.raises(RuntimeError, match="parameters were lost"):
+        optimizer.synchronize()
+
+
+def test_parameters_that_were_lost_cannot_be_read() -> None:
+    on_ranks(2, lose_the_network)
+
+
+# --- lifetimes -------------------------------------------------------------------------------------------------------
+
+
+def delete_the_optimizer(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        model = made("mlp")
+        optimizer, slow = build(model, group, attached=attached)
+        train(model, optimizer, num_steps=2)
+        num_waited = len(slow.waited)
+        del optimizer
+        gc.collect()
+        assert len(slow.waited) == num_waited and any(are_pending(model)) == attached
+        results.append([model(data_of(0, 1)), [param.detach().clone() for param in model.parameters()]])
+    assert_equal(*results)
+
+
+def test_the_model_outlives_its_optimizer_in_flight() -> None:
+    on_ranks(2, delete_the_optimizer)
+
+
+def delete_everything(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True)
+    train(model, optimizer, num_steps=2)
+    assert len(slow.waited) < len(slow.started)
+    del optimizer, model
+    gc.collect()
+    assert sorted(slow.waited) == sorted(slow.started) and not in_flight._in_flight
+
+
+def test_deleting_everything_in_flight_finishes_it() -> None:
+    on_ranks(2, delete_everything)
+
+
+def fork(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True)
+    train(model, optimizer, num_steps=1)
+    child = os.fork()
+    if child == 0:
+        os._exit(1 if any(are_pending(model)) else 0)
+    assert os.waitpid(child, 0)[1] == 0 and sorted(slow.waited) == sorted(slow.started)
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork here")
+def test_a_forked_process_finds_parameters_at_rest() -> None:
+    on_ranks(2, fork)
+
+
+SCRIPT = """
+import sys, time, torch, torch.distributed as dist
+from sharded_dadamw import ShardedDecoupledAdamW
+rank, port, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+model = torch.nn.Linear(2000, 2000)
+optimizer = ShardedDecoupledAdamW(model.named_parameters())
+optimizer.attach(model)
+publish = optimizer._gatherer.publish
+for step in range(2):
+    model(torch.ones(1, 2000)).sum().backward()
+    if ending == "late" and rank == step == 1:  # the other rank is at its end by then
+        optimizer._gatherer.publish = lambda bucket: (time.sleep(2), publish(bucket))
+    optimizer.step()
+    optimizer.zero_grad()
+if ending == "error":
+    raise SystemExit(3)
+if ending == "synchronized":
+    optimizer.synchronize()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [("late", 0), ("error", 3), ("synchronized", 0)])
+def test_a_process_may_end_in_flight(ending: str, status: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", SCRIPT]
+    root = str(Path(__file__).parent.parent)
+    processes = [
+        subprocess.Popen([*command, str(rank), port, ending], cwd=root, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status, status], errors
+    assert not any("Traceback" in text for text in errors), errors
+
+
+# --- attach and remove -----------------------------------------------------------------------------------------------
+
+
+def attach_and_remove(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=False)
+    optimizer._gatherer._collectives = slow  # type: ignore[assignment]
+    optimizer.synchronize()
+    before = [dict(module._forward_pre_hooks) for module in model.modules()]
+    handle = optimizer.attach(model)
+    train(model, optimizer, num_steps=1)
+    assert all(are_pending(model)[1:])
+    handle.remove()
+    handle.remove()
+    assert not any(are_pending(model)) and sorted(slow.waited) == sorted(slow.started)
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
+    train(model, optimizer, num_steps=1)
+    assert not any(are_pending(model)) and sorted(slow.waited) == sorted(slow.started)
+
+
+def test_remove_undoes_attach() -> None:
+    on_ranks(2, attach_and_remove)
+
+
+def attach_a_part(group: Any) -> None:
+    model = made("mlp")
+    assert isinstance(model, Mlp)
+    optimizer, _ = build(model, group, attached=model[2])
+    train(model, optimizer, num_steps=1)
+    assert [name for name, p in model.named_parameters() if type(p) is not nn.Parameter] == ["2.weight", "2.bias"]
+    optimizer.attach(model[4])
+    train(model, optimizer, num_steps=1, first_step=1)
+    assert sum(are_pending(model)) == 4
+
+
+def test_only_what_is_attached_is_left_in_flight() -> None:
+    on_ranks(2, attach_a_part)
+
+
+class Own(nn.Parameter):
+    pass
+
+
+def keep_other_classes(group: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].weight = Own(torch.ones(3, 3))
+    loose = torch.ones(4, requires_grad=True)
+    optimizer = ShardedDecoupledAdamW([*model.parameters()], process_group=group)
+    optimizer.add_param_group({"params": [loose]})
+    slow = optimizer._gatherer._collectives = SlowVerbs(optimizer._collectives)  # type: ignore[assignment]
+    optimizer.attach(model)
+    for param in (*model.parameters(), loose):
+        param.grad = torch.ones(param.shape)
+    optimizer.step()
+    assert type(model[0].weight) is Own and not any(are_pending(model)) and type(loose) is Tensor
+    assert len(slow.waited) == len(slow.started)
+
+
+def test_classes_of_their_own_are_left_alone() -> None:
+    on_ranks(2, keep_other_classes)
+
+
+class HoldsTensor(nn.Module):
+    """Has a parameter that is a bare tensor, as some code makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.weight.__class__ = Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def step_bare_tensors(group: Any) -> None:
+    model = HoldsTensor()
+    optimizer, slow = build(model, group, attached=True)
+    (model(torch.ones(4)) * torch.arange(4.0)).sum().backward()
+    optimizer.step()
+    assert type(model.weight) is in_flight.PendingTensor and not slow.waited
+    assert copy.deepcopy(model.weight.detach()).isfinite().all() and type(model.weight) is Tensor
+
+
+def test_bare_tensors_are_given_back_as_such() -> None:
+    on_ranks(2, step_bare_tensors)
+
+
+def attach_nonsense(group: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    optimizer = ShardedDecoupledAdamW(model.parameters(), process_group=group)
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        optimizer.attach(model.forward)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="this optimizer updates"):
+        optimizer.attach(nn.Linear(3, 3))
+    model.append(torch.jit.script(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match=r"1: expected a module that runs in Python.*C\+\+"):
+        optimizer.attach(model)
+    assert not optimizer._gatherer.num_attached and not model[0]._forward_pre_hooks
+
+
+def test_what_cannot_be_attached_is_refused() -> None:
+    on_ranks(1, attach_nonsense)
+
+
+def attach_on_one_rank(group: Any) -> None:
+    model = made("mlp")
+    optimizer, _ = build(model, group, attached=group.rank() == 0)
+    train(model, optimizer, num_steps=1)
+
+
+def test_attaching_on_one_rank_alone_is_an_error_on_all() -> None:
+    for outcome in outcomes(2, attach_on_one_rank):
+        assert outcome.error == "RuntimeError"
+        assert re.search("number of attached models: rank 0 has 1, rank 1 has 0", outcome.message)
+
+
+def attach_one_rank(group: Any) -> None:
+    model = nn.Linear(3, 3)
+    optimizer = ShardedDecoupledAdamW(model.parameters(), process_group=group)
+    optimizer.attach(model)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert not any(are_pending(model))
+
+
+def test_one_rank_has_nothing_to_wait_for() -> None:
+    on_ranks(1, attach_one_rank)
+
+
+def shard_over_replicas(_: Any) -> None:
+    results = []
+    for attached in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=0.05)
+        if attached:
+            optimizer.attach(model)
+        for step in range(2):
+            model(torch.full((2, 8), float(step + 1))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.to_local().clone() for param in model.parameters()])
+    assert_equal(*results)
+
+
+def test_borrowed_parameters_are_gathered_within_the_step() -> None:
+    on_ranks(4, shard_over_replicas)
+
+
+# --- the order of reading --------------------------------------------------------------------------------------------
+
+
+class Backwards(nn.Module):
+    """Reads its layers in another order than they were registered in, and on rank 1 in yet another."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.order = (0, 1, 2, 3) if rank == 1 else (2, 1, 0, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.layers[index](x)
+        return x
+
+
+def follow_the_order(group: Any) -> list[int]:
+    model = Backwards(group.rank())
+    optimizer, slow = build(model, group, attached=True)
+    names = {place(optimizer, param): name for name, param in model.named_parameters()}
+    num_broadcasts, rounds = [], []
+    for step in range(5):
+        slow.started.clear()
+        train(model, optimizer, num_steps=1, clip=step != 1, first_step=step)
+        num_broadcasts.append(slow.num_broadcasts)
+        rounds.append([names[address] for address in slow.started])
+    laid_out = [names[bucket.weights.buffer.data_ptr()] for bucket in optimizer._buckets]
+    read, otherwise = (
+        [f"layers.{index}.{kind}" for index in order for kind in ("weight", "bias")]
+        for order in ((2, 1, 0, 3), (0, 1, 2, 3))
+    )
+    assert rounds == [laid_out, read, read, read, read], rounds
+    own = [names[bucket.weights.buffer.data_ptr()] for bucket in optimizer._gatherer.order_of_reading()]
+    assert own == (otherwise if group.rank() == 1 else read)
+    return num_broadcasts
+
+
+def test_buckets_go_out_as_rank_0_reads_them_and_that_is_agreed_on_once() -> None:
+    assert on_ranks(2, follow_the_order) == [[0, 1, 1, 1, 1]] * 2
+
+
+def agree_later(group: Any) -> list[int]:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=True)
+    train(model, optimizer, num_steps=1)
+    counts = []
+    for step in range(4):
+        for param in model.parameters():
+            param.grad = torch.ones(param.shape)
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(slow.num_broadcasts)
+        if step == 1:
+            model(data_of(0, 0))
+    return counts
+
+
+def test_the_order_is_asked_for_until_something_has_been_read() -> None:
+    assert on_ranks(2, agree_later) == [[1, 2, 3, 3]] * 2
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compile_whole(model: Any) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+
+
+def compile_a_layer(model: Any) -> nn.Module:
+    model[2] = torch.compile(model[2], backend="aot_eager")
+    return model
+
+
+def compile_in_place(model: Any) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compile_a_layer_in_place(model: Any) -> nn.Module:
+    model[2].compile(backend="aot_eager")
+    return model
+
+
+def compile_forward(model: Any) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, Callable[[Any], nn.Module]] = {
+    "the whole": compile_whole,
+    "a layer": compile_a_layer,
+    "in place": compile_in_place,
+    "a layer in place": compile_a_layer_in_place,
+    "forward": compile_forward,
+}
+
+
+@contextlib.contextmanager
+def no_recompilation() -> Iterator[None]:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def train_compiled(group: Any, how: str) -> None:
+    results = []
+    for attached in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = made("mlp")
+        optimizer, slow = build(model, group, attached=False)
+        compiled = COMPILED[how](model)
+        if attached:
+            optimizer._gatherer._collectives = slow  # type: ignore[assignment]
+            handle = optimizer.attach(compiled)
+        with no_recompilation():
+            losses = train(compiled, optimizer, num_steps=4)
+        assert any(are_pending(model)) == attached and not torch._dynamo.utils.counters["graph_break"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, torch._dynamo.utils.counters
+        if attached:
+            handle.remove()
+            with no_recompilation():
+                compiled(data_of(0, 0))
+            assert not isinstance(model._compiled_call_impl, gatherer_module._Entry)
+        results.append([*losses, *everything_of(model, optimizer)])
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_code_trains_to_the_same_bits_and_is_compiled_once(how: str) -> None:
+    on_ranks(2, train_compiled, how)
+
+
+def compile_unseen(group: Any) -> None:
+    results = []
+    for attached in (False, True):
+        torch._dynamo.reset()
+        model = made("mlp")
+        optimizer, _ = build(model, group, attached=attached)
+        losses = train(torch.compile(model, backend="eager"), optimizer, num_steps=3)  # type: ignore[arg-type]
+        results.append([*losses, *everything_of(model, optimizer)])
+    assert_equal(*results)
+
+
+def test_code_that_is_compiled_after_attaching_is_slower_but_right() -> None:
+    on_ranks(2, compile_unseen)

@@ -1,0 +1,754 @@
+"""Reductions that begin in backward change when gradients travel, and nothing else.
+
+The experiment trains with reductions launched by hooks, in any order of buckets, with any residency of gradients; the
+control is DecoupledAdamW on a whole copy, fed with the mean of all ranks' gradients in rank order. Parameters and state
+must be the same bits. Where means of several passes add up in a shard, the control adds up the same means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sharded_dadamw import (
+    DecoupledAdamW,
+    Exchange,
+    GradientResidency,
+    MainParameter,
+    Moments,
+    ShardedDecoupledAdamW,
+    ShardingConfig,
+)
+from sharded_dadamw.exchange import DirectExchange
+from sharded_dadamw.gradients import Stage
+from tests.models import BF16, F32, MODELS, draw_gradient, reduce_for_control
+from tests.pool import on_ranks
+
+FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
+ONE_EACH, SOME_EACH, ALL_IN_ONE = 1e-6, 2e-3, 1024.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a model; every one of them must lead to the same bits."""
+
+    overlap: bool = True
+    residency: GradientResidency = FULL
+    bucket_cap_mb: float = SOME_EACH
+    num_passes: int = 1
+    without_sync: bool = True  # for all passes but the last
+    clip: bool = False
+    gradient_dtype: torch.dtype | None = None
+
+    @property
+    def adds_up_means(self) -> bool:
+        return self.residency is SHARDED and not self.without_sync
+
+    @property
+    def config(self) -> ShardingConfig:
+        return ShardingConfig(
+            overlap=self.overlap,
+            gradient_residency=self.residency,
+            bucket_cap_mb=self.bucket_cap_mb,
+            gradient_dtype=self.gradient_dtype,
+            main_parameter=MainParameter.NONE,
+            moments=Moments.LIKE_PARAMETERS,
+        )
+
+
+def make_model(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name]()
+
+
+def train(group: Any, name: str, way: Way, num_steps: int) -> None:
+    """Parameters after every step, and at the end this rank's fragments of the state, must be those of the control."""
+    model = make_model(name)
+    twin = copy.deepcopy(model)
+    optimizer = ShardedDecoupledAdamW(
+        model.named_parameters(), lr=1e-2, weight_decay=1e-5, amsgrad=True, process_group=group, config=way.config
+    )
+    control = DecoupledAdamW(twin.named_parameters(), lr=1e-2, weight_decay=1e-5, amsgrad=True)
+    for step in range(num_steps):
+        for number in range(way.num_passes):
+            last = number == way.num_passes - 1
+            seed = 1000 * step + 10 * number + group.rank()
+            with contextlib.nullcontext() if last or not way.without_sync else optimizer.no_sync():
+                model.loss(seed).backward()
+        means = means_of(group, twin, way, step)
+        if way.clip:
+            norm = optimizer.clip_grad_norm_(0.05)
+            torch.testing.assert_close(norm, control_norm(means), rtol=1e-6, atol=0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for param, mean in zip(twin.parameters(), means, strict=True):
+            param.grad = mean
+        if way.clip:
+            coefficient = torch.clamp(0.05 / (norm + 1e-6), max=1.0)
+            for mean in means:
+                if mean is not None:
+                    mean.div_(1.0 / coefficient)
+        control.step()
+        for (label, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(param, other), f"{label} after step {step}"
+    for (label, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for key, value in control.state[other].items():
+            own = optimizer.state[param][key]
+            if key != "step":
+                bucket, slot = optimizer._slots[id(param)]
+                fragment = bucket.layout.fragment(slot, group.rank())
+                value = value.flatten()[fragment.param_start :][: fragment.numel]
+            assert torch.equal(own, value), f"{label}/{key}"
+
+
+def means_of(group: Any, twin: nn.Module, way: Way, step: int) -> list[Tensor | None]:
+    """The averages that a step should use, by autograd on the control's own model."""
+    totals: list[Tensor | None] = [None for _ in twin.parameters()]
+    twin.zero_grad()
+    for number in range(way.num_passes):
+        twin.loss(1000 * step + 10 * number + group.rank()).backward()
+        if not way.adds_up_means and number < way.num_passes - 1:
+            continue
+        for index, param in enumerate(twin.parameters()):
+            if param.grad is not None:
+                mean = reduce_for_control(group, param.grad)
+                total = totals[index]
+                totals[index] = mean if total is None else total + mean
+        twin.zero_grad()
+    return totals
+
+
+def control_norm(means: list[Tensor | None]) -> Tensor:
+    return torch.stack([mean.double().square().sum() for mean in means if mean is not None]).sum().sqrt().float()
+
+
+WAYS = {
+    "without overlap": Way(overlap=False),
+    "hooks": Way(),
+    "hooks, a bucket each": Way(bucket_cap_mb=ONE_EACH),
+    "hooks, one bucket": Way(bucket_cap_mb=ALL_IN_ONE),
+    "three passes": Way(num_passes=3),
+    "three passes, no hooks": Way(num_passes=3, overlap=False),
+    "three passes, no hooks, no no_sync": Way(num_passes=3, overlap=False, without_sync=False),
+    "clipped": Way(clip=True),
+    "clipped, two passes": Way(clip=True, num_passes=2, bucket_cap_mb=ONE_EACH),
+    "sharded": Way(residency=SHARDED),
+    "sharded, a bucket each": Way(residency=SHARDED, bucket_cap_mb=ONE_EACH),
+    "sharded, one bucket": Way(residency=SHARDED, bucket_cap_mb=ALL_IN_ONE),
+    "sharded, no hooks": Way(residency=SHARDED, overlap=False),
+    "sharded, three passes": Way(residency=SHARDED, num_passes=3),
+    "sharded, three reductions": Way(residency=SHARDED, num_passes=3, without_sync=False),
+    "sharded, three reductions, one bucket": Way(
+        residency=SHARDED, num_passes=3, without_sync=False, bucket_cap_mb=ALL_IN_ONE
+    ),
+    "sharded, clipped": Way(residency=SHARDED, clip=True, num_passes=2, without_sync=False),
+}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_reducing_leads_to_the_bits_of_the_control(way: str, num_ranks: int) -> None:
+    on_ranks(num_ranks, train, "tied language model", WAYS[way], 20 if num_ranks == 2 else 4)
+
+
+@pytest.mark.parametrize("way", ["hooks", "sharded", "sharded, three reductions", "clipped, two passes"])
+def test_a_transformer_layer_too(way: str) -> None:
+    on_ranks(2, train, "attention", WAYS[way], 8)
+
+
+# --- gradients on the way ---
+
+
+def small(group: Any, seed: int = 1, **config: Any) -> tuple[nn.Module, ShardedDecoupledAdamW]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    settings = ShardingConfig(**{"bucket_cap_mb": ONE_EACH, **config})
+    return model, ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=settings)
+
+
+def loss_of(model: nn.Module, rank: int, step: int = 0) -> Tensor:
+    data = torch.randn(6, 8, generator=torch.Generator().manual_seed(100 * step + rank))
+    return model(data).square().mean()
+
+
+def launched(optimizer: ShardedDecoupledAdamW) -> list[Stage]:
+    return [bucket.gradients.stage for bucket in optimizer._buckets]
+
+
+def reductions_begin_in_backward(group: Any) -> list[str]:
+    """What has begun by the time at which each layer's backward has run."""
+    model, optimizer = small(group)
+    seen: list[str] = []
+    for step in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss_of(model, group.rank(), step).backward()
+        backward = [
+            e for e in profile.events() if e.name.startswith("autograd::engine::evaluate_function: AddmmBackward")
+        ]
+        reductions = [e for e in profile.events() if e.name == "sharded_dadamw::reduce_scatter"]
+        last_layer_left = max(event.time_range.end for event in backward)
+        began = sum(event.time_range.start < last_layer_left for event in reductions)
+        seen.append(f"{began} of {len(reductions)}")
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def test_a_profiler_sees_reductions_begin_while_backward_runs() -> None:
+    for seen in on_ranks(2, reductions_begin_in_backward):
+        for step in seen:
+            began, total = map(int, step.split(" of "))
+            assert total >= 6 and began >= 4, f"{step} reductions began before the first layer's backward"
+
+
+class Slow:
+    """A network that takes its time: each reduction arrives so long after it began, one after the other."""
+
+    def __init__(self, verbs: Any, seconds: float) -> None:
+        self._verbs, self._seconds, self._free_at = verbs, seconds, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._verbs, name)
+
+    def _delayed(self, handle: Any) -> Any:
+        self._free_at = max(self._free_at, time.perf_counter()) + self._seconds
+        return Delayed(handle, self._free_at)
+
+    def reduce_scatter_mean(self, *args: Any, **kwargs: Any) -> Any:
+        return self._delayed(self._verbs.reduce_scatter_mean(*args, **kwargs))
+
+    def all_gather_(self, buffer: Tensor) -> Any:
+        return self._delayed(self._verbs.all_gather_(buffer))
+
+
+class Delayed:
+    def __init__(self, handle: Any, arrives_at: float) -> None:
+        self._handle, self._arrives_at = handle, arrives_at
+
+    def arrive(self) -> None:
+        time.sleep(max(0.0, self._arrives_at - time.perf_counter()))
+        self._handle.arrive()
+
+    def wait(self) -> None:
+        self.arrive()
+        self._handle.wait()
+
+
+class Pause(torch.autograd.Function):
+    """Computing that takes a while, in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time.sleep(PAUSE_S)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        time.sleep(PAUSE_S)
+        return grad
+
+
+PAUSE_S = 0.02
+
+
+def seconds_of_a_step(group: Any, overlap: bool, attached: bool) -> float:
+    torch.manual_seed(1)
+    layers = [nn.Linear(8, 8) for _ in range(6)]
+    model = nn.Sequential(*(part for layer in layers for part in (Paused(), layer)))
+    config = ShardingConfig(bucket_cap_mb=64 * 4 / 2**20, overlap=overlap)  # a bucket for each weight
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    slow: Any = Slow(optimizer._collectives, PAUSE_S)
+    optimizer._reducer._collectives = optimizer._gatherer._collectives = slow
+    if attached:
+        optimizer.attach(model)
+    took = []
+    for step in range(4):
+        start = time.perf_counter()
+        loss_of(model, group.rank(), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        took.append(time.perf_counter() - start)
+    optimizer.synchronize()
+    return min(took[1:])
+
+
+class Paused(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Pause.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_slow_network_is_hidden_behind_backward_and_the_next_forward() -> None:
+    """6 layers compute for 12 pauses; 6 or more buckets take 2 pauses each to be reduced and gathered."""
+    waits = max(on_ranks(2, seconds_of_a_step, False, False))
+    overlaps = max(on_ranks(2, seconds_of_a_step, True, False))
+    hides = max(on_ranks(2, seconds_of_a_step, True, True))
+    assert overlaps < waits - 3 * PAUSE_S, f"{overlaps:.3f} s with reductions in backward, {waits:.3f} s without"
+    assert hides < overlaps - 3 * PAUSE_S, f"{hides:.3f} s with gathers in forward, {overlaps:.3f} s without"
+
+
+# --- loops that are not the plainest ---
+
+
+def in_no_sync_nothing_begins(group: Any, residency: GradientResidency) -> None:
+    model, optimizer = small(group, gradient_residency=residency)
+    rounds = optimizer._reducer.num_rounds
+    with optimizer.no_sync():
+        loss_of(model, group.rank()).backward()
+        assert set(launched(optimizer)) == {Stage.LOCAL} and optimizer._reducer.num_rounds == rounds
+        assert all(param.grad is not None for param in model.parameters())
+    loss_of(model, group.rank(), 1).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_in_no_sync_nothing_is_sent(residency: GradientResidency) -> None:
+    on_ranks(2, in_no_sync_nothing_begins, residency)
+
+
+def back_twice(group: Any) -> str:
+    model, optimizer = small(group)
+    before = [param.detach().clone() for param in model.parameters()]
+    loss_of(model, group.rank()).backward()
+    with pytest.raises(RuntimeError, match="no_sync") as error:
+        loss_of(model, group.rank(), 1).backward()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    as_if_nothing_had_been(group, model, optimizer)
+    return str(error.value)
+
+
+def as_if_nothing_had_been(group: Any, model: nn.Module, optimizer: ShardedDecoupledAdamW) -> None:
+    """Train on, beside a twin that has seen nothing but good steps."""
+    twin, other = small(group)
+    twin.load_state_dict(model.state_dict())
+    for step in range(3, 6):
+        for each, its in ((model, optimizer), (twin, other)):
+            loss_of(each, group.rank(), step).backward()
+            its.step()
+            its.zero_grad()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_second_backward_that_was_not_announced_is_a_clear_error_and_nothing_is_lost() -> None:
+    for message in on_ranks(2, back_twice):
+        assert "overlap=False" in message and "backward reached" in message
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("in the middle of backward")
+
+
+def break_backward(group: Any, residency: GradientResidency, clears: str) -> None:
+    """Rank 0 breaks off after one layer and rank 1 after two: they have begun different numbers of reductions."""
+    model, optimizer = small(group, gradient_residency=residency)
+    x = torch.randn(6, 8)
+    for index, layer in enumerate(model):
+        x = layer(x)
+        if index == (1 if group.rank() == 1 else 3):
+            x = Broken.apply(x)
+    with pytest.raises(ArithmeticError):
+        x.square().mean().backward()
+    optimizer.zero_grad() if clears == "optimizer" else model.zero_grad()
+    if clears == "model" and residency is SHARDED:
+        optimizer.zero_grad()  # model.zero_grad cannot be noticed where p.grad is None
+    as_if_nothing_had_been(group, model, optimizer)
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_after_an_exception_in_the_middle_of_backward_zero_grad_makes_good(
+    residency: GradientResidency, clears: str
+) -> None:
+    on_ranks(2, break_backward, residency, clears)
+
+
+def skip_a_batch(group: Any, residency: GradientResidency) -> None:
+    model, optimizer = small(group, gradient_residency=residency)
+    loss_of(model, group.rank()).backward()
+    optimizer.zero_grad()
+    as_if_nothing_had_been(group, model, optimizer)
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_gradients_that_are_reduced_may_be_dropped(residency: GradientResidency) -> None:
+    on_ranks(2, skip_a_batch, residency)
+
+
+def disagree(group: Any, residency: GradientResidency, what: str) -> str:
+    model, optimizer = small(group, gradient_residency=residency)
+    rank = group.rank()
+    before = [param.detach().clone() for param in model.parameters()]
+    if what == "an unused layer":
+        layers = list(model)[:3] if rank == 1 else list(model)
+        nn.Sequential(*layers)(torch.randn(6, 8)).square().mean().backward()
+    elif what == "no backward":
+        if rank == 0:
+            loss_of(model, rank).backward()
+    elif what == "a pass that only one dropped":
+        if rank == 1:
+            loss_of(model, rank, 9).backward()
+            optimizer.zero_grad()
+        else:
+            loss_of(model, rank).backward()
+            optimizer.param_groups[0]["lr"] = 1.0
+    with pytest.raises(RuntimeError, match="ranks disagree") as error:
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+    assert all(not value.any() for param in model.parameters() for value in optimizer.state[param].values())
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 1e-2
+    as_if_nothing_had_been(group, model, optimizer)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "residency"),
+    [
+        ("an unused layer", FULL),
+        ("an unused layer", SHARDED),
+        ("no backward", FULL),
+        ("no backward", SHARDED),
+        ("a pass that only one dropped", FULL),
+    ],
+)
+def test_ranks_that_disagree_after_backward_hear_of_it_and_can_go_on(what: str, residency: GradientResidency) -> None:
+    first, second = on_ranks(2, disagree, residency, what)
+    assert first == second
+
+
+def checkpointed(group: Any, reentrant: bool, residency: GradientResidency) -> None:
+    results = []
+    for wrap in (False, True):
+        model, optimizer = small(group, gradient_residency=residency)
+        for step in range(3):
+            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * step + group.rank()), requires_grad=True)
+            for part in (model[:2], model[2:4], model[4:]):
+                x = checkpoint(part, x, use_reentrant=reentrant) if wrap else part(x)
+            x.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for plain, wrapped in zip(*results, strict=True):
+        assert torch.equal(plain, wrapped)
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant: bool, residency: GradientResidency) -> None:
+    on_ranks(2, checkpointed, reentrant, residency)
+
+
+def call_twice(group: Any, residency: GradientResidency) -> None:
+    results = []
+    for overlap in (False, True):
+        model, optimizer = small(group, gradient_residency=residency, overlap=overlap)
+        for step in range(3):
+            (loss_of(model, group.rank(), step) + loss_of(model, group.rank(), step + 50)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_a_module_may_be_called_twice(residency: GradientResidency) -> None:
+    on_ranks(2, call_twice, residency)
+
+
+class RegisteredBackwards(nn.Module):
+    """Reads its layers from the last to the first, so that gradients come in the order of registration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            x = layer(x)
+        return x
+
+
+def learn(group: Any) -> list[str]:
+    torch.manual_seed(1)
+    model = RegisteredBackwards()
+    config = ShardingConfig(bucket_cap_mb=ONE_EACH)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    begun = []
+    for step in range(2):
+        loss_of(model, group.rank(), step).backward()
+        begun.append(sum(stage is Stage.REDUCING for stage in launched(optimizer)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [str(n) for n in begun]
+
+
+def test_the_order_in_which_gradients_come_is_learnt_from_the_first_backward() -> None:
+    """A layer without gradients comes first in the order of registration, and holds up everything once."""
+    assert on_ranks(2, learn) == [["0", "8"]] * 2
+
+
+# --- reading and changing gradients ---
+
+
+def read_at_once(group: Any, how: str) -> None:
+    """Right after backward, in a slow network: this rank's slice must be the mean, the rest its own gradient."""
+    model, optimizer = small(group, bucket_cap_mb=ALL_IN_ONE)
+    slow: Any = Slow(optimizer._collectives, 0.05)
+    optimizer._reducer._collectives = slow
+    loss_of(model, group.rank()).backward()
+    (bucket,) = optimizer._buckets
+    params = [member.param for member in bucket.members]
+    if how == "read":
+        found = torch.cat([param.grad.flatten() for param in params if param.grad is not None])
+    elif how == "halved by foreach":
+        torch._foreach_mul_([param.grad for param in params if param.grad is not None], 0.5)
+        found = 2 * torch.cat([param.grad.flatten() for param in params if param.grad is not None])
+    torch.manual_seed(1)
+    own, mean = [], []
+    twin, _ = small(group, overlap=False)
+    loss_of(twin, group.rank()).backward()
+    by_name = dict(twin.named_parameters())
+    for member in bucket.members:
+        grad = by_name[member.name].grad
+        assert grad is not None
+        own.append(grad.flatten().clone())
+        mean.append(reduce_for_control(group, grad).flatten())
+    start, stop = bucket.layout.shard_range(group.rank())
+    expected = torch.cat(own)
+    expected[start:stop] = torch.cat(mean)[start:stop]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["read", "halved by foreach"])
+def test_who_reads_or_changes_a_gradient_waits_until_it_is_reduced(how: str) -> None:
+    on_ranks(2, read_at_once, how)
+
+
+# --- memory ---
+
+
+def bytes_held(group: Any, residency: GradientResidency, dtype: torch.dtype, main: MainParameter) -> dict[str, float]:
+    """Bytes per parameter of flat buffers and state, at rest and at the peak of backward and step."""
+    torch.manual_seed(1)
+    width, depth = 64, 8
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).to(dtype)
+    per_bucket = width * width * dtype.itemsize
+    config = ShardingConfig(
+        bucket_cap_mb=per_bucket / 2**20,
+        gradient_residency=residency,
+        main_parameter=main,
+        exchange=Exchange.RANK_ORDER,
+    )
+    alive: set[int] = set()
+    peak = 0
+    sizes: dict[int, int] = {}
+
+    def measured(numel: int, of: torch.dtype, device: torch.device) -> Tensor:
+        nonlocal peak
+        buffer = torch.zeros(numel, dtype=of, device=device)
+        storage = buffer.untyped_storage()
+        key = id(storage)
+        sizes[key] = storage.nbytes()
+        alive.add(key)
+        weakref.finalize(storage, alive.discard, key)
+        peak = max(peak, sum(sizes[each] for each in alive))
+        return buffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectExchange, "new_buffer", lambda _self, *args: measured(*args))
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+        shards = optimizer.state_bytes
+        if residency is SHARDED:
+            shards += sum(bucket.gradients.shard.nbytes for bucket in optimizer._buckets)
+        for step in range(3):
+            data = torch.randn(4, width, generator=torch.Generator().manual_seed(step)).to(dtype)
+            model(data).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        numel = sum(param.numel() for param in model.parameters())
+        at_rest = sum(sizes[each] for each in alive) + shards
+        held = {"rest": at_rest / numel, "peak": (peak + shards) / numel, "bucket": per_bucket / numel}
+        storages = [weakref.ref(bucket.weights.buffer.untyped_storage()) for bucket in optimizer._buckets]  # type: ignore[union-attr]
+        del model, optimizer
+        gc.collect()
+        assert not alive, "deleting model and optimizer frees every buffer"
+        assert not any(storage() is not None for storage in storages)
+    return held
+
+
+FORMULAS: dict[tuple[GradientResidency, torch.dtype, MainParameter], tuple[float, float]] = {
+    # per parameter on every rank, and what is divided by their number; parameters, gradients, main parameter, moments
+    (FULL, F32, MainParameter.NONE): (4 + 4, 8),
+    (SHARDED, F32, MainParameter.NONE): (4, 4 + 8),
+    (FULL, BF16, MainParameter.FP32): (2 + 2, 4 + 8),
+    (SHARDED, BF16, MainParameter.FP32): (2, 2 + 4 + 8),
+    (SHARDED, BF16, MainParameter.REMAINDER): (2, 2 + 2 + 8),
+}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("case", FORMULAS, ids=lambda case: f"{case[0].name} {case[1]} {case[2].name}")
+def test_bytes_held_are_those_of_the_formula_and_the_buckets_between(
+    case: tuple[GradientResidency, torch.dtype, MainParameter], num_ranks: int
+) -> None:
+    everywhere, spread = FORMULAS[case]
+    formula = everywhere + spread / num_ranks
+    for held in on_ranks(num_ranks, bytes_held, *case):
+        spare = held["bucket"] if case[0] is SHARDED else 0.0
+        assert held["rest"] == pytest.approx(formula + spare, rel=1e-9), "at rest: the formula, and one spare buffer"
+        assert held["peak"] <= formula + 2 * spare + 1e-9, "at the peak: one bucket fills, one is being reduced"
+
+
+# --- precision on the way ---
+
+
+def accumulate_in_fp32(group: Any, residency: GradientResidency, wire_dtype: torch.dtype | None) -> None:
+    """bf16 gradients of two passes and all ranks, added up in fp32 and, where it is asked for, sent in bf16."""
+    torch.manual_seed(1)
+    weight = nn.Parameter(torch.randn(64, 3).to(BF16))
+    config = ShardingConfig(gradient_dtype=F32, wire_dtype=wire_dtype, gradient_residency=residency)
+    optimizer = ShardedDecoupledAdamW([("weight", weight)], process_group=group, config=config)
+    drawn = [[draw_gradient(weight, rank, number) for number in range(2)] for rank in range(group.size())]
+    for number in range(2):
+        with optimizer.no_sync() if number == 0 else contextlib.nullcontext():
+            torch.autograd.backward(weight.view_as(weight), drawn[group.rank()][number])
+        assert weight.grad is None or weight.grad.dtype == F32
+    norm = optimizer.clip_grad_norm_(1e9)
+    total = torch.zeros(weight.shape)
+    for first, second in drawn:
+        own = first.float() + second.float()
+        total += own if wire_dtype is None else own.to(wire_dtype).float()
+    mean = total / group.size()
+    (bucket,) = optimizer._buckets
+    start, stop = bucket.layout.shard_range(group.rank())
+    kept = mean.flatten()[start:stop]
+    assert torch.equal(bucket.gradients.shard[: kept.numel()], kept)
+    torch.testing.assert_close(norm, mean.double().norm().float(), rtol=1e-6, atol=0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("wire_dtype", [None, BF16])
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_bf16_gradients_add_up_in_fp32_and_travel_in_what_is_asked_for(
+    residency: GradientResidency, wire_dtype: torch.dtype | None, num_ranks: int
+) -> None:
+    on_ranks(num_ranks, accumulate_in_fp32, residency, wire_dtype)
+
+
+# --- void steps ---
+
+
+def skip(group: Any, residency: GradientResidency, clips: bool, value: float) -> None:
+    model, optimizer = small(group, gradient_residency=residency, skip_nonfinite=True)
+    loss_of(model, group.rank()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [param.detach().clone() for param in model.parameters()]
+    state = [value.clone() for param in model.parameters() for value in optimizer.state[param].values()]
+    loss = loss_of(model, group.rank(), 1)
+    (loss * value if group.rank() == 1 else loss).backward()
+    if clips:
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert int(optimizer.metrics()["skipped_steps"]) == 1
+    optimizer.zero_grad()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+    now = [value for param in model.parameters() for value in optimizer.state[param].values()]
+    assert all(torch.equal(new, old) for new, old in zip(now, state, strict=True))
+    loss_of(model, group.rank(), 2).backward()
+    optimizer.step()
+    assert not torch.equal(next(model.parameters()), before[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_the_step_void_on_all(
+    residency: GradientResidency, clips: bool, value: float
+) -> None:
+    on_ranks(2, skip, residency, clips, value)
+
+
+def scale_apart(group: Any) -> list[float]:
+    """Rank 1 meets an infinity in step 1, so its scale halves and the other's does not."""
+    model, optimizer = small(group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    twin, control = small(group)
+    for step in range(4):
+        scaler.scale(loss_of(model, group.rank(), step)).backward()
+        if step == 1 and group.rank() == 1:
+            next(model.parameters()).grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
+        before = [param.detach().clone() for param in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 1:
+            assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+            continue
+        loss_of(twin, group.rank(), step).backward()
+        control.step()
+        control.zero_grad()
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine, theirs), f"step {step}"  # scales are powers of two, so they leave no trace
+    return [float(scaler.get_scale())]
+
+
+def test_loss_scalers_that_part_are_settled_and_cost_no_wrong_step() -> None:
+    assert on_ranks(2, scale_apart) == [[8.0], [4.0]]
+
+
+def start_apart(group: Any) -> None:
+    """Scales differ from the start: what backward has averaged of them is worth nothing, and later steps are right."""
+    model, optimizer = small(group)
+    twin, control = small(group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0 * (1 + group.rank()), growth_interval=1000)
+    for step in range(3):
+        scaler.scale(loss_of(model, group.rank(), step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 0:
+            continue
+        loss_of(twin, group.rank(), step).backward()
+        control.step()
+        control.zero_grad()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_averages_of_different_scales_are_void() -> None:
+    on_ranks(2, start_apart)
+
+
+def scale_sharded(group: Any) -> None:
+    model, optimizer = small(group, gradient_residency=SHARDED)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, group.rank())).backward()
+    with pytest.raises((RuntimeError, AssertionError), match=r"GradientResidency\.FULL"):
+        scaler.step(optimizer)
+
+
+def test_a_loss_scaler_and_sharded_gradients_are_refused() -> None:
+    on_ranks(2, scale_sharded)
