@@ -64,6 +64,9 @@ class Contender:
         """Split the `seconds` that clipping and stepping took."""
         return StepParts(reduction=None, update=seconds, gather=None)
 
+    def synchronize(self) -> None:
+        """Wait for what the last step left under way."""
+
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank, step counters aside."""
@@ -97,6 +100,10 @@ class Sharded(Contender):
         """See Contender."""
         cost = self.optimizer.last_step
         return StepParts(cost.reduce_s, cost.update_s, cost.gather_s)
+
+    def synchronize(self) -> None:
+        """See Contender."""
+        self.optimizer.synchronize()
 
     @property
     def state_bytes(self) -> int:

@@ -4,10 +4,14 @@
     python scripts/bench_step.py --preset 125m --out bench.json   also writes bench.json and bench.md
     torchrun --nproc-per-node 2 scripts/bench_step.py             ranks that something else starts
 
+Peers are those of scripts/test.sh's environment. DeepSpeed's contenders need, besides, `pip install '.[deepspeed]'`; a
+peer that is missing is listed as missing.
+
 Every contender holds its own copy of one model, with the same initial weights, and trains it on the same batches under
-the same law. In every round each of them takes one step, in an order that rotates from round to round, so that
-whatever else the machine is doing falls on all of them alike. What counts are the ratios within a round; absolute times
-are this machine's.
+the same law. In every round each of them takes a few steps in a row, in an order that rotates from round to round, so
+that whatever else the machine is doing falls on all of them alike. What counts are the ratios within a round; absolute
+times are this machine's. Whatever a contender still has under way after its last step of a round is waited for on its
+own time, though in training it would hide behind the next forward: that is as much as it can lose by being measured.
 """
 
 import gc
@@ -19,7 +23,8 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,50 +39,83 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from launch.contenders import Contender, Sharded, contender_for, largest_over_ranks  # noqa: E402
+from launch.contenders import Contender, Sharded, contender_for, imported, largest_over_ranks  # noqa: E402
 from launch.data import Corpus  # noqa: E402
 from launch.model import GPT  # noqa: E402
 from launch.options import PRESETS, Choice, GPTConfig, Preset, Settings  # noqa: E402
 from scripts import measuring  # noqa: E402
 from scripts.measuring import Clock, Spread  # noqa: E402
 from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
+from sharded_dadamw.config import Exchange, GradientResidency  # noqa: E402
 
 
 class Name(StrEnum):
     """The contenders, in the order of the table."""
 
     DDP_ADAMW = "ddp-adamw"
+    SHARDED_ATTACHED = "sharded-attached"
     SHARDED = "sharded"
+    SHARDED_NO_OVERLAP = "sharded-no-overlap"
+    SHARDED_MESSAGES = "sharded-messages"
+    SHARDED_ZERO2 = "sharded-zero2"
     TORCH_ZERO = "torch-zero"
     FAIRSCALE_OSS = "fairscale-oss"
     FSDP2 = "fsdp2"
+    DEEPSPEED_ZERO1 = "deepspeed-zero1"
+    DEEPSPEED_ZERO2 = "deepspeed-zero2"
     DECOUPLED = "decoupled"
     SHARDED_UNDER_DDP = "sharded-under-ddp"
 
 
 DESCRIPTIONS = {
     Name.DDP_ADAMW: "DistributedDataParallel + torch.optim.AdamW(fused=True)",
+    Name.SHARDED_ATTACHED: "ShardedDecoupledAdamW, no wrapper, attach(model)",
     Name.SHARDED: "ShardedDecoupledAdamW, no wrapper",
+    Name.SHARDED_NO_OVERLAP: "ShardedDecoupledAdamW(overlap=False)",
+    Name.SHARDED_MESSAGES: "ShardedDecoupledAdamW(exchange=RANK_ORDER), attach(model)",
+    Name.SHARDED_ZERO2: "ShardedDecoupledAdamW(gradient_residency=SHARDED), attach(model)",
     Name.TORCH_ZERO: "DistributedDataParallel + ZeroRedundancyOptimizer(AdamW, fused, parameters_as_bucket_view)",
     Name.FAIRSCALE_OSS: "fairscale ShardedDataParallel + OSS(DecoupledAdamW, whose kernel is torch's fused one)",
     Name.FSDP2: "fully_shard per block, reshard_after_forward=False + AdamW(fused=True)",
+    Name.DEEPSPEED_ZERO1: "DeepSpeed, ZeRO stage 1 + AdamW(fused=True)",
+    Name.DEEPSPEED_ZERO2: "DeepSpeed, ZeRO stage 2 + AdamW(fused=True)",
     Name.DECOUPLED: "DistributedDataParallel + DecoupledAdamW",
     Name.SHARDED_UNDER_DDP: "DistributedDataParallel + ShardedDecoupledAdamW(reduce_gradients=False)",
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to use our optimizer without a wrapper: its settings, and whether forward waits for gathers."""
+
+    attached: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+OURS = {
+    Name.SHARDED_ATTACHED: Variant(attached=True),
+    Name.SHARDED: Variant(attached=False),
+    Name.SHARDED_NO_OVERLAP: Variant(attached=False, settings={"overlap": False}),
+    Name.SHARDED_MESSAGES: Variant(attached=True, settings={"exchange": Exchange.RANK_ORDER}),
+    Name.SHARDED_ZERO2: Variant(attached=True, settings={"gradient_residency": GradientResidency.SHARDED}),
+}
+
+DEEPSPEED_STAGES = {Name.DEEPSPEED_ZERO1: 1, Name.DEEPSPEED_ZERO2: 2}
 
 # Bytes that the average rank has to send per parameter, in units of (N - 1) / N * the size of an element: one for a
 # reduction to owners, one for sending each owner's parameters to the others, two for an all-reduce.
 WIRE_UNITS = {
     Name.DDP_ADAMW: 2,
-    Name.SHARDED: 2,
+    **dict.fromkeys(OURS, 2),
     Name.TORCH_ZERO: 3,
     Name.FAIRSCALE_OSS: 2,
     Name.FSDP2: 2,
+    **dict.fromkeys(DEEPSPEED_STAGES, 3),
     Name.DECOUPLED: 2,
     Name.SHARDED_UNDER_DDP: 3,
 }
@@ -103,9 +141,11 @@ class Plan:
     preset: Preset
     rounds: int
     warmup: int
+    steps: int
     batch: int
     context: int
     contenders: tuple[Name, ...]
+    at_once: int
     threads: int
     precision: Precision
     bucket_cap_mb: float
@@ -124,8 +164,17 @@ class Plan:
         """Whom the others are compared with."""
         return Name.DDP_ADAMW if Name.DDP_ADAMW in self.contenders else self.contenders[0]
 
+    @property
+    def groups(self) -> list[tuple[Name, ...]]:
+        """The contenders that are measured, and in memory, at the same time; the baseline is in each group."""
+        others = [name for name in self.contenders if name is not self.baseline]
+        size = max(1, self.at_once - 1) if self.at_once else len(others)
+        return [(self.baseline, *others[at : at + size]) for at in range(0, len(others), size or 1)] or [
+            (self.baseline,)
+        ]
 
-# What is measured of one contender's step in one round, in seconds and bytes; over ranks the largest value counts.
+
+# What is measured of one contender's steps in one round, per step, in seconds and bytes; over ranks the largest counts.
 # cpu_s is what the process's threads used of the cores: the figure that survives a busy machine.
 STEP_S, FORWARD_BACKWARD_S, OPTIMIZER_S, REDUCE_S, UPDATE_S, GATHER_S, CPU_S, WIRE_BYTES = range(8)
 COLUMNS = ("step_s", "forward_backward_s", "optimizer_s", "reduce_s", "update_s", "gather_s", "cpu_s", "wire_bytes")
@@ -149,6 +198,9 @@ class Result:
         tells_parts: whether it knows the parts of its optimizer step (reduce, update, gather); otherwise they are not
             to be read.
         state_bytes: of optimizer state, counted from its tensors; step counters are left out.
+        wire_bytes_per_parameter: what a rank sends in a step.
+        memory_bytes_per_parameter: what it moves besides, by the optimizer's own count, through memory that ranks
+            share.
         loss_difference: largest relative difference to the baseline's loss, warm-up included.
         losses: mean over the ranks, per round, warm-up included.
         rounds: per column the value in each counted round.
@@ -160,6 +212,7 @@ class Result:
     tells_parts: bool
     state_bytes: int
     wire_bytes_per_parameter: float
+    memory_bytes_per_parameter: float
     wire_source: WireSource
     loss_difference: float
     losses: list[float]
@@ -176,6 +229,22 @@ class FullyShard(Contender):
         return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in held)
 
 
+class DeepSpeed(Contender):
+    """A DeepSpeed engine, which is called, stepped and cleared itself."""
+
+    def zero_grad(self) -> None:
+        """See Contender; the engine's step has done it."""
+
+    @property
+    def state_bytes(self) -> int:
+        """See Contender; what the inner optimizer takes for parameters is an fp32 copy of this rank's shard."""
+        copies: list[Tensor] = [param for group in self.holder.param_groups for param in group["params"]]
+        return super().state_bytes + sum(copy.nbytes for copy in copies)
+
+
+LAW: dict[str, Any] = {"betas": (0.9, 0.95), "fused": True}
+
+
 def build(name: Name, plan: Plan, device: torch.device) -> Contender:
     """Make a contender around a fresh copy of the model; called on every rank.
 
@@ -190,14 +259,23 @@ def build(name: Name, plan: Plan, device: torch.device) -> Contender:
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        return FullyShard(model, AdamW(groups_of(model, coupled), lr=plan.lr, betas=(0.9, 0.95), fused=True))
-    if name is Name.SHARDED_UNDER_DDP:
-        config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, reduce_gradients=False)
+        return FullyShard(model, AdamW(groups_of(model, coupled), lr=plan.lr, **LAW))
+    if name in DEEPSPEED_STAGES:
+        return deepspeed_engine(
+            DEEPSPEED_STAGES[name], model, AdamW(groups_of(model, coupled), lr=plan.lr, **LAW), plan
+        )
+    if name in OURS or name is Name.SHARDED_UNDER_DDP:
+        variant = OURS.get(name, Variant(attached=False, settings={"reduce_gradients": False}))
+        config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, **variant.settings)
         groups = groups_of(model, plan.weight_decay)
         optimizer = ShardedDecoupledAdamW(groups, lr=plan.lr, betas=(0.9, 0.95), config=config)
-        on_gpu = [device] if device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
-        return Sharded(ddp, optimizer)
+        ours = Sharded(model, optimizer)
+        if variant.attached:
+            ours.optimizer.attach(model)
+        if name is Name.SHARDED_UNDER_DDP:
+            on_gpu = [device] if device.type == "cuda" else None
+            ours.model = DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return ours
     settings = Settings(
         ranks=plan.ranks,
         optimizer=Choice(name.value),
@@ -209,6 +287,28 @@ def build(name: Name, plan: Plan, device: torch.device) -> Contender:
         seed=plan.seed,
     )
     return contender_for(settings, model, device)
+
+
+def deepspeed_engine(stage: int, model: nn.Module, optimizer: Optimizer, plan: Plan) -> Contender:
+    """DeepSpeed's ZeRO around a model and an optimizer.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    imported("deepspeed.utils", "logger").setLevel("ERROR")
+    elements = int(plan.bucket_cap_mb * 2**20) // plan.precision.dtype.itemsize
+    engine, wrapped, *_ = imported("deepspeed", "initialize")(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": plan.batch,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # by default it clips
+            "bf16": {"enabled": plan.precision is Precision.BF16},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": elements},
+        },
+    )
+    return DeepSpeed(engine, engine, wrapped.optimizer)
 
 
 def groups_of(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -252,79 +352,96 @@ def bytes_sent_by_sockets() -> int | None:
 
 
 class Benchmark:
-    """The contenders on this rank, and what has been measured of them so far.
+    """A group of contenders on this rank, and what has been measured of them so far.
 
     Attributes:
         contenders: Those that could be built.
         missing: Those that could not, and why.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, names: Sequence[Name], device: torch.device) -> None:
         self.plan = plan
         self.device = device
         self.contenders: dict[Name, Contender] = {}
         self.missing: dict[Name, str] = {}
-        for name in plan.contenders:
+        for name in names:
             try:
                 self.contenders[name] = build(name, plan, device)
             except ImportError as error:
                 self.missing[name] = str(error)
-        self.num_parameters = sum(p.numel() for p in GPT(plan.model).parameters())
+        self._num_parameters = num_parameters(plan)
         self._clock = Clock(device)
         self._corpus = Corpus(None, plan.context)
         self._wire_source = WireSource.FORMULA
         if device.type == "cpu" and bytes_sent_by_sockets() is not None:
             self._wire_source = WireSource.SOCKETS
         num_rounds = plan.warmup + plan.rounds
-        # [rounds, contenders, columns] and [rounds, contenders]
+        # [rounds, contenders, columns] and [rounds * steps, contenders]
         self._samples = torch.zeros(num_rounds, len(self.contenders), len(COLUMNS), dtype=torch.float64)
-        self._losses = torch.zeros(num_rounds, len(self.contenders), dtype=torch.float64)
+        self._losses = torch.zeros(num_rounds * plan.steps, len(self.contenders), dtype=torch.float64)
 
     def run(self, console: Console) -> dict[Name, Result]:
         """Take all rounds, and return what every rank agrees on. Collective."""
-        rank, batch, num_rounds = dist.get_rank(), self.plan.batch, len(self._samples)
+        num_rounds, steps = len(self._samples), self.plan.steps
         contenders = list(enumerate(self.contenders.values()))
         gc.collect()
         gc.disable()  # a collection in the middle of a step would be counted as that contender's
         for index in range(num_rounds):
-            rows = range(rank * batch, (rank + 1) * batch)
-            tokens, targets = self._corpus.batch(
-                self.plan.seed, index, rows, self.plan.ranks * batch, self.plan.context, self.device
-            )
+            span = slice(index * steps, (index + 1) * steps)
+            batches = [self._batch(number) for number in range(span.start, span.stop)]
             first = index % len(contenders)
             order = contenders[first:] + contenders[:first]
             # Every other time around backwards, so that nobody always runs in the wake of the same neighbour.
             for column, contender in order if index // len(order) % 2 == 0 else reversed(order):
-                self._losses[index, column] = self._step(contender, tokens, targets, self._samples[index, column])
+                self._losses[span, column] = self._steps(contender, batches, self._samples[index, column])
             gc.collect()
             if (index + 1) * 10 // num_rounds > index * 10 // num_rounds:
-                console.print(f"round {index + 1} of {num_rounds}")
+                console.print(f"round {index + 1} of {num_rounds}: {', '.join(self.contenders)}")
         gc.enable()
         dist.all_reduce(samples := self._samples.to(self.device), dist.ReduceOp.MAX)
         dist.all_reduce(losses := self._losses.to(self.device))
         return self._results(samples.cpu(), losses.cpu() / self.plan.ranks)
 
-    def _step(self, contender: Contender, tokens: Tensor, targets: Tensor, sample: Tensor) -> float:
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
+        plan, rank = self.plan, dist.get_rank()
+        rows = range(rank * plan.batch, (rank + 1) * plan.batch)
+        return self._corpus.batch(plan.seed, number, rows, plan.ranks * plan.batch, plan.context, self.device)
+
+    def _steps(self, contender: Contender, batches: Sequence[tuple[Tensor, Tensor]], sample: Tensor) -> Tensor:
+        """Take one step per batch, note in `sample` [columns] what one cost, and return the losses [steps]."""
         clock = self._clock
         sent_before = self._bytes_sent()
         clock.settle()
         dist.barrier()
-        started, start, cpu_before = time.perf_counter(), clock.mark(), time.process_time()
-        loss = contender.model(tokens, targets)
-        loss.backward()
-        after_backward = clock.mark()
-        contender.optimizer.step()
-        after_step = clock.mark()
-        contender.zero_grad()
+        started, cpu_before = time.perf_counter(), time.process_time()
+        losses, laps = [], []
+        for tokens, targets in batches:
+            start = clock.mark()
+            loss = contender.model(tokens, targets)
+            loss.backward()
+            after_backward = clock.mark()
+            contender.optimizer.step()
+            laps.append((start, after_backward, clock.mark()))
+            if isinstance(contender, Sharded):
+                cost = contender.optimizer.last_step
+                for column, seconds in (
+                    (REDUCE_S, cost.reduce_s),
+                    (UPDATE_S, cost.update_s),
+                    (GATHER_S, cost.gather_s),
+                ):
+                    sample[column] += seconds
+            contender.zero_grad()
+            losses.append(loss.detach())
+        contender.synchronize()
         clock.settle()
         sample[STEP_S] = time.perf_counter() - started
         sample[CPU_S] = time.process_time() - cpu_before
-        sample[FORWARD_BACKWARD_S] = clock.seconds(start, after_backward)
-        sample[OPTIMIZER_S] = clock.seconds(after_backward, after_step)
-        parts = contender.parts(float(sample[OPTIMIZER_S]))
-        sample[REDUCE_S], sample[UPDATE_S], sample[GATHER_S] = parts.reduction or 0.0, parts.update, parts.gather or 0.0
+        for start, after_backward, after_step in laps:
+            sample[FORWARD_BACKWARD_S] += clock.seconds(start, after_backward)
+            sample[OPTIMIZER_S] += clock.seconds(after_backward, after_step)
         sample[WIRE_BYTES] = self._bytes_sent() - sent_before
-        return float(loss.detach())
+        sample /= len(batches)
+        return torch.stack(losses).double().cpu()
 
     def _bytes_sent(self) -> int:
         if self._wire_source is not WireSource.SOCKETS:
@@ -341,14 +458,15 @@ class Benchmark:
             rounds = counted[:, column]
             spreads = {title: Spread.of(rounds[:, index]) for index, title in enumerate(COLUMNS)}
             difference = (losses[:, column] - losses[:, baseline]).abs() / losses[:, baseline].abs()
-            wire_bytes, wire_source = self._wire(name, contender, spreads["wire_bytes"].median)
+            wire, shared, wire_source = self._wire(name, contender, spreads["wire_bytes"].median)
             results[name] = Result(
                 description=DESCRIPTIONS[name],
                 spreads=spreads,
                 ratio=Spread.of(rounds[:, STEP_S] / counted[:, baseline, STEP_S]),
                 tells_parts=isinstance(contender, Sharded),
                 state_bytes=largest_over_ranks(contender.state_bytes, self.device),
-                wire_bytes_per_parameter=wire_bytes / self.num_parameters,
+                wire_bytes_per_parameter=wire / self._num_parameters,
+                memory_bytes_per_parameter=shared / self._num_parameters,
                 wire_source=wire_source,
                 loss_difference=float(difference.max()),
                 losses=losses[:, column].tolist(),
@@ -356,13 +474,22 @@ class Benchmark:
             )
         return results
 
-    def _wire(self, name: Name, contender: Contender, at_sockets: float) -> tuple[float, WireSource]:
-        if self._wire_source is WireSource.SOCKETS:
-            return at_sockets, WireSource.SOCKETS
-        if name is Name.SHARDED and contender.wire_bytes is not None:
-            return float(contender.wire_bytes), WireSource.OPTIMIZER
+    def _wire(self, name: Name, contender: Contender, at_sockets: float) -> tuple[float, float, WireSource]:
+        """Bytes sent, bytes moved through shared memory, and who says so of the former."""
         share = (self.plan.ranks - 1) / self.plan.ranks
-        return WIRE_UNITS[name] * share * self.plan.precision.dtype.itemsize * self.num_parameters, WireSource.FORMULA
+        expected = WIRE_UNITS[name] * share * self.plan.precision.dtype.itemsize * self._num_parameters
+        counted = float(contender.wire_bytes or 0)
+        if self._wire_source is not WireSource.SOCKETS:
+            return (counted, 0.0, WireSource.OPTIMIZER) if name in OURS else (expected, 0.0, WireSource.FORMULA)
+        # What the optimizer moved, and the sockets have not seen.
+        is_shared = counted > 0 and expected - at_sockets > counted / 2
+        return at_sockets, counted if is_shared else 0.0, WireSource.SOCKETS
+
+
+def num_parameters(plan: Plan) -> int:
+    """Of the model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(plan.model).parameters())
 
 
 TITLES = (
@@ -373,7 +500,7 @@ TITLES = (
     "optimizer ms",
     "CPU ms",
     "state MB per rank",
-    "wire B per parameter",
+    "sent B per parameter",
     "largest loss difference",
 )
 
@@ -388,6 +515,8 @@ def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]
         result = results[name]
         ratio, spreads = result.ratio, result.spreads
         wire = f"{result.wire_bytes_per_parameter:.2f}"
+        if result.memory_bytes_per_parameter:
+            wire += f" + {result.memory_bytes_per_parameter:.2f} in memory"
         optimizer = f"{1e3 * spreads['optimizer_s'].median:.0f}"
         if result.tells_parts:
             parts = "+".join(f"{1e3 * spreads[part].median:.0f}" for part in ("reduce_s", "update_s", "gather_s"))
@@ -408,41 +537,48 @@ def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]
     return rows
 
 
-def notes(plan: Plan, num_parameters: int, around: dict[str, Any]) -> list[str]:
+def notes(plan: Plan, around: dict[str, Any]) -> list[str]:
     """What the table's reader has to know."""
     return [
-        f"{num_parameters / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({around['backend']}), "
+        f"{num_parameters(plan) / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({around['backend']}), "
         f"{plan.batch} x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
-        f"{plan.rounds} rounds after {plan.warmup} of warm-up.",
+        f"{plan.rounds} rounds of {plan.steps} steps after {plan.warmup} of warm-up"
+        + (f", {plan.at_once} contenders in memory at a time, the baseline among them." if plan.at_once else "."),
         f"{around['gpu'] or around['cpu']}, {around['cores']} cores; torch {around['torch']}, "
         f"Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
         "Medians over the rounds; the ratio is taken within each round. The slower rank counts. Wrappers reduce "
-        "gradients within backward, ours within the optimizer's step: in brackets, reduction + update + gather. "
-        "CPU: what all threads of the rank used of the cores in a step; it hardly feels a busy machine.",
+        "gradients within backward, and so do ours unless there is no overlap. In brackets, what is left for step() of "
+        "reduction + update + gather; attached, gathers end in the next forward. CPU: what all threads of the rank "
+        "used of the cores in a step; it hardly feels a busy machine.",
+        "Sent: data bytes of this rank's TCP connections. In memory: counted by the optimizer, since ranks of one host "
+        "read each other's memory and no socket sees it.",
     ]
 
 
-def show(plan: Plan, benchmark: Benchmark, results: dict[Name, Result], console: Console) -> None:
+def show(
+    plan: Plan, device: torch.device, results: dict[Name, Result], missing: dict[Name, str], console: Console
+) -> None:
     """Print the table; write the JSON and markdown files where asked to."""
     around = measuring.surroundings(
-        benchmark.device,
+        device,
         torch=torch.__version__,
         fairscale=measuring.version_of("fairscale"),
+        deepspeed=measuring.version_of("deepspeed"),
         backend=dist.get_backend(),
     )
-    rows = table_rows(plan, results, benchmark.missing)
+    rows = table_rows(plan, results, missing)
     titles = [title.format(baseline=plan.baseline) for title in TITLES]
-    lines = notes(plan, benchmark.num_parameters, around)
+    lines = notes(plan, around)
     measuring.print_table(console, titles, rows)
     measuring.print_lines(console, lines)
     if plan.out is not None:
         record = {
             "config": asdict(plan) | {"out": None},
-            "model": asdict(plan.model) | {"num_parameters": benchmark.num_parameters},
+            "model": asdict(plan.model) | {"num_parameters": num_parameters(plan)},
             "surroundings": around,
             "baseline": plan.baseline,
             "contenders": {name: asdict(result) for name, result in results.items()},
-            "not_installed": benchmark.missing,
+            "not_installed": missing,
         }
         plan.out.parent.mkdir(parents=True, exist_ok=True)
         plan.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -452,6 +588,7 @@ def show(plan: Plan, benchmark: Benchmark, results: dict[Name, Result], console:
 
 def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which DeepSpeed wants to know
     # Peers warn, once per rank, about their own use of what torch has deprecated.
     warnings.simplefilter("ignore")
     torch.set_num_threads(plan.threads)
@@ -468,10 +605,16 @@ def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
     )
     try:
         console = measuring.console_of(200, quiet=dist.get_rank() != 0)
-        benchmark = Benchmark(plan, device)
-        results = benchmark.run(console)
+        results: dict[Name, Result] = {}
+        missing: dict[Name, str] = {}
+        for names in plan.groups:
+            benchmark = Benchmark(plan, names, device)
+            results = benchmark.run(console) | results  # the baseline's of the first group
+            missing |= benchmark.missing
+            del benchmark
+            gc.collect()  # models and their hooks refer to each other
         if dist.get_rank() == 0:
-            show(plan, benchmark, results, console)
+            show(plan, device, results, missing, console)
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -480,11 +623,13 @@ def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
 def main(
     ranks: Annotated[int, typer.Option(min=1, envvar="WORLD_SIZE", help="Ranks to start.")] = 2,
     preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.MEDIUM,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; in each, every contender steps once.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; in each, every contender has its turn.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per rank and step.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
     contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(Name),
+    at_once: Annotated[int, typer.Option(min=0, help="Contenders in memory at a time; 0 is all of them.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="torch's threads per rank; 0 shares out the cores.")] = 0,
     dtype: Annotated[Precision, typer.Option(help="Of the model's parameters.")] = Precision.FP32,
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = ShardingConfig().bucket_cap_mb,
@@ -502,9 +647,11 @@ def main(
         preset=preset,
         rounds=rounds,
         warmup=warmup,
+        steps=steps,
         batch=batch,
         context=context,
         contenders=tuple(Name(name) for name in asked_for),
+        at_once=at_once,
         threads=threads or max(1, measuring.num_cores() // ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
