@@ -148,7 +148,6 @@ class HookedGradients(Gradients):
         self,
         members: Sequence[NamedParameter],
         layout: BucketLayout,
-        rank: int,
         *,
         dtype: torch.dtype | None,
         wire_dtype: torch.dtype | None,
@@ -158,7 +157,6 @@ class HookedGradients(Gradients):
         Args:
             members: The parameters, in slot order.
             layout: Where they lie.
-            rank: Which shard is ours.
             dtype: In what gradients of narrower parameters are accumulated; None for the parameters' own dtype.
             wire_dtype: In what they are sent to other ranks; None as they are.
         """
@@ -167,9 +165,7 @@ class HookedGradients(Gradients):
         self._dtype = own if dtype is None else torch.promote_types(own, dtype)
         self._wire_dtype = wire_dtype
         self._layout = layout
-        self._rank = rank
-        self._has_come = bytearray(len(members))
-        self.num_missing = len(members)
+        self._await_all()
         if self._dtype != own:
             for member in members:
                 member.param.grad_dtype = self._dtype
@@ -249,7 +245,7 @@ class OwnGradients(HookedGradients):
         allocate: Allocate,
     ) -> None:
         """Allocate the buffer; see :class:`HookedGradients`."""
-        super().__init__(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype)
+        super().__init__(members, layout, dtype=dtype, wire_dtype=wire_dtype)
         self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
         # Other names for the same memory: what is written through them does not count as a change to p.grad.
         self._exchanged = self.buffer.data
@@ -426,14 +422,13 @@ class ShardedGradients(HookedGradients):
         self,
         members: Sequence[NamedParameter],
         layout: BucketLayout,
-        rank: int,
         *,
         dtype: torch.dtype | None,
         wire_dtype: torch.dtype | None,
         spares: SpareBuffers,
     ) -> None:
         """Allocate the shard; see :class:`HookedGradients`."""
-        super().__init__(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype)
+        super().__init__(members, layout, dtype=dtype, wire_dtype=wire_dtype)
         self._device = members[0].param.device
         self._spares = spares
         self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)

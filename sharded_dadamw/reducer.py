@@ -144,8 +144,7 @@ class Reducer:
             bucket.gradients.release()
 
     def drop(self) -> None:
-        """Forget all gradients."""
-        self.settle()
+        """Forget all gradients, which are settled."""
         for bucket in self.buckets():
             bucket.gradients.mark(Stage.LOCAL)
         self._holds_means = False

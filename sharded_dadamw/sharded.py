@@ -304,7 +304,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             return CopiedGradients(members, layout, rank)
         dtype, wire_dtype = config.gradient_dtype, config.wire_dtype
         if config.gradient_residency is GradientResidency.SHARDED:
-            return ShardedGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
+            return ShardedGradients(members, layout, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
         allocate = self._collectives.new_buffer
         return OwnGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, allocate=allocate)
 
