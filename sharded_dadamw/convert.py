@@ -1,0 +1,214 @@
+"""Checkpoints of other optimizers as files, read into state of ours, and state of ours written as files of theirs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.dcp_folder import is_dcp_folder, read_folder, write_folder
+from sharded_dadamw.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch
+from sharded_dadamw.names import canonical_name
+from sharded_dadamw.safe_pickle import load_torch
+from sharded_dadamw.safetensors_file import from_safetensors, to_safetensors
+
+log = logging.getLogger("sharded_dadamw")
+
+Weights = dict[str, Tensor]
+"""A model's state dict under canonical names."""
+
+
+class Source(Enum):
+    """Which optimizer wrote a checkpoint. A state dict does not tell, and what `weight_decay` means depends on it."""
+
+    TORCH = "torch"
+    ZERO_REDUNDANCY = "zero-redundancy"
+    FAIRSCALE = "fairscale"
+    COMPOSER = "composer"
+    DEEPSPEED = "deepspeed"
+    OURS = "sharded-dadamw"
+
+
+def read_state(
+    path: str | os.PathLike[str],
+    source: Source,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    names: Sequence[str] | None = None,
+    peak_lr: float | None = None,
+) -> tuple[State, Weights]:
+    """Read a checkpoint of any optimizer that can be imported, and run nothing in it.
+
+    Args:
+        path: A file of `torch.save`, whatever the state dict lies in; a folder of torch.distributed.checkpoint or of
+            DeepSpeed; or a `.safetensors` file that `write_state` wrote.
+        source: Which optimizer wrote it.
+        weights: The model's state dict, in a file or folder of its own, if it is not beside the optimizer's.
+        names: The optimizer's parameters, in the order of its groups, where the state dict only numbers them. They can
+            be left out where there is one group, which has every parameter in `weights` in order.
+        peak_lr: As in `interchange.from_torch`.
+
+    Returns:
+        The form in the middle (see `interchange`), where parameters narrower than fp32 whose weights are known have a
+        `main_param`; and the weights, empty if there are none.
+
+    Raises:
+        ValueError: If it is not that optimizer's checkpoint, is not whole, or holds more than data; or `names` or
+            `weights` are needed, or do not fit.
+    """
+    if peak_lr is not None and source in (Source.COMPOSER, Source.OURS):
+        raise ValueError(
+            "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
+        )
+    if source is Source.DEEPSPEED:
+        return from_deepspeed(path, peak_lr=peak_lr)
+    if _is_safetensors(path):
+        if source is not Source.OURS:
+            raise ValueError(f"expected a file that {source.value} writes, got {path}; only ours are .safetensors")
+        contents: Any = {"optimizer": from_safetensors(path)}
+    else:
+        contents = _contents(path)
+    found = list(optimizers_in(contents))
+    if len(found) != 1:
+        where = ", ".join(".".join(at) or "the top" for at, _ in found)
+        raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
+    state_dict = found[0][1]
+    held = _weights(_contents(weights)) if weights is not None else _weights(contents)
+    if names is None and not _is_named(state_dict):
+        names = _names_by_shape(state_dict, held)
+    state = (
+        from_composer(state_dict, names)
+        if source in (Source.COMPOSER, Source.OURS)
+        else from_torch(state_dict, names, peak_lr=peak_lr)
+    )
+    _check_fit(path, state, held)
+    return _with_main_params(state, held), held
+
+
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights: Weights | None = None) -> None:
+    """Write state for another program, or for ours.
+
+    Args:
+        path: Ends in `.pt` or `.pth`: the state dict of torch's AdamW, by `torch.save`. Ends in `.safetensors`: tensors
+            by name. Otherwise a folder that is new or empty: stock torch.distributed.checkpoint, with the state under
+            `optimizer` and the weights under `model`.
+        state: The form in the middle (see `interchange`). Only read.
+        weights: The model's state dict; only a folder takes it.
+
+    Raises:
+        ValueError: If there is something in the folder, or AdamW cannot express the state.
+        ModuleNotFoundError: If it takes safetensors, which is not installed.
+    """
+    if _is_safetensors(path):
+        to_safetensors(path, state)
+    elif Path(path).suffix in (".pt", ".pth"):
+        left_out = sum("main_param" in entries or "main_remainder" in entries for entries in state["state"].values())
+        if left_out:
+            log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
+        torch.save(to_torch(state), path)
+    else:
+        write_folder(path, {"optimizer": dict(state)} | ({"model": weights} if weights else {}))
+
+
+def optimizers_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The state dicts of optimizers in what was saved, however deep in dicts, with the keys that lead to them.
+
+    Args:
+        contents: What was saved.
+        at: The keys that led here.
+    """
+    if isinstance(contents, Mapping):
+        if isinstance(contents.get("param_groups"), list) and isinstance(contents.get("state"), Mapping | list):
+            yield at, contents
+        else:
+            for key, value in contents.items():
+                yield from optimizers_in(value, (*at, str(key)))
+
+
+def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
+    """The state dicts of models in what was saved: dicts with names for keys and tensors alone for values.
+
+    Args:
+        contents: What was saved.
+        at: The keys that led here.
+    """
+    if isinstance(contents, Mapping) and not {"param_groups", "state"} <= contents.keys():
+        if contents and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in contents.items()):
+            yield at, contents
+        else:
+            for key, value in contents.items():
+                yield from models_in(value, (*at, str(key)))
+
+
+def _contents(path: str | os.PathLike[str]) -> object:
+    if Path(path).is_dir():
+        return read_folder(path)
+    if not Path(path).is_file():
+        raise ValueError(f"expected a file or a folder, got {path}, which is not there")
+    return load_torch(path, placeholders=True)
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix == ".safetensors"
+
+
+def _weights(contents: object) -> Weights:
+    """The model's state dict, which is the largest one; others would be of schedulers, averages and the like."""
+    found = [model for _, model in models_in(contents)]
+    largest = max(found, key=lambda model: sum(tensor.numel() for tensor in model.values()), default={})
+    return {canonical_name(name): tensor for name, tensor in largest.items()}
+
+
+def _is_named(state_dict: Mapping[str, Any]) -> bool:
+    groups = state_dict["param_groups"]
+    return all("param_names" in group or all(isinstance(key, str) for key in group["params"]) for group in groups)
+
+
+def _names_by_shape(state_dict: Mapping[str, Any], weights: Weights) -> list[str] | None:
+    """Names from the model's state dict, if there is only one way to give them."""
+    distinct = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}  # tied ones once
+    names = [name for name in reversed(distinct.values()) if weights[name].is_floating_point()]
+    groups = state_dict["param_groups"]
+    if len(groups) != 1 or len(names) != len(groups[0]["params"]):
+        return None
+    state = state_dict["state"]
+    by_key = dict(enumerate(state)) if isinstance(state, list) else state
+    for key, name in zip(groups[0]["params"], names, strict=True):
+        moment = (by_key.get(key) or {}).get("exp_avg")
+        if isinstance(moment, Tensor) and moment.shape != weights[name].shape:
+            return None
+    return names
+
+
+def _check_fit(path: str | os.PathLike[str], state: State, weights: Weights) -> None:
+    for name, entries in state["state"].items():
+        if weights and name not in weights:
+            raise ValueError(f"{path}: expected the weights of every parameter with state, got none of {name}")
+        if weights and weights[name].shape != entries["exp_avg"].shape:
+            expected, got = list(weights[name].shape), list(entries["exp_avg"].shape)
+            raise ValueError(f"{path}: expected state of {name} in its shape, {expected}, got {got}")
+    without = [name for group in state["param_groups"] for name in group["params"] if name not in state["state"]]
+    if without:
+        log.warning("%d parameters have no state, being frozen or never stepped, such as %s", len(without), without[0])
+
+
+def _with_main_params(state: State, weights: Weights) -> State:
+    """Main parameters of those that have none yet: the fp32 value of a narrow weight is the weight."""
+    return {
+        **state,
+        "state": {
+            name: entries
+            if name not in weights
+            or weights[name].dtype.itemsize >= 4
+            or {"main_param", "main_remainder"} & entries.keys()
+            else {**entries, "main_param": weights[name].float()}
+            for name, entries in state["state"].items()
+        },
+    }
