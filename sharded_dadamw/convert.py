@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.dcp_folder import is_dcp_folder, read_folder, write_folder
+from sharded_dadamw.dcp_folder import read_folder, write_folder
 from sharded_dadamw.deepspeed_folder import from_deepspeed
 from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch
 from sharded_dadamw.names import canonical_name

@@ -146,8 +146,8 @@ def nested(values: Mapping[tuple[str | int, ...], Any]) -> dict[str, Any]:
             result[first] = value
     for key, inner in below.items():
         inside = nested(inner)
-        numbered = sorted(inside, key=str) == sorted(range(len(inside)), key=str)
-        result[key] = [inside[number] for number in range(len(inside))] if numbered else inside
+        numbers: list[Any] = list(range(len(inside)))
+        result[key] = [inside[number] for number in numbers] if set(inside) == set(numbers) else inside
     return result
 
 

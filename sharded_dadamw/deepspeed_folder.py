@@ -69,6 +69,13 @@ class DeepSpeedFolder:
         """Of every group the names, DeepSpeed's own, and shapes of its parameters, in the order of the flat group."""
         return [{name: tuple(shape) for name, shape in group.items()} for group in self.model["param_shapes"]]
 
+    def entries(self, group: int, rank: int = 0) -> dict[str, Any]:
+        """`step` and flat tensors of a rank's part of a group, [padded]; empty before the first step."""
+        base = self.partitions[rank]["base_optimizer_state"]
+        options = base["param_groups"][group]
+        entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
+        return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
+
 
 def is_deepspeed_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is one of DeepSpeed's, by the names of its files."""
@@ -194,16 +201,9 @@ def _check_law(folder: DeepSpeedFolder) -> None:
         raise ValueError(f"{folder.path}: expected {len(folder.shapes)} parameter groups, got {len(folder.groups)}")
 
 
-def _inner_state(partition: Mapping[str, Any], group: int) -> Mapping[str, Any]:
-    base = partition["base_optimizer_state"]
-    keys = base["param_groups"][group]["params"]
-    return dict(base["state"].get(keys[0], {})) if keys else {}
-
-
 def _kinds(folder: DeepSpeedFolder, group: int) -> list[str]:
     """Which kinds of state there are besides `step`; anything that is not AdamW's is refused."""
-    entries = _inner_state(folder.partitions[0], group)
-    kinds = [key for key in entries if key != "step"]
+    kinds = [key for key in folder.entries(group) if key != "step"]
     unknown = sorted(set(kinds) - set(MOMENTS))
     if unknown or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
         raise ValueError(
@@ -213,24 +213,20 @@ def _kinds(folder: DeepSpeedFolder, group: int) -> list[str]:
     return kinds
 
 
-def _step(folder: DeepSpeedFolder, group: int) -> object:
+def _step(folder: DeepSpeedFolder, group: int) -> float:
     """The number of updates, which some optimizers keep beside each tensor and others in the group."""
-    steps = [
-        _inner_state(partition, group).get("step", partition["base_optimizer_state"]["param_groups"][group].get("step"))
-        for partition in folder.partitions
-    ]
-    if any(step is None for step in steps):
-        return 0
-    if len({float(step) for step in steps}) > 1:
-        raise ValueError(f"{folder.path}: expected the same step on every rank, got {[float(step) for step in steps]}")
-    return steps[0]
+    steps = [folder.entries(group, rank).get("step") for rank in range(len(folder.partitions))]
+    known = [float(step) for step in steps if step is not None]
+    if len(set(known)) > 1:
+        raise ValueError(f"{folder.path}: expected the same step on every rank, got {known}")
+    return known[0] if known else 0.0
 
 
 def _unflattened(folder: DeepSpeedFolder, group: int, kind: str) -> dict[str, Tensor]:
     """The parameters of one kind of one group, each [shape], cut out of all ranks' parts."""
     parts: list[Any] = [
-        partition[_FP32][group] if kind == _FP32 else _inner_state(partition, group).get(kind)
-        for partition in folder.partitions
+        partition[_FP32][group] if kind == _FP32 else folder.entries(group, rank).get(kind)
+        for rank, partition in enumerate(folder.partitions)
     ]
     if not all(isinstance(part, Tensor) for part in parts):
         raise ValueError(f"{folder.path}, param_groups[{group}]: expected {kind} on every rank, got some without")

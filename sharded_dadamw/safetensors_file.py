@@ -88,6 +88,22 @@ def hyperparameters_of(path: str | os.PathLike[str]) -> list[dict[str, Any]] | N
     return None if groups is None else [{**group, "betas": tuple(group["betas"])} for group in groups]
 
 
+def steps_of(path: str | os.PathLike[str], most: int = 16) -> list[float]:
+    """The number of updates of the first few parameters.
+
+    Args:
+        path: A file of optimizer state.
+        most: How many to read.
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+    """
+    _require()
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(".step")]  # noqa: SIM118 - no mapping
+        return [float(file.get_tensor(name)) for name in names[:most]]
+
+
 def shapes_of(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype, as the format calls it (`F32`), and shape of every tensor; only the header is read.
 
