@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.dcp_folder import read_folder, write_folder
+from sharded_dadamw.dcp_folder import newest, read_folder, read_manifest, write_folder
 from sharded_dadamw.deepspeed_folder import from_deepspeed
 from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import load_torch
-from sharded_dadamw.safetensors_file import from_safetensors, to_safetensors
+from sharded_dadamw.safetensors_file import from_safetensors, tensors_of, to_safetensors
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -47,8 +47,8 @@ def read_state(
     """Read a checkpoint of any optimizer that can be imported, and run nothing in it.
 
     Args:
-        path: A file of `torch.save`, whatever the state dict lies in; a folder of torch.distributed.checkpoint or of
-            DeepSpeed; or a `.safetensors` file that `write_state` wrote.
+        path: A file of `torch.save`, whatever the state dict lies in; a folder of ours (of several the newest), of
+            torch.distributed.checkpoint or of DeepSpeed; or a `.safetensors` file that `write_state` wrote.
         source: Which optimizer wrote it.
         weights: The model's state dict, in a file or folder of its own, if it is not beside the optimizer's.
         names: The optimizer's parameters, in the order of its groups, where the state dict only numbers them. They can
@@ -79,7 +79,7 @@ def read_state(
     if len(found) != 1:
         where = ", ".join(".".join(at) or "the top" for at, _ in found)
         raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
-    state_dict = found[0][1]
+    state_dict = _once(found[0][1], path)
     held = _weights(_contents(weights)) if weights is not None else _weights(contents)
     if names is None and not _is_named(state_dict):
         names = _names_by_shape(state_dict, held)
@@ -133,15 +133,16 @@ def optimizers_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
-    """The state dicts of models in what was saved: dicts with names for keys and tensors alone for values.
+    """The state dicts of models in what was saved: dicts of nothing but tensors, floating-point ones among them.
 
     Args:
         contents: What was saved.
         at: The keys that led here.
     """
     if isinstance(contents, Mapping) and not {"param_groups", "state"} <= contents.keys():
-        if contents and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in contents.items()):
-            yield at, contents
+        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in contents.items()):
+            if any(tensor.is_floating_point() for tensor in contents.values()):
+                yield at, contents
         else:
             for key, value in contents.items():
                 yield from models_in(value, (*at, str(key)))
@@ -149,10 +150,22 @@ def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
-        return read_folder(path)
+        return read_folder(newest(path))
     if not Path(path).is_file():
         raise ValueError(f"expected a file or a folder, got {path}, which is not there")
+    if _is_safetensors(path):
+        return tensors_of(path)
     return load_torch(path, placeholders=True)
+
+
+def _once(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Without the state that our checkpoints hold of tied weights under their other names as well."""
+    aliases = read_manifest(newest(path)).get("aliases", [])
+    owners = {name for group in state_dict["param_groups"] for name in group["params"]}
+    others = {name for names in aliases if owners & set(names) for name in names} - owners
+    if not others:
+        return state_dict
+    return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key not in others}}
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -160,7 +173,7 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def _weights(contents: object) -> Weights:
-    """The model's state dict, which is the largest one; others would be of schedulers, averages and the like."""
+    """The model's state dict, which is the largest one; others would be of generators, metrics and the like."""
     found = [model for _, model in models_in(contents)]
     largest = max(found, key=lambda model: sum(tensor.numel() for tensor in model.values()), default={})
     return {canonical_name(name): tensor for name, tensor in largest.items()}

@@ -7,6 +7,7 @@ on. It is a pickle of a handful of dataclasses, and every chunk a file of `torch
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,29 @@ _METADATA: dict[str, object] = {
 def is_dcp_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is one of torch.distributed.checkpoint's."""
     return (Path(path) / ".metadata").is_file()
+
+
+def newest(path: str | os.PathLike[str]) -> Path:
+    """Of a folder with one folder of ours per step the newest; any other path as it is."""
+    steps = [found for found in Path(path).glob("step_*") if found.name[5:].isdigit() and is_dcp_folder(found)]
+    return max(steps, key=lambda found: int(found.name[5:]), default=Path(path))
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What one of our checkpoints says of itself; empty for any other folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    file = Path(path) / "manifest.json"
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON: {error}; the file has been damaged") from error
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:

@@ -150,6 +150,9 @@ def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None
     groups = []
     for index, (group, shapes) in enumerate(zip(folder.groups, folder.shapes, strict=True)):
         where = f"{folder.path}, param_groups[{index}]"
+        missing = sorted(set(map(canonical_name, shapes)) - set(order))
+        if missing:
+            raise ValueError(f"{where}: expected the weights of every parameter, got none of {missing[0]}")
         names = sorted(map(canonical_name, shapes), key=order.__getitem__)  # round_robin_gradients lays them otherwise
         ours = imported_group(group, where, names, coupled=True, peak_lr=peak_lr)
         groups.append(ours)
@@ -176,7 +179,11 @@ def _partition(path: Path) -> Mapping[str, Any]:
     state = contents.get("optimizer_state_dict") if isinstance(contents, Mapping) else None
     if isinstance(state, Mapping) and (state.get("zero_stage", 1) == 3 or "fp32_flat_groups" in state):
         raise ValueError(f"{path}: {_STAGE_3}")
-    if not isinstance(state, Mapping) or not {_FP32, "partition_count", "base_optimizer_state"} <= state.keys():
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(state.get("zero_stage", 1), int)
+        or not {_FP32, "partition_count", "base_optimizer_state"} <= state.keys()
+    ):
         raise ValueError(f"{path}: expected a partition of DeepSpeed's optimizer state, got something else")
     if not isinstance(state["base_optimizer_state"], Mapping):
         raise ValueError(

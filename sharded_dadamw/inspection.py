@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sharded_dadamw.convert import models_in, optimizers_in
-from sharded_dadamw.dcp_folder import is_dcp_folder, nested, path_of, read_metadata, read_values
+from sharded_dadamw.dcp_folder import is_dcp_folder, nested, newest, path_of, read_manifest, read_metadata, read_values
 from sharded_dadamw.deepspeed_folder import DeepSpeedFolder, is_deepspeed_folder, open_deepspeed
 from sharded_dadamw.interchange import MAIN, MOMENTS
 from sharded_dadamw.names import canonical_name
@@ -147,18 +146,18 @@ class Contents:
 
 
 def inspect(path: str | os.PathLike[str]) -> Contents:
-    """Look into a checkpoint: a folder of ours, of torch.distributed.checkpoint or of DeepSpeed, or a file.
+    """Look into a checkpoint: a file, or a folder of ours, of torch.distributed.checkpoint or of DeepSpeed.
 
     Tensors are not read, but for a few `step`s; files that have checksums are read through to compare them.
 
     Args:
-        path: The folder, or a `.safetensors` file or one of `torch.save`.
+        path: A folder (of several of ours in it the newest is taken), a `.safetensors` file, or one of `torch.save`.
 
     Raises:
         ValueError: If it is none of these, or cannot be read without running something in it.
         ModuleNotFoundError: If it takes safetensors, which is not installed.
     """
-    where = Path(path)
+    where = newest(path)
     if where.suffix == ".safetensors":
         return _inspect_safetensors(where)
     if where.is_file():
@@ -239,7 +238,7 @@ def _inspect_deepspeed(folder: DeepSpeedFolder) -> Contents:
 
 def _inspect_dcp(path: Path) -> Contents:
     found = read_metadata(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     aliases = [list(names) for names in manifest.get("aliases", [])]
     also = {name for names in aliases for name in names[1:]}
     tensors = []
@@ -294,13 +293,6 @@ def _ranks_of(found: Metadata) -> int | None:
     files = {info.relative_path for info in found.storage_data.values()}
     ranks = [int(match.group(1)) for name in files if (match := re.match(r"__(\d+)_", name))]
     return max(ranks) + 1 if ranks else None
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """What one of our checkpoints says of itself; empty for any other folder."""
-    file = path / "manifest.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
 def _damage(path: Path, files: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -57,10 +57,9 @@ def from_safetensors(path: str | os.PathLike[str]) -> State:
     if groups is None:
         raise ValueError(f"expected a file of optimizer state, got {path} without hyperparameters in its metadata")
     state: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        for full in file.keys():  # noqa: SIM118 - no mapping
-            name, _, key = full.rpartition(".")
-            state.setdefault(name, {})[key] = file.get_tensor(full)
+    for full, tensor in tensors_of(path).items():
+        name, _, key = full.rpartition(".")
+        state.setdefault(name, {})[key] = tensor
     order = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
     return {
         "state": dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order)))),
@@ -78,14 +77,24 @@ def hyperparameters_of(path: str | os.PathLike[str]) -> list[dict[str, Any]] | N
         ModuleNotFoundError: If safetensors is not installed.
         ValueError: If it is no file of this format.
     """
-    _require()
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HYPERPARAMETERS)
-    except Exception as error:  # its own type, which is none of Python's
-        raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(HYPERPARAMETERS)
     groups = json.loads(text) if text is not None else None
     return None if groups is None else [{**group, "betas": tuple(group["betas"])} for group in groups]
+
+
+def tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of any file of this format, on the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+        ValueError: If it is no file of this format.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def steps_of(path: str | os.PathLike[str], most: int = 16) -> list[float]:
@@ -98,8 +107,7 @@ def steps_of(path: str | os.PathLike[str], most: int = 16) -> list[float]:
     Raises:
         ModuleNotFoundError: If safetensors is not installed.
     """
-    _require()
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         names = [name for name in file.keys() if name.endswith(".step")]  # noqa: SIM118 - no mapping
         return [float(file.get_tensor(name)) for name in names[:most]]
 
@@ -113,10 +121,19 @@ def shapes_of(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, .
     Raises:
         ModuleNotFoundError: If safetensors is not installed.
     """
-    _require()
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    _require()
+    if not os.path.isfile(path):
+        raise ValueError(f"expected a .safetensors file, got {path}, which is not there")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # its own type, which is none of Python's
+        raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
 
 
 def _require() -> None:

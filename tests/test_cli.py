@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,47 @@ def test_inspect_of_a_folder_reads_no_tensors_but_steps(
     assert read and all("param_groups" in key or key.endswith(".step") for key in read)
 
 
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A folder of two checkpoints with manifests, in which a weight and its state have two names."""
+    model, optimizer = stepped()
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    state["state"]["tied.weight"] = state["state"]["0.weight"]
+    weights = {**model.state_dict(), "tied.weight": model[0].weight.detach()}
+    for step in (9, 10):
+        folder = tmp_path / f"step_{step:08d}"
+        write_state(folder, state, weights)
+        files = {
+            path.name: {"size": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
+            for path in folder.iterdir()
+        }
+        aliases = [["0.weight", "tied.weight"]]
+        manifest = {"num_ranks": 4, "aliases": aliases, "versions": {"torch": "2.13.0"}, "files": files}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def test_inspect_reads_a_manifest_and_compares_checksums(run_folder: Path) -> None:
+    told = json.loads(run("inspect", run_folder, "--json"))
+    assert told["path"].endswith("step_00000010") and told["format"] == "sharded_dadamw"
+    assert told["num_ranks"] == 4 and told["aliases"] == [["0.weight", "tied.weight"]] and told["damage"] == []
+    assert (told["num_parameters"], told["num_elements"]) == (4, 103)
+    assert "checksums hold" in run("inspect", run_folder / "step_00000009")
+    data = run_folder / "step_00000010" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    assert "__0_0.distcp: its checksum differs" in run("inspect", run_folder, code=1)
+    data.write_bytes(content[:-1])
+    assert f"expected {len(content)} bytes, got {len(content) - 1}" in run("inspect", run_folder, code=1)
+
+
+def test_convert_takes_the_state_of_tied_weights_once(run_folder: Path) -> None:
+    said = run("convert", run_folder, run_folder / "x.pt", "--from", "sharded-dadamw")
+    assert "state of 4 parameters" in said
+    assert inspect(run_folder / "x.pt").num_parameters == 4
+
+
 def test_convert_asks_who_wrote_it(files: dict[str, Path], tmp_path: Path) -> None:
     assert "--from" in run("convert", files["torch.save"], tmp_path / "out", code=2)
 
@@ -153,6 +195,11 @@ def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path)
     assert "names for the 4 parameters" in run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", code=1)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", "--weights", tmp_path / "model.pt")
+    if importlib.util.find_spec("safetensors"):
+        importlib.import_module("safetensors.torch").save_file(model.state_dict(), tmp_path / "model.safetensors")
+        run(
+            "convert", tmp_path / "x.pt", tmp_path / "c", "--from", "torch", "--weights", tmp_path / "model.safetensors"
+        )
     (tmp_path / "names.txt").write_text("\n".join(f"module.{name}" for name, _ in model.named_parameters()))
     run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "torch", "--names", tmp_path / "names.txt")
     one, other = (inspect(tmp_path / name) for name in "ab")
@@ -169,8 +216,10 @@ def test_convert_reads_deepspeed(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_one_sentence(command: tuple[str, ...], tmp_path: Path) -> None:
     torch.save({"optimizer": Runs(tmp_path / "marker")}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("no archive")
+    (tmp_path / "text.safetensors").write_text("no header")
+    others = [("text.safetensors", "safetensors")] if importlib.util.find_spec("safetensors") else []
     first, *rest = command
-    for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got")):
+    for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got"), *others):
         said = run(first, tmp_path / name, *rest, code=1)
         assert said.startswith("error: ") and why in said and "Traceback" not in said
     assert not (tmp_path / "marker").exists()
