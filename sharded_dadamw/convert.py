@@ -52,7 +52,8 @@ def read_state(
         source: Which optimizer wrote it.
         weights: The model's state dict, in a file or folder of its own, if it is not beside the optimizer's.
         names: The optimizer's parameters, in the order of its groups, where the state dict only numbers them. They can
-            be left out where there is one group, which has every parameter in `weights` in order.
+            be left out where there is one group, which has every parameter of the model, whose state dict is in a file
+            of `torch.save`: that alone keeps the order.
         peak_lr: As in `interchange.from_torch`.
 
     Returns:
@@ -81,7 +82,8 @@ def read_state(
         raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
     state_dict = _once(found[0][1], path)
     held = _weights(_contents(weights)) if weights is not None else _weights(contents)
-    if names is None and not _is_named(state_dict):
+    beside = Path(path if weights is None else weights)
+    if names is None and not _is_named(state_dict) and beside.is_file() and not _is_safetensors(beside):
         names = _names_by_shape(state_dict, held)
     state = (
         from_composer(state_dict, names)
@@ -185,7 +187,7 @@ def _is_named(state_dict: Mapping[str, Any]) -> bool:
 
 
 def _names_by_shape(state_dict: Mapping[str, Any], weights: Weights) -> list[str] | None:
-    """Names from the model's state dict, if there is only one way to give them."""
+    """Names from the model's state dict, in the order of its parameters, if there are as many and shapes agree."""
     distinct = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}  # tied ones once
     names = [name for name in reversed(distinct.values()) if weights[name].is_floating_point()]
     groups = state_dict["param_groups"]

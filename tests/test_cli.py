@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, dcp_folder
-from sharded_dadamw.convert import Source, write_state
+from sharded_dadamw.convert import Source, read_state, write_state
 from sharded_dadamw.inspection import inspect
 from tests.test_interchange import FakeDeepSpeed, Runs
 
@@ -205,6 +205,33 @@ def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path)
     one, other = (inspect(tmp_path / name) for name in "ab")
     assert {held.kind for held in one.tensors} - {held.kind for held in other.tensors} == {"weight"}
     assert {held.name for held in one.tensors} == {held.name for held in other.tensors} == set(model.state_dict())
+
+
+def test_names_are_not_taken_from_a_file_that_sorts_them(tmp_path: Path) -> None:
+    """Layers of one shape would then have each other's state."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(11)))
+    optimizer = AdamW(model.parameters(), **HYPER)
+    model(torch.randn(3, 2)).square().mean().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    command = (
+        "convert",
+        tmp_path / "x.pt",
+        tmp_path / "a",
+        "--from",
+        "torch",
+        "--weights",
+        tmp_path / "model.safetensors",
+    )
+    assert "names for the 11 parameters" in run(*command, code=1)
+    (tmp_path / "names.txt").write_text("\n".join(name for name, _ in model.named_parameters()))
+    run(*command, "--names", tmp_path / "names.txt")
+    state, weights = read_state(tmp_path / "a", Source.OURS)
+    for index, (name, param) in enumerate(model.named_parameters()):
+        assert torch.equal(weights[name], param)
+        assert torch.equal(state["state"][name]["exp_avg"], optimizer.state_dict()["state"][index]["exp_avg"])
 
 
 def test_convert_reads_deepspeed(tmp_path: Path) -> None:
