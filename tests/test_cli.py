@@ -195,11 +195,6 @@ def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path)
     assert "names for the 4 parameters" in run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", code=1)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", "--weights", tmp_path / "model.pt")
-    if importlib.util.find_spec("safetensors"):
-        importlib.import_module("safetensors.torch").save_file(model.state_dict(), tmp_path / "model.safetensors")
-        run(
-            "convert", tmp_path / "x.pt", tmp_path / "c", "--from", "torch", "--weights", tmp_path / "model.safetensors"
-        )
     (tmp_path / "names.txt").write_text("\n".join(f"module.{name}" for name, _ in model.named_parameters()))
     run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "torch", "--names", tmp_path / "names.txt")
     one, other = (inspect(tmp_path / name) for name in "ab")
