@@ -34,23 +34,18 @@ from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
 from sharded_dadamw.connect import connect, connect_over
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
+from sharded_dadamw.foreign_gradients import CopiedGradients, ForeignGradients
 from sharded_dadamw.gatherer import Attachment, Gatherer
-from sharded_dadamw.gradients import (
-    CopiedGradients,
-    ForeignGradients,
-    Gradients,
-    OwnGradients,
-    ShardedGradients,
-    SpareBuffers,
-    Stage,
-)
+from sharded_dadamw.gradients import Gradients, Stage
 from sharded_dadamw.layout import BucketLayout, plan_buckets
 from sharded_dadamw.metrics import Held, Table
 from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Operands
+from sharded_dadamw.own_gradients import OwnGradients
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.placement import Placement, placements_of
 from sharded_dadamw.reducer import Reducer
+from sharded_dadamw.sharded_gradients import ShardedGradients, SpareBuffers
 from sharded_dadamw.sharing import (
     check_sharing,
     claims_of,
