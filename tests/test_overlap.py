@@ -212,6 +212,30 @@ def test_a_profiler_sees_reductions_begin_while_backward_runs() -> None:
             assert total >= 6 and began >= 4, f"{step} reductions began before the first layer's backward"
 
 
+def gathers_run_in_forward(group: Any, attached: bool) -> list[str]:
+    """What forward did in which order after each step: gathers that it finished, and layers that it computed."""
+    model, optimizer = small(group)
+    if attached:
+        optimizer.attach(model)
+    seen: list[str] = []
+    for step in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = loss_of(model, group.rank(), step)
+        signs = {"sharded_dadamw::all_gather": "g", "aten::linear": "L"}
+        events = sorted(profile.events(), key=lambda event: event.time_range.start)
+        seen.append("".join(signs.get(event.name, "") for event in events))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def test_a_profiler_sees_gathers_run_during_forward_where_the_model_is_attached() -> None:
+    """A weight and a bias, in a bucket each, are waited for by their own layer, once it is known who reads first."""
+    assert on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggggggLLL", "ggLggLggL"]] * 2
+    assert on_ranks(2, gathers_run_in_forward, False) == [["LLL", "LLL", "LLL"]] * 2
+
+
 class Slow:
     """A network that takes its time: each reduction arrives so long after it began, one after the other."""
 
