@@ -147,6 +147,7 @@ def over(link: Link, verbs: Any) -> Any:
 
     verbs.reduce_scatter_mean = sent(verbs.reduce_scatter_mean)
     verbs.all_gather_ = sent(verbs.all_gather_)
+    verbs.gathers_by_itself = True
     return verbs
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_dadamw.collectives import Collectives, Handle
 from sharded_dadamw.gradients import Stage, are_present
 from sharded_dadamw.hooked_gradients import HookedGradients
-from sharded_dadamw.in_flight import Arrival
+from sharded_dadamw.in_flight import Arrival, in_any_mode
 from sharded_dadamw.layout import BucketLayout
 from sharded_dadamw.parameters import NamedParameter
 from sharded_dadamw.storage import Allocate
@@ -168,6 +168,12 @@ class _Reduction(Arrival):
 
     def _arrive(self) -> None:
         self._handle.wait()
+
+    def look(self) -> None:
+        """See :meth:`Arrival.look`."""
+        with self._lock:
+            if not self.is_over:
+                in_any_mode(self.arrive)
 
     def arrive(self) -> None:
         """The means are there to be used; who reads or changes gradients waits for the other ranks, too."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import io
 import math
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,7 +217,7 @@ def test_a_profiler_sees_reductions_begin_while_backward_runs() -> None:
 
 def gathers_run_in_forward(group: Any, attached: bool) -> list[str]:
     """What forward did in which order after each step: gathers that it finished, and layers that it computed."""
-    model, optimizer = small(group)
+    model, optimizer = small(group, exchange=Exchange.RANK_ORDER)
     if attached:
         optimizer.attach(model)
     seen: list[str] = []
@@ -238,6 +241,8 @@ def test_a_profiler_sees_gathers_run_during_forward_where_the_model_is_attached(
 
 class Slow:
     """A network that takes its time: each reduction arrives so long after it began, one after the other."""
+
+    gathers_by_itself = True
 
     def __init__(self, verbs: Any, seconds: float) -> None:
         self._verbs, self._seconds, self._free_at = verbs, seconds, 0.0
@@ -567,6 +572,85 @@ def read_at_once(group: Any, how: str) -> None:
 @pytest.mark.parametrize("how", ["read", "halved by foreach"])
 def test_who_reads_or_changes_a_gradient_waits_until_it_is_reduced(how: str) -> None:
     on_ranks(2, read_at_once, how)
+
+
+LOOKS: dict[str, Callable[[Tensor], object]] = {
+    "norm": lambda grad: float(grad.norm()),
+    "old style": lambda grad: grad.data.norm(2).item(),
+    "detached": lambda grad: grad.detach().abs().max().item(),
+    "in fp64": lambda grad: float(grad.detach().flatten().double().square().sum()),
+    "foreach": lambda grad: torch.nn.utils.get_total_norm([grad]),
+    "copied": lambda grad: grad.detach().cpu().clone(),
+    "finite": lambda grad: bool(torch.isfinite(grad).all()),
+}
+
+
+def look_alone(group: Any, exchange: Exchange, look: str) -> None:
+    model, optimizer = small(group, exchange=exchange, bucket_cap_mb=ALL_IN_ONE)
+    for step in range(2):
+        loss_of(model, group.rank(), step).backward()
+        if group.rank() == step:
+            for param in model.parameters():
+                assert param.grad is not None
+                LOOKS[look](param.grad)
+        if step == 1:
+            dist.barrier(group)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "look"),
+    [*((Exchange.FASTEST, look) for look in LOOKS), (Exchange.RANK_ORDER, "norm"), (Exchange.BACKEND, "norm")],
+)
+def test_one_rank_alone_may_look_at_gradients(exchange: Exchange, look: str) -> None:
+    """As to log them, while the others wait for it in a barrier or in the step."""
+    on_ranks(2, look_alone, exchange, look)
+
+
+def look_and_halve(group: Any, exchange: Exchange) -> None:
+    """Rank 0 halves what rank 1, which is late, still has to read."""
+    results = []
+    for overlap in (False, True):
+        model, optimizer = small(group, exchange=exchange, overlap=overlap, bucket_cap_mb=ALL_IN_ONE)
+        loss_of(model, group.rank()).backward()
+        grads = [param.grad.detach().flatten() for param in model.parameters() if param.grad is not None]
+        assert all(float(grad.norm()) > 0 for grad in grads)
+        if group.rank() == 1:
+            time.sleep(0.05)
+        for grad in grads:
+            grad.mul_(0.5)
+        optimizer.step()
+        results.append([optimizer.state[param]["exp_avg"].clone() for param in model.parameters()])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_who_has_looked_and_then_changes_a_gradient_under_another_name_waits_for_its_readers(
+    exchange: Exchange,
+) -> None:
+    on_ranks(2, look_and_halve, exchange)
+
+
+def save_alone(group: Any, exchange: Exchange) -> None:
+    model, optimizer = small(group, exchange=exchange)
+    optimizer.attach(model)
+    for step in range(2):
+        loss_of(model, group.rank(), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if group.rank() == step:
+            torch.save(model.state_dict(), io.BytesIO())
+            loss_of(model, group.rank())
+        dist.barrier(group)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_one_rank_alone_may_save_and_evaluate_an_attached_model_while_others_wait_in_a_barrier(
+    exchange: Exchange,
+) -> None:
+    on_ranks(2, save_alone, exchange)
 
 
 # --- memory ---
