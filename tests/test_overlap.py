@@ -614,10 +614,10 @@ def look_and_halve(group: Any, exchange: Exchange) -> None:
     for overlap in (False, True):
         model, optimizer = small(group, exchange=exchange, overlap=overlap, bucket_cap_mb=ALL_IN_ONE)
         loss_of(model, group.rank()).backward()
-        grads = [param.grad.detach().flatten() for param in model.parameters() if param.grad is not None]
-        assert all(float(grad.norm()) > 0 for grad in grads)
         if group.rank() == 1:
             time.sleep(0.05)
+        grads = [param.grad.detach().flatten() for param in model.parameters() if param.grad is not None]
+        assert all(float(grad.norm()) > 0 for grad in grads)
         for grad in grads:
             grad.mul_(0.5)
         optimizer.step()
