@@ -56,7 +56,7 @@ _LOOK = _operations(
     "abs add all allclose amax amin any cat clone count_nonzero cosine_similarity div dot eq equal histc isfinite "
     "isinf isnan item max mean median min mul norm pow quantile square stack std sub sum tolist var vector_norm "
     "_foreach_norm __bool__ __float__ __mul__ __truediv__"
-)
+) | {Tensor.__repr__, Tensor.__format__}
 """What reads tensors, changes none, and returns memory of its own. [Note: who only looks]"""
 _DATA: Any = Tensor.data
 _LOOK_AT_THE_SAME = _operations("cpu detach double flatten float ravel reshape to view") | {_DATA.__get__}
@@ -189,6 +189,8 @@ class _Pending:
             still_pending = [tensor for tensor in pending if not _look_at(tensor)]
             if still_pending:
                 with torch._C.DisableTorchFunctionSubclass():
+                    if func in (Tensor.__repr__, Tensor.__format__):
+                        args = (args[0].detach(), *args[1:])  # what is shown has its own class, as at other times
                     result = func(*args, **kwargs)
                     if func in _LOOK_AT_THE_SAME:
                         _hide_alias(result, still_pending)
