@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,10 @@ class Hyperparameters:
             weight_decay=float(group["weight_decay"]),
             amsgrad=bool(group["amsgrad"]),
         )
+
+    def on(self, device: torch.device) -> Hyperparameters:
+        """The same, with an ``lr`` that can be used there."""
+        return replace(self, lr=self.lr.to(device)) if isinstance(self.lr, Tensor) else self
 
     @property
     def decay(self) -> float | Tensor:
