@@ -176,15 +176,17 @@ class InHostMemory(Workplace):
         if with_param:
             pairs.append((self._param, self._weights.shard))
 
-        def brought(scalar: Tensor | None) -> Tensor | None:
-            if scalar is None:
-                return None
-            pairs.append((_travelling(scalar), scalar))
-            return pairs[-1][0]
+        def bring(scalar: Tensor) -> Tensor:
+            here = _travelling(scalar)
+            pairs.append((here, scalar))
+            return here
 
-        lr = scalars.hyper.lr
-        hyper = replace(scalars.hyper, lr=brought(lr)) if isinstance(lr, Tensor) else scalars.hyper
-        self._scalars = Scalars(hyper, brought(scalars.grad_divisor), brought(scalars.found_inf))
+        hyper, divisor, found_inf = scalars.hyper, scalars.grad_divisor, scalars.found_inf
+        self._scalars = Scalars(
+            replace(hyper, lr=bring(hyper.lr)) if isinstance(hyper.lr, Tensor) else hyper,
+            None if divisor is None else bring(divisor),
+            None if found_inf is None else bring(found_inf),
+        )
         self._down.follow_device()
         self._arrival = self._down.copy_(pairs)
 
