@@ -72,8 +72,9 @@ class Hyperparameters:
         )
 
     def on(self, device: torch.device) -> Hyperparameters:
-        """The same, with an ``lr`` that can be used there."""
-        return replace(self, lr=self.lr.to(device)) if isinstance(self.lr, Tensor) else self
+        """The same for tensors on a device: on a CPU ``lr`` is a number. Waits where it is a tensor elsewhere."""
+        is_to_be_read = device.type == "cpu" and isinstance(self.lr, Tensor)
+        return replace(self, lr=float(self.lr)) if is_to_be_read else self
 
     @property
     def decay(self) -> float | Tensor:

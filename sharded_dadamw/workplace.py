@@ -193,8 +193,7 @@ class InHostMemory(Workplace):
     def arrive(self) -> Scalars:
         """See :meth:`Workplace.arrive`."""
         self._arrival.synchronize()
-        hyper = self._scalars.hyper
-        return replace(self._scalars, hyper=replace(hyper, lr=float(hyper.lr)))
+        return replace(self._scalars, hyper=self._scalars.hyper.on(self.device))
 
     def deliver_(self, spans: Sequence[slice]) -> None:
         """See :meth:`Workplace.deliver_`."""
