@@ -430,7 +430,7 @@ class Monitored:
         state = {key: local(value) for key, value in self.state[param].items()}
         step = self._subtracted(operands, hyper)
         return {
-            metric: torch.as_tensor(self.metric_functions[metric](part, state, step)).to(self._device)
+            metric: torch.as_tensor(self.metric_functions[metric](part, state, step))
             for metric in self._own_functions()
         }
 
