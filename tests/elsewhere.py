@@ -6,13 +6,14 @@ Their memory is the CPU's all the same, so results have the CPU's bits. What a G
 - an operation on tensors of both places, unless it copies, or the host's are 0-d;
 - an operation by which the host waits for the device, inside `without_waiting()`;
 - a copy in a stream of its own whose host side is not pinned, or that does not wait for what the device does before;
+- what goes between ranks from the host's memory, small or not (there is one rank, but its verbs look);
 - a copy that nobody waits for: those in streams of their own take place when they are waited for, and not before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sharded_dadamw import workplace
+from sharded_dadamw.collectives import OneRank
 
 ELSEWHERE = torch.device("cuda", 0)
 _HOST = torch.device("cpu")
@@ -163,6 +165,15 @@ class _Pretence(TorchFunctionMode):
         return target
 
 
+def _on_the_device(verb: Callable[..., Any]) -> Callable[..., Any]:
+    def look(self: OneRank, *args: Any, **kwargs: Any) -> Any:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        assert all(hasattr(tensor, "is_elsewhere") for tensor in tensors), f"{verb.__name__} of the host's memory"
+        return verb(self, *args, **kwargs)
+
+    return look
+
+
 @contextmanager
 def pretended_device() -> Iterator[_Pretence]:
     """A context with a second device."""
@@ -176,10 +187,13 @@ def pretended_device() -> Iterator[_Pretence]:
     workplace._lanes.cache_clear()
     try:
         with (
+            ExitStack() as verbs,
             mock.patch.object(torch, "get_device_module", lambda device: module),
             mock.patch("torch.cuda.Event", _Event),
             pretence,
         ):
+            for name in ("reduce_scatter_mean", "all_gather_", "all_reduce_", "broadcast_"):
+                verbs.enter_context(mock.patch.object(OneRank, name, _on_the_device(getattr(OneRank, name))))
             yield pretence
     finally:
         workplace._lanes.cache_clear()
