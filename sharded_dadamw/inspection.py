@@ -23,7 +23,7 @@ from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.safetensors_file import hyperparameters_of, shapes_of, steps_of
 
-STATE = ("step", *MOMENTS, *MAIN)
+STATE = ("step", *MOMENTS, *MAIN, *(f"{moment}_{part}" for moment in MOMENTS for part in ("codes", "scale")))
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -56,6 +56,11 @@ class Held:
     kind: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def has_its_shape(self) -> bool:
+        """Whether the shape is the parameter's."""
+        return self.kind not in ("other", "step") and not self.kind.endswith("_scale")
 
     @property
     def numel(self) -> int:
@@ -102,7 +107,7 @@ class Contents:
     @property
     def num_elements(self) -> int:
         """Elements of these parameters."""
-        return sum({held.name: held.numel for held in self.tensors if held.kind not in ("other", "step")}.values())
+        return sum({held.name: held.numel for held in self.tensors if held.has_its_shape}.values())
 
     def sizes(self) -> list[tuple[str, str, int, int]]:
         """Per kind and dtype: how many tensors, and how many bytes they have; the largest first."""
@@ -119,7 +124,7 @@ class Contents:
         for held in self.tensors:
             if held.kind != "other":
                 sizes[held.name] += held.num_bytes
-                if held.kind != "step":
+                if held.has_its_shape:
                     shapes[held.name] = held.shape
         names = sorted(sizes, key=lambda name: -sizes[name])[:count]
         return [(name, shapes.get(name, ()), sizes[name]) for name in names]

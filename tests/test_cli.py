@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import AdamW
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, dcp_folder
+from sharded_dadamw import DecoupledAdamW, dcp_folder
 from sharded_dadamw.convert import Source, read_state, write_state
 from sharded_dadamw.inspection import inspect
 from tests.test_interchange import FakeDeepSpeed, Runs
@@ -245,12 +245,6 @@ def test_what_cannot_be_read_is_one_sentence(command: tuple[str, ...], tmp_path:
         said = run(first, tmp_path / name, *rest, code=1)
         assert said.startswith("error: ") and why in said and "Traceback" not in said
     assert not (tmp_path / "marker").exists()
-
-
-def test_shards_of_one_rank_are_not_taken_for_the_whole(tmp_path: Path) -> None:
-    _, optimizer = stepped(ShardedDecoupledAdamW)
-    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
-    assert "consolidated" in run("convert", tmp_path / "x.pt", tmp_path / "out", "--from", "sharded-dadamw", code=1)
 
 
 def test_without_its_extra_the_command_says_what_to_install() -> None:
