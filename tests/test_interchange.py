@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
@@ -43,6 +44,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 FULL = StateDictOptions(full_state_dict=True)
 THEIRS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 CLOSE: dict[str, float] = dict(rtol=2e-6, atol=1e-8)  # the same law in another order of roundings
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process on its own, as is meant
 
 State = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -629,6 +632,29 @@ def test_a_folder_loads_by_stock_torch_into_a_live_optimizer(ours: tuple[nn.Modu
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_imported_state_goes_into_several_ranks_and_back_into_one(num_ranks: int, tmp_path: Path) -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), amsgrad=True, **THEIRS)
+    trained(optimizer, model)
+    state = from_torch(optimizer.state_dict(), model.named_parameters())
+    for gathered in on_ranks(num_ranks, load_and_save, state, values_of(model), str(tmp_path / "x")):
+        assert_same_state(gathered, state)
+    back, weights = read_state(tmp_path / "x", Source.OURS)
+    assert_same_state(back, state)
+    assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+
+
+def load_and_save(group: Any, state: dict[str, Any], weights: Tensors, folder: str) -> Any:
+    model = build_model()
+    model.load_state_dict(weights)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), amsgrad=True, process_group=group)
+    set_optimizer_state_dict(model, optimizer, state, options=FULL)
+    contents = {"optimizer": get_optimizer_state_dict(model, optimizer), "model": model.state_dict()}
+    dcp_save(contents, checkpoint_id=folder, process_group=group)
+    return get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -747,9 +773,7 @@ def test_a_torch_checkpoint_folder_goes_on_here(tmp_path: Path) -> None:
     optimizer = AdamW(model.parameters(), **THEIRS)
     trained(optimizer, model)
     state_dict = get_optimizer_state_dict(model, optimizer)
-    torch.distributed.checkpoint.save(
-        {"app": {"model": model.state_dict(), "optim": state_dict}}, checkpoint_id=tmp_path / "x", no_dist=True
-    )
+    dcp_save({"app": {"model": model.state_dict(), "optim": state_dict}}, checkpoint_id=tmp_path / "x", no_dist=True)
     state, weights = read_state(tmp_path / "x", Source.TORCH)
     assert_same_state(state, from_torch(state_dict))
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
@@ -757,9 +781,7 @@ def test_a_torch_checkpoint_folder_goes_on_here(tmp_path: Path) -> None:
 
 def test_a_torch_checkpoint_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    torch.distributed.checkpoint.save(
-        {"x": torch.ones(3), "y": Runs(marker)}, checkpoint_id=tmp_path / "x", no_dist=True
-    )
+    dcp_save({"x": torch.ones(3), "y": Runs(marker)}, checkpoint_id=tmp_path / "x", no_dist=True)
     with pytest.raises(ValueError, match="system, which is no data"):
         read_state(tmp_path / "x", Source.TORCH)
     metadata = tmp_path / "x" / ".metadata"
