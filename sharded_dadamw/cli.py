@@ -53,7 +53,9 @@ def convert(
     ] = None,
     peak_lr: Annotated[
         float | None,
-        typer.Option(help="The schedule's peak, if a group's initial_lr does not say it; else its lr is taken.", min=0.0),
+        typer.Option(
+            help="The schedule's peak, if a group's initial_lr does not say it; else its lr is taken.", min=0.0
+        ),
     ] = None,
 ) -> None:
     """Convert optimizer state from another optimizer, or to another."""

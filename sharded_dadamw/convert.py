@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_dadamw.dcp_folder import newest, read_folder, read_manifest, write_folder
 from sharded_dadamw.deepspeed_folder import from_deepspeed
-from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch
+from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch, unflattened
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import load_torch
 from sharded_dadamw.safetensors_file import from_safetensors, tensors_of, to_safetensors
@@ -129,9 +129,17 @@ def optimizers_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[
     if isinstance(contents, Mapping):
         if isinstance(contents.get("param_groups"), list) and isinstance(contents.get("state"), Mapping | list):
             yield at, contents
+        elif is_flattened(contents):
+            yield at, unflattened(contents)
         else:
             for key, value in contents.items():
                 yield from optimizers_in(value, (*at, str(key)))
+
+
+def is_flattened(contents: Mapping[Any, Any]) -> bool:
+    """Whether this is an optimizer's state dict with every entry under a name of its own."""
+    parts = {key.partition(".")[0] for key in contents if isinstance(key, str) and "." in key}
+    return len(contents) > 0 and "param_groups" in parts <= {"state", "param_groups"}
 
 
 def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from sharded_dadamw.convert import models_in, optimizers_in
 from sharded_dadamw.dcp_folder import is_dcp_folder, nested, newest, path_of, read_manifest, read_metadata, read_values
 from sharded_dadamw.deepspeed_folder import DeepSpeedFolder, is_deepspeed_folder, open_deepspeed
-from sharded_dadamw.interchange import MAIN, MOMENTS
+from sharded_dadamw.interchange import MAIN, MOMENTS, unflattened
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.safetensors_file import hyperparameters_of, shapes_of, steps_of
@@ -268,8 +268,9 @@ def _inspect_dcp(path: Path) -> Contents:
 def _role(at: Sequence[str | int]) -> tuple[str, str]:
     """Whose tensor it is, and which: from the path to it, or from names that were joined with dots."""
     *before, last = (str(part) for part in at)
-    if not before and last.rpartition(".")[2] in STATE:
-        *before, last = last.removeprefix("optimizer.").removeprefix("optim.").removeprefix("state.").rsplit(".", 1)
+    owner, _, kind = last.rpartition(".")
+    if owner and kind in STATE:
+        before, last = [owner.removeprefix("optimizer.").removeprefix("optim.").removeprefix("state.")], kind
     if last in STATE and before:
         return canonical_name(before[-1]), last
     if "model" in before or not before:
@@ -284,13 +285,17 @@ def _step_of(path: Path, found: Metadata, most: int = 16) -> float | None:
 
 
 def _groups_of(path: Path, found: Metadata) -> list[dict[str, Any]]:
-    keys = [key for key in found.state_dict_metadata if "param_groups" in path_of(found, key)]
-    by_path = {}
+    keys = [key for key in found.state_dict_metadata if "param_groups" in key]
+    by_path: dict[tuple[str | int, ...], Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in read_values(path, found, keys).items():
         at = path_of(found, key)
-        by_path[at[at.index("param_groups") :]] = value
-    groups = nested(by_path).get("param_groups", [])
-    return _counted([group for group in groups if isinstance(group, Mapping)]) if isinstance(groups, list) else []
+        if "param_groups" in at:
+            by_path[at[at.index("param_groups") :]] = value
+        else:
+            flat[key[key.index("param_groups") :]] = value
+    groups = nested(by_path).get("param_groups", []) + unflattened(flat)["param_groups"]
+    return _counted([group for group in groups if isinstance(group, Mapping)])
 
 
 def _ranks_of(found: Metadata) -> int | None:

@@ -123,6 +123,30 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": indexed, "param_groups": groups}
 
 
+def unflattened(flat: Mapping[str, Any]) -> State:
+    """State that was saved with `flatten_optimizer_state_dict=True`, as torchtitan does, by parameter and group again.
+
+    Args:
+        flat: `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on, for every parameter. Only read.
+
+    Returns:
+        The form in the middle. Parameters with the same hyperparameters are one group.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        part, _, rest = key.partition(".")
+        name, _, what = rest.rpartition(".")
+        (state if part == "state" else options).setdefault(name, {})[what] = value
+    groups: list[State] = []
+    for name, group in options.items():
+        same = next((other for other in groups if all(other[key] == value for key, value in group.items())), None)
+        if same is None:
+            groups.append(same := {**group, "params": []})
+        same["params"].append(name)
+    return {"state": state, "param_groups": groups}
+
+
 def renamed(state: Mapping[str, Any], names: Iterable[str]) -> State:
     """The same state under the names that a model uses, if its wrappers' components are all that is different.
 

@@ -33,6 +33,7 @@ from torch.optim import AdamW
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from sharded_dadamw.convert import Source, read_state, write_state
 from sharded_dadamw.deepspeed_folder import from_deepspeed
+from sharded_dadamw.inspection import inspect
 from sharded_dadamw.interchange import from_composer, from_torch, renamed, to_torch
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safetensors_file import from_safetensors, to_safetensors
@@ -767,16 +768,22 @@ def test_a_folder_that_is_not_empty_is_left_alone(ours: tuple[nn.Module, Any], t
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_a_torch_checkpoint_folder_goes_on_here(tmp_path: Path) -> None:
-    """As FSDP2 with AdamW leaves it, through torch's own functions."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_torch_checkpoint_folder_goes_on_here(flat: bool, tmp_path: Path) -> None:
+    """As FSDP2 with AdamW leaves it, through torch's own functions; torchtitan's is flat."""
     model = build_model()
-    optimizer = AdamW(model.parameters(), **THEIRS)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is big] for big in (True, False))
+    optimizer = AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **THEIRS)
     trained(optimizer, model)
-    state_dict = get_optimizer_state_dict(model, optimizer)
-    dcp_save({"app": {"model": model.state_dict(), "optim": state_dict}}, checkpoint_id=tmp_path / "x", no_dist=True)
+    expected = from_torch(get_optimizer_state_dict(model, optimizer))
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+    dcp_save({"app": {"model": model.state_dict(), "optim": saved}}, checkpoint_id=tmp_path / "x", no_dist=True)
     state, weights = read_state(tmp_path / "x", Source.TORCH)
-    assert_same_state(state, from_torch(state_dict))
+    assert_same_state(state, expected)
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+    contents = inspect(tmp_path / "x")
+    assert contents.num_parameters == 6 and contents.step == 3
+    assert [(group["params"], group["weight_decay"]) for group in contents.groups] == [(2, 0.1), (4, 0.0)]
 
 
 def test_a_torch_checkpoint_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
