@@ -9,16 +9,12 @@ from typing import Any
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.gradients import (
-    CopiedGradients,
-    ForeignGradients,
-    Gradients,
-    OwnGradients,
-    ShardedGradients,
-    SpareBuffers,
-)
+from sharded_dadamw.foreign_gradients import CopiedGradients, ForeignGradients
+from sharded_dadamw.gradients import Gradients
 from sharded_dadamw.layout import BucketLayout, plan_buckets
+from sharded_dadamw.own_gradients import OwnGradients
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.sharded_gradients import ShardedGradients, SpareBuffers
 from sharded_dadamw.sharing import is_reduced_by_others
 from sharded_dadamw.storage import Storage
 from sharded_dadamw.weights import BorrowedWeights, OwnWeights, Weights
