@@ -165,7 +165,7 @@ class FragmentTensor(DTensor):
         if ranks is None:
             raise RuntimeError(f"{self._name}: the optimizer that this state came from is gone; gather before that")
         numel = math.prod(self._part_shape)
-        # State may be in host memory, which not every backend reaches.
+        # State may be in host memory, while the ranks reach each other from an accelerator.
         part = torch.zeros(numel, dtype=self.dtype, device=self.device_mesh.device_type)
         stop = self._start + self._local_tensor.numel()
         part[self._start : stop].copy_(self._local_tensor)
