@@ -196,15 +196,18 @@ def write_folder(path: str | os.PathLike[str], contents: dict[str, Any]) -> None
 def _read_item(path: str | os.PathLike[str], found: Metadata, index: MetadataIndex, *, placeholders: bool) -> object:
     """One chunk or value, as it was saved."""
     info = found.storage_data.get(index)
-    if info is None:
-        raise ValueError(f"{path}, {index.fqn}: expected to be told where it lies, got nothing")
-    if getattr(info, "transform_descriptors", None):
+    if not isinstance(info, filesystem._StorageInfo):
+        raise ValueError(f"{path}, {index.fqn}: expected to be told where it lies, got {info!r}")
+    if info.transform_descriptors:
         raise ValueError(f"{path}, {index.fqn}: expected plain bytes, got bytes under {info.transform_descriptors}")
     if os.path.basename(info.relative_path) != info.relative_path:
         raise ValueError(f"{path}, {index.fqn}: expected a file in the folder, got {info.relative_path}")
-    with (Path(path) / info.relative_path).open("rb") as file:
-        file.seek(info.offset)
-        data = file.read(info.length)
+    try:
+        with (Path(path) / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+    except OSError as error:
+        raise ValueError(f"{path}, {index.fqn}: {info.relative_path} cannot be read: {error}") from error
     try:
         return load_torch(io.BytesIO(data), placeholders=placeholders)
     except ValueError as error:

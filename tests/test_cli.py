@@ -202,6 +202,15 @@ def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path)
     assert {held.name for held in one.tensors} == {held.name for held in other.tensors} == set(model.state_dict())
 
 
+def test_a_folder_with_a_file_missing_or_cut_short_names_it(files: dict[str, Path], tmp_path: Path) -> None:
+    (data,) = files["torch.distributed.checkpoint"].glob("*.distcp")
+    command = ("convert", files["torch.distributed.checkpoint"], tmp_path / "y.pt", "--from", "sharded-dadamw")
+    data.write_bytes(data.read_bytes()[:-2000])
+    assert data.name in run(*command, code=1)
+    data.unlink()
+    assert f"{data.name} cannot be read" in run(*command, code=1)
+
+
 def test_names_are_not_taken_from_a_file_that_sorts_them(tmp_path: Path) -> None:
     """Layers of one shape would then have each other's state."""
     safetensors = pytest.importorskip("safetensors.torch")
