@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NoReturn, overload
 
 import torch
@@ -28,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
+from sharded_dadamw.bucketing import Bucketing
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.clipping import check_clip, fold
 from sharded_dadamw.collectives import Collectives
@@ -35,34 +35,18 @@ from sharded_dadamw.config import GradientResidency, ShardingConfig
 from sharded_dadamw.connect import connect, connect_over
 from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
 from sharded_dadamw.gatherer import Attachment, Gatherer
-from sharded_dadamw.gradients import (
-    CopiedGradients,
-    ForeignGradients,
-    Gradients,
-    OwnGradients,
-    ShardedGradients,
-    SpareBuffers,
-    Stage,
-)
-from sharded_dadamw.layout import BucketLayout, plan_buckets
+from sharded_dadamw.gradients import Stage
 from sharded_dadamw.metrics import Held, Table
 from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.placement import Placement, placements_of
 from sharded_dadamw.reducer import Reducer
-from sharded_dadamw.sharing import (
-    check_sharing,
-    claims_of,
-    group_of_replicas,
-    hyperparameter_claims,
-    is_reduced_by_others,
-    listed,
-)
+from sharded_dadamw.sharing import check_sharing, claims_of, group_of_replicas, listed
 from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
+from sharded_dadamw.step_claims import StepClaims
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
-from sharded_dadamw.weights import BorrowedWeights, OwnWeights, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +160,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._collectives = connect(process_group, device, exchange=self._config.exchange)
         self._reducer = Reducer(self._collectives, device, overlap=self._config.overlap)
         self._gatherer = Gatherer(self._collectives)
-        self._spares = SpareBuffers(self._collectives.new_buffer)
+        self._bucketing = Bucketing(self._collectives, self._config)
         self._agreement = StepAgreement(self._everyone, device, reconcile=self._reducer.resync)
         self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
@@ -250,63 +234,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 member.local.copy_(whole)
                 self._dormant.append(member)
         trainable = [member for member in members if member.param.requires_grad]
-        for index, of_group in groupby(trainable, key=lambda member: member.group_index):
-            self._shard(index, list(of_group))
-
-    def _shard(self, group_index: int, members: Sequence[NamedParameter]) -> None:
-        """Put parameters of one group into new buckets, one or more per storage and kind. Collective."""
-        group = self.param_groups[group_index]
-        stored: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
-        for member in members:
-            reduces = self._config.reduce_gradients and not is_reduced_by_others(member, self._collectives)
-            key = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
-            stored.setdefault(key, []).append(member)
-        for (storage, _, reduces), alike in stored.items():
-            numels = [member.placement.local_numel for member in alike]
-            cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
-            for indices in plan_buckets(numels, cap=cap):
-                layout = BucketLayout(
-                    tuple(numels[i] for i in indices), self._collectives.num_ranks, alignment=storage.alignment
-                )
-                of_bucket = [alike[i] for i in indices]
-                bucket = Bucket(
-                    layout,
-                    of_bucket,
-                    storage,
-                    rank=self._collectives.rank,
-                    group_index=group_index,
-                    weights=self._weights_of(of_bucket, layout),
-                    gradients=self._gradients_of(of_bucket, layout, reduces),
-                    amsgrad=bool(group["amsgrad"]),
-                    seed=self._config.seed,
-                )
-                whole = bucket.weights.whole()
-                self._collectives.broadcast_(whole)
-                bucket.weights.accept_(whole)
-                bucket.reset_main_()
-                self._reducer.watch(bucket)
-                self._buckets.append(bucket)
-                for slot, member in enumerate(bucket.members):
-                    self.state[member.param] = bucket.state_of(slot)
-                    self._slots[id(member.param)] = bucket, slot
-
-    def _weights_of(self, members: Sequence[NamedParameter], layout: BucketLayout) -> Weights:
-        rank = self._collectives.rank
-        if members[0].placement.is_borrowed:
-            return BorrowedWeights(members, layout, rank)
-        return OwnWeights(members, layout, rank, self._collectives.new_buffer)
-
-    def _gradients_of(self, members: Sequence[NamedParameter], layout: BucketLayout, reduces: bool) -> Gradients:
-        rank, config = self._collectives.rank, self._config
-        if not reduces:
-            return ForeignGradients(members, layout, rank)
-        if members[0].placement.is_borrowed:
-            return CopiedGradients(members, layout, rank)
-        dtype, wire_dtype = config.gradient_dtype, config.wire_dtype
-        if config.gradient_residency is GradientResidency.SHARDED:
-            return ShardedGradients(members, layout, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
-        allocate = self._collectives.new_buffer
-        return OwnGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, allocate=allocate)
+        for bucket in self._bucketing.fill(trainable, self.param_groups):
+            self._reducer.watch(bucket)
+            self._buckets.append(bucket)
+            for slot, member in enumerate(bucket.members):
+                self.state[member.param] = bucket.state_of(slot)
+                self._slots[id(member.param)] = bucket, slot
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -443,38 +376,13 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
         self._reducer.prepare()
-        num_rounds = self._reducer.rounds_to_come()
-
-        num_attached = str(self._gatherer.num_attached)
-        scalars: Claims = {}
-        for index, hyper in enumerate(hypers):
-            scalars.update(hyperparameter_claims(index, hyper))
-
-        def claims() -> Claims:
-            made: Claims = {
-                "the call": doing,
-                "the number of reductions so far": str(num_rounds),
-                "the number of attached models": num_attached,
-                **scalars,
-            }
-            for member in awake:
-                made[f"{member.name}.requires_grad"] = "True"
-            gradients = {
-                member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
-                for bucket, present in slots.items()
-                for member, here in zip(bucket.members, present, strict=True)
-            }
-            made.update(gradients[index] for index in sorted(gradients))
-            return made
-
-        summary = (doing, num_rounds, num_attached, scalars, [member.index for member in awake])
-        key = b"".join(map(bytes, slots.values())) + repr(summary).encode()
+        claims = StepClaims(doing, self._reducer.rounds_to_come(), self._gatherer.num_attached, hypers, awake, slots)
         agreed = _Agreed(
             slots,
             hypers,
             *self._agreement.check(
-                claims,
-                key,
+                claims.spell_out,
+                claims.key(),
                 found_inf=found_inf,
                 grad_scale=grad_scale,
                 are_reduced=self._reducer.has_reduced_in_backward,
