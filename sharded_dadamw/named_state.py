@@ -6,6 +6,7 @@ that is compared here is compared before anything is read, and raises by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint_files import on_host
 from sharded_dadamw.manifest import Manifest
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.run_state import pack
@@ -103,7 +103,7 @@ class SavedEntries:
         )
 
     def target(self, entry: str, live: Tensor) -> Tensor:
-        """A copy of a live tensor to read an entry into, if it fits.
+        """Host memory like a live tensor, to read an entry into, if it fits.
 
         Raises:
             ValueError: It does not, or would be rounded; names the entry.
@@ -115,8 +115,9 @@ class SavedEntries:
         dtype = known.properties.dtype
         if known.size != live.shape or torch.promote_types(dtype, live.dtype) != live.dtype:
             raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
-        copied: Tensor = on_host(live)
-        return copied
+        if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
+            raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
+        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:
         """Put what was read under a path together again."""

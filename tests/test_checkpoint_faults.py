@@ -1,4 +1,4 @@
-"""What can go wrong with a checkpoint: disks, files, savers that die, saves behind training, and files made up to harm."""
+"""What can go wrong with a checkpoint: disks, files, saves that die or go on behind training, files made to harm."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def no_space(_: int) -> None:
 
 
 def slow(_: int) -> None:
-    time.sleep(0.05)
+    time.sleep(0.005)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up_at_the_metadata_or_the_manifest_leaves_nothing(
     for target, name in ((checkpoint_files._SummedFiles, "rename"), (Manifest, "write")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *_: no_space(0))
-            with pytest.raises(OSError, match="step_00000002 was not written.*No space left"):
+            with pytest.raises(OSError, match=r"step_00000002 was not written.*No space left"):
                 save_checkpoint(tmp_path, step=2, **run(None, *parts))
         assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
 
@@ -262,7 +262,7 @@ def test_later_ones_are_left_alone_and_do_not_count(tmp_path: Path) -> None:
 
 
 def test_what_dead_saves_left_is_never_loaded_and_cleared_by_the_next(tmp_path: Path) -> None:
-    parts, then = saved(tmp_path, 1)
+    parts, _ = saved(tmp_path, 1)
     shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002.0a1b2c3d")
     (tmp_path / "notes").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
@@ -273,7 +273,7 @@ def test_what_dead_saves_left_is_never_loaded_and_cleared_by_the_next(tmp_path: 
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    parts, then = saved(tmp_path, 1, 1)
+    parts, _ = saved(tmp_path, 1, 1)
     again = build("DecoupledAdamW", None, seed=1)
     load_checkpoint(tmp_path, **run(None, *again))
     assert differences(whole(*again[:2]), whole(*parts[:2])) == []
