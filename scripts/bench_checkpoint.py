@@ -244,8 +244,8 @@ def show(plan: Plan, benchmark: Benchmark, console: Console) -> None:
     around = measuring.surroundings(torch.device("cpu"), torch=torch.__version__)
     lines = [
         f"{plan.parameters / 1e6:.1f} M fp32 parameters, {benchmark.num_bytes / 1e6:.0f} MB per checkpoint, "
-        f"{plan.ranks} ranks over gloo, {plan.threads} threads per rank; {plan.rounds} rounds, {plan.steps} steps in each "
-        "state; the slower rank counts.",
+        f"{plan.ranks} ranks over gloo, {plan.threads} threads per rank; {plan.rounds} rounds, {plan.steps} steps in "
+        "each state; the slower rank counts.",
         f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, Python {around['python']}, "
         f"{around['date'][:10]}, {measuring.commit_in(around)}.",
     ]
