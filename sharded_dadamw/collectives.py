@@ -305,7 +305,7 @@ class NativeVerbs(Collectives):
         """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group_reference = weakref.ref(group)  # [Note: whose group it is]
-        self._device = device
+        self.device = device
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -372,11 +372,11 @@ class NativeVerbs(Collectives):
 
     def gather_texts(self, text: str) -> list[str]:
         """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
-        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.num_ranks)]
-        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self._device), group=self.group)
+        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.num_ranks)]
+        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self.device), group=self.group)
         lengths = [int(size) for size in sizes]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device)
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: mine.numel()] = mine
         texts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
         dist.all_gather(texts, padded, group=self.group)

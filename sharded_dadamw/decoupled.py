@@ -22,16 +22,12 @@ from sharded_dadamw.metrics import Held, Monitored
 from sharded_dadamw.norms import global_norm
 from sharded_dadamw.operands import Operands
 from sharded_dadamw.parameters import named_parameters
-from sharded_dadamw.placement import is_of_fsdp1, local, local_gradient, placements_of
+from sharded_dadamw.placement import is_fragment, is_of_fsdp1, local, local_gradient, placements_of
 from sharded_dadamw.ready import ReadyUpdates
 from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
 from sharded_dadamw.update import Hyperparameters, check_group, value_of
 
 log = logging.getLogger("sharded_dadamw")
-
-SHARD = "shard"
-"""Under this key the state dict of one rank says which shards it holds. It stands among the state, where a tool that
-would take shards for whole tensors stumbles over it, instead of dropping it and losing the other ranks' shards."""
 
 _HIGH_WEIGHT_DECAY = 1e-3
 
@@ -388,12 +384,17 @@ class DecoupledAdamW(Monitored, AdamW):
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
-            ValueError: It is one rank's shards, does not fit the groups, or has a hyperparameter out of range.
+            ValueError: It is one rank's fragments, does not fit the groups, or has a hyperparameter out of range.
         """
-        if SHARD in state_dict["state"]:
+        if any(is_fragment(value) for entries in state_dict["state"].values() for value in entries.values()):
             raise ValueError(
-                "expected the whole state, got one rank's shards from ShardedDecoupledAdamW.state_dict(); load them "
-                "into a ShardedDecoupledAdamW on the same rank of an equally large group"
+                "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "
+                "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
+            )
+        if any(key.endswith("_codes") for entries in state_dict["state"].values() for key in entries):
+            raise ValueError(
+                "expected moments in a floating dtype, got codes of 8 bits; save them from ShardingConfig("
+                "whole_state_dict=True), or after consolidate_state_dict()"
             )
         for group in state_dict["param_groups"]:
             self._check_group(group)

@@ -79,6 +79,11 @@ def shape_of(param: Tensor) -> tuple[int, ...]:
     return () if is_of_fsdp1(param) else tuple(param.shape)
 
 
+def is_fragment(value: Any) -> bool:
+    """Whether it is what the state dict of a sharded optimizer has on one of several ranks."""
+    return hasattr(value, "span")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts."""
     to_local = getattr(tensor, "to_local", None)
@@ -98,21 +103,23 @@ def local_gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
-def like_parameter(part: Tensor, param: Any) -> Tensor:
-    """A copy of this rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
+def like_parameter(part: Tensor, param: Any, *, copies: bool = False) -> Tensor:
+    """This rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
 
     Args:
         part: Local shape of the parameter.
         param: The parameter.
-
-    Returns:
-        A tensor in host memory, or a DTensor where the parameter is.
+        copies: Whether to copy it; a tensor that is whole goes to host memory then.
     """
     if not hasattr(param, "to_local"):
-        return part.to("cpu", copy=True)
-    mesh, placements = param.device_mesh, param.placements
+        return part.to("cpu", copy=True) if copies else part
     distributed: Tensor = type(param).from_local(
-        part.clone(), mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+        part.clone() if copies else part,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
     )
     return distributed
 

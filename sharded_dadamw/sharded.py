@@ -33,7 +33,7 @@ from sharded_dadamw.clipping import check_clip, fold
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
 from sharded_dadamw.connect import connect, connect_over
-from sharded_dadamw.decoupled import SHARD, DecoupledAdamW
+from sharded_dadamw.decoupled import DecoupledAdamW
 from sharded_dadamw.gatherer import Attachment, Gatherer
 from sharded_dadamw.gradients import Stage
 from sharded_dadamw.metrics import Held, Table
@@ -43,7 +43,7 @@ from sharded_dadamw.parameters import NamedParameter, check_parameters, named_pa
 from sharded_dadamw.placement import Placement, placements_of
 from sharded_dadamw.reducer import Reducer
 from sharded_dadamw.sharing import check_sharing, claims_of, group_of_replicas, listed
-from sharded_dadamw.state_dict import gather_state, match_state, shard_identity
+from sharded_dadamw.state_dict import fragments_of, gather_state, match_state
 from sharded_dadamw.step_claims import StepClaims
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
@@ -133,6 +133,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._clip: Tensor | None = None
         self._largest: Tensor | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None
         self._reduce_s = 0.0
         refusal: Exception | None = None
         placements: list[Placement] = []
@@ -315,6 +316,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
         self._sent_before, self._clip, self._largest, self._reduce_s = sent, None, None, 0.0
+        self._consolidated = None
 
     def _void(self, found_inf: Tensor | None) -> Tensor | None:
         """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
@@ -601,33 +603,62 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return sum(bucket.state_bytes for bucket in self._buckets)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's format: this rank's shards, or with ``ShardingConfig.whole_state_dict`` all of it.
+        """The state in torch's format; not collective, unless it is to be whole.
 
-        Shards are views of the live state, and ``state["shard"]`` says which they are: each rank saves its own, and
-        loads it back at the same world size. The whole is the same on every rank, in host memory, and loads anywhere;
-        making it is collective, so call it on every rank then.
+        Each tensor has the shape of the whole, and holds the fragment that this rank has, as a view of the live state:
+        see :class:`~sharded_dadamw.fragment_tensor.FragmentTensor`. ``torch.distributed.checkpoint`` saves and loads
+        that at any number of ranks; ``torch.save`` refuses it. On one rank tensors are plain. With
+        ``ShardingConfig.whole_state_dict``, and once after ``consolidate_state_dict`` on its rank, they are whole.
         """
         state_dict = super().state_dict()
         if self._config.whole_state_dict:
-            self._collectives.check_alive()
-            self._gatherer.finish()
-            state_dict["state"] = gather_state(self._buckets, self._collectives)
-            self._sent_before = self._collectives.bytes_sent
+            state_dict["state"].update(self._gathered(keep=True))
+        elif self._consolidated is not None:
+            state_dict["state"].update(self._consolidated)
+            self._consolidated = None
         else:
-            state_dict["state"][SHARD] = shard_identity(self._buckets)
+            state_dict["state"].update(fragments_of(self._buckets, self._collectives))
         return state_dict
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load shards of the same rank of an equally large group, or whole tensors from anywhere; all or nothing.
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the whole state in host memory of one rank, whose next ``state_dict()`` returns it. Collective.
 
-        Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW or
-        Composer's optimizer. Hyperparameters come from ``state_dict``, as in torch. State is copied into place, and
-        never rounded, but for moments in 8 bits.
+        The other ranks' ``state_dict()`` stays what it was. A step, or a load, lets go of what was gathered.
+
+        Args:
+            to: Number of the rank within the process group.
 
         Raises:
-            ValueError: Shards come from another rank, group size or layout, or an entry is missing, has another shape
-                or a dtype that would be rounded; names the first difference.
+            ValueError: There is no such rank.
+            RuntimeError: The process group is gone.
+        """
+        if not 0 <= to < self._collectives.num_ranks:
+            raise ValueError(f"to: expected a rank in [0, {self._collectives.num_ranks}), got {to}")
+        keep = to == self._collectives.rank
+        gathered = self._gathered(keep=keep)
+        self._consolidated = gathered if keep else None
+
+    def _gathered(self, *, keep: bool) -> dict[int, dict[str, Tensor]]:
+        self._collectives.check_alive()
+        self._gatherer.finish()
+        gathered = gather_state(self._buckets, self._collectives, keep=keep)
+        self._sent_before = self._collectives.bytes_sent
+        return gathered
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` has returned on this rank, or whole tensors from anywhere; all or nothing.
+
+        To load what was saved at another number of ranks, give ``state_dict()`` to ``torch.distributed.checkpoint``,
+        which fills it, and then load it here; or use :func:`sharded_dadamw.checkpoint.load_checkpoint`, which does
+        that. Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW
+        or Composer's optimizer. Hyperparameters come from ``state_dict``, ``initial_lr`` included, as in torch. State
+        is copied into place, and never rounded, but for moments in 8 bits.
+
+        Raises:
+            ValueError: Fragments come from another rank or layout, or an entry is missing, surplus, has another shape
+                or a dtype that would be rounded; names the first difference. Nothing has then been changed.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -635,7 +666,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             state_dict = state_dict if replaced is None else replaced
         for group in state_dict["param_groups"]:
             self._check_group(group)
-        pairs = match_state(state_dict, self.state, self._buckets, self.param_groups)
+        pairs = match_state(state_dict, self._buckets, self.param_groups)
+        self._consolidated = None
         for live, saved in pairs:
             live.copy_(saved)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):

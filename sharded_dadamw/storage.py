@@ -14,7 +14,8 @@ from torch import Tensor
 from sharded_dadamw.config import MainParameter, Moments, ShardingConfig
 from sharded_dadamw.layout import ALIGNMENT
 
-_BLOCK_8BIT = 256
+BLOCK_8BIT = 256
+"""Elements that share a scale, counted from a parameter's first."""
 _SMALLEST_8BIT = 4096
 """As torchao: below that the scales and the loss of precision are not worth it."""
 LARGEST_BETA2_FOR_NEAREST = 0.995
@@ -77,7 +78,7 @@ class Storage:
             config.moments is Moments.INT8
             and wide is torch.float32
             and param.numel() >= _SMALLEST_8BIT
-            and param.numel() % _BLOCK_8BIT == 0
+            and param.numel() % BLOCK_8BIT == 0
         )
         if in_8_bits:
             _torchao_8bit()
@@ -86,7 +87,7 @@ class Storage:
     @property
     def alignment(self) -> int:
         """Elements on a multiple of which shards are cut."""
-        return _BLOCK_8BIT if self.in_8_bits else ALIGNMENT
+        return BLOCK_8BIT if self.in_8_bits else ALIGNMENT
 
     @property
     def is_stochastic(self) -> bool:
@@ -115,7 +116,7 @@ class Storage:
             signed: Whether it can be negative.
         """
         if self.in_8_bits and numel:
-            moment: Tensor = _torchao_8bit().zeros((numel,), signed, _BLOCK_8BIT, device, torch.float32)
+            moment: Tensor = _torchao_8bit().zeros((numel,), signed, BLOCK_8BIT, device, torch.float32)
             return moment
         return torch.zeros(numel, dtype=self.moments, device=device)
 
@@ -134,7 +135,7 @@ def part_of(moment: Tensor, start: int, stop: int) -> Tensor:
     quantized: Any = moment
     part: Tensor = type(quantized)(
         quantized.codes[start:stop],
-        quantized.scale[start // _BLOCK_8BIT : stop // _BLOCK_8BIT],
+        quantized.scale[start // BLOCK_8BIT : stop // BLOCK_8BIT],
         quantized.qmap,
         quantized.signed,
         torch.float32,

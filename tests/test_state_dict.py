@@ -254,22 +254,3 @@ def through_torch_checkpoint(group: Any, hsdp: bool) -> bool:
 @pytest.mark.parametrize(("num_ranks", "hsdp"), [(1, False), (2, False), (4, True)])
 def test_torchs_checkpoint_functions_save_and_load_it_by_name(num_ranks: int, hsdp: bool) -> None:
     assert on_ranks(num_ranks, through_torch_checkpoint, hsdp) == [True] * num_ranks
-
-
-def shards_of_hsdp(_: Any) -> str:
-    """A rank's shards know which part of each DTensor they belong to."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = fully_shard(Model(), mesh=mesh)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-    fit(model, optimizer, range(NUM_STEPS))
-    saved = copy.deepcopy(optimizer.state_dict())
-    fit(model, optimizer, range(1))
-    optimizer.load_state_dict(saved)
-    saved["state"]["shard"]["parts"] = {index: "another" for index in saved["state"]["shard"]["parts"]}
-    with pytest.raises(ValueError) as refusal:
-        optimizer.load_state_dict(saved)
-    return str(refusal.value)
-
-
-def test_shards_of_another_part_are_refused() -> None:
-    assert all(message.startswith("parts: ") for message in on_ranks(4, shards_of_hsdp))

@@ -1,0 +1,489 @@
+"""A checkpoint has no world size: what torch.distributed.checkpoint saves at N ranks loads at M, in any layout."""
+
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW
+
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.boxes import boxes_of
+from tests.pool import on_ranks
+
+LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
+FIRST = 1
+"""Number of the first parameter that is not frozen."""
+FULL = StateDictOptions(full_state_dict=True)
+
+
+# --- boxes ---
+
+
+@given(st.lists(st.integers(1, 6), max_size=4), st.data())
+def test_boxes_are_disjoint_views_of_the_range_and_few(shape: list[int], data: Any) -> None:
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    start = data.draw(st.integers(0, numbers.numel()))
+    stop = data.draw(st.integers(start, numbers.numel()))
+    boxes, seen = boxes_of(shape, start, stop), []
+    for box in boxes:
+        assert box.numel > 0 and box.start == len(seen)
+        part = numbers
+        for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            part = part.narrow(dim, offset, size)
+        seen += part.flatten().tolist()
+    assert seen == list(range(start, stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+# --- layouts ---
+
+
+class Model(nn.Module):
+    """Odd sizes, so that fragments start and end inside of rows; one tied weight, one frozen, one scalar, one empty."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner = nn.Linear(13, 37, dtype=dtype)
+        self.conv = nn.Conv1d(3, 5, 3, dtype=dtype)
+        self.norm = nn.LayerNorm(37, dtype=dtype)
+        self.outer = nn.Linear(37, 13, dtype=dtype)
+        self.again = nn.Linear(13, 37, bias=False, dtype=dtype)
+        self.again.weight = self.inner.weight
+        self.frozen = nn.Parameter(torch.randn(3, dtype=dtype), requires_grad=False)
+        self.late = nn.Parameter(torch.randn(7, 3, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.conv(torch.tanh(self.outer(self.norm(self.inner(x) + self.again(x)))).view(-1, 3, 13))
+        return mixed.float().square().mean() + (self.late.float().sum() * self.frozen.float().sum()).tanh()
+
+
+class Run(NamedTuple):
+    model: nn.Module
+    optimizer: Any
+    group: Any
+
+
+def ours(group: Any, seed: int, cap: float = 1e-3, dtype: torch.dtype = torch.float32, **settings: Any) -> Run:
+    model = Model(seed, dtype)
+    config = ShardingConfig(bucket_cap_mb=cap, **settings)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True, process_group=group, config=config)
+    return Run(model, optimizer, group)
+
+
+def ours_in_large_buckets(group: Any, seed: int) -> Run:
+    return ours(group, seed, cap=1.0, moments=Moments.FP32)
+
+
+def ours_bf16(group: Any, seed: int, cap: float = 1e-3) -> Run:
+    return ours(group, seed, cap, torch.bfloat16, main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)
+
+
+def fsdp2(group: Any, seed: int) -> Run:
+    model = fully_shard(Model(seed), mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
+    return Run(model, DecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True), group)
+
+
+def hsdp(group: Any, seed: int) -> Run:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(Model(seed), mesh=mesh)
+    config = ShardingConfig(bucket_cap_mb=1e-3)
+    return Run(model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True, config=config), group)
+
+
+def plain(group: Any, seed: int) -> Run:
+    model = Model(seed)
+    return Run(model, DecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True), group)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Any, int], Run], tuple[int, ...]]] = {
+    "ours": (ours, (1, 2, 3, 4)),
+    "ours, bf16": (ours_bf16, (1, 2, 3, 4)),
+    "FSDP2": (fsdp2, (1, 2, 3, 4)),
+    "HSDP": (hsdp, (4,)),
+    "plain": (plain, (1,)),
+    "ours in large buckets": (ours_in_large_buckets, (1, 2, 3, 4)),
+}
+
+
+def fit(run: Run, steps: range) -> None:
+    """The same batch on every rank, so that the mean gradient is the same on any number of them, but for its rounding.
+
+    From the third step on one parameter gets no gradient any more, so that step counts differ.
+    """
+    for step in steps:
+        torch.manual_seed(step)
+        run.model(torch.randn(6, 13, dtype=next(run.model.parameters()).dtype)).backward()
+        if step >= 2:
+            run.model.late.grad = None  # type: ignore[assignment]
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    return {"model": get_model_state_dict(run.model), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+
+
+def whole(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The optimizer's state and the weights, gathered; copies."""
+    state = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
+    return copy.deepcopy((state, get_model_state_dict(run.model, options=FULL)))
+
+
+def save_at(group: Any, layout: str, path: str) -> Any:
+    run = LAYOUTS[layout][0](group, 0)
+    fit(run, range(4))
+    dcp.save(state_of(run), checkpoint_id=path, process_group=group)
+    then = whole(run)
+    fit(run, range(4, 6))
+    return then, whole(run)[1]
+
+
+def load_at(group: Any, layout: str, path: str) -> Any:
+    run = LAYOUTS[layout][0](group, 1)
+    fit(run, range(1))  # to be overwritten
+    state = state_of(run)
+    dcp.load(state, checkpoint_id=path, process_group=group)
+    set_model_state_dict(run.model, state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    then = whole(run)
+    fit(run, range(4, 6))
+    return then, whole(run)[1]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Bit for bit, whatever is nested in whatever."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, tuple):
+        for ours_, theirs in zip(one, other, strict=True):
+            assert_same(ours_, theirs)
+    elif isinstance(one, Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
+    """Each layout is saved once at each number of ranks."""
+    made: dict[tuple[str, int], Any] = {}
+
+    def save(layout: str, num_ranks: int) -> Any:
+        if (layout, num_ranks) not in made:
+            path = str(tmp_path_factory.mktemp("checkpoint"))
+            made[layout, num_ranks] = path, on_ranks(num_ranks, save_at, layout, path)[0]
+        return made[layout, num_ranks]
+
+    return save
+
+
+def cases() -> list[Any]:
+    """Every layout at every pair of world sizes; and every layout into every other, at two pairs."""
+    found = []
+    for name, (_, sizes) in LAYOUTS.items():
+        if name != "ours in large buckets":
+            found += [(name, n, name, m) for n, m in itertools.product(sizes, sizes)]
+    exchangeable = ["ours", "ours in large buckets", "FSDP2", "HSDP", "plain"]
+    for one, other in itertools.permutations(exchangeable, 2):
+        for n, m in ((2, 3), (4, 2)):
+            found.append(
+                (
+                    one,
+                    min(LAYOUTS[one][1], key=lambda size: abs(size - n)),
+                    other,
+                    min(LAYOUTS[other][1], key=lambda size: abs(size - m)),
+                )
+            )
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(("one", "saved_at", "other", "loaded_at"), cases())
+def test_a_run_goes_on_at_any_world_size_in_any_layout(
+    saved: Callable[[str, int], Any], one: str, saved_at: int, other: str, loaded_at: int
+) -> None:
+    path, ((state, weights), later) = saved(one, saved_at)
+    for (loaded_state, loaded_weights), loaded_later in on_ranks(loaded_at, load_at, other, path):
+        assert_same(loaded_state, state)
+        assert_same(loaded_weights, weights)
+        if (one, saved_at) == (other, loaded_at):
+            assert_same(loaded_later, later)
+        else:  # the sum of N equal gradients, over N, is rounded where N is no power of two
+            for name, weight in later.items():
+                tolerance = dict(rtol=2e-2, atol=1e-3) if weight.dtype is torch.bfloat16 else dict(rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(loaded_later[name], weight, **tolerance)
+
+
+# --- other people's optimizers ---
+
+
+def fsdp2_and_torchs_adamw(group: Any, seed: int) -> Run:
+    model = fully_shard(Model(seed), mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
+    return Run(model, AdamW(model.named_parameters(), **LAW, amsgrad=True), group)
+
+
+def exchange_with_torchs_adamw(group: Any, path: str) -> bool:
+    """Ours loads into theirs strictly. Theirs has no `initial_lr` without a scheduler, so ours loads it partially."""
+    source = ours(group, 0)
+    fit(source, range(4))
+    dcp.save(state_of(source), checkpoint_id=f"{path}/ours", process_group=group)
+    theirs = fsdp2_and_torchs_adamw(group, 1)
+    fit(theirs, range(1))
+    state = state_of(theirs)
+    dcp.load(state, checkpoint_id=f"{path}/ours", process_group=group)
+    set_optimizer_state_dict(theirs.model, theirs.optimizer, state["optimizer"])
+    assert_same(whole(theirs)[0]["state"], whole(source)[0]["state"])
+    fit(theirs, range(4, 5))
+    dcp.save(state_of(theirs), checkpoint_id=f"{path}/theirs", process_group=group)
+    back = ours(group, 2)
+    state = state_of(back)
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=f"{path}/theirs", planner=planner, process_group=group)
+    set_optimizer_state_dict(back.model, back.optimizer, state["optimizer"])
+    assert_same(whole(back)[0]["state"], whole(theirs)[0]["state"])
+    return True
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_fsdp2_with_torchs_adamw_loads_ours_and_we_load_theirs(num_ranks: int, tmp_path: Path) -> None:
+    assert on_ranks(num_ranks, exchange_with_torchs_adamw, str(tmp_path)) == [True] * num_ranks
+
+
+# --- what else can be done with a state dict, and what cannot ---
+
+
+def take_and_give_back(group: Any, full: bool, broadcast: bool) -> bool:
+    """torch's functions on whole tensors, without files."""
+    run = ours(group, 0)
+    fit(run, range(4))
+    kept = broadcast and group.rank() == 0
+    saved = get_optimizer_state_dict(run.model, run.optimizer, options=FULL if full else None)
+    saved = copy.deepcopy(saved)
+    before = whole(run)
+    fit(run, range(4, 6))
+    if full:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+        set_optimizer_state_dict(run.model, run.optimizer, saved if kept or not broadcast else {}, options=options)
+    else:
+        set_optimizer_state_dict(run.model, run.optimizer, saved)
+    assert_same(whole(run)[0]["state"], before[0]["state"])
+    return True
+
+
+@pytest.mark.parametrize(("num_ranks", "full", "broadcast"), [(3, False, False), (3, True, False), (4, True, True)])
+def test_a_copy_of_a_state_dict_takes_the_optimizer_back(num_ranks: int, full: bool, broadcast: bool) -> None:
+    assert on_ranks(num_ranks, take_and_give_back, full, broadcast) == [True] * num_ranks
+
+
+def consolidate(group: Any, to: int) -> Any:
+    run = ours(group, 0)
+    fit(run, range(4))
+    run.optimizer.consolidate_state_dict(to)
+    saved = run.optimizer.state_dict()
+    expected = whole(run)[0]
+    if group.rank() == to:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        names = [name for g in expected["param_groups"] for name in g["params"]]
+        assert_same({names[index]: entries for index, entries in saved["state"].items()}, expected["state"])
+    else:
+        with pytest.raises(RuntimeError, match="elements"):
+            torch.save(saved, io.BytesIO())
+    again = run.optimizer.state_dict()["state"][FIRST]["exp_avg"]
+    run.optimizer.consolidate_state_dict(to)
+    fit(run, range(4, 5))
+    stepped = run.optimizer.state_dict()["state"][FIRST]["exp_avg"]
+    return hasattr(again, "span"), hasattr(stepped, "span")  # what was consolidated is gone
+
+
+@pytest.mark.parametrize("to", [0, 2])
+def test_one_rank_gets_the_whole_state_on_request_and_once(to: int) -> None:
+    assert on_ranks(3, consolidate, to) == [(True, True)] * 3
+
+
+def consolidate_badly(group: Any) -> str:
+    run = ours(group, 0)
+    with pytest.raises(ValueError, match=r"expected a rank in \[0, 2\), got 2") as error:
+        run.optimizer.consolidate_state_dict(2)
+    return str(error.value)
+
+
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    assert on_ranks(2, consolidate_badly)
+
+
+def misuse(group: Any) -> list[str]:
+    run = ours(group, 0)
+    moment: Any = run.optimizer.state_dict()["state"][FIRST]["exp_avg"]
+    assert moment.shape == run.model.late.shape and moment.dtype == torch.float32 and "exp_avg" in repr(moment)
+    said = []
+    for use in (
+        lambda: moment + 1,
+        lambda: moment.mul_(2),
+        lambda: torch.equal(moment, moment),
+        lambda: moment.to_local(),
+        lambda: moment.tolist(),
+        lambda: moment.to(torch.float64),
+        lambda: moment.data,
+        lambda: moment.T,
+        lambda: moment[0],
+        lambda: pickle.dumps(moment),
+        lambda: torch.save(run.optimizer.state_dict(), io.BytesIO()),
+    ):
+        with pytest.raises(RuntimeError, match=r"is elements \[\d+:\d+\] of \d+") as error:
+            use()
+        said.append(str(error.value))
+    return said
+
+
+def test_one_ranks_fragment_never_passes_for_the_whole() -> None:
+    for said in on_ranks(2, misuse):
+        assert all("consolidate_state_dict()" in text for text in said)
+
+
+def rank_zero_alone(group: Any) -> str:
+    """What a script for one GPU does at its end."""
+    run = ours(group, 0)
+    fit(run, range(2))
+    if group.rank() == 0:
+        with pytest.raises(RuntimeError, match="all that this rank has"):
+            torch.save({"optimizer": run.optimizer.state_dict()}, io.BytesIO())
+    fit(run, range(2, 4))  # nobody hangs, and nothing is lost
+    return str(whole(run)[0]["state"]["late"]["step"])
+
+
+def test_saving_on_one_rank_alone_is_an_error_and_no_hang() -> None:
+    assert on_ranks(2, rank_zero_alone) == ["tensor(2.)"] * 2
+
+
+def test_on_one_rank_the_state_is_plain_and_torch_save_takes_it() -> None:
+    model = Model(0)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)["state"]
+    assert saved[FIRST]["exp_avg"].shape == model.late.shape and saved[FIRST]["step"].shape == ()
+
+
+# --- what does not fit ---
+
+
+def save_and_load_other(group: Any, path: str, kind: str) -> str:
+    source = ours(group, 0)
+    fit(source, range(2))
+    state = state_of(source)
+    entries = state["optimizer"]["state"]["inner.bias"]
+    if kind == "a missing entry":
+        del entries["exp_avg_sq"]
+    elif kind == "another shape":
+        entries["exp_avg_sq"] = torch.zeros(38)
+    elif kind == "a wider dtype":
+        entries["exp_avg_sq"] = torch.zeros(37, dtype=torch.float64)
+    dcp.save(state, checkpoint_id=path, process_group=group)
+    target = ours(group, 1)
+    fit(target, range(1))
+    before = whole(target)
+    state = state_of(target)
+    with pytest.raises((CheckpointException, RuntimeError, ValueError)) as error:
+        dcp.load({"optimizer": state["optimizer"]}, checkpoint_id=path, process_group=group)
+        set_optimizer_state_dict(target.model, target.optimizer, state["optimizer"])
+    assert_same(whole(target), before)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["a missing entry", "another shape", "a wider dtype"])
+def test_what_does_not_fit_is_named_and_the_live_state_is_as_it_was(kind: str, tmp_path: Path) -> None:
+    for said in on_ranks(2, save_and_load_other, str(tmp_path), kind):
+        assert "inner.bias" in said and "exp_avg_sq" in said, said
+
+
+def load_a_part(group: Any, path: str) -> bool:
+    """Entries that a partial load leaves out stay what they are."""
+    source, target = ours(group, 0), ours(group, 1)
+    fit(source, range(2))
+    fit(target, range(3))
+    state = state_of(source)["optimizer"]
+    del state["state"]["outer.weight"]["exp_avg"]
+    dcp.save({"optimizer": state}, checkpoint_id=path, process_group=group)
+    before, wanted = whole(target)[0]["state"], whole(source)[0]["state"]
+    asked = {"optimizer": get_optimizer_state_dict(target.model, target.optimizer)}
+    dcp.load(asked, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True), process_group=group)
+    assert_same(whole(target)[0]["state"], before)  # the files are read, and nothing has changed yet
+    set_optimizer_state_dict(target.model, target.optimizer, asked["optimizer"])
+    after = whole(target)[0]["state"]
+    kept = after["outer.weight"].pop("exp_avg")
+    wanted["outer.weight"].pop("exp_avg")
+    assert torch.equal(kept, before["outer.weight"]["exp_avg"])
+    assert_same(after, wanted)
+    return True
+
+
+def test_a_partial_load_leaves_the_rest_alone(tmp_path: Path) -> None:
+    assert on_ranks(2, load_a_part, str(tmp_path)) == [True] * 2
+
+
+# --- asynchronous saves ---
+
+
+def save_behind_training(group: Any, path: str) -> Any:
+    """Threads need a group of their own, or their messages would meet those of training."""
+    apart = dist.new_group(list(range(group.size())))
+    run = ours(group, 0)
+    fit(run, range(2))
+    then = whole(run)
+    future: Any = dcp.async_save(state_of(run), checkpoint_id=path, process_group=apart)
+    fit(run, range(2, 4))
+    future.result()
+    return then
+
+
+def test_an_asynchronous_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    state, weights = on_ranks(4, save_behind_training, str(tmp_path))[0]
+    for (loaded_state, loaded_weights), _ in on_ranks(3, load_at, "ours", str(tmp_path)):
+        assert_same(loaded_state, state)
+        assert_same(loaded_weights, weights)
+
+
+def count_chunks(group: Any) -> list[int]:
+    """Items that each rank asks to be written."""
+    run = ours(group, 0, cap=16.0)
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner({"optimizer": get_optimizer_state_dict(run.model, run.optimizer)["state"]}, None, False)
+    items = planner.create_local_plan().items
+    assert all(item.tensor_data is not None and 0 not in item.tensor_data.chunk.sizes for item in items)
+    return [len([item for item in items if item.index.fqn.endswith(key)]) for key in ("exp_avg", "step")]
+
+
+def test_each_element_is_written_once_and_steps_by_one_rank_each() -> None:
+    counted = on_ranks(4, count_chunks)
+    num_params = len([p for p in Model(0).parameters() if p.requires_grad])
+    assert sum(steps for _, steps in counted) == num_params
+    assert sum(chunks for chunks, _ in counted) <= num_params + 4 * 5
