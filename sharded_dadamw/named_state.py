@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
+from sharded_dadamw.fragment_tensor import FragmentTensor
 from sharded_dadamw.manifest import Manifest
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.run_state import pack
@@ -117,6 +118,8 @@ class SavedEntries:
             raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
         if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
             raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
+        if isinstance(live, FragmentTensor):
+            return live  # what is read goes into memory of its own
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:

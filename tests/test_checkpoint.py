@@ -70,7 +70,7 @@ def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
         optimizer = AdamW(model.parameters(), **LAW)
     elif kind == "ours":
-        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, whole_state_dict=True)
+        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False)
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
     else:
         optimizer = {"DecoupledAdamW": DecoupledAdamW, "AdamW": AdamW}[kind](model.parameters(), **LAW)
