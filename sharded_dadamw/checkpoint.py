@@ -11,6 +11,7 @@ fails on one is an error on all (`everyone`). A save under way is waited for bef
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -171,7 +172,8 @@ def save_checkpoint(
         process_group: The ranks that hold the model and the optimizer together; by default all.
         keep_last: Remove older checkpoints, once this one is complete, so that so many are left; by default none.
         asynchronous: Copy what is to be saved into host memory, return, and write it in a thread beside training (True
-            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only.
+            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only; wait for
+            the last one before the process group is destroyed.
 
     Returns:
         A handle. Without ``asynchronous`` the checkpoint is complete.
@@ -328,13 +330,12 @@ def load_checkpoint(
         if scheduler is not None and ranks[0]["scheduler"] is None:
             raise ValueError(f"scheduler: expected {folder} to hold the state of one, got none; pass scheduler=None")
 
-    def take() -> None:
+    def take_state() -> None:
         if optimizer is not None:
             set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+    def take_weights() -> None:
         set_model_state_dict(model, weights)
-        own = ranks[collectives.rank] if collectives.rank < len(ranks) else ranks[0]
-        if scheduler is not None:
-            scheduler.load_state_dict(own["scheduler"])
         if collectives.rank < len(ranks):
             set_random_state(own["random"])
         else:
@@ -343,7 +344,12 @@ def load_checkpoint(
     everyone(collectives, look)
     everyone(collectives, read)
     live.clear()
-    everyone(collectives, take)
+    own = ranks[collectives.rank] if collectives.rank < len(ranks) else ranks[0]
+    # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
+    if scheduler is not None:
+        _take_schedule(collectives, scheduler, own["scheduler"], folder)
+    everyone(collectives, take_state)
+    everyone(collectives, take_weights)
     data = tuple(rank["data"] for rank in ranks)
     return Resumed(manifest.step, folder, data, collectives.rank, collectives.num_ranks)
 
@@ -408,6 +414,26 @@ def _write_in_process(
             written.set_exception(_explain(error, final) if isinstance(error, CheckpointException) else error)
 
     upload.add_done_callback(end)
+
+
+def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder: Path) -> None:
+    """Load a scheduler on all ranks, or leave it as it was on all. Collective."""
+    before = copy.deepcopy(scheduler.state_dict())
+
+    def take() -> None:
+        try:
+            scheduler.load_state_dict(state)
+        except Exception as error:  # nobody says what a scheduler raises on another's state
+            raise ValueError(
+                f"scheduler: the state in {folder} is not one of {type(scheduler).__name__}: "
+                f"{type(error).__name__}: {error}; build the scheduler that was saved, or pass scheduler=None"
+            ) from error
+
+    try:
+        everyone(collectives, take)
+    except ValueError:
+        scheduler.load_state_dict(before)
+        raise
 
 
 def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Path, Manifest, Metadata] | None:

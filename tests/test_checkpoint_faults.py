@@ -182,6 +182,10 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_word(path: Path) -> None:
+    path.write_text(path.read_text().replace('"lr"', '"rl"'))
+
+
 TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 100), r"__0_0.distcp: expected \d+ bytes, got 100"),
     "bit flipped": (lambda f: flip_last_bit(f / "__0_0.distcp"), r"__0_0.distcp: expected checksum"),
@@ -189,6 +193,7 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: expected \d+ bytes; the file cannot be read"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"got one without manifest.json"),
     "manifest": (lambda f: os.truncate(f / "manifest.json", 90), r"manifest.json: .* has been damaged"),
+    "manifest's words": (lambda f: replace_word(f / "manifest.json"), r"manifest.json: .* has been damaged"),
     "of another step": (
         lambda f: shutil.copytree(f.with_name("step_00000001"), f, dirs_exist_ok=True),
         r"expected the manifest of step_00000002, got that of step 1",
