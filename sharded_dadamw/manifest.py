@@ -97,6 +97,8 @@ class Manifest:
         name = folder.resolve().name
         if _COMPLETE.fullmatch(name) and step_of(Path(name)) != body["step"]:
             raise ValueError(f"{path}: expected the manifest of {name}, got that of step {body['step']}")
+        if any(Path(name).name != name for name in body["files"]):
+            raise ValueError(f"{path}: expected names of files in the folder, got others")
         return cls(**{**body, "files": {name: FileSum(**known) for name, known in body["files"].items()}})
 
     def require_sizes(self, folder: Path) -> None:

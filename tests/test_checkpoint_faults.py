@@ -431,11 +431,16 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
     elif kind == "in the metadata":
         metadata.planner_data["harm"] = Harm(mark)
         path.write_bytes(pickle.dumps(metadata))
-    elif kind == "a file elsewhere":
+    elif kind.startswith("a file elsewhere"):
         torch.save(torch.zeros(3), folder.parent / "elsewhere")
         for info in metadata.storage_data.values():
             info.relative_path = "../elsewhere"
         path.write_bytes(pickle.dumps(metadata))
+        if "listed" in kind:
+            manifest = Manifest.read(folder)
+            (folder / "manifest.json").unlink()
+            replace(manifest, files={**manifest.files, "../elsewhere": manifest.files[".metadata"]}).write(folder)
+            return
     else:
         entry = next(index for index in metadata.storage_data if index.fqn == "optimizer.param_groups.0.lr")
         info = metadata.storage_data[entry]
@@ -454,6 +459,7 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
         ("in the metadata", r"\.metadata: .*mkdir, which is no data"),
         ("an entry", r"an entry cannot be read: .*[Ww]eights"),
         ("a file elsewhere", r"expected entries in the files of the checkpoint"),
+        ("a file elsewhere, listed", r"expected names of files in the folder"),
     ],
 )
 def test_a_pickle_that_carries_code_is_refused_and_never_run(kind: str, said: str, tmp_path: Path) -> None:
