@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 import torch
@@ -64,6 +64,8 @@ _KNOWN: dict[str, object] = {
     },
     "torch.distributed.checkpoint.filesystem._StorageInfo": _StorageInfo,
     "torch.serialization._get_layout": _layout,
+    **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # in what others wrote
+    **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
 }
 
 
@@ -238,8 +240,12 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
-def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
+def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
     """What entries a checkpoint has: their names, shapes and dtypes, and where they are.
+
+    Args:
+        folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
+        manifest: What files it consists of; None where nobody says, as in folders that are not ours.
 
     Raises:
         ValueError: The file is damaged, would do more than hold data, or points outside of the checkpoint.
@@ -258,7 +264,8 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
         if not isinstance(entries, dict):
             raise ValueError(f"{path}: expected tables of entries, got {type(entries).__name__}")
     for info in metadata.storage_data.values():
-        if not isinstance(info, _StorageInfo) or info.relative_path not in manifest.files or info.transform_descriptors:
+        name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
+        if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
             raise ValueError(f"{path}: expected entries in the files of the checkpoint, got {info}")
     return metadata
 

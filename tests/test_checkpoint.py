@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialL
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint_files import read_metadata
 from sharded_dadamw.manifest import Manifest
 from tests.pool import on_ranks
 
@@ -234,6 +235,17 @@ def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
     model = Model(seed=3)
     assert load_checkpoint(tmp_path, model=model) is not None
     assert differences(model.state_dict(), parts[0].state_dict()) == []
+
+
+def test_the_metadata_of_torchs_own_folders_is_read_safely_too(tmp_path: Path) -> None:
+    dcp.save({"model": Model().state_dict(), "lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
+    assert read_metadata(tmp_path) == replace_load_id(dcp.FileSystemReader(tmp_path).read_metadata())
+
+
+def replace_load_id(metadata: Any) -> Any:
+    """As it is in the file: reading it with torch adds one."""
+    metadata.storage_meta.load_id = None
+    return metadata
 
 
 def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
