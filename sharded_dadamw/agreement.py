@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,43 @@ def require_agreement(collectives: Collectives, claims: Claims, refusal: Excepti
             f"ranks were given different things to build; {_find_difference(collectives, claims)}; "
             "build the same model and optimizer on every rank of the group"
         )
+
+
+def everyone(collectives: Collectives, work: Callable[[], Any]) -> list[Any]:
+    """Do something that may fail on any rank, and go on only if it has not failed on one. Collective.
+
+    Args:
+        collectives: The ranks.
+        work: This rank's part; returns what all ranks are to know of it, as JSON has it.
+
+    Returns:
+        What ``work`` returned on each rank, in rank order.
+
+    Raises:
+        Exception: What ``work`` raised on the first rank where it did: itself there, and elsewhere the nearest of
+            OSError, ValueError and RuntimeError, naming the rank.
+    """
+    failure, result = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+    note = None if failure is None else [_kind_of(failure), str(failure)]
+    answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([note, result]))]
+    for rank, (first, _) in enumerate(answers):
+        if first is not None:
+            if failure is not None and rank == collectives.rank:
+                raise failure
+            kind, message = first
+            raise _KINDS[kind](f"rank {rank}: {message}") from failure
+    return [result for _, result in answers]
+
+
+_KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError, "RuntimeError": RuntimeError}
+
+
+def _kind_of(error: Exception) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")
 
 
 class StepAgreement:

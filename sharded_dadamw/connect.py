@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,35 @@ def connect(
         if by_memory is not None:
             return by_memory
     return DirectExchange(process_group, device) if is_direct else RankOrderVerbs(process_group, device)
+
+
+def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
+    """A second group of all ranks, whose messages cannot meet those of training. Collective the first time.
+
+    Args:
+        collectives: The ranks, on all of which this is called.
+
+    Raises:
+        ValueError: They are not all ranks: torch could not make the group without the others.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if not collectives.are_all_of(world):
+        raise ValueError(
+            f"process_group: expected all {dist.get_world_size()} ranks for saving in the background, got "
+            f"{collectives.num_ranks} of them; leave process_group out, or save with asynchronous=False"
+        )
+    reference = _in_background.get(world)
+    group = None if reference is None else reference()
+    if group is None or not is_alive(group):
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _in_background[world] = weakref.ref(group)
+    return group
+
+
+_in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]]
+_in_background = weakref.WeakKeyDictionary()  # see [Note: whose group it is] in collectives
 
 
 def _connect_mesh(mesh: DeviceMesh, device: torch.device, exchange: Exchange | None, called: str) -> Collectives:

@@ -1,0 +1,471 @@
+"""Checkpoints of a whole run in one call: model, optimizer, scheduler, step, random generators, place in the data.
+
+Saving  ranks agree -> each takes its state (a copy, if it is to be written behind training) -> each writes its files
+        -> the coordinator adds metadata and manifest, and gives the folder its name
+Loading ranks agree on a folder -> its files are checked, each by one rank -> names, shapes and dtypes are compared
+        -> each rank reads what it needs into host memory -> optimizer, model, scheduler and generators take it
+
+Up to the last arrow of either nothing that exists is touched, and each arrow is taken by all ranks or by none: what
+fails on one is an error on all (`everyone`). A save under way is waited for before anything else is saved or loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, _save_state_dict, async_save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+import sharded_dadamw
+from sharded_dadamw.agreement import everyone, require_agreement
+from sharded_dadamw.checkpoint_files import Writer, read_entries, read_metadata
+from sharded_dadamw.collectives import Collectives, NativeVerbs
+from sharded_dadamw.connect import connect, group_in_background
+from sharded_dadamw.manifest import (
+    FILE_NAME,
+    Manifest,
+    begin,
+    clear,
+    folder_of,
+    folders,
+    is_complete,
+    step_of,
+)
+from sharded_dadamw.named_state import (
+    SavedEntries,
+    collect_optimizer,
+    match_model,
+    match_optimizer,
+    model_state,
+    optimizer_state,
+    require_plain,
+)
+from sharded_dadamw.run_state import pack, random_state, seed_from, set_random_state, unpack
+
+RANKS = "ranks"  # the entry under which every rank's own state is, by rank
+
+
+class Saving:
+    """A save that may still be under way.
+
+    Attributes:
+        path: The checkpoint's folder, once it is complete.
+    """
+
+    def __init__(self, path: Path, written: Future[None]) -> None:
+        """Only :func:`save_checkpoint` makes one."""
+        self.path = path
+        self._written = written
+        self._was_heard = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._written.done()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is complete.
+
+        Raises:
+            OSError: It could not be written, such as on a full disk; what was there before is as it was.
+            RuntimeError: It failed otherwise.
+        """
+        failure = self._failure()
+        self._was_heard = True
+        if failure is not None:
+            raise failure
+        return self.path
+
+    def _failure(self) -> Exception | None:
+        error = self._written.exception()
+        return error if error is None or isinstance(error, Exception) else RuntimeError(str(error))
+
+    def _unheard_failure(self) -> Exception | None:
+        failure = None if self._was_heard else self._failure()
+        self._was_heard = True
+        return failure
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a checkpoint was, after it has been loaded.
+
+    Attributes:
+        step: The step that was given when it was saved.
+        path: Its folder.
+        data_of_ranks: What each rank that saved it gave as ``data``, by rank.
+        rank: This rank's number now.
+        num_ranks: How many there are now.
+    """
+
+    step: int
+    path: Path
+    data_of_ranks: tuple[Any, ...]
+    rank: int
+    num_ranks: int
+
+    @property
+    def data(self) -> Any:
+        """What this rank gave as ``data``; on another number of ranks what all of them gave, if it was the same.
+
+        Raises:
+            ValueError: The number of ranks has changed, and they gave different things.
+        """
+        if len(self.data_of_ranks) == self.num_ranks:
+            return self.data_of_ranks[self.rank]
+        first, *others = self.data_of_ranks
+        if any(not torch.equal(pack("data", first), pack("data", other)) for other in others):
+            raise ValueError(
+                f"data: expected the same from each of the {len(self.data_of_ranks)} ranks that saved {self.path}, "
+                f"since there are {self.num_ranks} now, got different ones; work out this rank's from data_of_ranks"
+            )
+        return first
+
+
+_latest: Saving | None = None  # only one save at a time, whatever it is of
+
+
+def save_checkpoint(
+    root: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    data: Any = None,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    keep_last: int | None = None,
+    asynchronous: bool | AsyncCheckpointerType = False,
+) -> Saving:
+    """Save a run as ``root/step_00000100``, whole or not at all. Collective, with equal arguments but for ``data``.
+
+    A save that is under way is waited for first. The folder gets its name after every byte is on the disk; one of the
+    same step is replaced. What dead saves left in ``root`` is removed, so no two jobs may save into the same ``root``.
+
+    Args:
+        root: A folder on storage that all ranks share; made if need be.
+        step: What to call it.
+        model: Plain, wrapped or sharded; names are those of the bare model, and tied weights are stored once.
+        optimizer: Its hyperparameters are saved along, and come back on loading.
+        scheduler: Anything with ``state_dict()`` and ``load_state_dict()``.
+        data: This rank's place in the data: numbers, texts, tensors, and containers of them. Small.
+        process_group: The ranks that hold the model and the optimizer together; by default all.
+        keep_last: Remove older checkpoints, once this one is complete, so that so many are left; by default none.
+        asynchronous: Copy what is to be saved into host memory, return, and write it in a thread beside training (True
+            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only; wait for
+            the last one before the process group is destroyed.
+
+    Returns:
+        A handle. Without ``asynchronous`` the checkpoint is complete.
+
+    Raises:
+        ValueError: An argument is wrong, or ``data`` could not be read back safely; on every rank.
+        ImportError: There are several ranks and no NumPy, by which torch.distributed.checkpoint exchanges plans.
+        OSError: It could not be written; on every rank. Earlier checkpoints are as they were, and nothing is left over.
+        RuntimeError: It could not be written for another reason; or the save before this one failed in the background
+            and nobody had asked: then this one has not begun, and can be called again.
+    """
+    global _latest
+    final = folder_of(Path(root), step) if isinstance(step, int) else Path(root)
+    collectives = _connect(model, process_group)
+    previous = None if _latest is None else _latest._unheard_failure()
+    kind = AsyncCheckpointerType.THREAD if asynchronous is True else asynchronous or None
+    claims = {
+        "root": str(root),
+        "step": str(step),
+        "keep_last": str(keep_last),
+        "asynchronous": str(asynchronous),
+        "scheduler": str(scheduler is not None),
+    }
+    refusal = previous or _refuse(step, keep_last, kind, collectives)
+    packed = None
+    try:
+        its = None if scheduler is None else scheduler.state_dict()
+        packed = pack("data and scheduler", {"random": random_state(), "data": data, "scheduler": its})
+    except Exception as error:  # a scheduler may raise what it likes
+        refusal = refusal or error
+    require_agreement(collectives, claims, refusal)
+    group = None
+    if isinstance(collectives, NativeVerbs) and collectives.num_ranks > 1:
+        group = collectives.group if kind is None else group_in_background(collectives)
+
+    state: dict[str, Any] = {}
+    manifest = None
+    folder = Path()
+
+    def take() -> str:
+        nonlocal manifest
+        state[RANKS] = {str(collectives.rank): packed}
+        state["model"], aliases = model_state(model)
+        state["optimizer"], has_stepped = optimizer_state(model, optimizer)
+        if not has_stepped:
+            state["optimizer"]["state"] = {}
+        groups = state["optimizer"]["param_groups"]
+        require_plain(state["model"], groups)  # after whatever is collective above
+        versions = {"torch": torch.__version__, "sharded_dadamw": sharded_dadamw.__version__}
+        manifest = Manifest(step, collectives.num_ranks, versions, aliases, groups)
+        return begin(Path(root), step).name if collectives.rank == 0 else ""
+
+    try:
+        folder = Path(root) / everyone(collectives, take)[0]
+    except Exception:
+        if collectives.rank == 0 and Path(root).is_dir():
+            clear(Path(root))
+        raise
+    assert manifest is not None
+    writer = Writer(folder, final, manifest, keep_last)
+
+    def write(state: dict[str, Any]) -> None:
+        # torch's public `save` is this and a warning where torch.distributed is not in use.
+        try:
+            _save_state_dict(state, writer, process_group=group, no_dist=group is None)
+        except CheckpointException as error:
+            raise _explain(error, final) from error
+        finally:
+            if collectives.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    written: Future[None] = Future()
+    if kind is None:
+        write(state)
+        written.set_result(None)
+    elif kind is AsyncCheckpointerType.THREAD:
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        written = executor.submit(write, writer.stage(state))
+        executor.shutdown(wait=False)
+    else:
+        _write_in_process(state, writer, group, written, final, folder if collectives.rank == 0 else None)
+    _latest = Saving(final, written)
+    return _latest
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    fall_back: bool = False,
+) -> Resumed | None:
+    """Load a checkpoint, all of it or none, on any number of ranks. Collective, with equal arguments.
+
+    All files are checked first, and everything is compared with what is there; nothing is rounded, and nothing in a
+    file is run. Hyperparameters come from the checkpoint, as in torch: ``lr``, ``initial_lr``, ``weight_decay``, all
+    there is in a group; so does everything of the scheduler. Random generators are set where this rank had them; a rank
+    that the saved run did not have seeds them from rank 0's seed, the step and its own number.
+
+    Args:
+        path: One checkpoint, or a root of them: then the newest.
+        model: Gets the weights, by name, whatever either side is wrapped in.
+        optimizer: Gets its state and hyperparameters; None to leave the checkpoint's alone.
+        scheduler: Gets its state; None to leave the checkpoint's alone.
+        process_group: The ranks that hold the model and the optimizer together; by default all.
+        fall_back: Where the newest of a root is damaged, warn and take the one before it.
+
+    Returns:
+        What was loaded, or None where ``path`` has no checkpoint yet, and nothing has been touched.
+
+    Raises:
+        ValueError: A file is damaged: names it, and the checkpoint before it. Or an entry is missing, left over, or of
+            another shape, or dtype that would be rounded: names it. Model and optimizer are as they were.
+        OSError: A rank does not see the folder.
+    """
+    if _latest is not None:
+        _latest._failure()  # waits; the next save tells
+    collectives = _connect(model, process_group)
+    claims = {
+        "path": str(path),
+        "optimizer": str(optimizer is not None),
+        "scheduler": str(scheduler is not None),
+        "fall_back": str(fall_back),
+    }
+    require_agreement(collectives, claims, None)
+    found = _find_sound(collectives, Path(path), fall_back)
+    if found is None:
+        return None
+    folder, manifest, metadata = found
+    saved = SavedEntries(folder, manifest, metadata)
+    live: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    ranks: list[dict[str, Any]] = []
+
+    def look() -> None:
+        live["model"] = get_model_state_dict(model)
+        live["optimizer"] = None if optimizer is None else optimizer_state(model, optimizer)[0]
+
+    def read() -> None:
+        entries: dict[str, Any] = {}
+        names = match_model(saved, model, live["model"], entries)
+        if optimizer is not None:
+            match_optimizer(saved, model, live["optimizer"], names, entries)
+        for entry in saved.under(RANKS).values():
+            entries[entry] = saved.placeholder(entry)
+        read_entries(folder, metadata, entries)
+        weights.update({live: saved.collect(entries, "model", name) for live, name in names.items()})
+        if optimizer is not None:
+            state.update(collect_optimizer(saved, live["optimizer"]["param_groups"], names, entries))
+        ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(manifest.num_ranks))
+        if scheduler is not None and ranks[0]["scheduler"] is None:
+            raise ValueError(f"scheduler: expected {folder} to hold the state of one, got none; pass scheduler=None")
+
+    def take_state() -> None:
+        if optimizer is not None:
+            set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+    def take_weights() -> None:
+        set_model_state_dict(model, weights)
+        if collectives.rank < len(ranks):
+            set_random_state(own["random"])
+        else:
+            seed_from(own["random"], manifest.step, collectives.rank)
+
+    everyone(collectives, look)
+    everyone(collectives, read)
+    live.clear()
+    own = ranks[collectives.rank] if collectives.rank < len(ranks) else ranks[0]
+    # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
+    if scheduler is not None:
+        _take_schedule(collectives, scheduler, own["scheduler"], folder)
+    everyone(collectives, take_state)
+    everyone(collectives, take_weights)
+    data = tuple(rank["data"] for rank in ranks)
+    return Resumed(manifest.step, folder, data, collectives.rank, collectives.num_ranks)
+
+
+def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints under a folder, newest last. Their files are there and long enough; nothing is read."""
+    return [folder for folder in folders(Path(root)) if is_complete(folder)]
+
+
+def _connect(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return connect(process_group, device, exchange=None)
+
+
+def _refuse(
+    step: int, keep_last: int | None, kind: AsyncCheckpointerType | None, collectives: Collectives
+) -> Exception | None:
+    if not isinstance(step, int) or step < 0:
+        return ValueError(f"step: expected a whole number from 0 on, got {step!r}")
+    if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
+        return ValueError(f"keep_last: expected a whole number from 1 on, or None to keep all, got {keep_last!r}")
+    if kind is not None and not isinstance(kind, AsyncCheckpointerType):
+        return ValueError(f"asynchronous: expected a bool or an AsyncCheckpointerType, got {kind!r}")
+    if kind is AsyncCheckpointerType.PROCESS and not isinstance(collectives, NativeVerbs):
+        return ValueError(
+            "asynchronous: another process needs torch.distributed to be initialised, which it is not; use a thread"
+        )
+    if collectives.num_ranks > 1 and importlib.util.find_spec("numpy") is None:
+        return ImportError("torch.distributed.checkpoint needs NumPy to save from several ranks: pip install numpy")
+    return None
+
+
+def _explain(error: CheckpointException, final: Path) -> Exception:
+    rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
+    message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
+    if isinstance(failure, OSError) and failure.errno is not None:
+        return OSError(failure.errno, message)
+    return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)
+
+
+def _write_in_process(
+    state: dict[str, Any],
+    writer: Writer,
+    group: dist.ProcessGroup | None,
+    written: Future[None],
+    final: Path,
+    folder: Path | None,
+) -> None:
+    """Have another process write, and tidy up after it where ``folder`` is this rank's to remove."""
+    upload = async_save(
+        state, storage_writer=writer, process_group=group, async_checkpointer_type=AsyncCheckpointerType.PROCESS
+    )
+    assert isinstance(upload, Future)
+
+    def end(upload: Future[Any]) -> None:
+        error = upload.exception()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if error is None:
+            written.set_result(None)
+        else:
+            written.set_exception(_explain(error, final) if isinstance(error, CheckpointException) else error)
+
+    upload.add_done_callback(end)
+
+
+def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder: Path) -> None:
+    """Load a scheduler on all ranks, or leave it as it was on all. Collective."""
+    before = copy.deepcopy(scheduler.state_dict())
+
+    def take() -> None:
+        try:
+            scheduler.load_state_dict(state)
+        except Exception as error:  # nobody says what a scheduler raises on another's state
+            raise ValueError(
+                f"scheduler: the state in {folder} is not one of {type(scheduler).__name__}: "
+                f"{type(error).__name__}: {error}; build the scheduler that was saved, or pass scheduler=None"
+            ) from error
+
+    try:
+        everyone(collectives, take)
+    except ValueError:
+        scheduler.load_state_dict(before)
+        raise
+
+
+def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Path, Manifest, Metadata] | None:
+    """The checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
+    is_one = step_of(path) is not None or (path / FILE_NAME).exists()
+    listed = everyone(collectives, lambda: [str(path)] if is_one else [str(f) for f in folders(path)])[0]
+    manifest: Manifest | None = None
+    metadata: Metadata | None = None
+
+    def check() -> None:
+        nonlocal manifest, metadata
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder, or this rank does not see it; checkpoints need storage that all "
+                "ranks share"
+            )
+        manifest = Manifest.read(folder)
+        manifest.require_sizes(folder)
+        manifest.require_sums(folder, part=collectives.rank, num_parts=collectives.num_ranks)
+        metadata = read_metadata(folder, manifest)
+
+    while listed:
+        folder = Path(listed.pop())
+        try:
+            everyone(collectives, check)
+        except ValueError as error:
+            if fall_back and listed:
+                warnings.warn(f"{error}; going on from {listed[-1]} instead", stacklevel=3)
+                continue
+            before = [other for other in checkpoints(folder.parent) if (step_of(other) or 0) < (step_of(folder) or 0)]
+            hint = f"pass {before[-1]} to go on from there" if before else "there is no complete one before it"
+            raise ValueError(f"{error}; {hint}") from error
+        assert manifest is not None and metadata is not None
+        return folder, manifest, metadata
+    return None

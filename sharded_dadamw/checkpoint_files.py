@@ -1,0 +1,289 @@
+"""torch.distributed.checkpoint's files, written whole or not at all, and read without running anything in them.
+
+The format is torch's own, and torch's own `load` reads it. Writing adds checksums, taken from the very bytes on their
+way to the file, one manifest, and the new folder's name as the last act. Reading takes away what could run code: the
+`.metadata` file is a pickle, and entries that are no tensors are pickles too.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from sharded_dadamw import safe_pickle
+from sharded_dadamw.manifest import FileSum, Manifest, keep, publish
+
+METADATA = ".metadata"
+
+_SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
+
+
+def _layout(_: str) -> torch.layout:
+    return torch.strided  # the field is deprecated, and nothing else was ever in it
+
+
+_KNOWN: dict[str, object] = {
+    **{
+        f"torch.distributed.checkpoint.metadata.{known.__qualname__}": known
+        for known in (
+            _MEM_FORMAT_ENCODING,
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            Metadata,
+            MetadataIndex,
+            StorageMeta,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+    },
+    "torch.distributed.checkpoint.filesystem._StorageInfo": _StorageInfo,
+    "torch.serialization._get_layout": _layout,
+    **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # in what others wrote
+    **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
+}
+
+
+def on_host(value: Any) -> Any:
+    """A copy of a state dict, or of a part of one, that shares no memory with it; tensors in host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(item) for item in value)
+    return copy.deepcopy(value)
+
+
+class _SummedFile(io.FileIO):
+    """A new file that knows the checksum of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self.known = FileSum(0, 0)
+
+    def write(self, data: Any) -> int:
+        """Write what fits, which may be less than all of it."""
+        written = super().write(data)
+        crc = zlib.crc32(memoryview(data).cast("B")[:written], self.known.crc32)
+        self.known = FileSum(self.known.size + written, crc)
+        return written
+
+
+class _SummedFiles(FileSystem):
+    """Files whose checksums are known once they are written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, FileSum] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        """Open a file; where it is for writing, ``sums`` has its checksum after it is closed."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        file = _SummedFile(Path(path))
+        with io.BufferedWriter(file, 1 << 20) as stream:
+            yield stream
+        self.sums[Path(path).name] = file.known
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        """Rename a file, and what is known of it."""
+        super().rename(path, new_path)
+        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+
+
+class Writer(FileSystemWriter):
+    """Writes one checkpoint into a folder of its own; the last thing that happens is that the folder gets its name.
+
+    On the coordinator that is part of :meth:`finish`, after all ranks have written, wherever it runs: in the training
+    process, a thread of it or another process.
+    """
+
+    def __init__(self, folder: Path, final: Path, manifest: Manifest, keep_last: int | None) -> None:
+        """About to write.
+
+        Args:
+            folder: Exists, is empty, and is seen by every rank.
+            final: What it is going to be called.
+            manifest: All but the files.
+            keep_last: How many checkpoints to leave, this one included; None for all.
+        """
+        super().__init__(folder)
+        self.fs = self._files = _SummedFiles()
+        self._folder = folder
+        self._final = final
+        self._manifest = manifest
+        self._keep_last = keep_last
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What to write while training goes on: a copy."""
+        return cast(dict[str, Any], on_host(state_dict))
+
+    def storage_meta(self) -> StorageMeta:
+        """The checkpoint's name: a path would be of this machine, and its class of this Python."""
+        return StorageMeta(checkpoint_id=self._final.name, save_id=self.save_id)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Look for the folder that the coordinator made.
+
+        Raises:
+            FileNotFoundError: It is not there: this rank has storage of its own.
+        """
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"expected to see {self._folder}, which rank 0 has made; checkpoints need storage that all ranks share"
+            )
+        return super().prepare_local_plan(plan)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files, and add their checksums to the results."""
+        results = super().write_data(plan, planner).value()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([*results, WriteResult(_SUMS, 0, self._files.sums)])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write metadata and manifest, publish the folder, and remove old checkpoints. On the coordinator alone."""
+        sums = {
+            name: known
+            for result in results
+            for item in result
+            if item.index == _SUMS
+            for name, known in item.storage_data.items()
+        }
+        written = [[item for item in result if item.index != _SUMS] for result in results]
+        super().finish(metadata, self._under_all_names(metadata, written))
+        files = {**sums, METADATA: self._files.sums[METADATA]}
+        replace(self._manifest, files=files).write(self._folder)
+        publish(self._folder, self._final)
+        if self._keep_last is not None:
+            keep(self._final.parent, self._final, self._keep_last)
+
+    def _under_all_names(self, metadata: Metadata, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
+        """Enter tied weights, and their state, under their other names as well: more names for the same bytes."""
+        others = {names[0]: names[1:] for names in self._manifest.aliases}
+        also: dict[str, list[str]] = {}
+        for entry, path in list(metadata.planner_data.items()):
+            at = {"model": 1, "optimizer": 2}.get(path[0])
+            if at is None or path[:2] == ("optimizer", "param_groups"):
+                continue
+            for name in others.get(path[at], []):
+                other = (*path[:at], name, *path[at + 1 :])
+                also.setdefault(entry, []).append(".".join(map(str, other)))
+                metadata.planner_data[also[entry][-1]] = other
+                metadata.state_dict_metadata[also[entry][-1]] = metadata.state_dict_metadata[entry]
+        return [
+            [
+                named
+                for item in result
+                for named in (
+                    item,
+                    *(replace(item, index=replace_name(item.index, name)) for name in also.get(item.index.fqn, [])),
+                )
+            ]
+            for result in results
+        ]
+
+
+def replace_name(index: MetadataIndex, name: str) -> MetadataIndex:
+    """The same place of an entry of another name."""
+    return MetadataIndex(name, index.offset, index.index)
+
+
+class _Reader(FileSystemReader):
+    """Reads what is known already to be metadata, and no file that the manifest does not list."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """What was read before, so that no rank can fail here and go its own way."""
+        return self._metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """Takes entries by their flat names, and those that are no tensors as plain data."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Unpickle an entry that is no tensor, if nothing but data is in it."""
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
+    """What entries a checkpoint has: their names, shapes and dtypes, and where they are.
+
+    Args:
+        folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
+        manifest: What files it consists of; None where nobody says, as in folders that are not ours.
+
+    Raises:
+        ValueError: The file is damaged, would do more than hold data, or points outside of the checkpoint.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = safe_pickle.load(file, allowed=_KNOWN)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path}: expected the metadata of a checkpoint, got {type(metadata).__name__}")
+    for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path}: expected tables of entries, got {type(entries).__name__}")
+    for info in metadata.storage_data.values():
+        name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
+        if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
+            raise ValueError(f"{path}: expected entries in the files of the checkpoint, got {info}")
+    return metadata
+
+
+def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:
+    """Read entries, of tensors the parts that this rank needs. Not collective.
+
+    Args:
+        folder: The checkpoint.
+        metadata: What :func:`read_metadata` says is in it.
+        into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the entry
+            is no tensor, replaced.
+
+    Raises:
+        ValueError: An entry cannot be read.
+    """
+    try:
+        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner())
+    except CheckpointException as error:
+        (failure, _), *_ = error.failures.values()
+        raise ValueError(f"{folder}: an entry cannot be read: {failure}") from error

@@ -1,0 +1,610 @@
+"""Whole runs saved and loaded in one call: bit for bit, by name, whole or not at all, whatever happens to the files."""
+
+import contextlib
+import copy
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialLR
+
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint_files import read_metadata
+from sharded_dadamw.manifest import Manifest
+from tests.pool import on_ranks
+
+LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
+
+
+class Model(nn.Module):
+    """Odd shapes, a buffer, dropout, and on request an output layer tied to the embedding."""
+
+    def __init__(self, *, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32, width: int = 6) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding(13, width)
+        self.middle = nn.Sequential(nn.Linear(width, 11), nn.BatchNorm1d(11), nn.Dropout(0.25), nn.Linear(11, width))
+        self.head = nn.Linear(width, 13, bias=False)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+        if tie:
+            self.head.weight = self.embedding.weight
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.middle(self.embedding(tokens)))
+        return logits
+
+
+def fit(model: nn.Module, optimizer: Any, schedule: Any, num_steps: int) -> None:
+    """Every rank draws the same tokens and the same dropout from torch's own generator, which is part of the run."""
+    for _ in range(num_steps):
+        model(torch.randint(13, (8,))).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, remainder": {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16},
+}
+
+
+def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[nn.Module, Any, Any]:
+    model: nn.Module = Model(seed=seed, **model_settings)
+    optimizer: Any
+    if kind == "fsdp2":
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
+        optimizer = AdamW(model.parameters(), **LAW)
+    elif kind == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    elif kind == "fsdp1":
+        device = torch.device("cpu")
+        model = FullyShardedDataParallel(model, process_group=group, use_orig_params=True, device_id=device)
+        optimizer = AdamW(model.parameters(), **LAW)
+    elif kind == "attached":
+        config = ShardingConfig(bucket_cap_mb=1e-3)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
+        optimizer.attach(model)
+    elif kind in OURS:
+        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **OURS[kind])
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
+    else:
+        optimizer = {"DecoupledAdamW": DecoupledAdamW, "AdamW": AdamW}[kind](model.parameters(), **LAW)
+    return model, optimizer, CosineAnnealingLR(optimizer, T_max=10)
+
+
+def run(group: Any, model: nn.Module, optimizer: Any, schedule: Any = None) -> dict[str, Any]:
+    """The arguments that saving and loading share."""
+    return {"model": model, "optimizer": optimizer, "scheduler": schedule, "process_group": group}
+
+
+def whole(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Everything of a run that has a name, as whole tensors."""
+    options = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=options)
+    entries = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    state = {f"{name}, {key}": value for name, of_it in entries.items() for key, value in of_it.items()}
+    return {key: torch.as_tensor(value).detach().clone() for key, value in {**weights, **state}.items()}
+
+
+def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [key for key in one if not torch.equal(one[key], other[key])]
+
+
+# --- saved and loaded ------------------------------------------------------------------------------------------------
+
+
+def going_on(group: Any, kind: str, root: Path) -> list[str]:
+    parts = build(kind, group)
+    fit(*parts, 3)
+    save_checkpoint(root, step=3, **run(group, *parts), data={"sample": 24})
+    fit(*parts, 3)
+    again = build(kind, group, seed=1)
+    torch.manual_seed(5)
+    resumed = load_checkpoint(root, **run(group, *again))
+    assert resumed is not None and (resumed.step, resumed.data) == (3, {"sample": 24})
+    fit(*again, 3)
+    assert again[2].state_dict() == parts[2].state_dict()
+    return differences(whole(*parts[:2]), whole(*again[:2]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks"),
+    [
+        ("ours", 1),
+        ("ours", 2),
+        ("ours", 3),
+        ("attached", 2),
+        ("fsdp2", 2),
+        ("DecoupledAdamW", 1),
+        ("AdamW", 2),
+    ],
+)
+def test_a_resumed_run_takes_the_same_steps_bit_for_bit(kind: str, num_ranks: int, tmp_path: Path) -> None:
+    assert on_ranks(num_ranks, going_on, kind, tmp_path) == [[]] * num_ranks
+
+
+@pytest.mark.parametrize("kind", ["DecoupledAdamW", "ours"])
+def test_one_process_needs_no_torch_distributed(kind: str, tmp_path: Path) -> None:
+    assert going_on(None, kind, tmp_path) == []
+
+
+def saved_at(group: Any, kind: str, root: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+    parts = build(kind, group, **settings)
+    fit(*parts, 2)
+    save_checkpoint(root, step=2, **run(group, *parts), data={"sample": 16})
+    return whole(*parts[:2])
+
+
+def loaded_at(group: Any, kind: str, root: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+    parts = build(kind, group, seed=1, **settings)
+    resumed = load_checkpoint(root, **run(group, *parts))
+    assert resumed is not None and resumed.data == {"sample": 16}
+    return whole(*parts[:2])
+
+
+@pytest.mark.parametrize("kind", ["ours", "fsdp2"])
+@pytest.mark.parametrize("num_saving", [1, 2, 3, 4])
+def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, tmp_path: Path) -> None:
+    expected = on_ranks(num_saving, saved_at, kind, tmp_path, {})[0]
+    for num_loading in (1, 2, 3, 4):
+        for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, {}):
+            assert differences(expected, loaded) == []
+
+
+@pytest.mark.parametrize("kind", list(OURS))
+@pytest.mark.parametrize(("num_saving", "num_loading"), [(3, 2), (2, 4), (1, 3)])
+def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
+    kind: str, num_saving: int, num_loading: int, tmp_path: Path
+) -> None:
+    settings = {"dtype": torch.bfloat16}
+    expected = on_ranks(num_saving, saved_at, kind, tmp_path, settings)[0]
+    assert any(", main_" in key for key in expected)
+    for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, settings):
+        assert differences(expected, loaded) == []
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads", "num_loading"), [("hsdp", "ours", 3), ("hsdp", "hsdp", 4), ("ours", "hsdp", 4)]
+)
+def test_state_that_is_spread_over_the_replicas_of_hsdp_loads_anywhere(
+    wrote: str, reads: str, num_loading: int, tmp_path: Path
+) -> None:
+    expected = on_ranks(4, saved_at, wrote, tmp_path, {})[0]
+    for loaded in on_ranks(num_loading, loaded_at, reads, tmp_path, {}):
+        assert differences(expected, loaded) == []
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"), [("ours", "DecoupledAdamW"), ("DecoupledAdamW", "ours"), ("fsdp2", "ours")]
+)
+def test_it_loads_into_another_layout(wrote: str, reads: str, tmp_path: Path) -> None:
+    expected = on_ranks(2, saved_at, wrote, tmp_path, {})[0]
+    for loaded in on_ranks(3, loaded_at, reads, tmp_path, {}):
+        assert differences(expected, loaded) == []
+
+
+def test_a_root_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
+    model, optimizer, schedule = build("AdamW", None)
+    before = copy.deepcopy(model.state_dict())
+    for root in (tmp_path, tmp_path / "not there"):
+        assert load_checkpoint(root, **run(None, model, optimizer, schedule)) is None
+    assert differences(before, model.state_dict()) == [] and not optimizer.state
+
+
+def test_the_newest_is_found_and_any_can_be_named(tmp_path: Path) -> None:
+    parts = build("DecoupledAdamW", None)
+    expected = {}
+    for step in (1, 2, 10):
+        fit(*parts, 1)
+        assert save_checkpoint(tmp_path, step=step, **run(None, *parts)).path == tmp_path / f"step_{step:08d}"
+        expected[step] = whole(*parts[:2])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000002", "step_00000010"]
+    for path, step in ((tmp_path, 10), (tmp_path / "step_00000002", 2)):
+        resumed = load_checkpoint(path, **run(None, *parts))
+        assert resumed is not None and resumed.step == step and differences(whole(*parts[:2]), expected[step]) == []
+
+
+def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
+    parts = build("DecoupledAdamW", None)
+    fit(*parts, 1)
+    save_checkpoint(tmp_path, step=1, **run(None, *parts))
+    model = Model(seed=3)
+    assert load_checkpoint(tmp_path, model=model) is not None
+    assert differences(model.state_dict(), parts[0].state_dict()) == []
+
+
+def test_the_metadata_of_torchs_own_folders_is_read_safely_too(tmp_path: Path) -> None:
+    dcp.save({"model": Model().state_dict(), "lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
+    assert read_metadata(tmp_path) == replace_load_id(dcp.FileSystemReader(tmp_path).read_metadata())
+
+
+def replace_load_id(metadata: Any) -> Any:
+    """As it is in the file: reading it with torch adds one."""
+    metadata.storage_meta.load_id = None
+    return metadata
+
+
+def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
+    parts = build("AdamW", None, tie=True)
+    fit(*parts, 2)
+    path = save_checkpoint(tmp_path, step=2, **run(None, *parts)).path
+    model, optimizer, _ = build("AdamW", None, seed=1, tie=True)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    assert {"embedding.weight", "head.weight"} <= state["model"].keys()
+    del state["optimizer"]["param_groups"]
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    for name, entries in state["optimizer"]["state"].items():
+        live = get_optimizer_state_dict(*parts[:2])["state"][name]
+        assert all(torch.equal(entries[key], value) for key, value in live.items())
+    assert differences(state["model"], get_model_state_dict(parts[0])) == []
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "DecoupledAdamW", "ours"])
+def test_an_optimizer_that_never_stepped_is_saved_and_loaded_as_one(kind: str, tmp_path: Path) -> None:
+    parts = build(kind, None)
+    save_checkpoint(tmp_path, step=0, **run(None, *parts))
+    assert kind == "ours" or not parts[1].state
+    again = build(kind, None, seed=1)
+    load_checkpoint(tmp_path, **run(None, *again))
+    torch.manual_seed(0)
+    fit(*parts, 2)
+    torch.manual_seed(0)
+    fit(*again, 2)
+    assert differences(whole(*parts[:2]), whole(*again[:2])) == []
+
+
+def test_a_parameter_that_never_had_a_gradient_stays_without_state(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    for p in list(parts[0].parameters())[1:]:
+        p.grad = torch.ones_like(p)
+    parts[1].step()
+    parts[1].zero_grad()
+    save_checkpoint(tmp_path, step=1, **run(None, *parts))
+    again = build("AdamW", None, seed=1)
+    fit(*again, 1)
+    load_checkpoint(tmp_path, **run(None, *again))
+    first, *others = again[0].parameters()
+    assert first not in again[1].state and all(again[1].state[p]["step"] == 1 for p in others)
+
+
+def test_hyperparameters_and_the_schedule_come_from_the_checkpoint(tmp_path: Path) -> None:
+    model = Model()
+    optimizer = DecoupledAdamW(model.parameters(), **LAW)
+    schedule = MultiStepLR(optimizer, [2, 4], gamma=0.5)
+    fit(model, optimizer, schedule, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, model, optimizer, schedule))
+    saved = copy.deepcopy(optimizer.state_dict()["param_groups"][0])
+    assert (saved["lr"], saved["initial_lr"]) == (LAW["lr"] / 2, LAW["lr"])
+
+    model = Model(seed=1)
+    optimizer = DecoupledAdamW(model.parameters(), lr=7.0, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.5)
+    schedule = MultiStepLR(optimizer, [3], gamma=0.1)
+    load_checkpoint(tmp_path, **run(None, model, optimizer, schedule))
+    assert optimizer.state_dict()["param_groups"][0] == saved
+    assert schedule.milestones == {2: 1, 4: 1} and schedule.get_last_lr() == [LAW["lr"] / 2]
+    fit(model, optimizer, schedule, 2)
+    assert schedule.get_last_lr() == [LAW["lr"] / 4]
+
+
+# --- random generators and data --------------------------------------------------------------------------------------
+
+
+def drawn() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def own_generators(group: Any, root: Path) -> list[float]:
+    rank = dist.get_rank(group)
+    random.seed(rank)
+    np.random.seed(rank)
+    torch.manual_seed(rank)
+    drawn()
+    model, optimizer, _ = build("AdamW", group)
+    save_checkpoint(root, step=1, **run(group, model, optimizer), data=rank)
+    return drawn()
+
+
+def restored_generators(group: Any, root: Path) -> tuple[list[float], list[Any], Any]:
+    model, optimizer, _ = build("AdamW", group)
+    drawn()
+    resumed = load_checkpoint(root, **run(group, model, optimizer))
+    assert resumed is not None
+    now = drawn()
+    try:
+        return now, list(resumed.data_of_ranks), resumed.data
+    except ValueError as error:
+        return now, list(resumed.data_of_ranks), str(error)
+
+
+def test_every_rank_gets_its_random_generators_back_and_a_new_rank_its_own(tmp_path: Path) -> None:
+    expected = on_ranks(2, own_generators, tmp_path)
+    more = on_ranks(4, restored_generators, tmp_path)
+    assert [now for now, _, _ in more[:2]] == expected
+    numbers = [number for now, _, _ in more for number in now]
+    assert len(set(numbers)) == len(numbers)
+    assert on_ranks(4, restored_generators, tmp_path) == more
+    assert on_ranks(1, restored_generators, tmp_path)[0][0] == expected[0]
+
+
+def test_every_rank_gets_its_place_in_the_data_back_and_other_numbers_the_common_one(
+    tmp_path: Path,
+) -> None:
+    on_ranks(2, own_generators, tmp_path)
+    assert [data for _, _, data in on_ranks(2, restored_generators, tmp_path)] == [0, 1]
+    for _, all_data, refusal in on_ranks(3, restored_generators, tmp_path):
+        assert all_data == [0, 1] and "expected the same from each of the 2 ranks" in refusal
+
+
+class Code:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.system, ("touch ran-code",)
+
+
+@pytest.mark.parametrize("data", [Code(), {"at": [object()]}, lambda: 0], ids=["code", "object", "function"])
+def test_data_that_could_not_be_read_back_safely_is_refused_when_it_is_saved(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = build("AdamW", None)
+    with pytest.raises(ValueError, match="data and scheduler: expected numbers, texts, tensors"):
+        save_checkpoint(tmp_path, step=1, **run(None, *parts), data=data)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+WRAPPERS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+    "none": lambda model, group: model,
+    "DDP": lambda model, group: DistributedDataParallel(model, process_group=group),
+    "compile": lambda model, group: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "DDP of compile": lambda model, group: DistributedDataParallel(
+        torch.compile(model, backend="eager"),  # type: ignore[arg-type]
+        process_group=group,
+    ),
+    "DataParallel": lambda model, group: nn.DataParallel(model),
+}
+
+
+def wrapped(kind: str, group: Any, seed: int) -> tuple[nn.Module, Any]:
+    bare = Model(seed=seed, tie=True)
+    if kind == "checkpointing":
+        bare.middle = checkpoint_wrapper(bare.middle)
+        model: nn.Module = bare
+    elif kind == "a compiled part":
+        bare.middle = torch.compile(bare.middle, backend="eager")  # type: ignore[assignment]
+        model = bare
+    else:
+        model = WRAPPERS[kind](bare, group)
+    return model, AdamW(model.named_parameters(), **LAW)
+
+
+def through_wrappers(group: Any, outer: str, root: Path) -> list[str]:
+    """Saved from the bare model, loaded into a wrapped one, saved from that, and loaded into a bare one."""
+    model, optimizer = wrapped("none", group, 0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other, its = wrapped(outer, group, 1)
+    save_checkpoint(root, step=1, **run(group, model, optimizer))
+    load_checkpoint(root, **run(group, other, its))
+    save_checkpoint(root, step=2, **run(group, other, its))
+    last, of_last = wrapped("none", group, 2)
+    load_checkpoint(root, **run(group, last, of_last))
+    return differences(whole(model, optimizer), whole(last, of_last))
+
+
+@pytest.mark.parametrize("outer", [*WRAPPERS, "checkpointing", "a compiled part"])
+def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str, tmp_path: Path) -> None:
+    assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
+
+
+def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
+    parts = build("fsdp1", group)
+    fit(*parts, 2)
+    save_checkpoint(root, step=2, **run(group, *parts))
+    again = build("fsdp1", group, seed=1)
+    load_checkpoint(root, **run(group, *again))
+    save_checkpoint(root, step=3, **run(group, *again))
+    first, last = build("AdamW", group), build("AdamW", group)
+    load_checkpoint(root / "step_00000002", **run(group, *first))
+    load_checkpoint(root / "step_00000003", **run(group, *last))
+    assert all(entries["step"] == 2 for entries in first[1].state.values())
+    return differences(whole(*first[:2]), whole(*last[:2]))
+
+
+def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
+    assert on_ranks(2, from_fsdp1_to_plain, tmp_path) == [[], []]
+
+
+def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
+    parts = build("AdamW", None, tie=True)
+    fit(*parts, 1)
+    path = save_checkpoint(tmp_path, step=1, **run(None, *parts)).path
+    assert Manifest.read(path).aliases == [["embedding.weight", "head.weight"]]
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    for entry in ("model.{}", "optimizer.state.{}.exp_avg"):
+        places = [
+            (info.relative_path, info.offset)
+            for index, info in metadata.storage_data.items()
+            if index.fqn in (entry.format("embedding.weight"), entry.format("head.weight"))
+        ]
+        assert len(places) == 2 and len(set(places)) == 1
+    again = build("AdamW", None, seed=1, tie=True)
+    load_checkpoint(path, **run(None, *again))
+    assert again[0].head.weight is again[0].embedding.weight
+    assert differences(whole(*parts[:2]), whole(*again[:2])) == []
+    untied = Model(seed=1)
+    load_checkpoint(path, model=untied)
+    assert torch.equal(untied.head.weight, parts[0].head.weight)
+
+
+def test_a_tie_that_the_checkpoint_does_not_have_is_refused(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    fit(*parts, 1)
+    save_checkpoint(tmp_path, step=1, **run(None, *parts))
+    with pytest.raises(ValueError, match=r"embedding.weight and head.weight are tied, and two different weights"):
+        load_checkpoint(tmp_path, model=Model(tie=True))
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def misfit(kind: str) -> tuple[nn.Module, Any, str]:
+    model: Any = Model(seed=1)
+    if kind == "missing":
+        model.extra = nn.Linear(2, 3)
+        said = r"model: .*2 missing, the first is extra.weight"
+    elif kind == "left over":
+        del model.head
+        said = r"model: .*1 left over, the first is head.weight"
+    elif kind == "shape":
+        model.head = nn.Linear(6, 17, bias=False)
+        said = r"model.head.weight: expected torch.float32 \[17, 6\], got torch.float32 \[13, 6\]"
+    elif kind == "dtype":
+        model.head.bfloat16()
+        said = r"model.head.weight: expected torch.bfloat16 \[13, 6\], got torch.float32"
+    elif kind == "groups":
+        params = list(model.parameters())
+        return model, AdamW([{"params": params[:1]}, {"params": params[1:]}], **LAW), r"param_groups: expected 2, got 1"
+    elif kind == "group members":
+        return (
+            model,
+            AdamW(list(model.parameters())[1:], **LAW),
+            r"embedding.weight is in this group",
+        )
+    elif kind == "state":
+        return (
+            model,
+            AdamW(model.parameters(), **LAW, amsgrad=True),
+            r"embedding.weight: expected .*max_exp_avg_sq",
+        )
+    else:
+        raise AssertionError(kind)
+    return model, AdamW(model.parameters(), **LAW), said
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+@pytest.mark.parametrize("kind", ["missing", "left over", "shape", "dtype", "groups", "group members", "state"])
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, has_stepped: bool, tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    fit(*parts, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    model, optimizer, said = misfit(kind)
+    if has_stepped:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert differences(weights, model.state_dict()) == []
+    now = optimizer.state_dict()
+    assert now["param_groups"] == state["param_groups"] and now["state"].keys() == state["state"].keys()
+    for index, entries in now["state"].items():
+        assert differences(entries, state["state"][index]) == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_scheduler_of_another_kind_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    fit(*parts, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    model, optimizer, cosine = build("AdamW", None, seed=1)
+    schedule = SequentialLR(optimizer, [cosine, MultiStepLR(optimizer, [3])], milestones=[2])
+    fit(model, optimizer, schedule, 1)
+    before, of_schedule = whole(model, optimizer), copy.deepcopy(schedule.state_dict())
+    with pytest.raises(ValueError, match=r"scheduler: the state in .*step_00000002 is not one of SequentialLR"):
+        load_checkpoint(tmp_path, **run(None, model, optimizer, schedule))
+    assert differences(whole(model, optimizer), before) == [] and schedule.state_dict() == of_schedule
+
+
+def test_a_checkpoint_without_a_schedule_is_refused_where_one_is_asked_for(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    save_checkpoint(tmp_path, step=1, model=parts[0], optimizer=parts[1])
+    with pytest.raises(ValueError, match=r"scheduler: expected .* to hold the state of one"):
+        load_checkpoint(tmp_path, **run(None, *parts))
+
+
+def test_a_wider_model_takes_narrower_weights_as_they_are(tmp_path: Path) -> None:
+    parts = build("AdamW", None, dtype=torch.bfloat16)
+    fit(*parts, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    model, optimizer, schedule = build("AdamW", None, seed=1)
+    load_checkpoint(tmp_path, **run(None, model, optimizer, schedule))
+    narrow, wide = whole(*parts[:2]), whole(model, optimizer)
+    assert all(wide[key].dtype == torch.float32 or not value.is_floating_point() for key, value in narrow.items())
+    assert all(torch.equal(wide[key], value.to(wide[key].dtype)) for key, value in narrow.items())
+
+
+def disagreeing(group: Any, root: Path, what: str) -> str:
+    parts = build("ours", group)
+    rank = dist.get_rank(group)
+    arguments = {"step": 1, "keep_last": 2, "data": None, **run(group, *parts)}
+    if what == "data":
+        arguments["data"] = object() if rank == 1 else 0
+    else:
+        arguments[what] = {"step": rank + 1, "keep_last": 2 - rank, "scheduler": parts[2] if rank else None}[what]
+    with pytest.raises(ValueError) as refusal:
+        save_checkpoint(root, **arguments)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("what", ["step", "keep_last", "scheduler", "data"])
+def test_ranks_that_disagree_are_told_and_none_hangs(what: str, tmp_path: Path) -> None:
+    assert all(what in message for message in on_ranks(2, disagreeing, tmp_path, what))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"step": -1}, "step: "),
+        ({"step": 1.5}, "step: "),
+        ({"keep_last": 0}, "keep_last: "),
+        ({"asynchronous": "x"}, "asyn"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    with pytest.raises(ValueError, match=said):
+        save_checkpoint(tmp_path, **{"step": 1, **run(None, *parts), **arguments})
+
+
+def on_storage_of_its_own(group: Any, root: Path) -> str:
+    own = root / str(dist.get_rank(group))
+    own.mkdir()
+    parts = build("ours", group)
+    with contextlib.chdir(own), pytest.raises(OSError) as refusal:
+        save_checkpoint("run", step=1, **run(group, *parts))
+    return str(refusal.value)
+
+
+def test_ranks_that_do_not_share_storage_are_told(tmp_path: Path) -> None:
+    for message in on_ranks(2, on_storage_of_its_own, tmp_path):
+        assert "rank 1: expected to see" in message and "storage that all ranks share" in message
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,473 @@
+"""What can go wrong with a checkpoint: disks, files, saves that die or go on behind training, files made to harm."""
+
+import errno
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from sharded_dadamw import checkpoint_files
+from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
+from sharded_dadamw.manifest import Manifest
+from tests.pool import on_ranks
+from tests.test_checkpoint import build, differences, fit, run, whole
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def writing(before_each: Callable[[int], None]) -> Iterator[None]:
+    """Calls `before_each(bytes written so far)` before anything is written to a file of a checkpoint."""
+    kind = checkpoint_files._SummedFile
+    original = kind.write
+
+    def write(self: Any, data: Any) -> int:
+        before_each(self.known.size)
+        return original(self, data)
+
+    kind.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.write = original  # type: ignore[method-assign]
+
+
+def no_space(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def slow(_: int) -> None:
+    time.sleep(0.005)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def saved(root: Path, *steps: int, **arguments: Any) -> tuple[Any, dict[int, dict[str, Tensor]]]:
+    """A run that saves at each of `steps`, and what it was like then."""
+    parts = build("DecoupledAdamW", None)
+    then = {}
+    for step in steps:
+        fit(*parts, 1)
+        save_checkpoint(root, step=step, **run(None, *parts), **arguments)
+        then[step] = whole(*parts[:2])
+    return parts, then
+
+
+# --- a disk that is full ---------------------------------------------------------------------------------------------
+
+
+def on_a_full_disk(group: Any, root: Path, failing_rank: int, asynchronous: bool) -> tuple[str, int | None, bool]:
+    parts = build("ours", group)
+    fit(*parts, 1)
+    save_checkpoint(root, step=1, **run(group, *parts))
+    before = contents(root)
+    fit(*parts, 1)
+
+    def save() -> Saving:
+        return save_checkpoint(root, step=2, **run(group, *parts), keep_last=1, asynchronous=asynchronous)
+
+    with (
+        writing(no_space if dist.get_rank(group) == failing_rank else lambda _: None),
+        pytest.raises(OSError) as failure,
+    ):
+        save().wait()
+    dist.barrier(group)
+    intact = contents(root) == before and [path.name for path in root.iterdir()] == ["step_00000001"]
+    dist.barrier(group)
+    fit(*parts, 1)
+    save().wait()
+    return str(failure.value), failure.value.errno, intact and [p.name for p in checkpoints(root)] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("failing_rank", [0, 3])
+def test_a_full_disk_is_an_error_on_all_ranks_and_training_and_saving_go_on(
+    failing_rank: int, asynchronous: bool, tmp_path: Path
+) -> None:
+    for message, number, all_well in on_ranks(4, on_a_full_disk, tmp_path, failing_rank, asynchronous):
+        assert f"step_00000002 was not written; rank {failing_rank}: " in message and "No space left" in message
+        assert number == errno.ENOSPC and all_well
+
+
+def test_a_disk_that_fills_up_at_the_metadata_or_the_manifest_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, _ = saved(tmp_path, 1)
+    before = contents(tmp_path)
+    for target, name in ((checkpoint_files._SummedFiles, "rename"), (Manifest, "write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, lambda *_: no_space(0))
+            with pytest.raises(OSError, match=r"step_00000002 was not written.*No space left"):
+                save_checkpoint(tmp_path, step=2, **run(None, *parts))
+        assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+
+
+# --- files that are not as they were ---------------------------------------------------------------------------------
+
+
+def damage(folder: Path, random: random.Random) -> None:
+    """One random corruption of one or two of the files."""
+    files = sorted(folder.iterdir())
+    path = random.choice(files)
+    data = bytearray(path.read_bytes())
+    at, length = random.randrange(len(data)), random.randrange(1, 200)
+    kind = random.choice(["flip", "truncate", "delete", "swap", "append", "zero", "cut out", "repeat", "empty"])
+    if kind == "flip":
+        data[at] ^= 1 << random.randrange(8)
+    elif kind == "truncate":
+        del data[at:]
+    elif kind == "append":
+        data += random.randbytes(length)
+    elif kind == "zero":
+        data[at : at + length] = bytes(len(data[at : at + length]))
+    elif kind == "cut out":
+        del data[at : at + length]
+    elif kind == "repeat":
+        data[at:at] = data[at : at + length]
+    elif kind == "empty":
+        data.clear()
+    if kind == "delete":
+        path.unlink()
+    elif kind == "swap":
+        other = random.choice([file for file in files if file != path])
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    else:
+        path.write_bytes(data)
+
+
+def test_of_a_hundred_random_corruptions_every_one_is_refused_or_harmless(tmp_path: Path) -> None:
+    (tmp_path / "sound").mkdir()
+    _, then = saved(tmp_path / "sound", 1)
+    model, optimizer, schedule = build("DecoupledAdamW", None, seed=1)
+    fit(model, optimizer, schedule, 1)
+    before, num_refused = whole(model, optimizer), 0
+    for seed in range(100):
+        root = tmp_path / str(seed)
+        shutil.copytree(tmp_path / "sound", root)
+        damage(root / "step_00000001", random.Random(seed))
+        try:
+            load_checkpoint(root, **run(None, model, optimizer, schedule))
+        except ValueError as refusal:
+            num_refused += 1
+            assert "step_00000001" in str(refusal) and differences(whole(model, optimizer), before) == []
+        else:
+            assert differences(whole(model, optimizer), then[1]) == []
+            model, optimizer, schedule = build("DecoupledAdamW", None, seed=1)
+            fit(model, optimizer, schedule, 1)
+            before = whole(model, optimizer)
+        shutil.rmtree(root)
+    assert num_refused >= 80  # zeroing zeros, and turning a file's own bytes around, changes nothing
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def replace_word(path: Path) -> None:
+    path.write_text(path.read_text().replace('"lr"', '"rl"'))
+
+
+TORN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 100), r"__0_0.distcp: expected \d+ bytes, got 100"),
+    "bit flipped": (lambda f: flip_last_bit(f / "__0_0.distcp"), r"__0_0.distcp: expected checksum"),
+    "metadata": (lambda f: flip_last_bit(f / ".metadata"), r".metadata: expected checksum"),
+    "missing": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: expected \d+ bytes; the file cannot be read"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"got one without manifest.json"),
+    "manifest": (lambda f: os.truncate(f / "manifest.json", 90), r"manifest.json: .* has been damaged"),
+    "manifest's words": (lambda f: replace_word(f / "manifest.json"), r"manifest.json: .* has been damaged"),
+    "of another step": (
+        lambda f: shutil.copytree(f.with_name("step_00000001"), f, dirs_exist_ok=True),
+        r"expected the manifest of step_00000002, got that of step 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(TORN))
+def test_what_is_damaged_is_named_and_the_one_before_it_offered(kind: str, tmp_path: Path) -> None:
+    parts, then = saved(tmp_path, 1, 2)
+    tear, said = TORN[kind]
+    tear(tmp_path / "step_00000002")
+    with pytest.raises(ValueError, match=rf"step_00000002.*{said}.*; pass .*step_00000001 to go on from there"):
+        load_checkpoint(tmp_path, **run(None, *parts))
+    assert differences(whole(*parts[:2]), then[2]) == []
+    with pytest.warns(UserWarning, match=rf"{said}.*going on from .*step_00000001 instead"):
+        resumed = load_checkpoint(tmp_path, **run(None, *parts), fall_back=True)
+    assert resumed is not None and resumed.step == 1 and differences(whole(*parts[:2]), then[1]) == []
+
+
+def test_without_one_before_it_the_refusal_says_so(tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1)
+    flip_last_bit(tmp_path / "step_00000001" / ".metadata")
+    with pytest.raises(ValueError, match="there is no complete one before it"):
+        load_checkpoint(tmp_path, **run(None, *parts), fall_back=True)
+
+
+def refused_on(group: Any, root: Path, fall_back: bool) -> str:
+    parts = build("ours", group)
+    try:
+        resumed = load_checkpoint(root, **run(group, *parts), fall_back=fall_back)
+        assert resumed is not None
+        return resumed.path.name
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.filterwarnings("ignore:.*going on from")
+def test_a_file_that_one_rank_finds_damaged_is_refused_by_all(tmp_path: Path) -> None:
+    on_ranks(2, save_twice, tmp_path)
+    for name in ("__1_0.distcp", "__0_0.distcp"):
+        flip_last_bit(tmp_path / "step_00000002" / name)
+        for message in on_ranks(3, refused_on, tmp_path, False):
+            assert "distcp: expected checksum" in message and "pass" in message
+        assert on_ranks(3, refused_on, tmp_path, True) == ["step_00000001"] * 3
+
+
+def save_twice(group: Any, root: Path) -> None:
+    parts = build("ours", group)
+    for step in (1, 2):
+        fit(*parts, 1)
+        save_checkpoint(root, step=step, **run(group, *parts))
+
+
+# --- old ones, dead ones, the same one again -------------------------------------------------------------------------
+
+
+def test_old_ones_go_once_the_new_one_is_complete(tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1, 2, 3, 4, keep_last=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    seen: list[int] = []
+    with writing(lambda _: seen.append(len(checkpoints(tmp_path)))):
+        save_checkpoint(tmp_path, step=5, **run(None, *parts), keep_last=1)
+    assert set(seen) == {2} and [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_later_ones_are_left_alone_and_do_not_count(tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1, 2, 9)
+    save_checkpoint(tmp_path, step=3, **run(None, *parts), keep_last=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000003", "step_00000009"]
+
+
+def test_what_dead_saves_left_is_never_loaded_and_cleared_by_the_next(tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002.0a1b2c3d")
+    (tmp_path / "notes").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+    resumed = load_checkpoint(tmp_path, **run(None, *parts))
+    assert resumed is not None and resumed.step == 1
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000001", "step_00000002"]
+
+
+def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1, 1)
+    again = build("DecoupledAdamW", None, seed=1)
+    load_checkpoint(tmp_path, **run(None, *again))
+    assert differences(whole(*again[:2]), whole(*parts[:2])) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+# --- saves behind training -------------------------------------------------------------------------------------------
+
+
+def behind_training(group: Any, kind: str, root: Path) -> tuple[bool, list[str]]:
+    parts = build(kind, group)
+    fit(*parts, 1)
+    then = whole(*parts[:2])
+    with writing(slow):
+        saving = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        fit(*parts, 2)
+        was_under_way = not saving.done and not saving.path.exists()
+        saving.wait()
+    again = build(kind, group, seed=1)
+    load_checkpoint(root, **run(group, *again))
+    return was_under_way, differences(whole(*again[:2]), then)
+
+
+@pytest.mark.parametrize(("kind", "num_ranks"), [("DecoupledAdamW", 1), ("AdamW", 1), ("ours", 4), ("fsdp2", 4)])
+def test_a_step_right_after_does_not_change_what_is_written(kind: str, num_ranks: int, tmp_path: Path) -> None:
+    assert on_ranks(num_ranks, behind_training, kind, tmp_path) == [(True, [])] * num_ranks
+
+
+def test_the_second_save_and_a_load_wait_for_the_first(tmp_path: Path) -> None:
+    parts = build("DecoupledAdamW", None)
+    fit(*parts, 1)
+    arguments = run(None, *parts)
+    with writing(slow):
+        first = save_checkpoint(tmp_path, step=1, **arguments, asynchronous=True)
+        second = save_checkpoint(tmp_path, step=2, **arguments, asynchronous=True)
+        assert first.done and not second.done
+        resumed = load_checkpoint(tmp_path, **arguments)
+        assert resumed is not None and resumed.step == 2 and second.done
+
+
+def failing_behind(group: Any, root: Path) -> tuple[str, bool, str]:
+    parts = build("ours", group)
+    with writing(no_space if dist.get_rank(group) == 1 else lambda _: None):
+        first = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        while not first.done:
+            time.sleep(0.01)
+    with pytest.raises((OSError, ValueError)) as failure:
+        save_checkpoint(root, step=2, **run(group, *parts))
+    began = (root / "step_00000002").exists()
+    return str(failure.value), began, save_checkpoint(root, step=3, **run(group, *parts)).wait().name
+
+
+def test_a_failure_behind_training_that_nobody_asked_about_is_raised_by_the_next_save(tmp_path: Path) -> None:
+    for message, began, last in on_ranks(4, failing_behind, tmp_path):
+        assert "step_00000001 was not written; rank 1" in message and not began and last == "step_00000003"
+
+
+def heard_by_one(group: Any, root: Path) -> str:
+    """Rank 0 alone waits; the others learn of it at the next save, and so does rank 0, or they would part."""
+    parts = build("ours", group)
+    with writing(no_space):
+        first = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        if dist.get_rank(group) == 0:
+            with pytest.raises(OSError):
+                first.wait()
+        while not first.done:
+            time.sleep(0.01)
+    with pytest.raises((OSError, ValueError)) as failure:
+        save_checkpoint(root, step=2, **run(group, *parts))
+    return str(failure.value)
+
+
+def test_a_failure_that_one_rank_has_heard_of_is_raised_on_all(tmp_path: Path) -> None:
+    assert all("step_00000001 was not written" in message for message in on_ranks(4, heard_by_one, tmp_path))
+
+
+def in_a_subgroup(group: Any, root: Path) -> str:
+    parts = build("ours", group)
+    with pytest.raises(ValueError) as refusal:
+        save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+    return str(refusal.value)
+
+
+def test_only_all_ranks_together_save_behind_training(tmp_path: Path) -> None:
+    assert all("expected all 4 ranks" in message for message in on_ranks(2, in_a_subgroup, tmp_path))
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from tests.test_checkpoint import build, differences, fit, run, whole
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=0, world_size=1)
+    parts = build("ours", None)
+    fit(*parts, 1)
+    then = whole(*parts[:2])
+    arguments = dict(run(None, *parts), asynchronous=AsyncCheckpointerType.PROCESS, keep_last=1)
+    save_checkpoint(sys.argv[1] + "/root", step=1, **arguments)
+    fit(*parts, 1)
+    print(save_checkpoint(sys.argv[1] + "/root", step=2, **arguments).wait().name)
+    parts = build("ours", None, seed=1)
+    print(load_checkpoint(sys.argv[1] + "/root", **run(None, *parts)).step)
+    dist.destroy_process_group()
+"""
+
+
+def test_another_process_writes_whole_checkpoints_too(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PROCESS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["step_00000002", "2"], done.stderr
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["step_00000002"]
+
+
+# --- files made up to harm -------------------------------------------------------------------------------------------
+
+
+class Harm:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest fit files that somebody has changed."""
+    manifest = Manifest.read(folder)
+    (folder / "manifest.json").unlink()
+    sums = {}
+    for name in manifest.files:
+        file = checkpoint_files._SummedFile(folder / "sum")
+        file.write((folder / name).read_bytes())
+        file.close()
+        (folder / "sum").unlink()
+        sums[name] = file.known
+    replace(manifest, files=sums).write(folder)
+
+
+def harm(kind: str, folder: Path, mark: Path) -> None:
+    """Put a pickle that would make a folder `mark` where a pickle is read."""
+    path = folder / ".metadata"
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    if kind == "metadata itself":
+        path.write_bytes(pickle.dumps(Harm(mark)))
+    elif kind == "in the metadata":
+        metadata.planner_data["harm"] = Harm(mark)
+        path.write_bytes(pickle.dumps(metadata))
+    elif kind.startswith("a file elsewhere"):
+        torch.save(torch.zeros(3), folder.parent / "elsewhere")
+        for info in metadata.storage_data.values():
+            info.relative_path = "../elsewhere"
+        path.write_bytes(pickle.dumps(metadata))
+        if "listed" in kind:
+            manifest = Manifest.read(folder)
+            (folder / "manifest.json").unlink()
+            replace(manifest, files={**manifest.files, "../elsewhere": manifest.files[".metadata"]}).write(folder)
+            return
+    else:
+        entry = next(index for index in metadata.storage_data if index.fqn == "optimizer.param_groups.0.lr")
+        info = metadata.storage_data[entry]
+        with (folder / info.relative_path).open("ab") as file:
+            info.offset = file.tell()
+            torch.save(Harm(mark), file)
+            info.length = file.tell() - info.offset
+        path.write_bytes(pickle.dumps(metadata))
+    sign(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("metadata itself", r"\.metadata: .*mkdir, which is no data"),
+        ("in the metadata", r"\.metadata: .*mkdir, which is no data"),
+        ("an entry", r"an entry cannot be read: .*[Ww]eights"),
+        ("a file elsewhere", r"expected entries in the files of the checkpoint"),
+        ("a file elsewhere, listed", r"expected names of files in the folder"),
+    ],
+)
+def test_a_pickle_that_carries_code_is_refused_and_never_run(kind: str, said: str, tmp_path: Path) -> None:
+    parts, then = saved(tmp_path, 1)
+    harm(kind, tmp_path / "step_00000001", tmp_path / "mark")
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(tmp_path, **run(None, *parts))
+    assert not (tmp_path / "mark").exists() and differences(whole(*parts[:2]), then[1]) == []
+    if kind == "an entry":  # torch's own reading would have run it
+        dcp.load({"optimizer": {"param_groups": [{"lr": 0.0}]}}, checkpoint_id=tmp_path / "step_00000001", no_dist=True)
+        assert (tmp_path / "mark").exists()
