@@ -8,12 +8,8 @@ a graph of one node. In every round each of them takes one step, in an order tha
 parameter is nothing beside its work per element takes as long for 10,000 as for 100.
 """
 
-import gc
-import json
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -22,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich.console import Console
 from torch import Tensor, nn
@@ -130,18 +125,10 @@ class Benchmark:
         """
         rounds = self.plan.warmup + self.plan.rounds
         samples = torch.zeros(rounds, len(self.contenders), 2, 3, dtype=torch.float64)
-        gc.collect()
-        gc.disable()  # a collection in the middle of a step would be counted as that contender's
-        for index in range(rounds):
-            first = index % len(self.contenders)
-            order = [*range(first, len(self.contenders)), *range(first)]
-            for column in order if index // len(order) % 2 == 0 else reversed(order):
+        for index in measuring.rounds(rounds, console):
+            for column in measuring.in_turn(range(len(self.contenders)), index):
                 dist.barrier()
                 self.contenders[column].step(samples[index, column])
-            gc.collect()
-            if (index + 1) * 10 // rounds > index * 10 // rounds:
-                console.print(f"round {index + 1} of {rounds}")
-        gc.enable()
         dist.all_reduce(samples, dist.ReduceOp.MAX)
         return samples[self.plan.warmup :]
 
@@ -175,39 +162,32 @@ def table_rows(plan: Plan, keys: Sequence[tuple[Name, int]], samples: Tensor) ->
 
 
 def show(plan: Plan, keys: Sequence[tuple[Name, int]], samples: Tensor, console: Console) -> None:
-    """Print the table; write the JSON and markdown files where asked to."""
-    around = measuring.surroundings(torch.device("cpu"), torch=torch.__version__, numba=measuring.version_of("numba"))
+    """Report what was measured."""
+    around = measuring.surroundings("numba")
     titles = [title.format(fewest=f"{plan.counts[0]:,}") for title in TITLES]
     rows = table_rows(plan, keys, samples)
     lines = [
         f"{plan.elements / 1e6:.1f} M fp32 elements, {plan.ranks} ranks over gloo, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up, ratios within each round, the slower rank counts.",
-        f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba {around['numba']}, "
-        f"Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
+        measuring.sentence_of(around),
     ]
-    measuring.print_table(console, titles, rows)
-    measuring.print_lines(console, lines)
-    if plan.out is not None:
-        record = {"plan": asdict(plan) | {"out": None}, "surroundings": around, "contenders": keys}
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.write_text(json.dumps(record | {"seconds": samples.tolist()}, indent=1) + "\n")
-        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
+    record = {
+        "plan": asdict(plan) | {"out": None},
+        "surroundings": around,
+        "contenders": keys,
+        "seconds": samples.tolist(),
+    }
+    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
-    try:
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         console = measuring.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         samples = benchmark.run(console)
         if rank == 0:
             show(plan, benchmark.keys, samples, console)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def main(
@@ -223,12 +203,9 @@ def main(
     numbers = tuple(int(count) for count in counts.split(","))
     if uneven := [count for count in numbers if count < 1 or elements % count]:
         raise typer.BadParameter(f"expected --counts to divide {elements} elements, got {uneven}")
-    plan = Plan(ranks, elements, numbers, rounds, warmup, threads or max(1, measuring.num_cores() // ranks), out)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+    plan = Plan(ranks, elements, numbers, rounds, warmup, measuring.threads_per_rank(threads, ranks), out)
+    measuring.start_ranks(work, ranks, plan)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

@@ -555,11 +555,8 @@ def free_bytes(device: torch.device) -> float:
 
 def heading(around: dict[str, Any], rounds: int) -> list[str]:
     """Date, hardware and versions."""
-    versions = ", ".join(f"{package} {version}" for package, version in around["versions"].items() if version)
-    hardware = around["gpu"] or f"{around['cpu']}, {around['cores']} cores"
     return [
-        f"{around['date'][:10]}, {hardware}.",
-        f"Python {around['python']}, {versions}; {measuring.commit_in(around)}.",
+        measuring.sentence_of(around),
         f"{rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
     ]
 
@@ -670,9 +667,8 @@ def main(
         with_peers=peers,
     )
     console = measuring.console_of(240)
-    packages = ("torch", "numba", "triton", "torchao", "torch-optimi", "mosaicml")
-    versions = {package: measuring.version_of(package) for package in packages}
-    around = measuring.surroundings(torch.device(device.value), versions=versions)
+    packages = ("numba", "triton", "torchao", "torch-optimi", "mosaicml")
+    around = measuring.surroundings(*packages, device=torch.device(device.value))
     lines = heading(around, plan.rounds)
     measuring.print_lines(console, lines)
     benchmark = Benchmark(plan, console)
@@ -694,6 +690,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

@@ -11,21 +11,17 @@ rank's data into memory that all ranks map are so charged for it once.
 """
 
 import gc
-import json
 import multiprocessing
 import os
 import re
 import sys
-import tempfile
 import threading
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -83,14 +79,11 @@ class Held:
     at_most: float
 
 
-def work(rank: int, name: Name, plan: Plan, rendezvous: str, results: Any) -> None:
+def work(rank: int, name: Name, plan: Plan, results: Any, rendezvous: str) -> None:
     """One rank with one contender, from joining to leaving; puts a Held, or why there is none, into `results`."""
     os.environ.setdefault("LOCAL_RANK", str(rank))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
     device = torch.device("cpu")
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
-    try:
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         corpus = Corpus(None, plan.context)
         warm_up(plan.precision.dtype)
         before = bytes_held()
@@ -113,9 +106,6 @@ def work(rank: int, name: Name, plan: Plan, rendezvous: str, results: Any) -> No
         at_rest, at_most = (now / plan.ranks / num_parameters(plan)).tolist()
         if rank == 0:
             results.put(Held(at_rest, at_most))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -174,7 +164,7 @@ def main(
         context=context,
         contenders=tuple(names),
         at_once=1,
-        threads=max(1, measuring.num_cores() // ranks),
+        threads=measuring.threads_per_rank(0, ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
         lr=3e-4,
@@ -189,9 +179,7 @@ def main(
     rows, record = [], {}
     results = multiprocessing.get_context("spawn").SimpleQueue()
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = (name, plan, f"file://{folder}/rendezvous", results)
-            mp.spawn(work, arguments, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+        measuring.start_ranks(work, ranks, name, plan, results)
         found = results.get()
         if isinstance(found, Held):
             record[name] = asdict(found)
@@ -201,22 +189,16 @@ def main(
             while not results.empty():  # the other ranks'
                 results.get()
         console.print(" ".join(rows[-1]))
-    around = measuring.surroundings(torch.device("cpu"), torch=torch.__version__)
+    around = measuring.surroundings()
     lines = [
         f"Bytes per parameter and rank. {num_parameters(plan) / 1e6:.1f} M {plan.precision} parameters, {ranks} ranks "
-        f"over gloo, 1 x {context} tokens per rank and step, buckets of {bucket_cap_mb:g} MiB; "
-        f"torch {around['torch']}, Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
+        f"over gloo, 1 x {context} tokens per rank and step, buckets of {bucket_cap_mb:g} MiB.",
         "At rest: after zero_grad. At most: samples during a step, activations included.",
+        measuring.sentence_of(around),
     ]
-    measuring.print_table(console, TITLES, rows)
-    measuring.print_lines(console, lines)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"surroundings": around, "bytes_per_parameter": record}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(TITLES, rows), "", *lines]) + "\n")
+    found_out = {"surroundings": around, "bytes_per_parameter": record}
+    measuring.publish(console, TITLES, rows, lines, out=out, record=found_out)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

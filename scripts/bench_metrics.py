@@ -8,14 +8,10 @@ steps on the same batch, one after which it reports everything it can, as a moni
 not; which of the two comes first changes from round to round. What counts is their ratio within a round.
 """
 
-import gc
 import importlib
-import json
 import os
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +19,6 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,19 +143,13 @@ class Benchmark:
         """
         rounds = self.plan.warmup + self.plan.rounds
         seconds = torch.zeros(rounds, len(self.contenders), 3, dtype=torch.float64)
-        gc.disable()  # a collection in the middle of a step would be counted as that contender's
-        for index in range(rounds):
+        for index in measuring.rounds(rounds, console):
             rank, ranks = dist.get_rank(), self.plan.ranks
             batch = self._corpus.batch(0, index, range(rank, rank + 1), ranks, self.plan.context, torch.device("cpu"))
-            order = [kind % 3 for kind in range(index, index + 3)]
             for column, contender in enumerate(self.contenders.values()):
-                for kind in order:
+                for kind in measuring.in_turn(range(3), index):
                     numba_kernel.Update.measures_in_passing = kind != 1
                     seconds[index, column, kind] = self._step(contender, batch, reports=kind == 2)
-            gc.collect()
-            if (index + 1) * 10 // rounds > index * 10 // rounds:
-                console.print(f"round {index + 1} of {rounds}")
-        gc.enable()
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[self.plan.warmup :]
 
@@ -176,7 +165,7 @@ class Benchmark:
 
 
 def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> None:
-    """Print the table; write the JSON and markdown files where asked to."""
+    """Report what was measured."""
     model = GPT(plan.model)
     params = list(model.parameters())
     titles = ("contender", "step ms", "reporting / plain: median [quartiles]", "plain / without norms in the kernel")
@@ -188,43 +177,30 @@ def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> Non
             ratios[1] = "-"
         rows.append([name, f"{1e3 * float(plain.median()):.0f}", *ratios])
     rows += [[name, "not installed", reason, ""] for name, reason in benchmark.missing.items()]
-    around = measuring.surroundings(
-        torch.device("cpu"),
-        torch=torch.__version__,
-        numba=measuring.version_of("numba"),
-        composer=measuring.version_of("mosaicml"),
-    )
+    around = measuring.surroundings("numba", "mosaicml")
     lines = [
         f"{sum(p.numel() for p in params) / 1e6:.1f} M fp32 parameters in {len(params)} tensors, {plan.ranks} ranks "
         f"over gloo, 1 x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
-        f"{plan.rounds} rounds after {plan.warmup} of warm-up. "
-        f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba "
-        f"{around['numba']}, Composer {around['composer']}, Python {around['python']}, {around['date'][:10]}, "
-        f"{measuring.commit_in(around)}.",
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up.",
+        measuring.sentence_of(around),
     ]
-    measuring.print_table(console, titles, rows)
-    measuring.print_lines(console, lines)
-    if plan.out is not None:
-        record = {"plan": asdict(plan) | {"out": None}, "surroundings": around, "seconds": seconds.tolist()}
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.write_text(json.dumps(record | {"contenders": list(benchmark.contenders)}, indent=1) + "\n")
-        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
+    record = {
+        "plan": asdict(plan) | {"out": None},
+        "surroundings": around,
+        "contenders": list(benchmark.contenders),
+        "seconds": seconds.tolist(),
+    }
+    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
-    try:
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         console = measuring.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         seconds = benchmark.run(console)
         if rank == 0:
             show(plan, benchmark, seconds, console)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def main(
@@ -237,14 +213,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None,
 ) -> None:
     """Time a training step that reports norms beside the same step without."""
-    threads = threads or max(1, measuring.num_cores() // ranks)
-    plan = Plan(ranks, preset, rounds, warmup, context, threads, out)
+    plan = Plan(ranks, preset, rounds, warmup, context, measuring.threads_per_rank(threads, ranks), out)
     os.environ["NODE_RANK"] = "0"  # which Composer wants to know
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+    measuring.start_ranks(work, ranks, plan)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

@@ -13,16 +13,12 @@ In every round every contender takes a few steps in a row over each link, in an 
 has under way after the last of them is waited for on its own time.
 """
 
-import gc
 import importlib
-import json
 import math
 import queue
 import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -32,7 +28,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -152,6 +147,7 @@ def over(link: Link, verbs: Any) -> Any:
 
     verbs.reduce_scatter_mean = sent(verbs.reduce_scatter_mean)
     verbs.all_gather_ = sent(verbs.all_gather_)
+    verbs.gathers_by_itself = True
     return verbs
 
 
@@ -216,19 +212,11 @@ class Benchmark:
         plan = self.plan
         rounds = plan.warmup + plan.rounds
         seconds = torch.zeros(rounds, len(plan.speeds), len(self._contenders), dtype=torch.float64)
-        gc.collect()
-        gc.disable()  # a collection in the middle of a step would be counted as that contender's
-        for index in range(rounds):
-            first = index % len(self._contenders)
-            order = [*range(first, len(self._contenders)), *range(first)]
+        for index in measuring.rounds(rounds, console):
             for row, speed in enumerate(plan.speeds):
                 self._link.bytes_per_s = 1e9 * speed
-                for column in order if (index + row) % 2 == 0 else reversed(order):
+                for column in measuring.in_turn(range(len(self._contenders)), index + row):
                     seconds[index, row, column] = self._steps(self._contenders[column], index)
-            gc.collect()
-            if (index + 1) * 10 // rounds > index * 10 // rounds:
-                console.print(f"round {index + 1} of {rounds}")
-        gc.enable()
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[plan.warmup :]
 
@@ -288,8 +276,8 @@ def draw(path: Path, plan: Plan, seconds: Tensor, title: str) -> None:
 
 
 def show(plan: Plan, seconds: Tensor, console: Console) -> None:
-    """Print the table; write the JSON and markdown files and the picture where asked to."""
-    around = measuring.surroundings(torch.device("cpu"), torch=torch.__version__, numba=measuring.version_of("numba"))
+    """Report what was measured, with a picture where it is written to files."""
+    around = measuring.surroundings("numba")
     titles = ["ms per step (ratio to DDP) over", *(speed_title(speed) for speed in plan.speeds)]
     rows = table_rows(plan, seconds)
     with torch.device("meta"):
@@ -299,37 +287,26 @@ def show(plan: Plan, seconds: Tensor, console: Console) -> None:
         f"{size}, 1 x {plan.context} tokens per rank and step, buckets of {plan.bucket_cap_mb:g} MiB, {plan.threads} "
         f"threads per rank; {plan.rounds} rounds of {plan.steps} steps per link after {plan.warmup} of warm-up.",
         "Links are modelled: full duplex, one transfer at a time, no latency. Medians; ratios within each round.",
-        f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, numba {around['numba']}, "
-        f"Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
+        measuring.sentence_of(around),
     ]
-    measuring.print_table(console, titles, rows)
-    measuring.print_lines(console, lines)
+    record = {
+        "plan": asdict(plan) | {"out": None, "speeds": [speed_title(speed) for speed in plan.speeds]},
+        "surroundings": around,
+        "contenders": list(Name),
+        "seconds": seconds.tolist(),
+    }
+    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
     if plan.out is not None:
-        record = {
-            "plan": asdict(plan) | {"out": None, "speeds": [speed_title(speed) for speed in plan.speeds]},
-            "surroundings": around,
-            "contenders": list(Name),
-            "seconds": seconds.tolist(),
-        }
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.write_text(json.dumps(record, indent=1) + "\n")
-        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
         draw(plan.out.with_suffix(".png"), plan, seconds, size)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
-    try:
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         console = measuring.console_of(180, quiet=rank != 0)
         seconds = Benchmark(plan).run(console)
         if rank == 0:
             show(plan, seconds, console)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def main(
@@ -350,13 +327,10 @@ def main(
     links: Sequence[float] = [float(speed) for speed in speeds.split(",")]
     if wrong := [speed for speed in links if not speed > 0]:
         raise typer.BadParameter(f"expected --speeds above 0, got {wrong}")
-    threads = threads or max(1, measuring.num_cores() // ranks)
+    threads = measuring.threads_per_rank(threads, ranks)
     plan = Plan(ranks, preset, context, tuple(links), rounds, warmup, steps, bucket_cap_mb, threads, out)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+    measuring.start_ranks(work, ranks, plan)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

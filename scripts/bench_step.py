@@ -15,14 +15,11 @@ own time, though in training it would hide behind the next forward: that is as m
 """
 
 import gc
-import json
 import os
 import socket
 import struct
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -31,7 +28,6 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich.console import Console
 from torch import Tensor, nn
@@ -384,20 +380,12 @@ class Benchmark:
         """Take all rounds, and return what every rank agrees on. Collective."""
         num_rounds, steps = len(self._samples), self.plan.steps
         contenders = list(enumerate(self.contenders.values()))
-        gc.collect()
-        gc.disable()  # a collection in the middle of a step would be counted as that contender's
-        for index in range(num_rounds):
+        console.print(f"contenders: {', '.join(self.contenders)}")
+        for index in measuring.rounds(num_rounds, console):
             span = slice(index * steps, (index + 1) * steps)
             batches = [self._batch(number) for number in range(span.start, span.stop)]
-            first = index % len(contenders)
-            order = contenders[first:] + contenders[:first]
-            # Every other time around backwards, so that nobody always runs in the wake of the same neighbour.
-            for column, contender in order if index // len(order) % 2 == 0 else reversed(order):
+            for column, contender in measuring.in_turn(contenders, index):
                 self._losses[span, column] = self._steps(contender, batches, self._samples[index, column])
-            gc.collect()
-            if (index + 1) * 10 // num_rounds > index * 10 // num_rounds:
-                console.print(f"round {index + 1} of {num_rounds}: {', '.join(self.contenders)}")
-        gc.enable()
         dist.all_reduce(samples := self._samples.to(self.device), dist.ReduceOp.MAX)
         dist.all_reduce(losses := self._losses.to(self.device))
         return self._results(samples.cpu(), losses.cpu() / self.plan.ranks)
@@ -540,12 +528,11 @@ def table_rows(plan: Plan, results: dict[Name, Result], missing: dict[Name, str]
 def notes(plan: Plan, around: dict[str, Any]) -> list[str]:
     """What the table's reader has to know."""
     return [
-        f"{num_parameters(plan) / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({around['backend']}), "
+        f"{num_parameters(plan) / 1e6:.1f} M {plan.precision} parameters, {plan.ranks} ranks ({dist.get_backend()}), "
         f"{plan.batch} x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds of {plan.steps} steps after {plan.warmup} of warm-up"
         + (f", {plan.at_once} contenders in memory at a time, the baseline among them." if plan.at_once else "."),
-        f"{around['gpu'] or around['cpu']}, {around['cores']} cores; torch {around['torch']}, "
-        f"Python {around['python']}, {around['date'][:10]}, {measuring.commit_in(around)}.",
+        measuring.sentence_of(around),
         "Medians over the rounds; the ratio is taken within each round. The slower rank counts. Wrappers reduce "
         "gradients within backward, and so do ours unless there is no overlap. In brackets, what is left for step() of "
         "reduction + update + gather; attached, gathers end in the next forward. CPU: what all threads of the rank "
@@ -558,53 +545,32 @@ def notes(plan: Plan, around: dict[str, Any]) -> list[str]:
 def show(
     plan: Plan, device: torch.device, results: dict[Name, Result], missing: dict[Name, str], console: Console
 ) -> None:
-    """Print the table; write the JSON and markdown files where asked to."""
-    around = measuring.surroundings(
-        device,
-        torch=torch.__version__,
-        fairscale=measuring.version_of("fairscale"),
-        deepspeed=measuring.version_of("deepspeed"),
-        backend=dist.get_backend(),
-    )
+    """Report what was measured."""
+    around = measuring.surroundings("numba", "fairscale", "deepspeed", device=device)
     rows = table_rows(plan, results, missing)
     titles = [title.format(baseline=plan.baseline) for title in TITLES]
-    lines = notes(plan, around)
-    measuring.print_table(console, titles, rows)
-    measuring.print_lines(console, lines)
-    if plan.out is not None:
-        record = {
-            "config": asdict(plan) | {"out": None},
-            "model": asdict(plan.model) | {"num_parameters": num_parameters(plan)},
-            "surroundings": around,
-            "baseline": plan.baseline,
-            "contenders": {name: asdict(result) for name, result in results.items()},
-            "not_installed": missing,
-        }
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.write_text(json.dumps(record, indent=1) + "\n")
-        plan.out.with_suffix(".md").write_text("\n".join([*measuring.markdown_table(titles, rows), "", *lines]) + "\n")
-        console.print(f"written to {plan.out} and {plan.out.with_suffix('.md')}")
+    record = {
+        "config": asdict(plan) | {"out": None},
+        "model": asdict(plan.model) | {"num_parameters": num_parameters(plan)},
+        "surroundings": around,
+        "backend": dist.get_backend(),
+        "baseline": plan.baseline,
+        "contenders": {name: asdict(result) for name, result in results.items()},
+        "not_installed": missing,
+    }
+    measuring.publish(console, titles, rows, notes(plan, around), out=plan.out, record=record)
 
 
 def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which DeepSpeed wants to know
-    # Peers warn, once per rank, about their own use of what torch has deprecated.
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
     device = torch.device("cpu")
     if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", plan.ranks)):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=rendezvous,
-        rank=int(os.environ.get("RANK", local_rank)),
-        world_size=plan.ranks,
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
-        console = measuring.console_of(200, quiet=dist.get_rank() != 0)
+    rank = int(os.environ.get("RANK", local_rank))
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads, device=device):
+        console = measuring.console_of(200, quiet=rank != 0)
         results: dict[Name, Result] = {}
         missing: dict[Name, str] = {}
         for names in plan.groups:
@@ -613,11 +579,8 @@ def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
             missing |= benchmark.missing
             del benchmark
             gc.collect()  # models and their hooks refer to each other
-        if dist.get_rank() == 0:
+        if rank == 0:
             show(plan, device, results, missing, console)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def main(
@@ -652,7 +615,7 @@ def main(
         context=context,
         contenders=tuple(Name(name) for name in asked_for),
         at_once=at_once,
-        threads=threads or max(1, measuring.num_cores() // ranks),
+        threads=measuring.threads_per_rank(threads, ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
         lr=lr,
@@ -663,11 +626,8 @@ def main(
     if "RANK" in os.environ:
         work(int(os.environ["LOCAL_RANK"]), plan, "env://")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (plan, f"file://{folder}/rendezvous"), nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+    measuring.start_ranks(work, ranks, plan)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

@@ -1,23 +1,98 @@
-"""What the benchmarks beside it share: spreads over rounds, a clock, tables, and where and on what they were run."""
+"""What the benchmarks beside it share: ranks, rounds, spreads, a clock, reports, and on what they were run."""
 
 import datetime
+import gc
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+_T = TypeVar("_T")
+
+
+def run_command(main: Callable[..., None]) -> None:
+    """Run a script's `main` with the arguments it was called with."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()
+
+
+def start_ranks(work: Callable[..., None], num_ranks: int, *args: Any) -> None:
+    """Call `work(rank, *args, rendezvous)` in a process per rank, and wait for all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (*args, f"file://{folder}/rendezvous"), nprocs=num_ranks)  # type: ignore[attr-defined, no-untyped-call]
+
+
+@contextmanager
+def joined(rank: int, num_ranks: int, rendezvous: str, *, threads: int, device: torch.device = CPU) -> Iterator[None]:
+    """A context for one rank's work, with the default group of all of them there. Collective."""
+    warnings.simplefilter("ignore")  # peers warn, once per rank, about their own use of what torch has deprecated
+    torch.set_num_threads(threads)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=num_ranks,
+        device_id=device if on_gpu else None,
+    )
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def threads_per_rank(asked_for: int, num_ranks: int) -> int:
+    """torch's threads per rank: as many as were asked for, or where that is 0 a share of the cores."""
+    return asked_for or max(1, num_cores() // num_ranks)
+
+
+def rounds(number: int, console: Console) -> Iterator[int]:
+    """Count rounds, and say now and then how far it is.
+
+    Garbage is collected between them: in the middle of a step that would be counted as that contender's.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(number):
+            yield index
+            gc.collect()
+            if (index + 1) * 10 // number > index * 10 // number:
+                console.print(f"round {index + 1} of {number}")
+    finally:
+        gc.enable()
+
+
+def in_turn(contenders: Sequence[_T], index: int) -> list[_T]:
+    """An order that rotates from round to round.
+
+    Every other time around it goes backwards, so that nobody always runs in the wake of the same neighbour.
+    """
+    first = index % len(contenders)
+    order = [*contenders[first:], *contenders[:first]]
+    return order if index // len(order) % 2 == 0 else order[::-1]
 
 
 @dataclass(frozen=True)
@@ -64,8 +139,8 @@ class Clock:
         return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else float(end - start)
 
 
-def surroundings(device: torch.device, **software: Any) -> dict[str, Any]:
-    """Machine, versions, date and commit: what a figure is worth nothing without."""
+def surroundings(*packages: str, device: torch.device = CPU) -> dict[str, Any]:
+    """Machine, versions of torch and other `packages`, date and commit: what a figure is worth nothing without."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
@@ -73,16 +148,19 @@ def surroundings(device: torch.device, **software: Any) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **software,
+        "versions": {package: version_of(package) for package in ("torch", *packages)},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
     }
 
 
-def commit_in(around: dict[str, Any]) -> str:
-    """The commit in such surroundings, to be read."""
+def sentence_of(around: dict[str, Any]) -> str:
+    """Such surroundings, to be read."""
+    hardware = around["gpu"] or f"{around['cpu']}, {around['cores']} cores"
+    versions = "".join(f", {package} {version}" for package, version in around["versions"].items() if version)
     dirty = " with uncommitted changes" if around["uncommitted_changes"] else ""
-    return f"commit {(around['commit'] or 'none')[:12]}{dirty}"
+    commit = f"commit {(around['commit'] or 'none')[:12]}{dirty}"
+    return f"{around['date'][:10]}, {hardware}; Python {around['python']}{versions}; {commit}."
 
 
 def git(*arguments: str) -> str | None:
@@ -138,3 +216,32 @@ def print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table of texts, for a README."""
     return ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
+
+
+def publish(
+    console: Console,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    lines: Sequence[str],
+    *,
+    out: Path | None,
+    record: dict[str, Any],
+) -> None:
+    """Print a table, and the lines without which it cannot be read.
+
+    Args:
+        console: Where to.
+        titles: Of the table's columns.
+        rows: Of the table.
+        lines: Below it.
+        out: A file to write `record` to, as JSON, with what was printed beside it, as markdown; or None.
+        record: Everything measured.
+    """
+    print_table(console, titles, rows)
+    print_lines(console, lines)
+    if out is not None:
+        beside = out.with_suffix(".md")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        beside.write_text("\n".join([*markdown_table(titles, rows), "", *lines]) + "\n")
+        console.print(f"written to {out} and {beside}")

@@ -1,6 +1,6 @@
 """Sharded decoupled AdamW: 1/N of the optimizer state on each of N ranks, and the unsharded optimizer's bits."""
 
-from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig
+from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.decoupled import DecoupledAdamW
 from sharded_dadamw.sharded import ShardedDecoupledAdamW, StepCost
 
@@ -12,6 +12,7 @@ __all__ = [
     "Moments",
     "ShardedDecoupledAdamW",
     "ShardingConfig",
+    "StateResidency",
     "StepCost",
 ]
 

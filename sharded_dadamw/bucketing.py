@@ -9,19 +9,16 @@ from typing import Any
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.gradients import (
-    CopiedGradients,
-    ForeignGradients,
-    Gradients,
-    OwnGradients,
-    ShardedGradients,
-    SpareBuffers,
-)
+from sharded_dadamw.foreign_gradients import CopiedGradients, ForeignGradients
+from sharded_dadamw.gradients import Gradients
 from sharded_dadamw.layout import BucketLayout, plan_buckets
+from sharded_dadamw.own_gradients import OwnGradients
 from sharded_dadamw.parameters import NamedParameter
+from sharded_dadamw.sharded_gradients import ShardedGradients, SpareBuffers
 from sharded_dadamw.sharing import is_reduced_by_others
 from sharded_dadamw.storage import Storage
 from sharded_dadamw.weights import BorrowedWeights, OwnWeights, Weights
+from sharded_dadamw.workplace import workplace_for
 
 
 class Bucketing:
@@ -68,14 +65,16 @@ class Bucketing:
     def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
         numels = tuple(member.placement.local_numel for member in members)
         layout = BucketLayout(numels, self._collectives.num_ranks, alignment=storage.alignment)
+        weights, gradients = self._weights_of(members, layout), self._gradients_of(members, layout, reduces)
         return Bucket(
             layout,
             members,
             storage,
             rank=self._collectives.rank,
             group_index=members[0].group_index,
-            weights=self._weights_of(members, layout),
-            gradients=self._gradients_of(members, layout, reduces),
+            weights=weights,
+            gradients=gradients,
+            workplace=workplace_for(self._config.state_residency, weights, gradients),
             amsgrad=amsgrad,
             seed=self._config.seed,
         )

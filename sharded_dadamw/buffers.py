@@ -4,13 +4,16 @@
     gradients     [num_ranks * n]   p.grad of every parameter that has one is a view of it   (see gradients for others)
     main, exp_avg, exp_avg_sq, max_exp_avg_sq  [n]   this rank's shard only
 
+State, and what an update takes for this rank's shard of parameters and gradients, are where ``workplace`` says.
+
 Where the parameters are narrower than fp32, ``main`` holds what the update acts on: an fp32 copy of the parameter
 shard, or the 16 bits that it lacks. Where they are not, there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -27,6 +30,7 @@ from sharded_dadamw.precision import image
 from sharded_dadamw.storage import Storage, num_bytes, part_of, put_back_, widened
 from sharded_dadamw.update import Hyperparameters, value_of
 from sharded_dadamw.weights import BorrowedWeights, Weights
+from sharded_dadamw.workplace import Scalars, Workplace
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 _NUM_PLANS = 8
@@ -41,11 +45,13 @@ class _Plan(NamedTuple):
             are in 8 bits, and there is a new place for their fp32 values every time.
         params: The parameters of the fragments that it updates, in their order.
         taken: fp32 [num_slots], 1 where a slot is updated.
+        spans: The ranges of the shard that it updates, as few as can be, with padding between slots.
     """
 
     update: Update | None
     params: list[Tensor]
     taken: Tensor
+    spans: list[slice]
 
 
 class Bucket:
@@ -62,6 +68,7 @@ class Bucket:
         histories: Per slot a number that is equal for slots with equal step counts; known without asking the device.
         weights: The parameters' elements.
         gradients: Their gradients.
+        workplace: Where state lives and the law is applied.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Bucket:
         group_index: int,
         weights: Weights,
         gradients: Gradients,
+        workplace: Workplace,
         amsgrad: bool,
         seed: int,
     ) -> None:
@@ -87,10 +95,10 @@ class Bucket:
             group_index: Position of their parameter group.
             weights: Those of ``members``.
             gradients: Those of ``members``.
+            workplace: For these weights and gradients.
             amsgrad: Whether to hold ``max_exp_avg_sq``.
             seed: Key of stochastic rounding.
         """
-        first = members[0].param
         self.layout = layout
         self.storage = storage
         self.rank = rank
@@ -105,12 +113,15 @@ class Bucket:
 
         self.weights = weights
         self.gradients = gradients
-        self.main = None if storage.main is None else torch.zeros_like(self.weights.shard, dtype=storage.main)
+        self.workplace = workplace
+        numel, device = layout.shard_numel, workplace.device
+        self.main = None if storage.main is None else torch.zeros(numel, dtype=storage.main, device=device)
         self.reset_main_()
-        self.exp_avg = storage.zeros(layout.shard_numel, first.device, signed=True)
-        self.exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False)
-        self.max_exp_avg_sq = storage.zeros(layout.shard_numel, first.device, signed=False) if amsgrad else None
-        self.steps = torch.zeros(len(members), dtype=torch.float32, device=first.device)
+        self.exp_avg = storage.zeros(numel, device, signed=True)
+        self.exp_avg_sq = storage.zeros(numel, device, signed=False)
+        self.max_exp_avg_sq = storage.zeros(numel, device, signed=False) if amsgrad else None
+        self.steps = torch.zeros(len(members), dtype=torch.float32, device=device)
+        self._takes_edits = False
 
     @property
     def is_borrowed(self) -> bool:
@@ -121,8 +132,8 @@ class Bucket:
     def is_measured(self) -> bool:
         """Whether the norms of its updates come out of the updates; the same on every rank."""
         moments = torch.float32 if self.storage.in_8_bits else self.storage.moments
-        shard, amsgrad = self.weights.shard, self.max_exp_avg_sq is not None
-        form = Form(shard.device, shard.dtype, self.gradients.shard.dtype, moments, self.storage.main, amsgrad)
+        param, grad = self.workplace.param, self.workplace.grad
+        form = Form(param.device, param.dtype, grad.dtype, moments, self.storage.main, self.max_exp_avg_sq is not None)
         measures: bool = kernels.kernel_for(form).Update.measures_in_passing
         return measures
 
@@ -156,7 +167,7 @@ class Bucket:
         if self.main.dtype is torch.int16:
             self.main.zero_()
         else:
-            self.main.copy_(self.weights.shard)
+            self.main.copy_(self.workplace.current_param(slice(None)))
 
     def gradient_runs(self, wanted: Sequence[bool]) -> list[Tensor]:
         """The parts of the reduced gradient shard that belong to the slots that are ``wanted``, as few 1-D views."""
@@ -168,28 +179,30 @@ class Bucket:
             self._runs[key] = self._runs_of(self.gradients.shard, key)
         return self._runs[key]
 
-    def update_(
-        self,
-        present: Sequence[bool],
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Apply the law to this rank's shard, once its gradients are reduced.
+    def fetch_(self, scalars: Scalars) -> None:
+        """Begin to bring to the workplace what ``update_`` needs, once gradients are reduced.
+
+        Args:
+            scalars: Of the step, on the parameters' device.
+        """
+        self.weights.refresh_()
+        self._takes_edits = self._absorbs_edits and self.weights.may_be_edited()
+        self.workplace.fetch_(scalars, with_param=self._takes_edits or not self._absorbs_edits)
+
+    def update_(self, present: Sequence[bool]) -> tuple[list[Tensor], Tensor | None]:
+        """Apply the law to this rank's shard, with the scalars that ``fetch_`` was given.
 
         Args:
             present: Per slot whether its parameter has a gradient; the others, and their state, stay as they are.
-            hyper: The group's scalars.
-            grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
-            found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
 
         Returns:
             The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
-            norms of those, fp64 [num_params, 4] in the order of NORMS.
+            norms of those, fp64 [num_params, 4] in the order of NORMS, at the workplace.
         """
-        self.weights.refresh_()
-        self._absorb_edits_()
+        scalars = self.workplace.arrive()
+        found_inf = scalars.found_inf
+        if self._takes_edits:
+            self._absorb_edits_()
         plan = self._plan(tuple(present))
         self.steps.add_(plan.taken if found_inf is None else plan.taken * (1 - found_inf))
         if not all(present):
@@ -203,9 +216,16 @@ class Bucket:
                 return [], None
             update = kernels.prepare(operands)
         measures = update.measures_in_passing
-        squares = update(hyper, grad_divisor=grad_divisor, found_inf=found_inf, seed=self._seed, with_norms=measures)
+        squares = update(
+            scalars.hyper,
+            grad_divisor=scalars.grad_divisor,
+            found_inf=found_inf,
+            seed=self._seed,
+            with_norms=measures,
+        )
         for moment, values in zip(self._moments, moments, strict=True):
             put_back_(moment, values, found_inf)
+        self.workplace.deliver_(plan.spans)
         return plan.params, squares
 
     @property
@@ -226,14 +246,15 @@ class Bucket:
             taken = taken.to(self.steps.device, non_blocking=True)  # or the host would wait for the device
             update = kernels.prepare(operands) if operands else None
             params = [self.members[fragment.slot].param for fragment in self._fragments_of(present)]
-            plan = _Plan(update, params, taken)
+            plan = _Plan(update, params, taken, self._spans_of(present))
         self._plans[key] = plan
         return plan
 
     def _forget_moved(self) -> None:
         """Forget what was made ready if our tensors have moved, as by Tensor.share_memory_()."""
         state = () if self.storage.in_8_bits else self._moments
-        tensors = (self.weights.shard, self.gradients.shard, self.steps, self.main, *state)
+        at_work = (self.workplace.param, self.workplace.grad, self.steps, self.main)
+        tensors = (self.weights.shard, self.gradients.shard, *at_work, *state)
         places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if places != self._places:
             self._plans.clear()
@@ -251,18 +272,31 @@ class Bucket:
             runs.append((runs.pop()[0], stop) if runs and runs[-1][1] == start else (start, stop))
         return [shard[start:stop] for start, stop in runs]
 
+    def _spans_of(self, present: Sequence[bool]) -> list[slice]:
+        """The ranges of a shard with the slots that are present and no others, neighbours joined over padding."""
+        spans: list[slice] = []
+        joins = False
+        for fragment in self.layout.fragments(self.rank):
+            if present[fragment.slot]:
+                start = spans.pop().start if joins else fragment.shard_start
+                spans.append(slice(start, fragment.shard_start + fragment.numel))
+            joins = present[fragment.slot]
+        return spans
+
     def _operands(self, present: Sequence[bool], histories: Sequence[int], moments: Sequence[Tensor]) -> list[Operands]:
         """This rank's fragments of the slots that are present, in order."""
+        param = self.workplace.param
         return [
-            self._operands_at(fragment, histories[fragment.slot], moments) for fragment in self._fragments_of(present)
+            self._operands_at(fragment, histories[fragment.slot], param[_part(fragment)], moments)
+            for fragment in self._fragments_of(present)
         ]
 
-    def _operands_at(self, fragment: Fragment, history: int, moments: Sequence[Tensor]) -> Operands:
+    def _operands_at(self, fragment: Fragment, history: int, param: Tensor, moments: Sequence[Tensor]) -> Operands:
         exp_avg, exp_avg_sq, *maximum = moments
-        part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
+        part = _part(fragment)
         return Operands(
-            param=self.weights.shard[part],
-            grad=self.gradients.shard[part],
+            param=param,
+            grad=self.workplace.grad[part],
             exp_avg=exp_avg[part],
             exp_avg_sq=exp_avg_sq[part],
             max_exp_avg_sq=maximum[0][part] if maximum else None,
@@ -273,15 +307,15 @@ class Bucket:
         )
 
     def operands_of(self, slot: int) -> Operands:
-        """This rank's fragment of one parameter, as it is after a step."""
+        """This rank's fragment of one parameter, as it is after a step, at the workplace."""
         moments = [widened(moment) for moment in self._moments]
-        return self._operands_at(self.layout.fragment(slot, self.rank), self.histories[slot], moments)
+        fragment = self.layout.fragment(slot, self.rank)
+        return self._operands_at(fragment, self.histories[slot], self.workplace.current_param(_part(fragment)), moments)
 
     def value_of(self, slot: int) -> Tensor:
-        """This rank's fragment of what the law acts on, for one parameter; fp32 or wider."""
-        fragment = self.layout.fragment(slot, self.rank)
-        part = slice(fragment.shard_start, fragment.shard_start + fragment.numel)
-        return value_of(self.weights.shard[part], None if self.main is None else self.main[part])
+        """This rank's fragment of what the law acts on, for one parameter; fp32 or wider, at the workplace."""
+        part = _part(self.layout.fragment(slot, self.rank))
+        return value_of(self.workplace.current_param(part), None if self.main is None else self.main[part])
 
     @property
     def _absorbs_edits(self) -> bool:
@@ -294,10 +328,8 @@ class Bucket:
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
         and back in loses no precision. A remainder needs no such care: it is less than half of the weight's last digit.
         """
-        if not (self._absorbs_edits and self.weights.may_be_edited()):
-            return
         assert self.main is not None
-        shard = self.weights.shard
+        shard = self.workplace.param
         edited = image(self.main, shard.dtype) != shard
         self.main.copy_(torch.where(edited, shard.to(self.main.dtype), self.main))
 
@@ -319,3 +351,32 @@ class Bucket:
     def reread_histories(self) -> None:
         """Derive ``histories`` from the step counts, after these were loaded."""
         self.histories = [int(step) for step in self.steps.tolist()]
+
+
+def fetched(
+    buckets: Iterable[Bucket],
+    hypers: Sequence[Hyperparameters],
+    *,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+) -> Iterator[Bucket]:
+    """Begin to bring to their workplaces what buckets need, and yield them in order, to be updated.
+
+    Args:
+        buckets: With their gradients reduced as they come; where copies take time, the next one is asked for first.
+        hypers: Per group its scalars.
+        grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
+        found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
+    """
+    waiting: deque[Bucket] = deque()
+    for bucket in buckets:
+        bucket.fetch_(Scalars(hypers[bucket.group_index], grad_divisor, found_inf))
+        waiting.append(bucket)
+        if len(waiting) > bucket.workplace.num_ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _part(fragment: Fragment) -> slice:
+    """Where it is in the shard."""
+    return slice(fragment.shard_start, fragment.shard_start + fragment.numel)

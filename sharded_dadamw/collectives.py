@@ -181,7 +181,11 @@ class Collectives(ABC):
         bytes_sent: Data bytes this rank has handed to others in reduce-scatters and all-gathers so far, on a wire or
             through memory that they share. The few bytes per step by which ranks compare notes, and the broadcast at
             construction, are not in it.
+        gathers_by_itself: Whether an all-gather goes on while this rank does something else. Where it does not, others
+            may have to wait until this rank finishes it.
     """
+
+    gathers_by_itself = True
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         """Only subclasses are ever built, by :func:`sharded_dadamw.connect.connect`."""

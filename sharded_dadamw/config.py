@@ -33,6 +33,13 @@ class GradientResidency(Enum):
     SHARDED = "only this rank's shard of the mean is kept, and p.grad is None from then on (ZeRO stage 2)"
 
 
+class StateResidency(Enum):
+    """Where optimizer state lives, main parameters among it, and where updates are computed."""
+
+    DEVICE = "beside the parameters: their device holds a rank's share of everything, and updates run there"
+    HOST = "in host memory, as a copy of the shards of gradients and parameters: updates run on the host's processors"
+
+
 class Exchange(Enum):
     """How ranks average gradients and publish parameters."""
 
@@ -54,6 +61,8 @@ class ShardingConfig:
             before a step all but the last belong inside ``no_sync()``. False: reductions begin in ``step``, after
             however many passes; with sharded gradients, one after the other in each pass. Results are the same.
         gradient_residency: What becomes of gradients once they are averaged.
+        state_residency: Where state lives and updates are computed. In host memory the parameters' device needs room
+            for parameters and gradients alone. ``step`` then waits for gradients to come down, and for the host.
         gradient_dtype: In what gradients of narrower parameters are accumulated, over passes and over ranks: fp32, or
             None for the dtype of the parameter.
         exchange: How ranks average gradients and publish parameters.
@@ -79,6 +88,7 @@ class ShardingConfig:
     reduce_gradients: bool = True
     overlap: bool = True
     gradient_residency: GradientResidency = GradientResidency.FULL
+    state_residency: StateResidency = StateResidency.DEVICE
     gradient_dtype: torch.dtype | None = None
     exchange: Exchange = Exchange.FASTEST
     wire_dtype: torch.dtype | None = None
@@ -99,6 +109,7 @@ class ShardingConfig:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         kinds: tuple[tuple[str, type[Enum]], ...] = (
             ("gradient_residency", GradientResidency),
+            ("state_residency", StateResidency),
             ("exchange", Exchange),
             ("main_parameter", MainParameter),
             ("moments", Moments),

@@ -77,7 +77,7 @@ class DirectExchange(Pairwise):
             sent = sent_dtype(buffer.dtype, wire_dtype)
             reduction = _DirectReduction(self, slices, out, sent=sent, add=add, tag=self.next_tag())
             self.bytes_sent += len(self.peers) * slices[0].numel() * sent.itemsize
-        verb = self._under_way.start(REDUCE_SCATTER, reduction.finish)
+        verb = self._under_way.start(REDUCE_SCATTER, reduction.finish, reduction.await_sends)
         self._receiving.append(verb)
         return verb
 
@@ -164,10 +164,13 @@ class _DirectReduction:
             following = len(self._receives)
             if following < len(self._own_pieces):
                 self._receives.append(self._receive_piece(following))
-        _wait_for(self._sends)
         for scratch in (*self._arrivals.values(), self._total, self._narrow):
             if scratch is not None:
                 self._group.return_scratch(scratch.view(-1))
+
+    def await_sends(self) -> None:
+        """Wait until peers have received, which they may do long after us."""
+        _wait_for(self._sends)
 
 
 class MemoryExchange(Pairwise):
@@ -176,6 +179,8 @@ class MemoryExchange(Pairwise):
     Starting a verb tells the peers where this rank's buffer lies. Finishing it reads theirs, lets them know, and waits
     until they have read ours. ``new_buffer`` gives memory that peers can read; what lies elsewhere is copied first.
     """
+
+    gathers_by_itself = False
 
     def __init__(
         self,

@@ -165,7 +165,8 @@ class FragmentTensor(DTensor):
         if ranks is None:
             raise RuntimeError(f"{self._name}: the optimizer that this state came from is gone; gather before that")
         numel = math.prod(self._part_shape)
-        part = torch.zeros(numel, dtype=self.dtype, device=self._local_tensor.device)
+        # State may be in host memory, while the ranks reach each other from an accelerator.
+        part = torch.zeros(numel, dtype=self.dtype, device=self.device_mesh.device_type)
         stop = self._start + self._local_tensor.numel()
         part[self._start : stop].copy_(self._local_tensor)
         # Of an element's bytes those of ranks that do not have it are 0, and all that do have it have the same.

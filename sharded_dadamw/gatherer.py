@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives, Handle
-from sharded_dadamw.in_flight import Arrival, can_be_hidden, wait_for, wait_for_all
+from sharded_dadamw.in_flight import Arrival, can_be_hidden, in_any_mode, wait_for, wait_for_all
 
 _BORROWED_AHEAD = 2
 """All-gathers of borrowed parameters kept under way, each with a buffer of its own."""
@@ -66,6 +66,10 @@ class Gather(Arrival):
     content = "parameters"
     is_owed = True
 
+    def fetch(self) -> None:
+        """Have all there is to have, whenever the other ranks do so."""
+        self._handle.arrive()
+
     def _arrive(self) -> None:
         self._handle.wait()
         self._weights.accept_(self._buffer)
@@ -78,7 +82,7 @@ class Gather(Arrival):
     def __del__(self) -> None:
         """Wait even so: other ranks wait for our slice."""
         if not self.is_over:
-            self._wait_in_any_mode()
+            in_any_mode(self.wait)
 
 
 class Gatherer:
@@ -113,6 +117,8 @@ class Gatherer:
             wait_for_all([gather for gather in self._under_way if not gather.may_stay])
             self._under_way = [gather for gather in self._under_way if gather.may_stay]
             for gather in self._under_way:
+                if not self._collectives.gathers_by_itself:
+                    gather.fetch()  # or a rank that reads would wait for others, who may be waiting for it elsewhere
                 gather.hide()
             self._has_left_any = self._has_left_any or bool(self._attachments)
         except BaseException:

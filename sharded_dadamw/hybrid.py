@@ -39,6 +39,7 @@ class HybridVerbs(Collectives):
         self._replicas = replicas
         self._everyone = everyone
         self._under_way = Queue()
+        self.gathers_by_itself = shards.gathers_by_itself
 
     @property
     def everyone(self) -> Collectives:

@@ -6,6 +6,11 @@ comes to that subclass's ``__torch_function__`` first, which waits for what is u
 brings their own class back, and lets the operation run. Nothing is slowed down before or after. What reads no elements,
 such as ``p.grad`` and ``p.shape``, does not wait, so that ``zero_grad`` can run meanwhile.
 
+[Note: who only looks] Ranks need not read their gradients at the same time: one of them may log a norm while the others
+are in a barrier, or in the next collective call. So whoever reads one and changes nothing waits until its value is
+there, and not until the other ranks have read this one's. The tensor stays in flight for those who change it, and what
+shares its memory becomes so as well.
+
 C++ that is given a tensor without passing through Python's operations (extensions, transforms of ``torch.func``,
 scripted functions) cannot be seen that way.
 """
@@ -39,6 +44,23 @@ _READS_NOTHING: frozenset[Any] = frozenset(
     ]
 )
 """What may be asked of a tensor, or done to it, while it is in flight. Whatever is missing here waits."""
+
+
+def _operations(names: str) -> frozenset[Any]:
+    """Those of torch, of its tensors and of its linear algebra that are called so."""
+    places = (torch, Tensor, torch.linalg)
+    return frozenset(getattr(place, name) for name in names.split() for place in places if hasattr(place, name))
+
+
+_LOOK = _operations(
+    "abs add all allclose amax amin any cat clone count_nonzero cosine_similarity div dot eq equal histc isfinite "
+    "isinf isnan item max mean median min mul norm pow quantile square stack std sub sum tolist var vector_norm "
+    "_foreach_norm __bool__ __float__ __mul__ __truediv__"
+) | {Tensor.__repr__, Tensor.__format__}
+"""What reads tensors, changes none, and returns memory of its own. [Note: who only looks]"""
+_DATA: Any = Tensor.data
+_LOOK_AT_THE_SAME = _operations("cpu detach double flatten float ravel reshape to view") | {_DATA.__get__}
+"""What may return the same memory under another name."""
 
 
 class Arrival(ABC):
@@ -79,23 +101,28 @@ class Arrival(ABC):
         _in_flight.add(self)
         self._is_hidden = True
         for tensor in self._tensors:
-            vars(tensor)["_arrival"] = self
-            tensor.__class__ = _PENDING[type(tensor)]
+            self._hide(tensor)
+
+    def hide_too(self, tensor: object) -> None:
+        """Make readers of another name for the same memory wait as well."""
+        with self._lock:
+            if not self.is_over and type(tensor) in _PENDING:
+                assert isinstance(tensor, Tensor)
+                self._tensors.append(tensor)
+                self._hide(tensor)
+
+    def _hide(self, tensor: Tensor) -> None:
+        vars(tensor)["_arrival"] = self
+        tensor.__class__ = _PENDING[type(tensor)]
 
     @_disable_dynamo
     def read(self) -> None:
-        """Wait, because somebody is about to read."""
-        self._wait_in_any_mode()
+        """Wait, because somebody is about to read, and perhaps to write."""
+        in_any_mode(self.wait)
 
-    def _wait_in_any_mode(self) -> None:
-        # Readers may be within a transform, a trace or a mode of torch, and what arrives is none of its business.
-        with (
-            torch._C.DisableTorchFunction(),
-            torch.no_grad(),
-            torch._C._DisableTorchDispatch(),
-            torch._C._DisableFuncTorch(),
-        ):
-            self.wait()
+    def look(self) -> None:
+        """Wait, because somebody is about to read, and to change nothing. [Note: who only looks]."""
+        self.read()
 
     def wait(self) -> None:
         """Wait, and give the tensors back; more than once does no harm.
@@ -123,6 +150,17 @@ class Arrival(ABC):
             self._tensors = []
 
 
+def in_any_mode(wait: Callable[[], object]) -> None:
+    """Wait outside of whatever transform, trace or mode of torch the reader may be in: it is none of their business."""
+    with (
+        torch._C.DisableTorchFunction(),
+        torch.no_grad(),
+        torch._C._DisableTorchDispatch(),
+        torch._C._DisableFuncTorch(),
+    ):
+        wait()
+
+
 class _Pending:
     """What a tensor in flight does differently. [Note: who waits]."""
 
@@ -134,17 +172,31 @@ class _Pending:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], _types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _READS_NOTHING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         pending = list(_pending_among((args, kwargs)))
-        for tensor in pending:
-            wait_for(tensor)
         if not pending:  # it is somewhere in there all the same
             land()
+        if (func in _LOOK or func in _LOOK_AT_THE_SAME) and "out" not in kwargs and set(types) <= _PLAIN.keys():
+            still_pending = [tensor for tensor in pending if not _look_at(tensor)]
+            if still_pending:
+                with torch._C.DisableTorchFunctionSubclass():
+                    if func in (Tensor.__repr__, Tensor.__format__):
+                        args = (args[0].detach(), *args[1:])  # what is shown has its own class, as at other times
+                    result = func(*args, **kwargs)
+                    if func in _LOOK_AT_THE_SAME:
+                        _hide_alias(result, still_pending)
+                return result
+        for tensor in pending:
+            wait_for(tensor)
         return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -173,10 +225,30 @@ def can_be_hidden(tensor: Tensor) -> bool:
 def wait_for(tensor: object) -> None:
     """Wait for a tensor, if it is under way, because it is about to be read."""
     if type(tensor) in _PLAIN:
-        arrival = vars(tensor).get("_arrival")
+        arrival = _arrival_of(tensor)
         if arrival is not None:  # or another thread is just giving it back
             arrival.read()
         _give_back(tensor)  # it may have traded places with another one, as by torch.utils.swap_tensors
+
+
+def _look_at(tensor: object) -> bool:
+    """Wait until a tensor can be read; returns whether it can be changed, too."""
+    arrival = _arrival_of(tensor)
+    if arrival is not None:
+        arrival.look()
+    return arrival is None or arrival.is_over
+
+
+def _hide_alias(result: Tensor, pending: Sequence[Any]) -> None:
+    for tensor in pending:
+        arrival = _arrival_of(tensor)
+        if arrival is not None and result is not tensor and torch._C._is_alias_of(result, tensor):  # type: ignore[attr-defined]
+            arrival.hide_too(result)
+
+
+def _arrival_of(tensor: object) -> Arrival | None:
+    arrival: Arrival | None = vars(tensor).get("_arrival")
+    return arrival
 
 
 def _give_back(tensor: object) -> None:

@@ -401,7 +401,8 @@ class Monitored:
         if rest:
             updated = {id(param) for param in self._last.unmeasured}
             found.append((rest, torch.stack([self._measure(param, id(param) in updated) for param in rest])))
-        return found
+        # Where state is in host memory they were measured there.
+        return [(params, squares.to(self._device, non_blocking=True)) for params, squares in found]
 
     def _measure(self, param: Tensor, is_updated: bool) -> Tensor:
         """The squares of a parameter that no update has measured, fp64 [4] in the order of NORMS."""
@@ -436,7 +437,7 @@ class Monitored:
     def _divided_gradient(self, operands: Operands) -> Tensor:
         divisor = self._last.grad_divisor
         grad = operands.grad.to(torch.promote_types(operands.grad.dtype, torch.float32))
-        return grad if divisor is None else grad / divisor
+        return grad if divisor is None else grad / divisor.to(grad.device)
 
     def _as_updated(self, param: Tensor) -> tuple[Operands, Hyperparameters]:
         groups = (index for index, group in enumerate(self.param_groups) if any(param is p for p in group["params"]))
@@ -448,11 +449,12 @@ class Monitored:
         value = value_of(operands.param, operands.main)
         maximum = operands.max_exp_avg_sq
         second_moment = operands.exp_avg_sq if maximum is None else maximum
+        hyper = hyper.on(value.device)
         return self._unless_skipped(applied_update(value, operands.exp_avg, second_moment, operands.step, hyper=hyper))
 
     def _unless_skipped(self, values: Tensor) -> Tensor:
         found_inf = self._last.found_inf
-        return values if found_inf is None else torch.where(found_inf != 0, torch.zeros_like(values), values)
+        return values if found_inf is None else torch.where(found_inf.to(values.device) != 0, 0, values)
 
 
 def _is_norm(metric: str) -> bool:

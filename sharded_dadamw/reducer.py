@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives, Handle
-from sharded_dadamw.gradients import HookedGradients, ShardedGradients, Stage
+from sharded_dadamw.gradients import Stage
+from sharded_dadamw.hooked_gradients import HookedGradients
+from sharded_dadamw.sharded_gradients import ShardedGradients
 
 _BUCKETS_AHEAD = 1
 """Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""

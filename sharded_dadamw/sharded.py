@@ -28,7 +28,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
 from sharded_dadamw.bucketing import Bucketing
-from sharded_dadamw.buffers import Bucket
+from sharded_dadamw.buffers import Bucket, fetched
 from sharded_dadamw.clipping import check_clip, fold
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
@@ -47,6 +47,7 @@ from sharded_dadamw.state_dict import fragments_of, gather_state, match_state
 from sharded_dadamw.step_claims import StepClaims
 from sharded_dadamw.storage import Storage, widened
 from sharded_dadamw.update import Hyperparameters
+from sharded_dadamw.workplace import check_residency
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class StepCost:
 
     Attributes:
         reduce_s: Host seconds spent launching and waiting for reductions, those of ``clip_grad_norm_`` included.
-        update_s: Host seconds in the update. On an accelerator the time to launch it.
+        update_s: Host seconds in the update. On an accelerator the time to launch it, unless state is in host memory.
         gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
             later, and counted in the step after that.
         wire_bytes: Gradient and parameter bytes this rank sent.
@@ -222,6 +223,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
         members = named_parameters(self.param_groups)
         check_parameters(members)
+        check_residency(self._config.state_residency, members[0].param.device)
         for member in members:
             beta2 = float(self.param_groups[member.group_index]["betas"][1])
             Storage.of(member.local, self._config).check_beta2(beta2)
@@ -296,12 +298,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         mark = time.perf_counter()
         with self._gatherer.publishing():
             with closing(self._reducer.drain(buckets)) as reduced_buckets:
-                for bucket in reduced_buckets:
+                for bucket in fetched(reduced_buckets, agreed.hypers, grad_divisor=divisor, found_inf=found_inf):
                     reduced = time.perf_counter()
-                    hyper = agreed.hypers[bucket.group_index]
-                    params, squares = bucket.update_(
-                        agreed.slots[bucket], hyper, grad_divisor=divisor, found_inf=found_inf
-                    )
+                    params, squares = bucket.update_(agreed.slots[bucket])
                     self._last.note(params, squares)
                     updated = time.perf_counter()
                     self._gatherer.publish(bucket)

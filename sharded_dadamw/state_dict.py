@@ -149,7 +149,7 @@ def gather_state(
                 state[member.index] = {"step": bucket.steps[slot].to("cpu", copy=True)}
         for name, shard in bucket.shards.items():
             values = widened(shard)
-            buffer = torch.empty(layout.numel, dtype=values.dtype, device=values.device)
+            buffer = torch.empty(layout.numel, dtype=values.dtype, device=bucket.weights.shard.device)
             buffer[slice(*layout.shard_range(bucket.rank))].copy_(values)
             collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16
             if keep:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class Hyperparameters:
             weight_decay=float(group["weight_decay"]),
             amsgrad=bool(group["amsgrad"]),
         )
+
+    def on(self, device: torch.device) -> Hyperparameters:
+        """The same for tensors on a device: on a CPU ``lr`` is a number. Waits where it is a tensor elsewhere."""
+        is_to_be_read = device.type == "cpu" and isinstance(self.lr, Tensor)
+        return replace(self, lr=float(self.lr)) if is_to_be_read else self
 
     @property
     def decay(self) -> float | Tensor:

@@ -51,6 +51,8 @@ class SlowVerbs:
         num_broadcasts: How often an order was agreed on.
     """
 
+    gathers_by_itself = True
+
     def __init__(self, verbs: Any) -> None:
         self._verbs = verbs
         self.started: list[int] = []

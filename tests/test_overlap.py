@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import io
 import math
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -212,8 +215,34 @@ def test_a_profiler_sees_reductions_begin_while_backward_runs() -> None:
             assert total >= 6 and began >= 4, f"{step} reductions began before the first layer's backward"
 
 
+def gathers_run_in_forward(group: Any, attached: bool) -> list[str]:
+    """What forward did in which order after each step: gathers that it finished, and layers that it computed."""
+    model, optimizer = small(group, exchange=Exchange.RANK_ORDER)
+    if attached:
+        optimizer.attach(model)
+    seen: list[str] = []
+    for step in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = loss_of(model, group.rank(), step)
+        signs = {"sharded_dadamw::all_gather": "g", "aten::linear": "L"}
+        events = sorted(profile.events(), key=lambda event: event.time_range.start)
+        seen.append("".join(signs.get(event.name, "") for event in events))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def test_a_profiler_sees_gathers_run_during_forward_where_the_model_is_attached() -> None:
+    """A weight and a bias, in a bucket each, are waited for by their own layer, once it is known who reads first."""
+    assert on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggggggLLL", "ggLggLggL"]] * 2
+    assert on_ranks(2, gathers_run_in_forward, False) == [["LLL", "LLL", "LLL"]] * 2
+
+
 class Slow:
     """A network that takes its time: each reduction arrives so long after it began, one after the other."""
+
+    gathers_by_itself = True
 
     def __init__(self, verbs: Any, seconds: float) -> None:
         self._verbs, self._seconds, self._free_at = verbs, seconds, 0.0
@@ -474,13 +503,190 @@ def test_a_module_may_be_called_twice(residency: GradientResidency) -> None:
     on_ranks(2, call_twice, residency)
 
 
+def change_who_is_frozen(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    """A layer is frozen in every other step, before backward or after it."""
+    for step in range(5):
+        model[2].requires_grad_(step != 1)  # type: ignore[index, operator]
+        loss_of(model, rank, step).backward()
+        model[2].requires_grad_(step not in (1, 3))  # type: ignore[index, operator]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def halve_in_backward(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    """A hook of the user's changes each gradient after ours may have launched its bucket."""
+
+    def halve(param: Tensor) -> None:
+        assert param.grad is not None
+        param.grad.mul_(0.5)
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(halve)
+    for step in range(3):
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def share_out_layers(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    """Gradients are cleared in place, and the last layer is used by one rank only."""
+    for step in range(4):
+        layers = list(model) if step == 0 or rank == step % 2 else list(model)[:3]  # type: ignore[call-overload]
+        loss_of(nn.Sequential(*layers), rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+
+def load_in_the_middle(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    """State and weights are loaded between backward and step, and state while parameters are in flight."""
+    saved: tuple[Any, Any] = {}, {}
+    optimizer.attach(model)
+    for step in range(5):
+        loss_of(model, rank, step).backward()
+        if step == 1:
+            saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+        if step == 3:
+            model.load_state_dict(saved[1])
+            optimizer.load_state_dict(saved[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            optimizer.load_state_dict(saved[0])
+
+
+def evaluate_between(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    optimizer.attach(model)
+    for step in range(4):
+        loss_of(model.train(), rank, step).backward()
+        if optimizer._config.gradient_residency is FULL:
+            with torch.inference_mode():
+                assert all(float(param.grad.norm()) > 0 for param in model.parameters() if param.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.inference_mode() if step % 2 else torch.no_grad():
+            loss_of(model.eval(), rank, step)
+
+
+def compile_it(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer.attach(compiled)  # type: ignore[arg-type]
+    for step in range(3):
+        loss_of(compiled, rank, step).backward()  # type: ignore[arg-type]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run_loop(group: Any, residency: GradientResidency, loop: Callable[..., None]) -> None:
+    results = []
+    for overlap in (False, True):
+        model, optimizer = small(group, gradient_residency=residency, overlap=overlap)
+        loop(model, optimizer, group.rank())
+        optimizer.synchronize()
+        moments = [optimizer.state[param]["exp_avg"] for param in model.parameters()]
+        results.append([value.detach().clone() for value in (*model.parameters(), *moments)])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+
+
+@pytest.mark.parametrize(
+    ("loop", "residency"),
+    [
+        *((loop, residency) for loop in (change_who_is_frozen, load_in_the_middle) for residency in (FULL, SHARDED)),
+        *((loop, residency) for loop in (evaluate_between, compile_it) for residency in (FULL, SHARDED)),
+        (halve_in_backward, FULL),
+        (share_out_layers, FULL),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_overlap_changes_nothing_about_loops_that_are_not_the_plainest(
+    loop: Callable[..., None], residency: GradientResidency
+) -> None:
+    on_ranks(2, run_loop, residency, loop)
+
+
+def go_on_without_sync(group: Any) -> None:
+    """What stays local after a mean is there is added to it in the step."""
+    results = []
+    for residency in (FULL, SHARDED):
+        model, optimizer = small(group, gradient_residency=residency)
+        for step in range(2):
+            if residency is SHARDED:
+                loss_of(model, group.rank(), step).backward()
+            with optimizer.no_sync():
+                loss_of(model, group.rank(), step + 10).backward()
+                with optimizer.no_sync():
+                    loss_of(model, group.rank(), step + 20).backward()
+            if residency is FULL:
+                loss_of(model, group.rank(), step).backward()
+            optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([optimizer.state[param]["exp_avg"] for param in model.parameters()])
+    for full, sharded in zip(*results, strict=True):
+        torch.testing.assert_close(sharded, full, rtol=1e-5, atol=1e-8)
+
+
+def test_sharded_gradients_may_be_reduced_first_and_left_local_later() -> None:
+    on_ranks(2, go_on_without_sync)
+
+
+def share_a_model(group: Any, residency: GradientResidency, exchange: Exchange) -> None:
+    """Weights belong to one optimizer and biases to another, which take their steps in any order."""
+    results = []
+    for overlap in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        config = ShardingConfig(
+            bucket_cap_mb=ONE_EACH, overlap=overlap, gradient_residency=residency, exchange=exchange
+        )
+        named = list(model.named_parameters())
+        optimizers = [
+            ShardedDecoupledAdamW(part, lr=1e-2, process_group=group, config=config)
+            for part in (named[::2], named[1::2])
+        ]
+        for optimizer in optimizers:
+            optimizer.attach(model)
+        for step in range(3):
+            loss_of(model, group.rank(), step).backward()
+            for optimizer in optimizers[:: 1 if step % 2 else -1]:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_two_optimizers_may_share_a_model(residency: GradientResidency, exchange: Exchange) -> None:
+    on_ranks(2, share_a_model, residency, exchange)
+
+
+def take_over(group: Any, residency: GradientResidency, exchange: Exchange) -> None:
+    model, optimizer = small(group, gradient_residency=residency, exchange=exchange)
+    loss_of(model, group.rank()).backward()
+    config = optimizer._config
+    del optimizer
+    model.zero_grad()
+    successor = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    as_if_nothing_had_been(group, model, successor)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_an_optimizer_may_die_between_backward_and_step(residency: GradientResidency, exchange: Exchange) -> None:
+    on_ranks(2, take_over, residency, exchange)
+
+
 class RegisteredBackwards(nn.Module):
     """Reads its layers from the last to the first, so that gradients come in the order of registration."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_unused: bool = True) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.unused = nn.Linear(8, 8)
+        if with_unused:
+            self.unused = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in reversed(self.layers):
@@ -488,9 +694,9 @@ class RegisteredBackwards(nn.Module):
         return x
 
 
-def learn(group: Any) -> list[str]:
+def learn(group: Any, with_unused: bool) -> list[str]:
     torch.manual_seed(1)
-    model = RegisteredBackwards()
+    model = RegisteredBackwards(with_unused)
     config = ShardingConfig(bucket_cap_mb=ONE_EACH)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
     begun = []
@@ -504,7 +710,11 @@ def learn(group: Any) -> list[str]:
 
 def test_the_order_in_which_gradients_come_is_learnt_from_the_first_backward() -> None:
     """A layer without gradients comes first in the order of registration, and holds up everything once."""
-    assert on_ranks(2, learn) == [["0", "8"]] * 2
+    assert on_ranks(2, learn, True) == [["0", "8"]] * 2
+
+
+def test_once_the_first_bucket_is_complete_all_that_waited_for_it_go_out() -> None:
+    assert on_ranks(2, learn, False) == [["8", "8"]] * 2
 
 
 # --- reading and changing gradients ---
@@ -543,6 +753,86 @@ def read_at_once(group: Any, how: str) -> None:
 @pytest.mark.parametrize("how", ["read", "halved by foreach"])
 def test_who_reads_or_changes_a_gradient_waits_until_it_is_reduced(how: str) -> None:
     on_ranks(2, read_at_once, how)
+
+
+LOOKS: dict[str, Callable[[Tensor], object]] = {
+    "norm": lambda grad: float(grad.norm()),
+    "old style": lambda grad: grad.data.norm(2).item(),
+    "detached": lambda grad: grad.detach().abs().max().item(),
+    "in fp64": lambda grad: float(grad.detach().flatten().double().square().sum()),
+    "foreach": lambda grad: torch.nn.utils.get_total_norm([grad]),
+    "copied": lambda grad: grad.detach().cpu().clone(),
+    "printed": lambda grad: f"{grad!r} {grad}".index("tensor("),
+    "finite": lambda grad: bool(torch.isfinite(grad).all()),
+}
+
+
+def look_alone(group: Any, exchange: Exchange, look: str) -> None:
+    model, optimizer = small(group, exchange=exchange, bucket_cap_mb=ALL_IN_ONE)
+    for step in range(2):
+        loss_of(model, group.rank(), step).backward()
+        if group.rank() == step:
+            for param in model.parameters():
+                assert param.grad is not None
+                LOOKS[look](param.grad)
+        if step == 1:
+            dist.barrier(group)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "look"),
+    [*((Exchange.FASTEST, look) for look in LOOKS), (Exchange.RANK_ORDER, "norm"), (Exchange.BACKEND, "norm")],
+)
+def test_one_rank_alone_may_look_at_gradients(exchange: Exchange, look: str) -> None:
+    """As to log them, while the others wait for it in a barrier or in the step."""
+    on_ranks(2, look_alone, exchange, look)
+
+
+def look_and_halve(group: Any, exchange: Exchange) -> None:
+    """Rank 0 halves what rank 1, which is late, still has to read."""
+    results = []
+    for overlap in (False, True):
+        model, optimizer = small(group, exchange=exchange, overlap=overlap, bucket_cap_mb=ALL_IN_ONE)
+        loss_of(model, group.rank()).backward()
+        if group.rank() == 1:
+            time.sleep(0.05)
+        grads = [param.grad.detach().flatten() for param in model.parameters() if param.grad is not None]
+        assert all(float(grad.norm()) > 0 for grad in grads)
+        for grad in grads:
+            grad.mul_(0.5)
+        optimizer.step()
+        results.append([optimizer.state[param]["exp_avg"].clone() for param in model.parameters()])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_who_has_looked_and_then_changes_a_gradient_under_another_name_waits_for_its_readers(
+    exchange: Exchange,
+) -> None:
+    on_ranks(2, look_and_halve, exchange)
+
+
+def save_alone(group: Any, exchange: Exchange) -> None:
+    model, optimizer = small(group, exchange=exchange)
+    optimizer.attach(model)
+    for step in range(2):
+        loss_of(model, group.rank(), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if group.rank() == step:
+            torch.save(model.state_dict(), io.BytesIO())
+            loss_of(model, group.rank())
+        dist.barrier(group)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_one_rank_alone_may_save_and_evaluate_an_attached_model_while_others_wait_in_a_barrier(
+    exchange: Exchange,
+) -> None:
+    on_ranks(2, save_alone, exchange)
 
 
 # --- memory ---

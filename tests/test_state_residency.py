@@ -1,0 +1,324 @@
+"""State and updates in host memory: the bits of state beside the parameters, and no tensor at the wrong place.
+
+On a CPU both kinds of memory are the host's, and the very copies that a GPU needs are made between two buffers.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sharded_dadamw import (
+    GradientResidency,
+    MainParameter,
+    Moments,
+    ShardedDecoupledAdamW,
+    ShardingConfig,
+    StateResidency,
+    kernels,
+    torch_kernel,
+)
+from sharded_dadamw.storage import widened
+from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
+from tests.models import BF16, F16, F32, F64, draw_gradient
+from tests.pool import on_ranks
+
+LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
+SHAPES = [(65, 16), (300,), (), (4096,), (33, 3), (0,), (256, 20)]
+FEW_EACH = 2.0**-7  # MiB
+CLIPPED, SKIPPED, EDITED, SECRETLY_EDITED = (1, 2), (0, 3), 2, 4  # the steps at which these happen
+
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (F32, {}),
+    "fp64": (F64, {}),
+    "fp32, bf16 moments": (F32, dict(moments=Moments.BF16, seed=3)),
+    "fp32, 8-bit moments": (F32, dict(moments=Moments.INT8)),
+    "bf16, fp32 main": (BF16, {}),
+    "bf16, fp32 main and gradients": (BF16, dict(gradient_dtype=F32)),
+    "bf16, remainder": (BF16, dict(main_parameter=MainParameter.REMAINDER)),
+    "bf16, remainder, bf16 moments": (BF16, dict(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)),
+    "bf16 alone": (BF16, dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)),
+    "fp16, fp32 main": (F16, {}),
+}
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def make_params(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return {f"p{i}": nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for i, shape in enumerate(SHAPES)}
+
+
+def give_gradients(params: Mapping[str, nn.Parameter], step: int, rank: int) -> None:
+    """On a step to be skipped one of them is not finite, and always some are missing."""
+    for index, p in enumerate(params.values()):
+        if (step + index) % 3:
+            grad = draw_gradient(torch.empty(p.shape, dtype=p.dtype), step, rank, index)
+            if step in SKIPPED and rank == 0 and index == 4:
+                grad[-1] = math.inf
+            # autograd and not an assignment, so that gradients may be wider than their parameters
+            torch.autograd.backward([p.view_as(p)], [torch.zeros_like(p).copy_(grad)])
+
+
+@torch.no_grad()
+def edit(params: Mapping[str, nn.Parameter], step: int) -> None:
+    """Weights that somebody else writes between steps, with a trace of it or without."""
+    for p in params.values():
+        if step == EDITED:
+            p.mul_(0.5)
+        if step == SECRETLY_EDITED:
+            p.data.add_(0.25)
+
+
+def training(
+    params: Mapping[str, nn.Parameter],
+    group: Any = None,
+    *,
+    rank: int = 0,
+    law: dict[str, Any] | None = None,
+    step_as: Any = lambda optimizer: optimizer.step(),
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Everything that comes of a few steps on one rank."""
+    config = ShardingConfig(**dict(bucket_cap_mb=FEW_EACH, skip_nonfinite=True) | settings)
+    optimizer = ShardedDecoupledAdamW(params.items(), **LAW | (law or {}), process_group=group, config=config)
+    found: dict[str, Tensor] = {}
+    for step in range(6):
+        give_gradients(params, step, rank)
+        edit(params, step)
+        if step in CLIPPED:
+            found[f"norm at {step}"] = optimizer.clip_grad_norm_(0.1)
+        step_as(optimizer)
+        for key, value in optimizer.metrics().items():
+            found[f"{key} at {step}"] = value
+        for name, p in params.items():
+            found[f"{name} at {step}"] = p.detach().clone()
+        optimizer.zero_grad()
+    assert found["skipped_steps at 5"] == len(SKIPPED)
+    for name, p in params.items():
+        for key, value in optimizer.state[p].items():
+            found[f"{name}.{key}"] = widened(value).clone()
+    found["state_bytes"] = torch.tensor(optimizer.state_bytes)
+    return found
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key].nan_to_num(), value.nan_to_num()), key
+
+
+# --- the same bits ---
+
+
+def both_residencies(group: Any, dtype: torch.dtype, law: dict[str, Any], settings: dict[str, Any]) -> None:
+    rank = group.rank() if settings.get("reduce_gradients", True) else 0  # else all have the mean
+    device, host = (
+        training(make_params(dtype), group, rank=rank, law=law, state_residency=residency, **settings)
+        for residency in (StateResidency.DEVICE, StateResidency.HOST)
+    )
+    assert_equal(host, device)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@every_precision
+def test_parameters_state_and_metrics_have_the_same_bits_with_state_in_host_memory(
+    precision: str, num_ranks: int
+) -> None:
+    """Clipped steps, a skipped one, gradients that are missing and weights that were edited among them."""
+    dtype, settings = PRECISIONS[precision]
+    on_ranks(num_ranks, both_residencies, dtype, dict(amsgrad=num_ranks == 2), settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(gradient_residency=GradientResidency.SHARDED),
+        dict(overlap=False),
+        dict(reduce_gradients=False),
+        dict(bucket_cap_mb=16.0),
+        dict(bucket_cap_mb=1e-6),
+    ],
+    ids=["sharded gradients", "without overlap", "averaged by others", "one bucket", "a bucket each"],
+)
+def test_wherever_gradients_are_the_bits_are_the_same(settings: dict[str, Any]) -> None:
+    on_ranks(2, both_residencies, BF16, {}, settings)
+
+
+def hsdp_in_both_residencies(group: Any, num_replicas: int) -> None:
+    results = []
+    for residency in StateResidency:
+        mesh = DeviceMesh("cpu", torch.arange(4).view(num_replicas, -1), mesh_dim_names=("replicate", "shard"))
+        torch.manual_seed(0)
+        model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), mesh=mesh)
+        config = ShardingConfig(state_residency=residency, bucket_cap_mb=1e-3)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config)
+        for step in range(3):
+            model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            metrics = optimizer.metrics()
+            optimizer.zero_grad()
+        found = {name: p.full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        results.append(found | metrics)
+    assert_equal(*results)
+
+
+def test_parameters_that_belong_to_fsdp_have_the_same_bits() -> None:
+    on_ranks(4, hsdp_in_both_residencies, 2)
+
+
+def resumed(group: Any, dtype: torch.dtype, settings: dict[str, Any], whole: bool) -> None:
+    """Saved with one residency, and gone on with in the other."""
+    ends = []
+    device, host = StateResidency
+    for residencies in ((device, device), (device, host), (host, device)):
+        params = make_params(dtype)
+        saved: dict[str, Any] = {}
+        for residency in residencies:
+            config = ShardingConfig(
+                state_residency=residency, bucket_cap_mb=FEW_EACH, whole_state_dict=whole, **settings
+            )
+            optimizer = ShardedDecoupledAdamW(params.items(), **LAW, process_group=group, config=config)
+            if saved:
+                optimizer.load_state_dict(saved)
+            for step in (1, 2, 4):
+                give_gradients(params, step, group.rank())
+                optimizer.step()
+                optimizer.zero_grad()
+            saved = optimizer.state_dict()
+        ends.append({name: p.detach().clone() for name, p in params.items()})
+    for end in ends[1:]:
+        assert_equal(end, ends[0])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["shards", "whole"])
+def test_what_was_saved_with_one_residency_goes_on_with_the_other(whole: bool) -> None:
+    on_ranks(2, resumed, *PRECISIONS["bf16, remainder"], whole)
+
+
+def test_on_a_cpu_updates_work_on_copies_all_the_same() -> None:
+    config = ShardingConfig(state_residency=StateResidency.HOST)
+    (bucket,) = ShardedDecoupledAdamW(make_params(BF16).items(), config=config)._buckets
+    at_work, at_rest = (bucket.workplace.param, bucket.workplace.grad), (bucket.weights.shard, bucket.gradients.shard)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in (*at_work, *at_rest)}) == 4
+
+
+# --- the right places ---
+
+
+@every_precision
+def test_only_copies_take_tensors_of_both_places_and_a_step_waits_for_them_alone(precision: str) -> None:
+    """On a pretended device whose copies take place when they are waited for; see tests/elsewhere.py."""
+    dtype, settings = PRECISIONS[precision]
+    lr = torch.tensor(3e-3)
+    expected = training(make_params(dtype), law=dict(lr=float(lr)), **settings)
+    num_steps = 0
+    with pretended_device() as pretence:
+
+        def step_without_waiting(optimizer: Any) -> None:
+            nonlocal num_steps
+            with without_waiting(pretence) if num_steps else nullcontext():  # in the first one ranks agree on an order
+                optimizer.step()
+            num_steps += 1
+
+        found = training(
+            parameters_elsewhere(make_params(dtype)),
+            law=dict(lr=put_elsewhere(lr)),
+            step_as=step_without_waiting,
+            state_residency=StateResidency.HOST,
+            **settings,
+        )
+        for key, value in found.items():
+            is_state = "." in key.partition(" at ")[0] or key == "state_bytes"
+            assert value.device == (torch.device("cpu") if is_state else ELSEWHERE), key
+    assert_equal(found, expected)
+
+
+def test_whole_state_goes_through_the_device_where_ranks_exchange_it() -> None:
+    with pretended_device():
+        params = parameters_elsewhere(make_params(BF16))
+        config = ShardingConfig(state_residency=StateResidency.HOST, whole_state_dict=True)
+        optimizer = ShardedDecoupledAdamW(params.items(), **LAW, config=config)
+        give_gradients(params, 1, 0)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        assert all(value.device.type == "cpu" for entries in saved["state"].values() for value in entries.values())
+        other = ShardedDecoupledAdamW(parameters_elsewhere(make_params(BF16)).items(), **LAW, config=config)
+        other.load_state_dict(saved)
+        again = other.state_dict()
+    for index, entries in saved["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(again["state"][index][key], value)
+
+
+def test_metrics_that_no_update_measures_and_metrics_of_ones_own_are_computed_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def largest(param: Tensor, optim_state: Mapping[str, Tensor], step_tensor: Tensor) -> Tensor:
+        assert param.grad is not None
+        return (param - step_tensor - optim_state["exp_avg"] - param.grad).abs().max()
+
+    functions = {**ShardedDecoupledAdamW.metric_functions, "largest": largest}
+    monkeypatch.setattr(ShardedDecoupledAdamW, "metric_functions", functions)
+    monkeypatch.setattr(kernels, "kernel_for", lambda form: torch_kernel)
+    monkeypatch.setattr(torch_kernel, "_is_fusible", lambda form, seed: False)
+    expected = training(make_params(BF16))
+    with pretended_device():
+        found = training(parameters_elsewhere(make_params(BF16)), state_residency=StateResidency.HOST)
+    assert any(key.startswith("largest/p1") for key in found)
+    assert_equal(found, expected)
+
+
+def copies_of_a_step(precision: str, *, edited: bool) -> int:
+    dtype, settings = PRECISIONS[precision]
+    with pretended_device() as pretence:
+        params = parameters_elsewhere(make_params(dtype))
+        config = ShardingConfig(state_residency=StateResidency.HOST, **settings)
+        optimizer = ShardedDecoupledAdamW(params.items(), **LAW, config=config)
+        for _ in range(2):
+            for p in params.values():
+                p.grad = torch.ones_like(p)
+            if edited:
+                with torch.no_grad():
+                    params["p1"].mul_(2)
+            pretence.num_copies = 0
+            optimizer.step()
+            optimizer.zero_grad()
+        return pretence.num_copies
+
+
+def test_parameters_come_down_only_where_the_law_acts_on_them() -> None:
+    """With one bucket a gradient comes down and a parameter goes up, in one copy each."""
+    assert copies_of_a_step("bf16, fp32 main", edited=False) == 2
+    assert copies_of_a_step("bf16, fp32 main", edited=True) == 3
+    assert copies_of_a_step("bf16, remainder", edited=False) == 3
+    assert copies_of_a_step("fp32", edited=False) == 3
+
+
+def test_the_next_gradient_is_on_its_way_down_while_a_bucket_is_updated() -> None:
+    with pretended_device() as pretence:
+        params = parameters_elsewhere(make_params(F32))
+        config = ShardingConfig(state_residency=StateResidency.HOST, bucket_cap_mb=1e-6)
+        optimizer = ShardedDecoupledAdamW(params.items(), **LAW, config=config)
+        give_gradients(params, 1, 0)
+        optimizer.step()
+    down = pretence.left_under_way
+    assert len(down) == len(params) and down[-1] == 0
+    assert all(left == 2 for left in down[:-1]), "a gradient, and a parameter on which the law acts"
+
+
+def test_a_device_without_streams_is_refused() -> None:
+    with pretended_device():
+        delattr(torch.get_device_module(ELSEWHERE), "Stream")
+        with pytest.raises(ValueError, match=r"state_residency: expected StateResidency.DEVICE.*on cuda, got HOST"):
+            ShardedDecoupledAdamW(
+                parameters_elsewhere(make_params(F32)).items(),
+                config=ShardingConfig(state_residency=StateResidency.HOST),
+            )
