@@ -32,6 +32,7 @@ class Corpus:
     Attributes:
         name: where the text came from.
         num_files: how many files were read.
+        digest: equal for equal texts.
     """
 
     def __init__(self, source: Path | None, context: int) -> None:
@@ -65,6 +66,7 @@ class Corpus:
                 f"give --data more text, or a smaller --preset"
             )
         self.num_files = len(names)
+        self.digest = hashlib.sha256(text).hexdigest()
         tokens = torch.frombuffer(text, dtype=torch.uint8)
         self.training, self.held_out = tokens[: len(tokens) - num_held_out], tokens[len(tokens) - num_held_out :]
 
@@ -84,6 +86,11 @@ class Corpus:
         """Rows `rows` of `num_rows` windows spread evenly over the held-out text; shapes as `batch`'s."""
         starts = torch.linspace(0, len(self.held_out) - context - 1, num_rows).long()
         return windows(self.held_out, starts[rows.start : rows.stop], context, device)
+
+
+def share(rows: range, number: int, of: int) -> range:
+    """The part `number` of `of` parts of `rows`, which differ by one row at most."""
+    return rows[number * len(rows) // of : (number + 1) * len(rows) // of]
 
 
 def windows(text: Tensor, starts: Tensor, context: int, device: torch.device) -> tuple[Tensor, Tensor]:

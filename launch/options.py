@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,12 @@ if importlib.util.find_spec("typer") and importlib.util.find_spec("rich") and im
     import typer
 else:
     sys.exit("error: launch/ needs typer, rich and matplotlib; run, in the checkout: pip install -e '.[launch]'")
+
+if not __package__:
+    # Run as a script: import from the checkout that holds this file, whatever the working directory.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.earlier import METRICS, OF_THIS_START, folder_to_resume, read_config, require_same
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,15 @@ class Settings:
             help="Ranks to train on, one process each. [default: 2]",
         ),
     ] = 1
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            envvar="TORCHELASTIC_MAX_RESTARTS",
+            show_envvar=False,
+            help="How often to start all ranks again after one has died; they go on from the newest checkpoint.",
+        ),
+    ] = 0
     optimizer: Annotated[Choice, typer.Option(help="Which optimizer to train with.")] = Choice.SHARDED
     preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 450
@@ -98,16 +113,26 @@ class Settings:
     sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the closing sample.")] = 400
     run_dir: Annotated[Path | None, typer.Option(help="Folder to write. [default: runs/DATE-TIME-OPTIMIZER]")] = None
     plot: Annotated[bool, typer.Option(help="Write loss.png.")] = True
-    checkpoint: Annotated[bool, typer.Option(help="Write the final model and optimizer state.")] = True
+    checkpoint: Annotated[bool, typer.Option(help="Write checkpoints, on the way and at the end.")] = True
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
+    keep_last: Annotated[int, typer.Option(min=1, help="How many checkpoints to keep.")] = 2
+    background: Annotated[bool, typer.Option(help="Write checkpoints beside training.")] = True
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --run-dir, or the latest in runs/, from its newest checkpoint, on any number "
+            "of ranks. Its options need not be repeated.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         """Raise ValueError, in words for whoever typed it, for options that do not fit each other or the machine."""
         divisor = self.ranks * self.micro_batches
-        if self.global_batch % divisor:
+        if self.global_batch < divisor:
             raise ValueError(
-                f"expected --global-batch to be a multiple of ranks x micro-batches = {self.ranks} x "
-                f"{self.micro_batches} = {divisor}, got {self.global_batch}; "
-                f"use --global-batch {-(-self.global_batch // divisor) * divisor}"
+                f"expected --global-batch to be at least ranks x micro-batches = {self.ranks} x {self.micro_batches} = "
+                f"{divisor}, got {self.global_batch}; use fewer of either"
             )
         if self.lr <= 0:
             raise ValueError(f"expected --lr to be above 0, got {self.lr}")
@@ -119,9 +144,17 @@ class Settings:
             raise ValueError(
                 "--optimizer fairscale-oss needs fairscale; run, in the checkout: pip install -e '.[fairscale]'"
             )
+        if self.resume and not self.can_resume:
+            raise ValueError(
+                f"--optimizer {self.optimizer} cannot resume, since no rank can save its part of the state without "
+                "gathering all of it; use sharded, decoupled or ddp-adamw"
+            )
         # The other ranks may look only after rank 0 has begun to write there.
-        if self.run_dir is not None and is_rank_zero() and (self.run_dir / "metrics.jsonl").exists():
-            raise ValueError(f"expected --run-dir to hold no earlier run, got {self.run_dir}; name another folder")
+        if self.run_dir is not None and not self.resume and is_rank_zero() and (self.run_dir / METRICS).exists():
+            raise ValueError(
+                f"expected --run-dir to hold no earlier run, got {self.run_dir}; name another folder, or go on with "
+                "that run by --resume"
+            )
 
     @property
     def model(self) -> GPTConfig:
@@ -129,9 +162,9 @@ class Settings:
         return PRESETS[self.preset]
 
     @property
-    def rows_per_rank(self) -> int:
-        """Sequences of the global batch that one rank takes."""
-        return self.global_batch // self.ranks
+    def can_resume(self) -> bool:
+        """Whether the optimizer's state can be saved by each rank for itself."""
+        return self.optimizer not in (Choice.TORCH_ZERO, Choice.FAIRSCALE_OSS)
 
 
 def is_rank_zero() -> bool:
@@ -147,23 +180,38 @@ def fail(message: object) -> NoReturn:
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
-    """Settings from a command line; on `--help` or a wrong option, print and leave by SystemExit."""
-    found: list[Settings] = []
+    """Settings from a command line, and from the run that it resumes.
+
+    On `--help` or a wrong option, print and leave by SystemExit.
+    """
+    chosen = parse(arguments, {})
+    try:
+        folder = folder_to_resume(chosen["resume"], chosen["run_dir"])
+        if folder is not None:
+            earlier = read_config(folder)["settings"]
+            chosen = parse(arguments, {name: earlier[name] for name in earlier.keys() - OF_THIS_START})
+            require_same(earlier, chosen, folder)
+            chosen |= {"resume": True, "run_dir": folder}
+        return Settings(**chosen)
+    except ValueError as error:
+        fail(error)
+
+
+def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command line says, by the names of Settings, with `defaults` in the place of Settings' own."""
+    found: list[dict[str, Any]] = []
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["--help", "-h"]},
+        context_settings={"help_option_names": ["--help", "-h"], "default_map": dict(defaults)},
     )
 
     # The dataclass's fields are the command's options.
     @app.command()
     @functools.wraps(Settings, updated=())
     def collect(**chosen: Any) -> None:
-        try:
-            found.append(Settings(**chosen))
-        except ValueError as error:
-            fail(error)
+        found.append(chosen)
 
     with contextlib.ExitStack() as muted:
         if not is_rank_zero():

@@ -1,6 +1,6 @@
 """The picture of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,7 +10,8 @@ def draw(
     path: Path,
     *,
     title: str,
-    losses: Sequence[float],
+    losses: Mapping[int, float],
+    num_steps: int,
     held_out: tuple[float, float],
     model_bytes: int,
     state_bytes: tuple[int, int],
@@ -20,15 +21,16 @@ def draw(
     Args:
         path: the file to write.
         title: what ran.
-        losses: nats per byte, one for each step.
+        losses: nats per byte, by step.
+        num_steps: of the whole run.
         held_out: the same before and after training.
         model_bytes: of the parameters; the gradients take as much.
         state_bytes: of the optimizer, unsharded and in this run.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, memory = figure.subplots(1, 2, width_ratios=(2, 1))
-    curve.plot(range(1, len(losses) + 1), losses, linewidth=1, label="training, mean over ranks")
-    curve.plot([0, len(losses)], held_out, "o", label="held out")
+    curve.plot([step + 1 for step in losses], list(losses.values()), linewidth=1, label="training, mean over ranks")
+    curve.plot([0, num_steps], held_out, "o", label="held out")
     curve.set(xlabel="step", ylabel="loss, nats per byte", title=title)
     curve.grid(alpha=0.3)
     curve.legend()

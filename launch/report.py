@@ -7,6 +7,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -62,6 +63,7 @@ class Report:
         self.folder = folder
         self.console = Console(quiet=folder is None, highlight=False)
         self.records: list[StepRecord] = []
+        self.losses: dict[int, float] = {}
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -87,6 +89,16 @@ class Report:
             f"{len(corpus.held_out) / 1e6:.1f} MB held out"
         )
 
+    def go_on(self, step: int, path: Path | None) -> None:
+        """Say from where training goes on, with `step`, and leave in metrics.jsonl what was logged before it."""
+        if self.folder is None:
+            return
+        self.losses = {line["step"]: line["loss"] for line in self.folder.rewind_metrics(step)}
+        if path is None:
+            self.say(f"no complete checkpoint in {self.folder.checkpoints} yet: beginning again")
+        else:
+            self.say(f"resumed from {path}, after {step} of {self.settings.steps} steps")
+
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
         """Within it, records move a bar, or where there is no terminal print a line every twentieth of the way."""
@@ -95,12 +107,13 @@ class Report:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as self._bar:
-            self._task = self._bar.add_task("", total=self.settings.steps)
+            self._task = self._bar.add_task("", total=self.settings.steps, completed=len(self.losses))
             yield
 
     def record(self, record: StepRecord, log: bool) -> None:
         """Keep a step for the closing table and show it; write it to metrics.jsonl if `log`."""
         self.records.append(record)
+        self.losses[record.step] = record.loss
         if self.folder is None:
             return
         if log:
@@ -109,7 +122,7 @@ class Report:
             line["seconds"] = {"step": record.seconds, "forward_backward": line.pop("forward_backward")}
             line["seconds"] |= asdict(record.parts)
             self.folder.append_metrics(line)
-        done, total = len(self.records), self.settings.steps
+        done, total = record.step + 1, self.settings.steps
         text = f"loss {record.loss:.3f}  lr {record.lr:.2e}  {record.tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
@@ -152,7 +165,8 @@ class Report:
             picture.draw(
                 self.folder.path / "loss.png",
                 title=self.title,
-                losses=[record.loss for record in self.records],
+                losses=self.losses,
+                num_steps=self.settings.steps,
                 held_out=(summary.held_out_before, summary.held_out_after),
                 model_bytes=summary.num_parameters * BYTES_PER_VALUE,
                 state_bytes=(self.unsharded_state_bytes(summary), summary.state_bytes),

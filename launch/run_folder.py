@@ -1,5 +1,6 @@
-"""The folder a run writes: config.json, metrics.jsonl, summary.json, loss.png and the final checkpoint."""
+"""The folder a run writes: config.json, metrics.jsonl, checkpoints/, summary.json and loss.png."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 import sharded_dadamw
-from launch.options import Settings
+from launch.data import Corpus
+from launch.earlier import CONFIG, METRICS, RUNS, job, plain, read_config
+from launch.options import Settings, fail
 
 
 class RunFolder:
@@ -21,55 +24,90 @@ class RunFolder:
 
     Attributes:
         path: the folder, which exists.
+        checkpoints: the folder in it for them, which need not.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def create(cls, settings: Settings, num_parameters: int, device: torch.device) -> "RunFolder":
-        """Agree on a folder and write the run's configuration into it; a collective."""
-        chosen = [settings.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.optimizer}"]
+    def open(cls, settings: Settings, corpus: Corpus, num_parameters: int, device: torch.device) -> "RunFolder":
+        """Agree on a folder, and write into it how the run begins or goes on; a collective.
+
+        Leaves by SystemExit, on every rank, if some have another text than the run began with.
+        """
+        chosen = [settings.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.optimizer}"]
+        text = [corpus.digest]
+        if dist.get_rank() == 0 and settings.resume:
+            text = [read_config(chosen[0])["text"]]
         dist.broadcast_object_list(chosen, src=0)
+        dist.broadcast_object_list(text, src=0)
+        digests = [""] * dist.get_world_size()
+        dist.all_gather_object(digests, corpus.digest)
+        if others := [rank for rank, digest in enumerate(digests) if digest != text[0]]:
+            where = f"the run in {chosen[0]}" if settings.resume else "rank 0"
+            fail(f"expected the text of {where}, got another on ranks {others} of {len(digests)}; name it with --data")
         folder = cls(chosen[0])
         if dist.get_rank() == 0:
-            folder.write_json(
-                "config.json",
-                {
-                    "settings": asdict(settings),
-                    "model": asdict(settings.model),
-                    "num_parameters": num_parameters,
-                    "world_size": dist.get_world_size(),
-                    "backend": dist.get_backend(),
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                    "num_threads": torch.get_num_threads(),
-                    "versions": versions(),
-                },
-            )
-            (folder.path / "metrics.jsonl").touch()
+            folder._write_config(settings, text[0], num_parameters, device)
         return folder
+
+    def _write_config(self, settings: Settings, text: str, num_parameters: int, device: torch.device) -> None:
+        start: dict[str, Any] = {
+            "world_size": dist.get_world_size(),
+            "backend": dist.get_backend(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "num_threads": torch.get_num_threads(),
+            "versions": versions(),
+            "job": job(),
+        }
+        if settings.resume:
+            config = read_config(self.path)
+            config["resumed"].append(start)
+        else:
+            options = {name: plain(value) for name, value in asdict(settings).items()}
+            # Whoever resumes may stand elsewhere.
+            options["data"] = plain(settings.data and settings.data.resolve())
+            config = {"settings": options, "model": asdict(settings.model), "num_parameters": num_parameters}
+            config |= {"text": text, **start, "resumed": []}
+        self.write_json(CONFIG, config)
+        (self.path / METRICS).touch()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `content` to the file `name`."""
-        (self.path / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
+        self._write(name, json.dumps(content, indent=2, default=str) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl; whoever reads the file meanwhile sees whole lines."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save_checkpoint(self, model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
-        """Write the model, which is the same everywhere, by rank 0, and this rank's optimizer state."""
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
-            self._save(model_state, "model.pt")
-        self._save(optimizer_state, f"optimizer-rank{rank}-of-{num_ranks}.pt")
+    def sync_metrics(self) -> None:
+        """Have metrics.jsonl on the disk, before a checkpoint that counts on it."""
+        with (self.path / METRICS).open("a") as file:
+            os.fsync(file.fileno())
 
-    def _save(self, content: dict[str, Any], name: str) -> None:
-        """A file of that name is whole, or not there: it is written beside its place and moved into it."""
+    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Leave in metrics.jsonl, and return, the whole lines of steps before `step`."""
+        records = []
+        for line in (self.path / METRICS).read_text(errors="replace").splitlines():
+            # The machine may have stopped in the middle of a line, or before what was written was on the disk.
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("step", step) < step:
+                    records.append(record)
+        self._write(METRICS, "".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of that name is whole, the old or the new: it is written beside its place and moved into it."""
         beside = self.path / f".{name}.part"
-        torch.save(content, beside)
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, self.path / name)
 
 

@@ -2,6 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 launch/train.py --steps 100     (what scripts/train.sh does)
     python launch/train.py                                                   (one rank)
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 launch/train.py    (goes on by itself when ranks die)
+    python launch/train.py --resume                                          (goes on with the latest run)
 
 gloo on CPU; NCCL and bfloat16 autocast where every rank has a GPU of its own.
 """
@@ -11,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,11 +25,12 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.contenders import contender_for, largest_over_ranks
-from launch.data import Corpus
+from launch.data import Corpus, share
 from launch.model import GPT, generate
 from launch.options import Settings, fail, read_settings
 from launch.report import Report, StepRecord, Summary
 from launch.run_folder import RunFolder
+from sharded_dadamw.checkpoint import Resumed, Saving, load_checkpoint, save_checkpoint
 
 NUM_HELD_OUT_ROWS = 64
 PROMPT = b"\n\ndef "
@@ -38,13 +42,18 @@ def main() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.ranks != world_size:
         fail(f"expected --ranks {world_size}, the ranks that were started, got {settings.ranks}; use scripts/train.sh")
+    if settings.max_restarts and "TORCHELASTIC_MAX_RESTARTS" not in os.environ:
+        fail(f"expected --max-restarts 0 without torchrun, got {settings.max_restarts}; use scripts/train.sh")
     try:
         corpus = Corpus(settings.data, settings.model.context)
     except ValueError as error:
         fail(error)
     device = join(world_size)
     try:
-        Training(settings, corpus, device).run()
+        # The other ranks looked for a run to go on with at other moments.
+        agreed = [settings]
+        dist.broadcast_object_list(agreed, src=0)
+        Training(agreed[0], corpus, device).run()
     finally:
         dist.destroy_process_group()
 
@@ -84,28 +93,33 @@ class Training:
         self.rank = dist.get_rank()
         self.model = GPT(settings.model, settings.seed).to(device)
         self.contender = contender_for(settings, self.model, device)
-        first = self.rank * settings.rows_per_rank
-        rows_per_pass = settings.rows_per_rank // settings.micro_batches
-        self.passes = [
-            range(row, row + rows_per_pass) for row in range(first, first + settings.rows_per_rank, rows_per_pass)
-        ]
+        mine = share(range(settings.global_batch), self.rank, settings.ranks)
+        self.passes = [share(mine, number, settings.micro_batches) for number in range(settings.micro_batches)]
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.folder = RunFolder.open(settings, corpus, num_parameters, device)
+        self.report = Report(settings, self.folder if self.rank == 0 else None)
+        self.report.open(corpus, num_parameters, device)
+        self.saving: Saving | None = None
 
     def run(self) -> None:
-        """Train from first step to written run folder."""
-        settings, contender = self.settings, self.contender
-        num_parameters = sum(p.numel() for p in self.model.parameters())
-        folder = RunFolder.create(settings, num_parameters, self.device)
-        report = Report(settings, folder if self.rank == 0 else None)
-        report.open(self.corpus, num_parameters, self.device)
-        before = self.held_out_loss()
+        """Train from the first step, or from a checkpoint, to written run folder."""
+        settings, contender, report = self.settings, self.contender, self.report
+        resumed = self.load() if settings.resume else None
+        first = resumed.step if resumed else 0
+        if first == settings.steps:
+            report.say(f"all {first} steps were done: nothing to go on with in {self.folder.path}")
+            return
+        before = resumed.data["held_out_before"] if resumed else self.held_out_loss()
         report.say(f"held-out loss before training: {before:.3f} nats per byte")
         with report.progress():
-            for step in range(settings.steps):
+            for step in range(first, settings.steps):
                 report.record(self.train_step(step), log=(step + 1) % settings.log_every == 0)
+                if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
+                    self.save_on_the_way(step + 1, before)
         after = self.held_out_loss()
         report.close(
             Summary(
-                num_parameters=num_parameters,
+                num_parameters=sum(p.numel() for p in self.model.parameters()),
                 held_out_before=before,
                 held_out_after=after,
                 state_bytes=largest_over_ranks(contender.state_bytes, self.device),
@@ -115,10 +129,73 @@ class Training:
         )
         if settings.sample_bytes and self.rank == 0:
             report.sample(PROMPT + generate(self.model, PROMPT, settings.sample_bytes, 0.6, settings.seed))
-        if settings.checkpoint:
-            folder.save_checkpoint(self.model.state_dict(), contender.holder.state_dict())
+        self.save_at_the_end(before)
         dist.barrier()
-        report.say(f"written to {folder.path}")
+        report.say(f"written to {self.folder.path}")
+
+    def load(self) -> Resumed | None:
+        """Take over the newest sound checkpoint of the run folder, if there is one; a collective."""
+        try:
+            resumed = load_checkpoint(
+                self.folder.checkpoints, model=self.model, optimizer=self.contender.optimizer, fall_back=True
+            )
+        except (OSError, ValueError) as error:
+            fail(error)
+        self.report.go_on(resumed.step if resumed else 0, resumed.path if resumed else None)
+        return resumed
+
+    def save(self, step: int, held_out_before: float, asynchronous: bool) -> None:
+        """Write a checkpoint, or begin to; a collective. Batches depend on the step alone: no other place in the data.
+
+        Raises:
+            OSError: it could not be written, on any rank, and so for every one.
+            RuntimeError: it failed otherwise.
+        """
+        if self.rank == 0:
+            self.folder.sync_metrics()
+        self.saving = save_checkpoint(
+            self.folder.checkpoints,
+            step=step,
+            model=self.model,
+            optimizer=self.contender.optimizer,
+            data={"held_out_before": held_out_before},
+            keep_last=self.settings.keep_last,
+            asynchronous=asynchronous,
+        )
+
+    def save_on_the_way(self, step: int, held_out_before: float) -> None:
+        """Write a checkpoint beside training, which a full disk does not end."""
+        if self.settings.checkpoint and self.settings.can_resume:
+            self.finish_saving()
+            with self.forgiven():
+                self.save(step, held_out_before, self.settings.background)
+
+    def save_at_the_end(self, held_out_before: float) -> None:
+        """Write the last checkpoint; without it there is nothing to show for the run."""
+        settings = self.settings
+        if not settings.can_resume and settings.checkpoint:
+            self.report.say(f"no checkpoint: {settings.optimizer} gathers its whole state on one rank to save it")
+        elif settings.checkpoint:
+            self.finish_saving()
+            try:
+                self.save(settings.steps, held_out_before, asynchronous=False)
+            except (OSError, RuntimeError) as error:
+                fail(error)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint under way, and say so if it was not written."""
+        if self.saving is not None:
+            with self.forgiven():
+                self.saving.wait()
+            self.saving = None
+
+    @contextlib.contextmanager
+    def forgiven(self) -> Iterator[None]:
+        """Within it, a checkpoint that cannot be written, which every rank hears of, is a warning."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self.report.say(f"warning: {error}; training goes on")
 
     def train_step(self, step: int) -> StepRecord:
         """One optimizer step on this rank's rows of the global batch."""
@@ -134,7 +211,8 @@ class Training:
             )
             last = number == len(self.passes)
             with contextlib.nullcontext() if last else contender.no_sync(), self.autocast():
-                part = contender.model(tokens, targets) / len(self.passes)
+                # The mean over ranks of the ranks' sums is the mean over rows, however many rows a pass has.
+                part = contender.model(tokens, targets) * (len(rows) * settings.ranks / settings.global_batch)
                 part.backward()
             loss += part.detach()
         after_backward = self.now()
@@ -172,17 +250,14 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss over windows of the held-out text, which the ranks share out; a collective."""
-        share = range(
-            self.rank * NUM_HELD_OUT_ROWS // self.settings.ranks,
-            (self.rank + 1) * NUM_HELD_OUT_ROWS // self.settings.ranks,
-        )
+        mine = share(range(NUM_HELD_OUT_ROWS), self.rank, self.settings.ranks)
         total = torch.zeros((), device=self.device)
-        if share:
+        if mine:
             tokens, targets = self.corpus.held_out_batch(
-                share, NUM_HELD_OUT_ROWS, self.settings.model.context, self.device
+                mine, NUM_HELD_OUT_ROWS, self.settings.model.context, self.device
             )
             with self.autocast():
-                total += self.model(tokens, targets) * len(share)
+                total += self.model(tokens, targets) * len(mine)
         dist.all_reduce(total)
         return float(total) / NUM_HELD_OUT_ROWS
 

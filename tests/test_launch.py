@@ -16,6 +16,7 @@ import torch
 from launch.data import Corpus
 from launch.model import GPT
 from launch.options import PRESETS, Preset
+from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRAIN = str(CHECKOUT / "launch" / "train.py")
@@ -102,16 +103,15 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_run_folder_holds_what_is_needed_to_read_the_run_and_to_go_on(two_ranks: Run) -> None:
     names = {path.name for path in two_ranks.folder.iterdir()}
-    states = {"optimizer-rank0-of-2.pt", "optimizer-rank1-of-2.pt"}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "loss.png", "model.pt"} | states
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints"}
     config = json.loads((two_ranks.folder / "config.json").read_text())
     assert config["world_size"] == 2
     assert config["settings"]["optimizer"] == "sharded"
     assert config["versions"]["torch"] == torch.__version__
     assert (two_ranks.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    GPT(PRESETS[Preset.TINY]).load_state_dict(torch.load(two_ranks.folder / "model.pt"))
-    for name in states:
-        assert {"state", "param_groups"} <= torch.load(two_ranks.folder / name).keys()
+    assert [path.name for path in checkpoints(two_ranks.folder / "checkpoints")] == [f"step_{NUM_STEPS:08d}"]
+    resumed = load_checkpoint(two_ranks.folder / "checkpoints", model=GPT(PRESETS[Preset.TINY]))
+    assert resumed is not None and resumed.step == NUM_STEPS
 
 
 def test_every_step_is_logged_with_its_loss_its_rate_and_its_time(two_ranks: Run) -> None:
@@ -172,7 +172,10 @@ def test_every_other_optimizer_draws_the_same_curve(optimizer: str, two_ranks: R
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks", "2", "--micro-batches", "3"], "= 2 x 3 = 6, got 16; use --global-batch 18"),
+        (
+            ["--ranks", "2", "--micro-batches", "3", "--global-batch", "5"],
+            "at least ranks x micro-batches = 2 x 3 = 6, got 5; use fewer of either",
+        ),
         (["--data", "/no/such/place"], "expected --data to be a file or a folder, got /no/such/place"),
         (["--lr", "0"], "expected --lr to be above 0, got 0.0"),
         (["--optimizer", "adam"], "'sharded', 'decoupled', 'torch-zero', 'fairscale-oss', 'ddp-adamw'"),
@@ -192,7 +195,8 @@ def test_a_run_is_never_written_over_another(two_ranks: Run) -> None:
     assert ended.returncode == 2
     assert (
         ended.stderr
-        == f"error: expected --run-dir to hold no earlier run, got {two_ranks.folder}; name another folder\n"
+        == f"error: expected --run-dir to hold no earlier run, got {two_ranks.folder}; name another folder, or go "
+        "on with that run by --resume\n"
     )
 
 
