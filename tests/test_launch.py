@@ -53,9 +53,9 @@ def environment(**added: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"} | added
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str, **added: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command], env=environment(**added), capture_output=True, text=True, timeout=120, check=False
     )
 
 
