@@ -1,7 +1,7 @@
 """launch/train.py for ranks that are to die, or to find the disk full, at points named in the environment.
 
-FAULTS is a list in JSON. Each has a `point` of POINTS, the `step` in which it strikes, as records count them, the `ranks`
-that it strikes and the `start` of these ranks: 0 for the first, 1 after torchrun has started them again once.
+FAULTS is a list in JSON. Each has a `point` of POINTS, the `step` in which it strikes, as records count them, the
+`ranks` that it strikes and the `start` of these ranks: 0 for the first, 1 after torchrun has started them again once.
 """
 
 import json
@@ -24,10 +24,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_alone() -> None:
-    """After the checkpoint before has been written, so that it is known from where training goes on."""
+def finish_saving() -> None:
+    """Wait for the save under way, so that it is known what is there; whether it failed is for others to ask."""
     if checkpoint._latest is not None:
         checkpoint._latest._failure()
+
+
+def die_alone() -> None:
+    finish_saving()
     die()
 
 
@@ -58,6 +62,7 @@ def fill_disk() -> None:
 
 
 def empty_disk() -> None:
+    finish_saving()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 

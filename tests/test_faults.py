@@ -124,12 +124,19 @@ def test_whoever_dies_and_whenever_training_goes_on_by_itself_and_draws_the_same
     assert names == {f"step_{at:08d}" for at in (16, 20, 24)}  # and nothing that dead saves left
 
 
+@pytest.mark.parametrize(("point", "rank"), [("reduction", 1), ("gather", 0), ("save", 1)])
+def test_without_torchrun_nobody_waits_for_the_dead(point: str, rank: int, tmp_path: Path) -> None:
+    ended = train(tmp_path / "run", *OPTIONS, ranks=2, faults=[fault(point, 5, rank)])
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == 1, ended.output
+    assert "RuntimeError: " in ended.output
+
+
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose disk was full for a while, and whose ranks were then all killed."""
     folder = tmp_path_factory.mktemp("faults") / "dead"
     full = [fault("disk is full", 2, 0, 1), fault("disk has room", 6, 0, 1)]
-    ended = train(folder, *OPTIONS, "--no-background", ranks=2, faults=[*full, fault("step", 14, 0, 1)])
+    ended = train(folder, *OPTIONS, ranks=2, faults=[*full, fault("step", 14, 0, 1)])
     assert ended.codes == [-signal.SIGKILL] * 2, ended.output
     (folder / "said").write_text(ended.output)
     return folder
@@ -190,6 +197,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert "step_00000012/__1_0.distcp: expected" in ended.output and named in ended.output
     assert f"resumed from {copy}/checkpoints/step_00000008" in ended.output
     assert curve(copy) == uninterrupted
+
+
+def test_another_text_than_the_run_began_with_is_refused(copy: Path) -> None:
+    ended = train(copy, "--resume", "--data", __file__, ranks=1)
+    assert ended.codes == [2]
+    assert f"error: expected the text of the run in {copy}, got another on ranks [0] of 1" in ended.output
 
 
 def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(copy: Path) -> None:
