@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.dcp_folder import newest, read_folder, read_manifest, write_folder
+from sharded_dadamw.dcp_folder import read_folder, write_folder
 from sharded_dadamw.deepspeed_folder import from_deepspeed
 from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch, unflattened
+from sharded_dadamw.manifest import Manifest, newest, step_of
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import load_torch
 from sharded_dadamw.safetensors_file import from_safetensors, tensors_of, to_safetensors
@@ -99,13 +100,15 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
 
     Args:
         path: Ends in `.pt` or `.pth`: the state dict of torch's AdamW, by `torch.save`. Ends in `.safetensors`: tensors
-            by name. Otherwise a folder that is new or empty: stock torch.distributed.checkpoint, with the state under
-            `optimizer` and the weights under `model`.
+            by name. Otherwise a folder that is new or empty, as `load_checkpoint` and stock
+            torch.distributed.checkpoint read it, with the state under `optimizer` and the weights under `model`. Its
+            name tells its step, if it is one of a checkpoint, such as `step_00000100`, and else the state does.
         state: The form in the middle (see `interchange`). Only read.
-        weights: The model's state dict; only a folder takes it.
+        weights: The model's state dict, in which weights that share memory are tied; only a folder takes it.
 
     Raises:
         ValueError: If there is something in the folder, or AdamW cannot express the state.
+        OSError: If it cannot be written.
         ModuleNotFoundError: If it takes safetensors, which is not installed.
     """
     if _is_safetensors(path):
@@ -116,7 +119,16 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
             log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
         torch.save(to_torch(state), path)
     else:
-        write_folder(path, {"optimizer": dict(state)} | ({"model": weights} if weights else {}))
+        aliases = _tied(weights or {}, state["state"])
+        once = {name for names in aliases for name in names[1:]}
+        contents = {
+            "optimizer": {**state, "state": {k: v for k, v in state["state"].items() if k not in once}},
+            **({"model": {k: v for k, v in weights.items() if k not in once}} if weights else {}),
+        }
+        step = step_of(Path(path))
+        if step is None:
+            step = int(max((float(entries["step"]) for entries in state["state"].values()), default=0))
+        write_folder(path, contents, aliases, step)
 
 
 def optimizers_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -160,7 +172,13 @@ def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
-        return read_folder(newest(path))
+        folder = newest(Path(path))
+        contents = read_folder(folder)
+        manifest, model = Manifest.of(folder), contents.get("model")
+        if manifest is not None and isinstance(model, dict):
+            for first, *others in manifest.aliases:
+                model.update({name: model[first] for name in others if {first, name} <= model.keys()})
+        return contents
     if not Path(path).is_file():
         raise ValueError(f"expected a file or a folder, got {path}, which is not there")
     if _is_safetensors(path):
@@ -170,7 +188,8 @@ def _contents(path: str | os.PathLike[str]) -> object:
 
 def _once(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Without the state that our checkpoints hold of tied weights under their other names as well."""
-    aliases = read_manifest(newest(path)).get("aliases", [])
+    manifest = Manifest.of(newest(Path(path)))
+    aliases = manifest.aliases if manifest else []
     owners = {name for group in state_dict["param_groups"] for name in group["params"]}
     others = {name for names in aliases if owners & set(names) for name in names} - owners
     if not others:
@@ -208,6 +227,15 @@ def _names_by_shape(state_dict: Mapping[str, Any], weights: Weights) -> list[str
         if isinstance(moment, Tensor) and moment.shape != weights[name].shape:
             return None
     return names
+
+
+def _tied(weights: Weights, state: Mapping[str, Any]) -> list[list[str]]:
+    """Names of weights that share memory, first the one that has state."""
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        names.setdefault(place, []).append(name)
+    return [sorted(same, key=lambda name: name not in state) for same in names.values() if len(same) > 1]
 
 
 def _check_fit(path: str | os.PathLike[str], state: State, weights: Weights) -> None:

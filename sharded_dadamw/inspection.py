@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sharded_dadamw.checkpoint_files import read_metadata
 from sharded_dadamw.convert import models_in, optimizers_in
-from sharded_dadamw.dcp_folder import is_dcp_folder, nested, newest, path_of, read_manifest, read_metadata, read_values
+from sharded_dadamw.dcp_folder import is_dcp_folder, nested, path_of, read_values
 from sharded_dadamw.deepspeed_folder import DeepSpeedFolder, is_deepspeed_folder, open_deepspeed
 from sharded_dadamw.interchange import MAIN, MOMENTS, unflattened
+from sharded_dadamw.manifest import Manifest, newest
 from sharded_dadamw.names import canonical_name
 from sharded_dadamw.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.safetensors_file import hyperparameters_of, shapes_of, steps_of
@@ -162,7 +163,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         ValueError: If it is none of these, or cannot be read without running something in it.
         ModuleNotFoundError: If it takes safetensors, which is not installed.
     """
-    where = newest(path)
+    where = newest(Path(path))
     if where.suffix == ".safetensors":
         return _inspect_safetensors(where)
     if where.is_file():
@@ -242,9 +243,9 @@ def _inspect_deepspeed(folder: DeepSpeedFolder) -> Contents:
 
 
 def _inspect_dcp(path: Path) -> Contents:
-    found = read_metadata(path)
-    manifest = read_manifest(path)
-    aliases = [list(names) for names in manifest.get("aliases", [])]
+    manifest = Manifest.of(path)
+    found = read_metadata(path, manifest)
+    aliases = [list(names) for names in manifest.aliases] if manifest else []
     also = {name for names in aliases for name in names[1:]}
     tensors = []
     for key, entry in found.state_dict_metadata.items():
@@ -258,10 +259,10 @@ def _inspect_dcp(path: Path) -> Contents:
         _step_of(path, found),
         _groups_of(path, found),
         tensors,
-        num_ranks=manifest.get("num_ranks") or _ranks_of(found),
+        num_ranks=manifest.num_ranks if manifest else _ranks_of(found),
         aliases=aliases,
-        versions=dict(manifest.get("versions", {})),
-        damage=_damage(path, manifest["files"]) if manifest else None,
+        versions=dict(manifest.versions) if manifest else {},
+        damage=manifest.damage(path) if manifest else None,
     )
 
 
@@ -303,28 +304,6 @@ def _ranks_of(found: Metadata) -> int | None:
     files = {info.relative_path for info in found.storage_data.values()}
     ranks = [int(match.group(1)) for name in files if (match := re.match(r"__(\d+)_", name))]
     return max(ranks) + 1 if ranks else None
-
-
-def _damage(path: Path, files: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What is wrong with files whose sizes and CRC-32s are known."""
-    wrong = []
-    for name, known in files.items():
-        file = path / name
-        if not file.is_file():
-            wrong.append(f"{name}: missing")
-        elif file.stat().st_size != known["size"]:
-            wrong.append(f"{name}: expected {known['size']} bytes, got {file.stat().st_size}")
-        elif _crc32(file) != known["crc32"]:
-            wrong.append(f"{name}: its checksum differs")
-    return wrong
-
-
-def _crc32(file: Path) -> int:
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def _first_names(

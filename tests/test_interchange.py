@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
+from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.convert import Source, read_state, write_state
 from sharded_dadamw.deepspeed_folder import from_deepspeed
 from sharded_dadamw.inspection import inspect
@@ -644,6 +645,61 @@ def test_imported_state_goes_into_several_ranks_and_back_into_one(num_ranks: int
     back, weights = read_state(tmp_path / "x", Source.OURS)
     assert_same_state(back, state)
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+
+
+class TiedModel(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(tokens))
+        return logits
+
+
+def test_what_was_converted_is_loaded_in_one_call(tmp_path: Path) -> None:
+    model = TiedModel(0)
+    optimizer = AdamW(model.named_parameters(), **THEIRS)
+    for step in range(3):
+        model(torch.arange(step, 4 + step)).square().mean().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    state, weights = read_state(tmp_path / "x.pt", Source.TORCH)
+    for name in ("anywhere", "run/step_00000070"):
+        write_state(tmp_path / name, state, weights)
+    assert checkpoints(tmp_path / "run") == [tmp_path / "run" / "step_00000070"]
+    assert list(tmp_path.glob(".*")) == list((tmp_path / "run").glob(".*")) == []
+    for path, step in ((tmp_path / "anywhere", 3), (tmp_path / "run", 70)):
+        for told, values, gathered in on_ranks(2, load_in_one_call, str(path)):
+            assert told == (step, None)
+            assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+            assert_same_state(gathered, state)
+    back, again = read_state(tmp_path / "run", Source.OURS)
+    assert_same_state(back, state)
+    assert again["head.weight"] is again["embedding.weight"]
+
+
+def load_in_one_call(group: Any, path: str) -> Any:
+    model = TiedModel(1)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group)
+    generators = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"scheduler: expected .* pass scheduler=None"):
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        load_checkpoint(path, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
+    resumed = load_checkpoint(path, model=model, optimizer=optimizer, process_group=group)
+    assert resumed is not None and torch.equal(torch.get_rng_state(), generators)
+    told = (resumed.step, resumed.data)
+    return told, values_of(model), get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
+def test_a_run_is_not_saved_into_a_checkpoint(ours: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    """Or loading from the same place would find the old one forever."""
+    model, optimizer = ours
+    write_state(tmp_path / "out", get_optimizer_state_dict(model, optimizer, options=FULL), values_of(model))
+    with pytest.raises(ValueError, match="root: expected a folder of checkpoints"):
+        save_checkpoint(tmp_path / "out", step=1, model=model, optimizer=optimizer)
 
 
 def load_and_save(group: Any, state: dict[str, Any], weights: Tensors, folder: str) -> Any:
