@@ -67,7 +67,7 @@ def convert(
     console.print(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
     for index, group in enumerate(state["param_groups"]):
         console.print(
-            f"  group {index}: weights decay by {group['weight_decay']:g} per step at the peak, lr {group['initial_lr']:g}"
+            f"  group {index}: decays by {group['weight_decay']:g} a step at the peak lr, {group['initial_lr']:g}"
         )
 
 
