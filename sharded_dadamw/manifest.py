@@ -215,7 +215,7 @@ def clear(root: Path) -> None:
     """Remove what is unfinished. No save may be under way."""
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -225,7 +225,7 @@ def publish(folder: Path, final: Path) -> None:
     folder.rename(final)
     sync(final.parent)
     if discarded is not None:
-        shutil.rmtree(discarded, ignore_errors=True)
+        _remove(discarded)
 
 
 def keep(root: Path, newest: Path, count: int) -> None:
@@ -233,7 +233,7 @@ def keep(root: Path, newest: Path, count: int) -> None:
     older = [path for path in folders(root) if (step_of(path) or 0) < (step_of(newest) or 0)]
     for path in older[: max(0, len(older) - (count - 1))]:
         with contextlib.suppress(OSError):  # the new checkpoint is complete whatever becomes of old ones
-            shutil.rmtree(_set_aside(path), ignore_errors=True)
+            _remove(_set_aside(path))
 
 
 def _set_aside(folder: Path) -> Path:
@@ -241,6 +241,14 @@ def _set_aside(folder: Path) -> Path:
     aside = _hidden(folder)
     folder.rename(aside)
     return aside
+
+
+def _remove(folder: Path) -> None:
+    """As far as that can be done; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hidden(folder: Path) -> Path:
