@@ -15,28 +15,13 @@ RUNS = Path("runs")
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
-# What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
-# The text may have moved, and is compared by its digest.
-FREE = frozenset(
-    [
-        "ranks",
-        "max_restarts",
-        "micro_batches",
-        "bucket_cap_mb",
-        "data",
-        "log_every",
-        "sample_bytes",
-        "run_dir",
-        "plot",
-        "checkpoint",
-        "checkpoint_every",
-        "keep_last",
-        "background",
-        "resume",
-    ]
-)
 # What an earlier run says nothing about.
 OF_THIS_START = frozenset(("ranks", "max_restarts", "run_dir", "resume"))
+CHECKPOINTS = frozenset(("checkpoint", "checkpoint_every", "keep_last", "background"))
+SHOWN = frozenset(("log_every", "sample_bytes", "plot"))
+# What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
+# The text may have moved, and is compared by its digest.
+FREE = OF_THIS_START | CHECKPOINTS | SHOWN | {"data", "micro_batches", "bucket_cap_mb"}
 
 
 def job() -> str | None:

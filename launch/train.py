@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 if not __package__:
     # Run as a script: import from the checkout that holds this file, whatever the working directory.
@@ -65,10 +67,15 @@ def join(world_size: int) -> torch.device:
     if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    rank = int(os.environ.get("RANK", "0"))
+    url = "env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
+    store, _, _ = next(rendezvous(url, rank, world_size))
+    # torchrun keeps the store when it starts ranks again, and in it the addresses of those that died.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method="env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0",
-        rank=int(os.environ.get("RANK", "0")),
+        store=store,
+        rank=rank,
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
     )

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from sharded_dadamw.convert import Source, read_state, write_state
-from sharded_dadamw.inspection import Contents
-from sharded_dadamw.inspection import inspect as look_into
+from sharded_dadamw.interchange.convert import Source, read_state, write_state
+from sharded_dadamw.interchange.inspection import Contents
+from sharded_dadamw.interchange.inspection import inspect as look_into
 
 if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
     import typer

@@ -28,8 +28,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialL
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.checkpoint_files import read_metadata
-from sharded_dadamw.manifest import Manifest
+from sharded_dadamw.checkpoint.files import read_metadata
+from sharded_dadamw.checkpoint.manifest import Manifest
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from sharded_dadamw import checkpoint_files
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.manifest import Manifest
+from sharded_dadamw.checkpoint import files as checkpoint_files
+from sharded_dadamw.checkpoint.manifest import Manifest
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 

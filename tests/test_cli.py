@@ -14,9 +14,10 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import AdamW
 
-from sharded_dadamw import DecoupledAdamW, dcp_folder
-from sharded_dadamw.convert import Source, read_state, write_state
-from sharded_dadamw.inspection import inspect
+from sharded_dadamw import DecoupledAdamW
+from sharded_dadamw.interchange import dcp_folder
+from sharded_dadamw.interchange.convert import Source, read_state, write_state
+from sharded_dadamw.interchange.inspection import inspect
 from tests.test_interchange import FakeDeepSpeed, Runs
 
 pytest.importorskip("typer")

@@ -32,12 +32,12 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.convert import Source, read_state, write_state
-from sharded_dadamw.deepspeed_folder import from_deepspeed
-from sharded_dadamw.inspection import inspect
+from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange import from_composer, from_torch, renamed, to_torch
-from sharded_dadamw.names import canonical_name
-from sharded_dadamw.safetensors_file import from_safetensors, to_safetensors
+from sharded_dadamw.interchange.convert import Source, read_state, write_state
+from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange.inspection import inspect
+from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
 from sharded_dadamw.update import Hyperparameters, adamw_
 from tests.deepspeed_client import RUNS, Tied
 from tests.pool import on_ranks

@@ -1,22 +1,27 @@
 """The launcher, run as people run it: real ranks, a tiny model, and what is left in the run folder."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from launch.data import Corpus
+from launch.data import Corpus, share
 from launch.model import GPT
-from launch.options import PRESETS, Preset
+from launch.options import PRESETS, Choice, Preset, Settings, read_settings
+from launch.train import Training
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
+from tests.pool import on_ranks
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRAIN = str(CHECKOUT / "launch" / "train.py")
@@ -53,9 +58,9 @@ def environment(**added: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"} | added
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str, **added: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command], env=environment(**added), capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -200,21 +205,160 @@ def test_a_run_is_never_written_over_another(two_ranks: Run) -> None:
     )
 
 
+def settings_for(*options: str) -> Settings:
+    return read_settings(["--run-dir", *options])
+
+
+def test_a_run_is_resumed_with_the_options_it_began_with(two_ranks: Run) -> None:
+    folder = str(two_ranks.folder)
+    settings = settings_for(folder, "--resume", "--log-every", "7", "--micro-batches", "4", "--ranks", "3")
+    began = settings_for(folder + "-other", *OPTIONS)
+    changed = {"run_dir": two_ranks.folder, "resume": True, "log_every": 7, "micro_batches": 4, "ranks": 3}
+    assert settings == replace(began, **changed)
+    assert settings_for(folder, "--resume", *OPTIONS) == replace(began, run_dir=two_ranks.folder, resume=True)
+
+
+def test_a_difference_that_matters_is_named(two_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        settings_for(
+            str(two_ranks.folder), "--resume", "--lr", "1", "--optimizer", "decoupled", "--no-plot", "--amsgrad"
+        )
+    expected = "--optimizer sharded, got decoupled; --lr 0.005, got 1.0; --amsgrad False, got True; leave out"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--optimizer", "torch-zero"], "--optimizer torch-zero cannot resume"),
+        ([], "expected a run to resume, got none in"),
+    ],
+)
+def test_what_cannot_be_resumed_says_so(
+    options: list[str], said: str, tmp_path: Path, two_ranks: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if options:
+        config = json.loads((two_ranks.folder / "config.json").read_text())
+        config["settings"]["optimizer"] = options[-1]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        settings_for(str(tmp_path), "--resume", *options)
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_folder_the_latest_run_is_resumed(
+    two_ranks: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at, name in enumerate(("b", "c", "a")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(two_ranks.folder / "config.json", tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "config.json", (at, at))
+    (tmp_path / "runs" / "d").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_settings(["--resume"]).run_dir == Path("runs") / "a"
+    assert read_settings([]).run_dir is None
+
+
+def test_ranks_that_torchrun_starts_again_resume_their_own_run_and_no_other(
+    two_ranks: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, job in (("mine", "1"), ("others", "2")):
+        config = json.loads((two_ranks.folder / "config.json").read_text())
+        config["resumed"].append({"job": job})
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for run_id, run_dir in (("1", Path("runs/mine")), ("2", Path("runs/others")), ("3", None), ("none", None)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        settings = read_settings([])
+        assert settings.run_dir == run_dir and settings.resume == (run_dir is not None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "3")
+    with pytest.raises(SystemExit):
+        settings_for(str(two_ranks.folder))
+
+
+class Stopped(Exception):
+    pass
+
+
+def trained_in_two_parts(_: Any, whole: Settings) -> tuple[list[Any], list[Any], str]:
+    """The metrics of a run, and of one that was stopped and resumed, at first without a checkpoint."""
+    assert whole.run_dir is not None
+    corpus, said = Corpus(TEXT, whole.model.context), io.StringIO()
+    parts = replace(whole, run_dir=whole.run_dir.with_name("parts"))
+    with contextlib.redirect_stdout(said):
+        Training(whole, corpus, torch.device("cpu")).run()
+        for stop in (3, 10, None):
+            training = Training(parts, corpus, torch.device("cpu"))
+            train_step = training.train_step
+
+            def step_or_stop(step: int, train_step: Any = train_step, stop: int | None = stop) -> Any:
+                if step == stop:
+                    raise Stopped
+                return train_step(step)
+
+            training.train_step = step_or_stop  # type: ignore[method-assign]
+            with contextlib.suppress(Stopped):
+                training.run()
+            parts = replace(parts, resume=True)
+        Training(parts, corpus, torch.device("cpu")).run()
+    curves = []
+    for settings in (whole, parts):
+        assert settings.run_dir is not None
+        lines = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+        curves.append([(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines])
+    return curves[0], curves[1], said.getvalue()
+
+
+@pytest.mark.parametrize("optimizer", [Choice.SHARDED, Choice.DECOUPLED, Choice.DDP_ADAMW])
+def test_a_run_in_parts_is_the_same_run(optimizer: Choice, tmp_path: Path) -> None:
+    settings = Settings(
+        ranks=4,
+        optimizer=optimizer,
+        preset=Preset.TINY,
+        steps=12,
+        warmup=4,
+        lr=5e-3,
+        data=TEXT,
+        micro_batches=2,
+        global_batch=18,  # which neither ranks nor passes divide
+        amsgrad=True,
+        log_every=2,
+        sample_bytes=0,
+        run_dir=tmp_path / "whole",
+        checkpoint_every=4,
+    )
+    whole, parts, said = on_ranks(4, trained_in_two_parts, settings)[0]
+    # DDP takes a process's first step with other buckets than the later ones, and four ranks sum them in another order.
+    rounding = 0.0 if optimizer is Choice.SHARDED else ROUNDING
+    assert [step for step, *_ in whole] == [step for step, *_ in parts] == [1, 3, 5, 7, 9, 11]
+    for (_, loss, norm, lr), (_, its_loss, its_norm, its_lr) in zip(parts, whole, strict=True):
+        assert lr == its_lr and loss == pytest.approx(its_loss, rel=0, abs=rounding)
+        assert norm == pytest.approx(its_norm, rel=20 * rounding, abs=0)
+    assert "no complete checkpoint" in said and "step_00000008, after 8 of 12 steps" in said
+    assert "all 12 steps were done" in said
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
+    assert summaries[0]["held_out_before"] == summaries[1]["held_out_before"]
+    after = [summary["held_out_after"] for summary in summaries]
+    assert after[0] == pytest.approx(after[1], rel=0, abs=rounding)
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert [start["world_size"] for start in config["resumed"]] == [4, 4, 4]
+
+
 def test_too_little_text_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match=r"expected at least 1,300 bytes of text in .*short.txt, got 10 in 1 files"):
         Corpus(tmp_path / "short.txt", context=64)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_the_global_batch_does_not_depend_on_how_many_ranks_share_it(num_ranks: int) -> None:
     corpus = Corpus(TEXT, context=64)
     whole, _ = corpus.batch(0, 7, range(6), 6, 64, torch.device("cpu"))
-    share = 6 // num_ranks
-    shares = [
-        corpus.batch(0, 7, range(rank * share, (rank + 1) * share), 6, 64, torch.device("cpu"))[0]
-        for rank in range(num_ranks)
-    ]
+    rows = [share(range(6), rank, num_ranks) for rank in range(num_ranks)]
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    shares = [corpus.batch(0, 7, mine, 6, 64, torch.device("cpu"))[0] for mine in rows]
     assert torch.equal(torch.cat(shares), whole)
     assert not torch.equal(corpus.batch(0, 8, range(6), 6, 64, torch.device("cpu"))[0], whole)
 

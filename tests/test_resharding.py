@@ -331,6 +331,23 @@ def test_one_rank_gets_the_whole_state_on_request_and_once(to: int) -> None:
     assert on_ranks(3, consolidate, to) == [(True, True)] * 3
 
 
+def sizes_while_consolidating(group: Any) -> tuple[list[int], int]:
+    """Bytes of what is gathered at a time, and of the largest parameter's moment."""
+    run = ours(group, 0)
+    verbs, sizes = run.optimizer._collectives, []
+    gather = verbs.all_gather_
+    verbs.all_gather_ = lambda buffer: sizes.append(buffer.nbytes) or gather(buffer)
+    run.optimizer.consolidate_state_dict(1)
+    return sizes, max(p.nbytes for p in run.model.parameters())
+
+
+def test_consolidating_needs_memory_for_one_bucket_at_a_time() -> None:
+    for sizes, largest in on_ranks(2, sizes_while_consolidating):
+        num_tensors = 3  # exp_avg, exp_avg_sq, max_exp_avg_sq
+        assert len(sizes) > num_tensors
+        assert max(sizes) <= largest + 2 * 64 * 4  # buckets are smaller here than the largest parameter
+
+
 def consolidate_badly(group: Any) -> str:
     run = ours(group, 0)
     with pytest.raises(ValueError, match=r"expected a rank in \[0, 2\), got 2") as error:

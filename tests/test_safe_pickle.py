@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_dadamw.safe_pickle import Placeholder, load, load_torch
+from sharded_dadamw.checkpoint.safe_pickle import Placeholder, load, load_torch
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.interchange import State
+from sharded_dadamw.interchange.state_dicts import State
 
 if importlib.util.find_spec("safetensors"):
     from safetensors import safe_open

@@ -37,10 +37,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from sharded_dadamw.agreement import everyone, require_agreement
-from sharded_dadamw.checkpoint_files import Writer, explained, on_host, read_entries, read_metadata, versions, write
-from sharded_dadamw.collectives import Collectives, NativeVerbs
-from sharded_dadamw.connect import connect, group_in_background
-from sharded_dadamw.manifest import (
+from sharded_dadamw.checkpoint.files import Writer, explained, on_host, read_entries, read_metadata, versions, write
+from sharded_dadamw.checkpoint.manifest import (
     FILE_NAME,
     Manifest,
     begin,
@@ -50,7 +48,7 @@ from sharded_dadamw.manifest import (
     is_complete,
     step_of,
 )
-from sharded_dadamw.named_state import (
+from sharded_dadamw.checkpoint.named_state import (
     SavedEntries,
     collect_optimizer,
     match_model,
@@ -59,7 +57,9 @@ from sharded_dadamw.named_state import (
     optimizer_state,
     require_plain,
 )
-from sharded_dadamw.run_state import pack, random_state, seed_from, set_random_state, unpack
+from sharded_dadamw.checkpoint.run_state import pack, random_state, seed_from, set_random_state, unpack
+from sharded_dadamw.collectives import Collectives, NativeVerbs
+from sharded_dadamw.connect import connect, group_in_background
 
 RANKS = "ranks"  # the entry under which every rank's own state is, by rank
 

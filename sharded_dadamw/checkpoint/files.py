@@ -40,8 +40,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import sharded_dadamw
-from sharded_dadamw import safe_pickle
-from sharded_dadamw.manifest import FileSum, Manifest, keep, publish
+from sharded_dadamw.checkpoint import safe_pickle
+from sharded_dadamw.checkpoint.manifest import FileSum, Manifest, keep, publish
 
 METADATA = ".metadata"
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.dcp_folder import read_folder, write_folder
-from sharded_dadamw.deepspeed_folder import from_deepspeed
-from sharded_dadamw.interchange import State, from_composer, from_torch, to_torch, unflattened
-from sharded_dadamw.manifest import Manifest, newest, step_of
-from sharded_dadamw.names import canonical_name
-from sharded_dadamw.safe_pickle import load_torch
-from sharded_dadamw.safetensors_file import from_safetensors, tensors_of, to_safetensors
+from sharded_dadamw.checkpoint.manifest import Manifest, newest, step_of
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.safe_pickle import load_torch
+from sharded_dadamw.interchange.dcp_folder import read_folder, write_folder
+from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange.safetensors_file import from_safetensors, tensors_of, to_safetensors
+from sharded_dadamw.interchange.state_dicts import State, from_composer, from_torch, to_torch, unflattened
 
 log = logging.getLogger("sharded_dadamw")
 

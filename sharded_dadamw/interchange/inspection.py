@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint_files import read_metadata
-from sharded_dadamw.convert import models_in, optimizers_in
-from sharded_dadamw.dcp_folder import is_dcp_folder, nested, path_of, read_values
-from sharded_dadamw.deepspeed_folder import DeepSpeedFolder, is_deepspeed_folder, open_deepspeed
-from sharded_dadamw.interchange import MAIN, MOMENTS, unflattened
-from sharded_dadamw.manifest import Manifest, newest
-from sharded_dadamw.names import canonical_name
-from sharded_dadamw.safe_pickle import DTYPES, Placeholder, load_torch
-from sharded_dadamw.safetensors_file import hyperparameters_of, shapes_of, steps_of
+from sharded_dadamw.checkpoint.files import read_metadata
+from sharded_dadamw.checkpoint.manifest import Manifest, newest
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.safe_pickle import DTYPES, Placeholder, load_torch
+from sharded_dadamw.interchange.convert import models_in, optimizers_in
+from sharded_dadamw.interchange.dcp_folder import is_dcp_folder, nested, path_of, read_values
+from sharded_dadamw.interchange.deepspeed_folder import DeepSpeedFolder, is_deepspeed_folder, open_deepspeed
+from sharded_dadamw.interchange.safetensors_file import hyperparameters_of, shapes_of, steps_of
+from sharded_dadamw.interchange.state_dicts import MAIN, MOMENTS, unflattened
 
 STATE = ("step", *MOMENTS, *MAIN, *(f"{moment}_{part}" for moment in MOMENTS for part in ("codes", "scale")))
 

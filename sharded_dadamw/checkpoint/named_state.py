@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
+from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.run_state import pack
 from sharded_dadamw.fragment_tensor import FragmentTensor
-from sharded_dadamw.manifest import Manifest
-from sharded_dadamw.names import canonical_name
-from sharded_dadamw.run_state import pack
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
