@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,12 @@ class FileSum:
     def wrong_size(self, path: Path) -> str | None:
         """What is wrong with the size of a file that should be this one; None if nothing is."""
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError as error:
             return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
+        if not stat.S_ISREG(found.st_mode):  # of a pipe, say, reading would never end
+            return f"{path}: expected a file, got something else"
+        size = found.st_size
         return (
             None if size == self.size else f"{path}: expected {self.size} bytes, got {size}; the file has been damaged"
         )
@@ -104,6 +108,8 @@ class Manifest:
             ValueError: There is no manifest, it is damaged, of another format, or of another folder; names the file.
         """
         path = folder / FILE_NAME
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: expected a file, got something else")
         try:
             body = json.loads(path.read_bytes())
             checksum = body.pop("checksum")

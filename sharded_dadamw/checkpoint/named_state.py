@@ -95,11 +95,16 @@ class SavedEntries:
         self.groups = [list(group["params"]) for group in manifest.param_groups]
         self._first = {name: names[0] for names in manifest.aliases for name in names}
         self._metadata = metadata
+        self._num_bytes = sum(known.size for known in manifest.files.values())
         self._tree: dict[Any, Any] = {}
         for entry, path in metadata.planner_data.items():
             node = self._tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
+                if isinstance(node, str):
+                    break
+            if isinstance(node, str) or path[-1] in node:
+                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
             node[path[-1]] = entry
 
     def first(self, name: str) -> str:
@@ -116,9 +121,12 @@ class SavedEntries:
     def placeholder(self, entry: str) -> Tensor | None:
         """Something to read an entry into."""
         known = self._metadata.state_dict_metadata[entry]
-        return (
-            torch.empty(known.size, dtype=known.properties.dtype) if isinstance(known, TensorStorageMetadata) else None
-        )
+        if not isinstance(known, TensorStorageMetadata):
+            return None
+        num_bytes = known.size.numel() * known.properties.dtype.itemsize
+        if num_bytes > self._num_bytes:
+            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
+        return torch.empty(known.size, dtype=known.properties.dtype)
 
     def target(self, entry: str, live: Tensor) -> Tensor:
         """Host memory like a live tensor, to read an entry into, if it fits.

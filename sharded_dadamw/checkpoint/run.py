@@ -182,7 +182,7 @@ def save_checkpoint(
         A handle. Without ``asynchronous`` the checkpoint is complete.
 
     Raises:
-        TypeError: ``root``, ``model`` or ``optimizer`` is none, here.
+        TypeError: ``root``, ``model`` or ``optimizer`` is none. On this rank; on the others a ValueError says so.
         ValueError: An argument is wrong, or ``data`` could not be read back safely; on every rank.
         ImportError: There are several ranks and no NumPy, by which torch.distributed.checkpoint exchanges plans.
         OSError: It could not be written; on every rank. Earlier checkpoints are as they were, and nothing is left over.
@@ -404,6 +404,13 @@ def _refuse_parts(model: nn.Module, optimizers: list[Optimizer]) -> Exception | 
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
+        known = {id(param) for param in model.parameters()}
+        strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
+        if strange:
+            return ValueError(
+                f"optimizer: expected parameters of the model, got {len(strange)} that it does not have, the first of "
+                f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
+            )
     return None
 
 
