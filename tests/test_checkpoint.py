@@ -447,6 +447,7 @@ def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> N
     path = save_checkpoint(tmp_path, step=1, **run(None, *parts)).path
     assert Manifest.read(path).aliases == [["embedding.weight", "head.weight"]]
     metadata = dcp.FileSystemReader(path).read_metadata()
+    assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id == path.name  # of no machine
     for entry in ("model.{}", "optimizer.state.{}.exp_avg"):
         places = [
             (info.relative_path, info.offset)

@@ -482,6 +482,34 @@ def test_metadata_that_torch_would_not_have_written_are_one_clear_error(kind: st
             read_state(folder, Source.OURS)
 
 
+def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr("sharded_dadamw.checkpoint.manifest.FORMAT", 2)
+        parts, _ = saved(tmp_path, 1)
+    with pytest.raises(ValueError, match="expected format 1; load it with the version that wrote it"):
+        load_checkpoint(tmp_path, **run(None, *parts))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to know what a descriptor is of")
+def test_a_checkpoint_gets_its_name_after_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []  # and whether the checkpoint had its name
+    real = os.fsync
+    final = tmp_path / "step_00000001"
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), final.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved(tmp_path, 1)
+    names = {Path(name).name.removesuffix(".tmp") for name, is_there in synced if not is_there}
+    assert {"__0_0.distcp", ".metadata", "manifest.json"} < names
+    assert any(name.startswith(".step_00000001") for name in names)
+    assert synced[-1] == (str(tmp_path), True)
+
+
 def test_links_to_checkpoints_go_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     parts, _ = saved(tmp_path / "elsewhere", 1)
