@@ -441,6 +441,31 @@ def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
     assert on_ranks(2, from_fsdp1_to_plain, tmp_path) == [[], []]
 
 
+def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
+    """What is refused only after all has been read."""
+    model, optimizer, schedule = build("fsdp1", group)
+    fit(model, optimizer, schedule, 1)
+    save_checkpoint(root, step=1, model=model, optimizer=optimizer, process_group=group)
+    fit(model, optimizer, schedule, 1)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    with pytest.raises(ValueError, match="scheduler: expected"):
+        load_checkpoint(root, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
+    return [str(p) for p, then in zip(model.parameters(), before, strict=True) if not torch.equal(p, then)]
+
+
+def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
+    assert on_ranks(2, refuse_in_fsdp1, tmp_path) == [[], []]
+
+
+def test_state_that_the_optimizer_does_not_keep_is_refused(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    with_maximum = AdamW(parts[0].parameters(), **LAW, amsgrad=True)
+    fit(parts[0], with_maximum, parts[2], 1)
+    save_checkpoint(tmp_path, step=1, model=parts[0], optimizer=with_maximum)
+    with pytest.raises(ValueError, match=r"embedding.weight: expected entries .* got .*max_exp_avg_sq"):
+        load_checkpoint(tmp_path, model=parts[0], optimizer=parts[1])
+
+
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
     parts = build("AdamW", None, tie=True)
     fit(*parts, 1)

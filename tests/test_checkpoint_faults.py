@@ -444,6 +444,11 @@ def fake_metadata(kind: str, folder: Path) -> None:
         metadata.planner_data[entry] = ("model", "head.weight", "x")
     elif kind == "an entry above another":
         metadata.planner_data["model.middle.0.bias"] = ("model",)
+    elif kind == "a part alone":
+        known.chunks = []
+    elif kind == "another file":
+        shutil.copy(folder / "__0_0.distcp", folder / "unlisted")
+        next(iter(metadata.storage_data.values())).relative_path = "unlisted"
     elif kind == "no path":
         metadata.planner_data[entry] = 5
     elif kind == "no place":
@@ -460,6 +465,8 @@ FAKES = {
     "a size of no memory": r"embedding\.weight",
     "an entry below another": "apart from each other",
     "an entry above another": "apart from each other",
+    "a part alone": "all of it|elements in chunks",
+    "another file": "in the files of the checkpoint",
     "no path": "keys that lead",
     "no place": "a place in a file",
     "no shape": "expected a shape",
