@@ -11,13 +11,11 @@ one has ended; and so is how long the call itself keeps training waiting.
 """
 
 import gc
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,10 +24,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -192,89 +189,81 @@ class Benchmark:
     def run(self, console: Console) -> None:
         """Fill `seconds` and `memory`. Collective."""
         self.run_.save(self.root, 0, AsyncCheckpointerType.PROCESS).wait()  # starts the process, once
-        for number in range(self.plan.rounds):
+        for number in measuring.rounds(self.plan.rounds, console):
             self.calls(number)
             for _ in range(self.plan.steps):
                 dist.barrier()
                 self.seconds[STEPS[0]].append(self.run_.step())
             self.beside(number, True, CALLS[4], STEPS[1])
             self.beside(number, AsyncCheckpointerType.PROCESS, CALLS[5], STEPS[2])
-            console.print(f"round {number + 1} of {self.plan.rounds}")
         self.watch("save", lambda: self.run_.save(self.root, 0))
         self.watch("load", lambda: self.run_.load(self.root))
         self.watch(CALLS[4], lambda: self.run_.save(self.root, 0, True).wait())
         self.watch(CALLS[5], lambda: self.run_.save(self.root, 0, AsyncCheckpointerType.PROCESS).wait())
 
 
+TITLES = (
+    "what",
+    "ms",
+    "longest ms",
+    "GB/s",
+    "/ plain, or a step alone: median [quartiles]",
+    "memory at most / its share",
+)
+AGAINST = {"save": "plain write", "load": "plain read", STEPS[1]: STEPS[0], STEPS[2]: STEPS[0]}
+
+
+def table_rows(plan: Plan, benchmark: Benchmark) -> list[list[str]]:
+    """One row of texts per call, and per state that steps were taken in, under TITLES."""
+    rows = []
+    share = benchmark.num_bytes / plan.ranks
+    for name, noted in benchmark.seconds.items():
+        values = torch.tensor(noted, dtype=torch.float64)
+        reference = torch.tensor(benchmark.seconds[AGAINST.get(name, name)], dtype=torch.float64)
+        if name in STEPS:  # as many as came about while saves were under way
+            reference = reference.median()
+        moves_all = name in CALLS[:4]
+        memory = benchmark.memory.get(name)
+        rows.append(
+            [
+                name,
+                f"{1e3 * values.median():.1f}",
+                f"{1e3 * values.max():.1f}",
+                f"{benchmark.num_bytes / values.median() / 1e9:.2f}" if moves_all else "-",
+                str(Spread.of(values / reference)) if name in AGAINST else "-",
+                f"{memory / share:.2f}" if memory else "-",
+            ]
+        )
+    return rows
+
+
 def show(plan: Plan, benchmark: Benchmark, console: Console) -> None:
-    """Print the tables; write the JSON and markdown files where asked to."""
-    seconds = {name: torch.tensor(values, dtype=torch.float64) for name, values in benchmark.seconds.items()}
-    against = {"save": "plain write", "load": "plain read"}
-    mine = benchmark.num_bytes / plan.ranks
-
-    def row(name: str) -> list[str]:
-        values = seconds[name]
-        other = against.get(name)
-        memory = benchmark.memory[name]
-        return [
-            name,
-            f"{1e3 * values.median().item():.0f}",
-            f"{benchmark.num_bytes / values.median().item() / 1e9:.2f}" if "returning" not in name else "-",
-            str(Spread.of(values / seconds[other])) if other else "-",
-            f"{memory / mine:.2f}" if memory else "-",
-        ]
-
-    def step_row(name: str) -> list[str]:
-        values: Tensor = seconds[name]
-        alone = seconds[STEPS[0]].median()
-        return [
-            name,
-            f"{1e3 * values.median().item():.1f}",
-            str(Spread.of(values / alone)),
-            f"{1e3 * values.max():.1f}",
-        ]
-
-    tables = (
-        (
-            ("call", "ms", "GB/s", "/ plain: median [quartiles]", "memory at most / a rank's share"),
-            [row(name) for name in CALLS],
-        ),
-        (("training", "ms", "/ alone: median [quartiles]", "longest ms"), [step_row(name) for name in STEPS]),
-    )
-    around = measuring.surroundings(torch.device("cpu"), torch=torch.__version__)
+    """Report what was measured."""
+    around = measuring.surroundings()
     lines = [
         f"{plan.parameters / 1e6:.1f} M fp32 parameters, {benchmark.num_bytes / 1e6:.0f} MB per checkpoint, "
         f"{plan.ranks} ranks over gloo, {plan.threads} threads per rank; {plan.rounds} rounds, {plan.steps} steps in "
         "each state; the slower rank counts.",
-        f"{around['cpu']}, {around['cores']} cores; torch {around['torch']}, Python {around['python']}, "
-        f"{around['date'][:10]}, {measuring.commit_in(around)}.",
+        measuring.sentence_of(around),
     ]
-    for titles, rows in tables:
-        measuring.print_table(console, titles, rows)
-    measuring.print_lines(console, lines)
-    if plan.out is not None:
-        record = {"plan": asdict(plan) | {"out": None, "folder": None}, "surroundings": around}
-        record |= {"bytes": benchmark.num_bytes, "seconds": benchmark.seconds, "memory": benchmark.memory}
-        plan.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.write_text(json.dumps(record, indent=1) + "\n")
-        text = [line for titles, rows in tables for line in [*measuring.markdown_table(titles, rows), ""]]
-        plan.out.with_suffix(".md").write_text("\n".join([*text, *lines]) + "\n")
+    record = {
+        "plan": asdict(plan) | {"folder": None, "out": None},
+        "surroundings": around,
+        "bytes": benchmark.num_bytes,
+        "seconds": benchmark.seconds,
+        "memory": benchmark.memory,
+    }
+    measuring.publish(console, TITLES, table_rows(plan, benchmark), lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(plan.threads)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.ranks)
-    try:
+    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         console = measuring.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         benchmark.run(console)
         if rank == 0:
             show(plan, benchmark, console)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def main(
@@ -290,18 +279,12 @@ def main(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(dir=folder))
-    plan = Plan(ranks, parameters, rounds, steps, threads or max(1, measuring.num_cores() // ranks), own, out)
+    plan = Plan(ranks, parameters, rounds, steps, measuring.threads_per_rank(threads, ranks), own, out)
     try:
-        processes = mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-            work, (plan, f"file://{own}/rendezvous"), nprocs=ranks, join=False, daemon=False
-        )
-        while not processes.join():
-            pass
+        measuring.start_ranks(work, ranks, plan)
     finally:
         shutil.rmtree(own)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+    measuring.run_command(main)

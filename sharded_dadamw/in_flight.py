@@ -145,8 +145,7 @@ class Arrival(ABC):
                 raise
             self.wait_s = time.perf_counter() - start
             if self._is_hidden:
-                for tensor in self._tensors:
-                    _give_back(tensor)
+                _give_back(self._tensors)
             self._tensors = []
 
 
@@ -228,7 +227,7 @@ def wait_for(tensor: object) -> None:
         arrival = _arrival_of(tensor)
         if arrival is not None:  # or another thread is just giving it back
             arrival.read()
-        _give_back(tensor)  # it may have traded places with another one, as by torch.utils.swap_tensors
+        _give_back([tensor])  # it may have traded places with another one, as by torch.utils.swap_tensors
 
 
 def _look_at(tensor: object) -> bool:
@@ -251,11 +250,13 @@ def _arrival_of(tensor: object) -> Arrival | None:
     return arrival
 
 
-def _give_back(tensor: object) -> None:
-    plain = _PLAIN.get(type(tensor))
-    if plain is not None:
-        vars(tensor).pop("_arrival", None)
-        tensor.__class__ = plain
+def _give_back(tensors: Sequence[object]) -> None:
+    plain_of = _PLAIN.get
+    for tensor in tensors:
+        plain = plain_of(type(tensor))
+        if plain is not None:
+            tensor.__dict__.pop("_arrival", None)
+            tensor.__class__ = plain
 
 
 def _pending_among(value: object) -> Iterator[object]:

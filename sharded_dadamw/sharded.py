@@ -367,10 +367,14 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 )
             if self._reducer.is_accumulating:
                 raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
-            self._check_in_place()
-            for bucket in self._buckets:
+            moved: list[NamedParameter] = []
+            for bucket in self._buckets:  # all there is to do for one of them at once, while its parameters are cached
+                moved += bucket.weights.misplaced()
+                if moved:  # which explains whatever else is wrong
+                    continue
                 bucket.gradients.collect(to_clip=to_clip)
-            slots = {bucket: bucket.gradients.present for bucket in self._buckets}
+                slots[bucket] = bucket.gradients.present
+            _refuse_moved(moved)
             hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
             self._check_state_fits(hypers)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
@@ -410,15 +414,6 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                     f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, as when it was sharded, "
                     f"got {asked_for}; choose it when the group is added"
                 )
-
-    def _check_in_place(self) -> None:
-        moved = [member for bucket in self._buckets for member in bucket.weights.misplaced()]
-        if moved:
-            first = min(moved, key=lambda member: member.index)
-            raise RuntimeError(
-                f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
-                "optimizer. Build the optimizer after the model is on its device and in its dtype"
-            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
@@ -699,6 +694,15 @@ class _Agreed:
     hypers: list[Hyperparameters]
     found_inf: Tensor | None
     grad_scale: Tensor | None
+
+
+def _refuse_moved(moved: Sequence[NamedParameter]) -> None:
+    if moved:
+        first = min(moved, key=lambda member: member.index)
+        raise RuntimeError(
+            f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
+            "optimizer. Build the optimizer after the model is on its device and in its dtype"
+        )
 
 
 def _require_gradients(bucket: Bucket) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import launch.train
 from launch.train import Training
-from sharded_dadamw import checkpoint, checkpoint_files, exchange
+from sharded_dadamw import exchange
 from sharded_dadamw.buffers import Bucket
+from sharded_dadamw.checkpoint import files as checkpoint_files
+from sharded_dadamw.checkpoint import run as checkpoint
 from sharded_dadamw.reducer import Reducer
 
 SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a checkpoint

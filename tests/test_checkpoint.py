@@ -20,15 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialLR
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.manifest import Manifest
+from sharded_dadamw.checkpoint.files import read_metadata
+from sharded_dadamw.checkpoint.manifest import Manifest
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
@@ -63,14 +64,31 @@ def fit(model: nn.Module, optimizer: Any, schedule: Any, num_steps: int) -> None
         schedule.step()
 
 
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, remainder": {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16},
+}
+
+
 def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[nn.Module, Any, Any]:
     model: nn.Module = Model(seed=seed, **model_settings)
     optimizer: Any
     if kind == "fsdp2":
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
         optimizer = AdamW(model.parameters(), **LAW)
-    elif kind == "ours":
-        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, whole_state_dict=True)
+    elif kind == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
+    elif kind == "fsdp1":
+        device = torch.device("cpu")
+        model = FullyShardedDataParallel(model, process_group=group, use_orig_params=True, device_id=device)
+        optimizer = AdamW(model.parameters(), **LAW)
+    elif kind == "attached":
+        config = ShardingConfig(bucket_cap_mb=1e-3)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
+        optimizer.attach(model)
+    elif kind in OURS:
+        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **OURS[kind])
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
     else:
         optimizer = {"DecoupledAdamW": DecoupledAdamW, "AdamW": AdamW}[kind](model.parameters(), **LAW)
@@ -115,7 +133,15 @@ def going_on(group: Any, kind: str, root: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "num_ranks"),
-    [("ours", 1), ("ours", 2), ("ours", 3), ("fsdp2", 2), ("fsdp2", 3), ("DecoupledAdamW", 1), ("AdamW", 2)],
+    [
+        ("ours", 1),
+        ("ours", 2),
+        ("ours", 3),
+        ("attached", 2),
+        ("fsdp2", 2),
+        ("DecoupledAdamW", 1),
+        ("AdamW", 2),
+    ],
 )
 def test_a_resumed_run_takes_the_same_steps_bit_for_bit(kind: str, num_ranks: int, tmp_path: Path) -> None:
     assert on_ranks(num_ranks, going_on, kind, tmp_path) == [[]] * num_ranks
@@ -147,6 +173,29 @@ def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, tmp_path: P
     for num_loading in (1, 2, 3, 4):
         for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, {}):
             assert differences(expected, loaded) == []
+
+
+@pytest.mark.parametrize("kind", list(OURS))
+@pytest.mark.parametrize(("num_saving", "num_loading"), [(3, 2), (2, 4), (1, 3)])
+def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
+    kind: str, num_saving: int, num_loading: int, tmp_path: Path
+) -> None:
+    settings = {"dtype": torch.bfloat16}
+    expected = on_ranks(num_saving, saved_at, kind, tmp_path, settings)[0]
+    assert any(", main_" in key for key in expected)
+    for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, settings):
+        assert differences(expected, loaded) == []
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads", "num_loading"), [("hsdp", "ours", 3), ("hsdp", "hsdp", 4), ("ours", "hsdp", 4)]
+)
+def test_state_that_is_spread_over_the_replicas_of_hsdp_loads_anywhere(
+    wrote: str, reads: str, num_loading: int, tmp_path: Path
+) -> None:
+    expected = on_ranks(4, saved_at, wrote, tmp_path, {})[0]
+    for loaded in on_ranks(num_loading, loaded_at, reads, tmp_path, {}):
+        assert differences(expected, loaded) == []
 
 
 @pytest.mark.parametrize(
@@ -188,6 +237,17 @@ def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
     assert differences(model.state_dict(), parts[0].state_dict()) == []
 
 
+def test_the_metadata_of_torchs_own_folders_is_read_safely_too(tmp_path: Path) -> None:
+    dcp.save({"model": Model().state_dict(), "lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
+    assert read_metadata(tmp_path) == replace_load_id(dcp.FileSystemReader(tmp_path).read_metadata())
+
+
+def replace_load_id(metadata: Any) -> Any:
+    """As it is in the file: reading it with torch adds one."""
+    metadata.storage_meta.load_id = None
+    return metadata
+
+
 def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
     parts = build("AdamW", None, tie=True)
     fit(*parts, 2)
@@ -203,11 +263,12 @@ def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
     assert differences(state["model"], get_model_state_dict(parts[0])) == []
 
 
-def test_an_optimizer_that_never_stepped_is_saved_and_loaded_as_one(tmp_path: Path) -> None:
-    parts = build("AdamW", None)
+@pytest.mark.parametrize("kind", ["AdamW", "DecoupledAdamW", "ours"])
+def test_an_optimizer_that_never_stepped_is_saved_and_loaded_as_one(kind: str, tmp_path: Path) -> None:
+    parts = build(kind, None)
     save_checkpoint(tmp_path, step=0, **run(None, *parts))
-    assert not parts[1].state
-    again = build("AdamW", None, seed=1)
+    assert kind == "ours" or not parts[1].state
+    again = build(kind, None, seed=1)
     load_checkpoint(tmp_path, **run(None, *again))
     torch.manual_seed(0)
     fit(*parts, 2)
@@ -361,6 +422,24 @@ def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str,
     assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
 
 
+def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
+    parts = build("fsdp1", group)
+    fit(*parts, 2)
+    save_checkpoint(root, step=2, **run(group, *parts))
+    again = build("fsdp1", group, seed=1)
+    load_checkpoint(root, **run(group, *again))
+    save_checkpoint(root, step=3, **run(group, *again))
+    first, last = build("AdamW", group), build("AdamW", group)
+    load_checkpoint(root / "step_00000002", **run(group, *first))
+    load_checkpoint(root / "step_00000003", **run(group, *last))
+    assert all(entries["step"] == 2 for entries in first[1].state.values())
+    return differences(whole(*first[:2]), whole(*last[:2]))
+
+
+def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
+    assert on_ranks(2, from_fsdp1_to_plain, tmp_path) == [[], []]
+
+
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
     parts = build("AdamW", None, tie=True)
     fit(*parts, 1)
@@ -449,6 +528,26 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, has
     for index, entries in now["state"].items():
         assert differences(entries, state["state"][index]) == []
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_scheduler_of_another_kind_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    fit(*parts, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    model, optimizer, cosine = build("AdamW", None, seed=1)
+    schedule = SequentialLR(optimizer, [cosine, MultiStepLR(optimizer, [3])], milestones=[2])
+    fit(model, optimizer, schedule, 1)
+    before, of_schedule = whole(model, optimizer), copy.deepcopy(schedule.state_dict())
+    with pytest.raises(ValueError, match=r"scheduler: the state in .*step_00000002 is not one of SequentialLR"):
+        load_checkpoint(tmp_path, **run(None, model, optimizer, schedule))
+    assert differences(whole(model, optimizer), before) == [] and schedule.state_dict() == of_schedule
+
+
+def test_a_checkpoint_without_a_schedule_is_refused_where_one_is_asked_for(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    save_checkpoint(tmp_path, step=1, model=parts[0], optimizer=parts[1])
+    with pytest.raises(ValueError, match=r"scheduler: expected .* to hold the state of one"):
+        load_checkpoint(tmp_path, **run(None, *parts))
 
 
 def test_a_wider_model_takes_narrower_weights_as_they_are(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from sharded_dadamw import checkpoint_files
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.manifest import Manifest
+from sharded_dadamw.checkpoint import files as checkpoint_files
+from sharded_dadamw.checkpoint.manifest import Manifest
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 
@@ -182,6 +182,10 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_word(path: Path) -> None:
+    path.write_text(path.read_text().replace('"lr"', '"rl"'))
+
+
 TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 100), r"__0_0.distcp: expected \d+ bytes, got 100"),
     "bit flipped": (lambda f: flip_last_bit(f / "__0_0.distcp"), r"__0_0.distcp: expected checksum"),
@@ -189,6 +193,7 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: expected \d+ bytes; the file cannot be read"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"got one without manifest.json"),
     "manifest": (lambda f: os.truncate(f / "manifest.json", 90), r"manifest.json: .* has been damaged"),
+    "manifest's words": (lambda f: replace_word(f / "manifest.json"), r"manifest.json: .* has been damaged"),
     "of another step": (
         lambda f: shutil.copytree(f.with_name("step_00000001"), f, dirs_exist_ok=True),
         r"expected the manifest of step_00000002, got that of step 1",
@@ -426,11 +431,16 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
     elif kind == "in the metadata":
         metadata.planner_data["harm"] = Harm(mark)
         path.write_bytes(pickle.dumps(metadata))
-    elif kind == "a file elsewhere":
+    elif kind.startswith("a file elsewhere"):
         torch.save(torch.zeros(3), folder.parent / "elsewhere")
         for info in metadata.storage_data.values():
             info.relative_path = "../elsewhere"
         path.write_bytes(pickle.dumps(metadata))
+        if "listed" in kind:
+            manifest = Manifest.read(folder)
+            (folder / "manifest.json").unlink()
+            replace(manifest, files={**manifest.files, "../elsewhere": manifest.files[".metadata"]}).write(folder)
+            return
     else:
         entry = next(index for index in metadata.storage_data if index.fqn == "optimizer.param_groups.0.lr")
         info = metadata.storage_data[entry]
@@ -449,6 +459,7 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
         ("in the metadata", r"\.metadata: .*mkdir, which is no data"),
         ("an entry", r"an entry cannot be read: .*[Ww]eights"),
         ("a file elsewhere", r"expected entries in the files of the checkpoint"),
+        ("a file elsewhere, listed", r"expected names of files in the folder"),
     ],
 )
 def test_a_pickle_that_carries_code_is_refused_and_never_run(kind: str, said: str, tmp_path: Path) -> None:

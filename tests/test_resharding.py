@@ -1,9 +1,12 @@
 """A checkpoint has no world size: what torch.distributed.checkpoint saves at N ranks loads at M, in any layout."""
 
 import copy
+import importlib.util
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -328,6 +331,23 @@ def test_one_rank_gets_the_whole_state_on_request_and_once(to: int) -> None:
     assert on_ranks(3, consolidate, to) == [(True, True)] * 3
 
 
+def sizes_while_consolidating(group: Any) -> tuple[list[int], int]:
+    """Bytes of what is gathered at a time, and of the largest parameter's moment."""
+    run = ours(group, 0)
+    verbs, sizes = run.optimizer._collectives, []
+    gather = verbs.all_gather_
+    verbs.all_gather_ = lambda buffer: sizes.append(buffer.nbytes) or gather(buffer)
+    run.optimizer.consolidate_state_dict(1)
+    return sizes, max(p.nbytes for p in run.model.parameters())
+
+
+def test_consolidating_needs_memory_for_one_bucket_at_a_time() -> None:
+    for sizes, largest in on_ranks(2, sizes_while_consolidating):
+        num_tensors = 3  # exp_avg, exp_avg_sq, max_exp_avg_sq
+        assert len(sizes) > num_tensors
+        assert max(sizes) <= largest + 2 * 64 * 4  # buckets are smaller here than the largest parameter
+
+
 def consolidate_badly(group: Any) -> str:
     run = ours(group, 0)
     with pytest.raises(ValueError, match=r"expected a rank in \[0, 2\), got 2") as error:
@@ -487,3 +507,36 @@ def test_each_element_is_written_once_and_steps_by_one_rank_each() -> None:
     num_params = len([p for p in Model(0).parameters() if p.requires_grad])
     assert sum(steps for _, steps in counted) == num_params
     assert sum(chunks for chunks, _ in counted) <= num_params + 4 * 5
+
+
+COMPOSERS_SIDE = "import sys; import tests.composer_client; from tests import test_resharding; "
+"""The client puts empty modules in the place of what Composer imports and does not need, so it has its own process."""
+
+
+def on_composers_side(path: str) -> None:
+    """Load what ours has saved into Composer's optimizer, compare, and save that."""
+    from composer.optim import DecoupledAdamW as Composers
+
+    model = Model(2)
+    run = Run(model, Composers(list(model.named_parameters()), **LAW, amsgrad=True), None)
+    fit(run, range(1))
+    state = state_of(run)
+    dcp.load(state, checkpoint_id=f"{path}/ours", no_dist=True)
+    set_model_state_dict(run.model, state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    assert_same(whole(run)[0]["state"], torch.load(f"{path}/expected.pt")["state"])
+    fit(run, range(4, 6))
+    dcp.save(state_of(run), checkpoint_id=f"{path}/theirs", no_dist=True)
+    torch.save(whole(run)[0], f"{path}/further.pt")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("composer") is None, reason="Composer is not installed")
+def test_composers_optimizer_loads_ours_and_we_load_theirs(tmp_path: Path) -> None:
+    (state, _), _ = on_ranks(3, save_at, "ours", str(tmp_path / "ours"))[0]
+    torch.save(state, tmp_path / "expected.pt")
+    command = [sys.executable, "-c", f"{COMPOSERS_SIDE} test_resharding.on_composers_side(sys.argv[1])", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    further = torch.load(tmp_path / "further.pt")
+    for (loaded, _), _ in on_ranks(2, load_at, "ours", str(tmp_path / "theirs")):
+        assert_same(loaded["state"], further["state"])

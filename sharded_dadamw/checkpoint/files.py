@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -33,19 +35,24 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from sharded_dadamw import safe_pickle
-from sharded_dadamw.manifest import FileSum, Manifest, keep, publish
+import sharded_dadamw
+from sharded_dadamw.checkpoint import safe_pickle
+from sharded_dadamw.checkpoint.manifest import FileSum, Manifest, keep, publish
 
 METADATA = ".metadata"
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
 
-def _layout(_: str) -> torch.layout:
-    return torch.strided  # the field is deprecated, and nothing else was ever in it
+def _layout(name: object) -> torch.layout:
+    """How a layout is pickled; anything but the usual one has no chunks."""
+    if name != "torch.strided":
+        raise ValueError(f"expected strided tensors, got {name}")
+    return torch.strided
 
 
 _KNOWN: dict[str, object] = {
@@ -64,7 +71,14 @@ _KNOWN: dict[str, object] = {
     },
     "torch.distributed.checkpoint.filesystem._StorageInfo": _StorageInfo,
     "torch.serialization._get_layout": _layout,
+    **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # in what others wrote
+    **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
 }
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a checkpoint."""
+    return {"torch": torch.__version__, "sharded_dadamw": sharded_dadamw.__version__}
 
 
 def on_host(value: Any) -> Any:
@@ -122,6 +136,10 @@ class Writer(FileSystemWriter):
 
     On the coordinator that is part of :meth:`finish`, after all ranks have written, wherever it runs: in the training
     process, a thread of it or another process.
+
+    Attributes:
+        folder: Where it is being written.
+        final: What that is going to be called.
     """
 
     def __init__(self, folder: Path, final: Path, manifest: Manifest, keep_last: int | None) -> None:
@@ -135,8 +153,8 @@ class Writer(FileSystemWriter):
         """
         super().__init__(folder)
         self.fs = self._files = _SummedFiles()
-        self._folder = folder
-        self._final = final
+        self.folder = folder
+        self.final = final
         self._manifest = manifest
         self._keep_last = keep_last
 
@@ -146,7 +164,7 @@ class Writer(FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta:
         """The checkpoint's name: a path would be of this machine, and its class of this Python."""
-        return StorageMeta(checkpoint_id=self._final.name, save_id=self.save_id)
+        return StorageMeta(checkpoint_id=self.final.name, save_id=self.save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look for the folder that the coordinator made.
@@ -154,9 +172,9 @@ class Writer(FileSystemWriter):
         Raises:
             FileNotFoundError: It is not there: this rank has storage of its own.
         """
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"expected to see {self._folder}, which rank 0 has made; checkpoints need storage that all ranks share"
+                f"expected to see {self.folder}, which rank 0 has made; checkpoints need storage that all ranks share"
             )
         return super().prepare_local_plan(plan)
 
@@ -179,10 +197,10 @@ class Writer(FileSystemWriter):
         written = [[item for item in result if item.index != _SUMS] for result in results]
         super().finish(metadata, self._under_all_names(metadata, written))
         files = {**sums, METADATA: self._files.sums[METADATA]}
-        replace(self._manifest, files=files).write(self._folder)
-        publish(self._folder, self._final)
+        replace(self._manifest, files=files).write(self.folder)
+        publish(self.folder, self.final)
         if self._keep_last is not None:
-            keep(self._final.parent, self._final, self._keep_last)
+            keep(self.final.parent, self.final, self._keep_last)
 
     def _under_all_names(self, metadata: Metadata, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
         """Enter tied weights, and their state, under their other names as well: more names for the same bytes."""
@@ -208,6 +226,37 @@ class Writer(FileSystemWriter):
             ]
             for result in results
         ]
+
+
+def write(state: dict[str, Any], writer: Writer, group: dist.ProcessGroup | None, *, tidies_up: bool) -> None:
+    """Write a checkpoint. Collective, unless ``group`` is None: then this process writes all of it.
+
+    Args:
+        state: Nested; of tensors that are spread over ranks this rank's part.
+        writer: Where to.
+        group: The ranks.
+        tidies_up: Whether the writer's folder is this rank's to remove, where it has not become the checkpoint.
+
+    Raises:
+        OSError: It could not be written; on every rank.
+        RuntimeError: It failed otherwise; on every rank.
+    """
+    try:  # torch's public `save` is this and a warning where torch.distributed is not in use
+        _save_state_dict(state, writer, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise explained(error, writer.final) from error
+    finally:
+        if tidies_up:
+            shutil.rmtree(writer.folder, ignore_errors=True)
+
+
+def explained(error: CheckpointException, final: Path) -> Exception:
+    """What torch.distributed.checkpoint says of a failure, of the kind that its first rank's is."""
+    rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
+    message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
+    if isinstance(failure, OSError) and failure.errno is not None:
+        return OSError(failure.errno, message)
+    return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)
 
 
 def replace_name(index: MetadataIndex, name: str) -> MetadataIndex:
@@ -238,8 +287,12 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
-def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
+def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
     """What entries a checkpoint has: their names, shapes and dtypes, and where they are.
+
+    Args:
+        folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
+        manifest: What files it consists of; None where nobody says, as in folders that are not ours.
 
     Raises:
         ValueError: The file is damaged, would do more than hold data, or points outside of the checkpoint.
@@ -254,11 +307,14 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path}: expected the metadata of a checkpoint, got {type(metadata).__name__}")
+    if manifest is None and metadata.planner_data is None:  # of planners that do not flatten
+        metadata.planner_data = {}
     for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
         if not isinstance(entries, dict):
             raise ValueError(f"{path}: expected tables of entries, got {type(entries).__name__}")
     for info in metadata.storage_data.values():
-        if not isinstance(info, _StorageInfo) or info.relative_path not in manifest.files or info.transform_descriptors:
+        name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
+        if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
             raise ValueError(f"{path}: expected entries in the files of the checkpoint, got {info}")
     return metadata
 

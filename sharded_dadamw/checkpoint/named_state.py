@@ -6,6 +6,7 @@ that is compared here is compared before anything is read, and raises by name.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from sharded_dadamw.manifest import Manifest
-from sharded_dadamw.names import canonical_name
-from sharded_dadamw.run_state import pack
+from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.run_state import pack
+from sharded_dadamw.fragment_tensor import FragmentTensor
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -109,14 +112,19 @@ class SavedEntries:
             ValueError: It does not, or would be rounded; names the entry.
         """
         known = self._metadata.state_dict_metadata[entry]
-        expected = f"{live.dtype} {list(live.shape)}"
+        size = live.size()  # the shape of an FSDP1 shard is its own
+        expected = f"{live.dtype} {list(size)}"
         if not isinstance(known, TensorStorageMetadata):
             raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
         dtype = known.properties.dtype
-        if known.size != live.shape or torch.promote_types(dtype, live.dtype) != live.dtype:
+        if known.size != size or torch.promote_types(dtype, live.dtype) != live.dtype:
             raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
         if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
             raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
+        if isinstance(live, FragmentTensor):
+            return live  # what is read goes into memory of its own
+        if isinstance(live, ShardedTensor):
+            return copy.deepcopy(live)
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:

@@ -43,6 +43,30 @@ class FileSum:
     size: int
     crc32: int
 
+    def wrong_size(self, path: Path) -> str | None:
+        """What is wrong with the size of a file that should be this one; None if nothing is."""
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
+        return (
+            None if size == self.size else f"{path}: expected {self.size} bytes, got {size}; the file has been damaged"
+        )
+
+    def wrong_sum(self, path: Path) -> str | None:
+        """What is wrong with the bytes of a file that should be this one, all of which are read; None if nothing is."""
+        crc = 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                block = bytearray(_BLOCK)
+                while size := file.readinto(block):
+                    crc = zlib.crc32(memoryview(block)[:size], crc)
+        except OSError as error:
+            return f"{path}: cannot be read: {error}"
+        if crc == self.crc32:
+            return None
+        return f"{path}: expected checksum {self.crc32:08x}, got {crc:08x}; the file has been damaged"
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -97,7 +121,18 @@ class Manifest:
         name = folder.resolve().name
         if _COMPLETE.fullmatch(name) and step_of(Path(name)) != body["step"]:
             raise ValueError(f"{path}: expected the manifest of {name}, got that of step {body['step']}")
+        if any(Path(name).name != name for name in body["files"]):
+            raise ValueError(f"{path}: expected names of files in the folder, got others")
         return cls(**{**body, "files": {name: FileSum(**known) for name, known in body["files"].items()}})
+
+    @classmethod
+    def of(cls, folder: Path) -> Manifest | None:
+        """The same, or None where a folder has no manifest, as those of others have not.
+
+        Raises:
+            ValueError: As in :meth:`read`.
+        """
+        return cls.read(folder) if (folder / FILE_NAME).exists() else None
 
     def require_sizes(self, folder: Path) -> None:
         """Look whether all files are there and as long as they were.
@@ -106,13 +141,8 @@ class Manifest:
             ValueError: One is not; names it.
         """
         for name, known in self.files.items():
-            path = folder / name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise ValueError(f"{path}: expected {known.size} bytes; the file cannot be read: {error}") from error
-            if size != known.size:
-                raise ValueError(f"{path}: expected {known.size} bytes, got {size}; the file has been damaged")
+            if wrong := known.wrong_size(folder / name):
+                raise ValueError(wrong)
 
     def require_sums(self, folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
         """Read every ``num_parts``-th file from the ``part``-th on and compare its checksum.
@@ -121,19 +151,13 @@ class Manifest:
             ValueError: One differs; names the file.
         """
         for name in sorted(self.files)[part::num_parts]:
-            path = folder / name
-            crc = 0
-            try:
-                with path.open("rb", buffering=0) as file:
-                    block = bytearray(_BLOCK)
-                    while size := file.readinto(block):
-                        crc = zlib.crc32(memoryview(block)[:size], crc)
-            except OSError as error:
-                raise ValueError(f"{path}: cannot be read: {error}") from error
-            if crc != self.files[name].crc32:
-                raise ValueError(
-                    f"{path}: expected checksum {self.files[name].crc32:08x}, got {crc:08x}; the file has been damaged"
-                )
+            if wrong := self.files[name].wrong_sum(folder / name):
+                raise ValueError(wrong)
+
+    def damage(self, folder: Path) -> list[str]:
+        """What is wrong with its files, a sentence for each; all of them are read."""
+        pairs = [(known, folder / name) for name, known in self.files.items()]
+        return [wrong for known, path in pairs if (wrong := known.wrong_size(path) or known.wrong_sum(path))]
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -159,6 +183,11 @@ def folders(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def newest(path: Path) -> Path:
+    """Of a root of checkpoints the newest, be it damaged or not; any other path as it is."""
+    return (folders(path) or [path])[-1]
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is sound and all files are there, as long as they were. Their bytes are not read."""
     try:
@@ -172,7 +201,12 @@ def begin(root: Path, step: int) -> Path:
     """Make an empty folder for a checkpoint to be, after what dead saves have left behind is cleared away."""
     root.mkdir(parents=True, exist_ok=True)
     clear(root)
-    folder = root / f".{folder_of(root, step).name}.{uuid.uuid4().hex[:8]}"
+    return begin_beside(folder_of(root, step))
+
+
+def begin_beside(final: Path) -> Path:
+    """Make an empty folder for what is to be called ``final``."""
+    folder = _hidden(final)
     folder.mkdir()
     return folder
 
@@ -204,9 +238,13 @@ def keep(root: Path, newest: Path, count: int) -> None:
 
 def _set_aside(folder: Path) -> Path:
     """Take its name from a checkpoint first: one that is half removed must not look like one that is damaged."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    aside = _hidden(folder)
     folder.rename(aside)
     return aside
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
 
 
 def sync(folder: Path) -> None:

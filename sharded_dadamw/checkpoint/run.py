@@ -11,6 +11,7 @@ fails on one is an error on all (`everyone`). A save under way is waited for bef
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -31,16 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, _save_state_dict, async_save
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-import sharded_dadamw
 from sharded_dadamw.agreement import everyone, require_agreement
-from sharded_dadamw.checkpoint_files import Writer, read_entries, read_metadata
-from sharded_dadamw.collectives import Collectives, NativeVerbs
-from sharded_dadamw.connect import connect, group_in_background
-from sharded_dadamw.manifest import (
+from sharded_dadamw.checkpoint.files import Writer, explained, read_entries, read_metadata, versions, write
+from sharded_dadamw.checkpoint.manifest import (
     FILE_NAME,
     Manifest,
     begin,
@@ -50,7 +48,7 @@ from sharded_dadamw.manifest import (
     is_complete,
     step_of,
 )
-from sharded_dadamw.named_state import (
+from sharded_dadamw.checkpoint.named_state import (
     SavedEntries,
     collect_optimizer,
     match_model,
@@ -59,7 +57,9 @@ from sharded_dadamw.named_state import (
     optimizer_state,
     require_plain,
 )
-from sharded_dadamw.run_state import pack, random_state, seed_from, set_random_state, unpack
+from sharded_dadamw.checkpoint.run_state import pack, random_state, seed_from, set_random_state, unpack
+from sharded_dadamw.collectives import Collectives, NativeVerbs
+from sharded_dadamw.connect import connect, group_in_background
 
 RANKS = "ranks"  # the entry under which every rank's own state is, by rank
 
@@ -112,7 +112,7 @@ class Resumed:
     Attributes:
         step: The step that was given when it was saved.
         path: Its folder.
-        data_of_ranks: What each rank that saved it gave as ``data``, by rank.
+        data_of_ranks: What each rank that saved it gave as ``data``, by rank; empty for what was converted.
         rank: This rank's number now.
         num_ranks: How many there are now.
     """
@@ -127,9 +127,13 @@ class Resumed:
     def data(self) -> Any:
         """What this rank gave as ``data``; on another number of ranks what all of them gave, if it was the same.
 
+        None where there were no ranks, as in what was converted.
+
         Raises:
             ValueError: The number of ranks has changed, and they gave different things.
         """
+        if not self.data_of_ranks:
+            return None
         if len(self.data_of_ranks) == self.num_ranks:
             return self.data_of_ranks[self.rank]
         first, *others = self.data_of_ranks
@@ -171,7 +175,8 @@ def save_checkpoint(
         process_group: The ranks that hold the model and the optimizer together; by default all.
         keep_last: Remove older checkpoints, once this one is complete, so that so many are left; by default none.
         asynchronous: Copy what is to be saved into host memory, return, and write it in a thread beside training (True
-            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only.
+            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only; wait for
+            the last one before the process group is destroyed.
 
     Returns:
         A handle. Without ``asynchronous`` the checkpoint is complete.
@@ -195,7 +200,7 @@ def save_checkpoint(
         "asynchronous": str(asynchronous),
         "scheduler": str(scheduler is not None),
     }
-    refusal = previous or _refuse(step, keep_last, kind, collectives)
+    refusal = previous or _refuse(Path(root), step, keep_last, kind, collectives)
     packed = None
     try:
         its = None if scheduler is None else scheduler.state_dict()
@@ -220,8 +225,7 @@ def save_checkpoint(
             state["optimizer"]["state"] = {}
         groups = state["optimizer"]["param_groups"]
         require_plain(state["model"], groups)  # after whatever is collective above
-        versions = {"torch": torch.__version__, "sharded_dadamw": sharded_dadamw.__version__}
-        manifest = Manifest(step, collectives.num_ranks, versions, aliases, groups)
+        manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups)
         return begin(Path(root), step).name if collectives.rank == 0 else ""
 
     try:
@@ -233,23 +237,16 @@ def save_checkpoint(
     assert manifest is not None
     writer = Writer(folder, final, manifest, keep_last)
 
-    def write(state: dict[str, Any]) -> None:
-        # torch's public `save` is this and a warning where torch.distributed is not in use.
-        try:
-            _save_state_dict(state, writer, process_group=group, no_dist=group is None)
-        except CheckpointException as error:
-            raise _explain(error, final) from error
-        finally:
-            if collectives.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+    def write_all(state: dict[str, Any]) -> None:
+        write(state, writer, group, tidies_up=collectives.rank == 0)
 
     written: Future[None] = Future()
     if kind is None:
-        write(state)
+        write_all(state)
         written.set_result(None)
     elif kind is AsyncCheckpointerType.THREAD:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        written = executor.submit(write, writer.stage(state))
+        written = executor.submit(write_all, writer.stage(state))
         executor.shutdown(wait=False)
     else:
         _write_in_process(state, writer, group, written, final, folder if collectives.rank == 0 else None)
@@ -271,7 +268,8 @@ def load_checkpoint(
     All files are checked first, and everything is compared with what is there; nothing is rounded, and nothing in a
     file is run. Hyperparameters come from the checkpoint, as in torch: ``lr``, ``initial_lr``, ``weight_decay``, all
     there is in a group; so does everything of the scheduler. Random generators are set where this rank had them; a rank
-    that the saved run did not have seeds them from rank 0's seed, the step and its own number.
+    that the saved run did not have seeds them from rank 0's seed, the step and its own number. What was converted from
+    another optimizer's checkpoint has neither generators nor scheduler: they are left alone, and ``scheduler`` is None.
 
     Args:
         path: One checkpoint, or a root of them: then the newest.
@@ -318,32 +316,37 @@ def load_checkpoint(
         names = match_model(saved, model, live["model"], entries)
         if optimizer is not None:
             match_optimizer(saved, model, live["optimizer"], names, entries)
-        for entry in saved.under(RANKS).values():
+        of_ranks = saved.under(RANKS)
+        for entry in of_ranks.values():
             entries[entry] = saved.placeholder(entry)
         read_entries(folder, metadata, entries)
         weights.update({live: saved.collect(entries, "model", name) for live, name in names.items()})
         if optimizer is not None:
             state.update(collect_optimizer(saved, live["optimizer"]["param_groups"], names, entries))
-        ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(manifest.num_ranks))
-        if scheduler is not None and ranks[0]["scheduler"] is None:
+        ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(len(of_ranks)))
+        if scheduler is not None and (not ranks or ranks[0]["scheduler"] is None):
             raise ValueError(f"scheduler: expected {folder} to hold the state of one, got none; pass scheduler=None")
 
-    def take() -> None:
+    def take_state() -> None:
         if optimizer is not None:
             set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+    def take_weights() -> None:
         set_model_state_dict(model, weights)
-        own = ranks[collectives.rank] if collectives.rank < len(ranks) else ranks[0]
-        if scheduler is not None:
-            scheduler.load_state_dict(own["scheduler"])
         if collectives.rank < len(ranks):
             set_random_state(own["random"])
-        else:
+        elif ranks:
             seed_from(own["random"], manifest.step, collectives.rank)
 
     everyone(collectives, look)
     everyone(collectives, read)
     live.clear()
-    everyone(collectives, take)
+    own = ranks[collectives.rank] if collectives.rank < len(ranks) else next(iter(ranks), {})
+    # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
+    if scheduler is not None:
+        _take_schedule(collectives, scheduler, own["scheduler"], folder)
+    everyone(collectives, take_state)
+    everyone(collectives, take_weights)
     data = tuple(rank["data"] for rank in ranks)
     return Resumed(manifest.step, folder, data, collectives.rank, collectives.num_ranks)
 
@@ -359,10 +362,12 @@ def _connect(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | N
 
 
 def _refuse(
-    step: int, keep_last: int | None, kind: AsyncCheckpointerType | None, collectives: Collectives
+    root: Path, step: int, keep_last: int | None, kind: AsyncCheckpointerType | None, collectives: Collectives
 ) -> Exception | None:
     if not isinstance(step, int) or step < 0:
         return ValueError(f"step: expected a whole number from 0 on, got {step!r}")
+    if (root / FILE_NAME).exists():  # or it would always be the one that is loaded
+        return ValueError(f"root: expected a folder of checkpoints, got {root}, which is one itself; choose another")
     if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
         return ValueError(f"keep_last: expected a whole number from 1 on, or None to keep all, got {keep_last!r}")
     if kind is not None and not isinstance(kind, AsyncCheckpointerType):
@@ -374,14 +379,6 @@ def _refuse(
     if collectives.num_ranks > 1 and importlib.util.find_spec("numpy") is None:
         return ImportError("torch.distributed.checkpoint needs NumPy to save from several ranks: pip install numpy")
     return None
-
-
-def _explain(error: CheckpointException, final: Path) -> Exception:
-    rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
-    message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
-    if isinstance(failure, OSError) and failure.errno is not None:
-        return OSError(failure.errno, message)
-    return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)
 
 
 def _write_in_process(
@@ -405,9 +402,29 @@ def _write_in_process(
         if error is None:
             written.set_result(None)
         else:
-            written.set_exception(_explain(error, final) if isinstance(error, CheckpointException) else error)
+            written.set_exception(explained(error, final) if isinstance(error, CheckpointException) else error)
 
     upload.add_done_callback(end)
+
+
+def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder: Path) -> None:
+    """Load a scheduler on all ranks, or leave it as it was on all. Collective."""
+    before = copy.deepcopy(scheduler.state_dict())
+
+    def take() -> None:
+        try:
+            scheduler.load_state_dict(state)
+        except Exception as error:  # nobody says what a scheduler raises on another's state
+            raise ValueError(
+                f"scheduler: the state in {folder} is not one of {type(scheduler).__name__}: "
+                f"{type(error).__name__}: {error}; build the scheduler that was saved, or pass scheduler=None"
+            ) from error
+
+    try:
+        everyone(collectives, take)
+    except ValueError:
+        scheduler.load_state_dict(before)
+        raise
 
 
 def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Path, Manifest, Metadata] | None:

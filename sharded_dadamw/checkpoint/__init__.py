@@ -1,0 +1,5 @@
+"""Checkpoints of a whole run, whole or not at all, at any number of ranks; see :func:`save_checkpoint`."""
+
+from sharded_dadamw.checkpoint.run import Resumed, Saving, checkpoints, load_checkpoint, save_checkpoint
+
+__all__ = ["Resumed", "Saving", "checkpoints", "load_checkpoint", "save_checkpoint"]

@@ -1,0 +1,255 @@
+"""Checkpoint folders of DeepSpeed's ZeRO stages 1 and 2, read without DeepSpeed.
+
+    FOLDER/latest                                           the name of the newest TAG
+    FOLDER/TAG/mp_rank_00_model_states.pt                   weights; names and shapes in the order of the flat groups
+    FOLDER/TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt        rank R's part of every flat group
+
+A flat group is the group's parameters laid end to end, each followed by what `param_alignment_paddings` says, with
+padding at the very end; rank R has the R-th of equal parts, and of the fp32 values without the padding at the end.
+
+        | param 0      |pad| param 1                  | param 2   |pad
+        | rank 0             | rank 1             | rank 2             |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.safe_pickle import load_torch
+from sharded_dadamw.interchange.state_dicts import MOMENTS, State, checked_entries, imported_group, unstepped
+
+_PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
+_ALLOWED = {"deepspeed.runtime.zero.config.ZeroStageEnum": int}
+_FP32 = "single_partition_of_fp32_groups"
+_STAGE_3 = (
+    "expected ZeRO stage 1 or 2, got stage 3, whose weights are spread over ranks as well; load it in DeepSpeed and "
+    "save it from stage 1 or 2"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSpeedFolder:
+    """A folder of DeepSpeed's, opened: what is large in it is mapped, not read.
+
+    Attributes:
+        path: The folder with the files, which is named for its tag.
+        model: Contents of the model's file.
+        partitions: Each rank's `optimizer_state_dict`, in the order of ranks.
+    """
+
+    path: Path
+    model: Mapping[str, Any]
+    partitions: Sequence[Mapping[str, Any]]
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage, 1 or 2."""
+        stage = self.partitions[0].get(
+            "zero_stage", 1
+        )  # the optimizer that is bf16's alone does not say, and is stage 1
+        return int(stage)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Hyperparameters of every group, as the optimizer inside has them."""
+        return list(self.partitions[0]["base_optimizer_state"]["param_groups"])
+
+    @property
+    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Of every group the names, DeepSpeed's own, and shapes of its parameters, in the order of the flat group."""
+        return [{name: tuple(shape) for name, shape in group.items()} for group in self.model["param_shapes"]]
+
+    def entries(self, group: int, rank: int = 0) -> dict[str, Any]:
+        """`step` and flat tensors of a rank's part of a group, [padded]; empty before the first step."""
+        base = self.partitions[rank]["base_optimizer_state"]
+        options = base["param_groups"][group]
+        entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
+        return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
+
+
+def is_deepspeed_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of DeepSpeed's, by the names of its files."""
+    folder = _tagged(Path(path))
+    return folder.is_dir() and any(_MODEL.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def open_deepspeed(path: str | os.PathLike[str]) -> DeepSpeedFolder:
+    """Open a checkpoint of ZeRO stage 1 or 2 and see whether it is whole.
+
+    Args:
+        path: The folder that was given to `save_checkpoint`, of which the newest tag is taken, or that of a tag.
+
+    Raises:
+        ValueError: If it is no such folder, ranks' files are missing, or it is of stage 3, of a model that is itself
+            spread over ranks, or of another optimizer than AdamW.
+    """
+    folder = _tagged(Path(path))
+    if not is_deepspeed_folder(folder):
+        raise ValueError(f"expected a checkpoint folder of DeepSpeed's, with a file *_model_states.pt, got {folder}")
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = {match.group(0): match for name in names if (match := _PARTITION.fullmatch(name))}
+    pieces = {int(match.group(2)) for match in found.values()}
+    pieces |= {int(match.group(1)) for name in names if (match := _MODEL.fullmatch(name))}
+    if any("expert" in name for name in names) or pieces != {0}:
+        raise ValueError(
+            f"{folder}: expected a whole model on every rank, got one that is spread over ranks (tensor or pipeline "
+            "parallel, or experts)"
+        )
+    if "mp_rank_00_model_states.pt" not in names:
+        raise ValueError(f"{folder}: {_STAGE_3}")
+    if not found:
+        raise ValueError(f"{folder}: expected partitions of the optimizer's state, *_optim_states.pt, got none of them")
+    by_rank = {int(match.group(1)): folder / name for name, match in found.items()}
+    first = _partition(by_rank[min(by_rank)])
+    counts = first["partition_count"]
+    num_ranks = max(counts) if isinstance(counts, Sequence) else int(counts)
+    if set(by_rank) != set(range(num_ranks)):
+        missing = ", ".join(map(str, sorted(set(range(num_ranks)) - set(by_rank))))
+        got = f"none of rank {missing}" if missing else f"{len(by_rank)}, of which some are left from another save"
+        raise ValueError(f"{folder}: expected files of {num_ranks} ranks, one of each, got {got}")
+    partitions = [_partition(by_rank[rank]) for rank in range(num_ranks)]
+    model = load_torch(folder / "mp_rank_00_model_states.pt", placeholders=True)
+    if not isinstance(model, Mapping) or not isinstance(model.get("param_shapes"), list) or not model.get("module"):
+        raise ValueError(f"{folder}: expected names and shapes of the parameters in the model's file, got none")
+    opened = DeepSpeedFolder(folder, model, partitions)
+    _check_law(opened)
+    return opened
+
+
+def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None) -> tuple[State, dict[str, Tensor]]:
+    """The state and the weights of a checkpoint of DeepSpeed's ZeRO stage 1 or 2 over AdamW.
+
+    Needs memory for the state, and for one kind of state of one group again.
+
+    Args:
+        path: The folder that was given to `save_checkpoint`, of which the newest tag is taken, or that of a tag.
+        peak_lr: As in `from_torch`; DeepSpeed's own schedulers leave no `initial_lr`.
+
+    Returns:
+        The form in the middle (see `interchange`), in which parameters narrower than fp32 have a `main_param`; and the
+        model's state dict, under canonical names, frozen parameters and buffers included, in the model's dtypes. Of
+        tied parameters one has the state, as in DeepSpeed, and all are among the weights.
+
+    Raises:
+        ValueError: As in `open_deepspeed`, or a partition is shorter than its parameters.
+    """
+    folder = open_deepspeed(path)
+    weights = {canonical_name(name): t for name, t in folder.model["module"].items() if isinstance(t, Tensor)}
+    order = {name: index for index, name in enumerate(weights)}
+    state: dict[str, dict[str, Tensor]] = {}
+    groups = []
+    for index, (group, shapes) in enumerate(zip(folder.groups, folder.shapes, strict=True)):
+        where = f"{folder.path}, param_groups[{index}]"
+        missing = sorted(set(map(canonical_name, shapes)) - set(order))
+        if missing:
+            raise ValueError(f"{where}: expected the weights of every parameter, got none of {missing[0]}")
+        names = sorted(map(canonical_name, shapes), key=order.__getitem__)  # round_robin_gradients lays them otherwise
+        ours = imported_group(group, where, names, coupled=True, peak_lr=peak_lr)
+        groups.append(ours)
+        flat = {key: _unflattened(folder, index, key) for key in _kinds(folder, index)}
+        main = _unflattened(folder, index, _FP32)
+        step = _step(folder, index)
+        for name in names:
+            narrow = weights[name].dtype.itemsize < torch.float32.itemsize
+            entries: dict[str, Any] = {key: tensors[name] for key, tensors in flat.items()}
+            moments = checked_entries(name, {"step": step, **entries}, ours["amsgrad"]) if entries else None
+            state[name] = moments or unstepped(main[name], ours["amsgrad"])
+            if narrow:
+                state[name]["main_param"] = main[name]
+    return {"state": dict(sorted(state.items(), key=lambda item: order[item[0]])), "param_groups": groups}, weights
+
+
+def _tagged(folder: Path) -> Path:
+    latest = folder / "latest"
+    return folder / latest.read_text().strip() if latest.is_file() else folder
+
+
+def _partition(path: Path) -> Mapping[str, Any]:
+    contents = load_torch(path, allowed=_ALLOWED, placeholders=True)
+    state = contents.get("optimizer_state_dict") if isinstance(contents, Mapping) else None
+    if isinstance(state, Mapping) and (state.get("zero_stage", 1) == 3 or "fp32_flat_groups" in state):
+        raise ValueError(f"{path}: {_STAGE_3}")
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(state.get("zero_stage", 1), int)
+        or not {_FP32, "partition_count", "base_optimizer_state"} <= state.keys()
+    ):
+        raise ValueError(f"{path}: expected a partition of DeepSpeed's optimizer state, got something else")
+    if not isinstance(state["base_optimizer_state"], Mapping):
+        raise ValueError(
+            f"{path}: expected the optimizer's hyperparameters beside its state, got a checkpoint saved with "
+            "elastic_checkpoint, which has none; save it without"
+        )
+    return state
+
+
+def _check_law(folder: DeepSpeedFolder) -> None:
+    """DeepSpeed's own Adam says only in the configuration that it is not AdamW."""
+    config = folder.model.get("ds_config")
+    optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
+    asked = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    if (
+        isinstance(asked, Mapping)
+        and asked.get("adam_w_mode") is False
+        and any(g["weight_decay"] for g in folder.groups)
+    ):
+        raise ValueError(f"{folder.path}: expected AdamW's weight decay, got Adam's (adam_w_mode is off)")
+    if len(folder.groups) != len(folder.shapes):
+        raise ValueError(f"{folder.path}: expected {len(folder.shapes)} parameter groups, got {len(folder.groups)}")
+
+
+def _kinds(folder: DeepSpeedFolder, group: int) -> list[str]:
+    """Which kinds of state there are besides `step`; anything that is not AdamW's is refused."""
+    kinds = [key for key in folder.entries(group) if key != "step"]
+    unknown = sorted(set(kinds) - set(MOMENTS))
+    if unknown or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
+        raise ValueError(
+            f"{folder.path}, param_groups[{group}]: expected AdamW's exp_avg and exp_avg_sq, got another "
+            f"optimizer's {', '.join(kinds)}"
+        )
+    return kinds
+
+
+def _step(folder: DeepSpeedFolder, group: int) -> float:
+    """The number of updates, which some optimizers keep beside each tensor and others in the group."""
+    steps = [folder.entries(group, rank).get("step") for rank in range(len(folder.partitions))]
+    known = [float(step) for step in steps if step is not None]
+    if len(set(known)) > 1:
+        raise ValueError(f"{folder.path}: expected the same step on every rank, got {known}")
+    return known[0] if known else 0.0
+
+
+def _unflattened(folder: DeepSpeedFolder, group: int, kind: str) -> dict[str, Tensor]:
+    """The parameters of one kind of one group, each [shape], cut out of all ranks' parts."""
+    parts: list[Any] = [
+        partition[_FP32][group] if kind == _FP32 else folder.entries(group, rank).get(kind)
+        for rank, partition in enumerate(folder.partitions)
+    ]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(f"{folder.path}, param_groups[{group}]: expected {kind} on every rank, got some without")
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    shapes = folder.shapes[group]
+    paddings = folder.partitions[0].get("param_alignment_paddings")
+    after = paddings[group] if paddings is not None else [0] * len(shapes)
+    cut = {}
+    offset = 0
+    for (name, shape), padding in zip(shapes.items(), after, strict=True):
+        numel = torch.Size(shape).numel()
+        if offset + numel > flat.numel():
+            raise ValueError(
+                f"{folder.path}, {kind} of {name}: expected {numel} elements from {offset} on, got {flat.numel()} in "
+                "all"
+            )
+        cut[canonical_name(name)] = flat[offset : offset + numel].view(shape).clone()
+        offset += numel + padding
+    return cut

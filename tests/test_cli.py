@@ -1,0 +1,272 @@
+"""The command `sharded-dadamw`, as a user types it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import AdamW
+
+from sharded_dadamw import DecoupledAdamW
+from sharded_dadamw.interchange import dcp_folder
+from sharded_dadamw.interchange.convert import Source, read_state, write_state
+from sharded_dadamw.interchange.inspection import inspect
+from tests.test_interchange import FakeDeepSpeed, Runs
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from sharded_dadamw.cli import app
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def stepped(kind: type[torch.optim.Optimizer] = DecoupledAdamW) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 3))
+    optimizer = kind(model.named_parameters(), **HYPER)
+    model(torch.randn(4, 6)).square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """The same state in every form that there is."""
+    model, optimizer = stepped()
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    paths = {
+        "sharded_dadamw": tmp_path / "ours",
+        "torch.distributed.checkpoint": tmp_path / "folder",
+        "torch.save": tmp_path / "x.pt",
+    }
+    write_state(paths["sharded_dadamw"], state, model.state_dict())
+    dcp_save({"optim": state, "model": model.state_dict()}, checkpoint_id=tmp_path / "folder", no_dist=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, paths["torch.save"])
+    if importlib.util.find_spec("safetensors"):
+        paths["safetensors"] = tmp_path / "x.safetensors"
+        write_state(paths["safetensors"], state)
+    return paths
+
+
+def test_inspect_tells_the_same_of_every_form(files: dict[str, Path]) -> None:
+    for form, path in files.items():
+        told = json.loads(run("inspect", path, "--json"))
+        assert told["format"] == form
+        assert (told["step"], told["num_parameters"], told["num_elements"]) == (1.0, 4, 103)
+        sizes = {(size["kind"], size["dtype"]): (size["num_tensors"], size["num_bytes"]) for size in told["sizes"]}
+        weights = {} if form == "safetensors" else {("weight", "float32"): (4, 412)}
+        moments = {("exp_avg", "float32"): (4, 412), ("exp_avg_sq", "float32"): (4, 412), ("step", "float32"): (4, 16)}
+        assert sizes == weights | moments
+        assert told["largest"][0] == {"name": "0.weight", "shape": [10, 6], "num_bytes": 240 * (2 + bool(weights)) + 4}
+        (group,) = told["param_groups"]
+        assert (group["lr"], group["initial_lr"], group["weight_decay"], group["params"]) == (1e-2, 1e-2, 1e-4, 4)
+        assert group["betas"] == [0.9, 0.95]
+        assert told["damage"] == ([] if form == "sharded_dadamw" else None)
+
+
+def test_inspect_shows_it_to_people(files: dict[str, Path]) -> None:
+    shown = run("inspect", files["torch.distributed.checkpoint"])
+    for part in (
+        "step 1",
+        "4 with 103 elements",
+        "exp_avg_sq float32 4 412",
+        "0.weight (10, 6) 724",
+        "weight_decay 0.0001",
+    ):
+        assert part in shown, part
+
+
+def test_inspect_knows_what_deepspeed_and_ties_are(tmp_path: Path) -> None:
+    contents = inspect(FakeDeepSpeed(tmp_path / "x", 3).write())
+    assert contents.format == "DeepSpeed, ZeRO stage 2" and contents.num_ranks == 3 and contents.step == 4
+    assert contents.aliases == [["a.weight", "tied.weight"]]
+    assert {(kind, dtype): count for kind, dtype, count, _ in contents.sizes()} == {
+        ("weight", "bfloat16"): 3,
+        ("weight", "float32"): 1,  # frozen
+        ("main_param", "float32"): 3,
+        ("exp_avg", "float32"): 3,
+        ("exp_avg_sq", "float32"): 3,
+    }
+    tied = nn.Linear(3, 3)
+    both = nn.ModuleDict({"a": tied, "b": tied})
+    torch.save(both.state_dict(), tmp_path / "tied.pt")
+    contents = inspect(tmp_path / "tied.pt")
+    assert contents.aliases == [["a.weight", "b.weight"], ["a.bias", "b.bias"]] and contents.num_elements == 12
+
+
+def test_inspect_of_a_folder_reads_no_tensors_but_steps(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = dcp_folder._read_item
+
+    def spied(path: Any, found: Any, index: Any, **how: bool) -> object:
+        read.append(index.fqn)
+        return real(path, found, index, **how)
+
+    monkeypatch.setattr(dcp_folder, "_read_item", spied)
+    inspect(files["torch.distributed.checkpoint"])
+    assert read and all("param_groups" in key or key.endswith(".step") for key in read)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A folder of two checkpoints with manifests, in which a weight and its state have two names."""
+    model, optimizer = stepped()
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    state["state"]["tied.weight"] = state["state"]["0.weight"]
+    weights = {**model.state_dict(), "tied.weight": model[0].weight.detach()}
+    for step in (9, 10):
+        write_state(tmp_path / f"step_{step:08d}", state, weights)
+    return tmp_path
+
+
+def test_inspect_reads_a_manifest_and_compares_checksums(run_folder: Path) -> None:
+    told = json.loads(run("inspect", run_folder, "--json"))
+    assert told["path"].endswith("step_00000010") and told["format"] == "sharded_dadamw"
+    assert told["num_ranks"] == 1 and told["aliases"] == [["0.weight", "tied.weight"]] and told["damage"] == []
+    assert (told["num_parameters"], told["num_elements"]) == (4, 103)
+    assert "checksums hold" in run("inspect", run_folder / "step_00000009")
+    data = run_folder / "step_00000010" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    assert "__0_0.distcp: expected checksum" in run("inspect", run_folder, code=1)
+    data.write_bytes(content[:-1])
+    assert f"expected {len(content)} bytes, got {len(content) - 1}" in run("inspect", run_folder, code=1)
+
+
+def test_convert_takes_the_state_of_tied_weights_once(run_folder: Path) -> None:
+    said = run("convert", run_folder, run_folder / "x.pt", "--from", "sharded-dadamw")
+    assert "state of 4 parameters" in said
+    assert inspect(run_folder / "x.pt").num_parameters == 4
+
+
+def test_convert_asks_who_wrote_it(files: dict[str, Path], tmp_path: Path) -> None:
+    assert "--from" in run("convert", files["torch.save"], tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize("target", ["out", "out.pt", "out.safetensors"])
+def test_convert_writes_what_the_name_says(files: dict[str, Path], target: str, tmp_path: Path) -> None:
+    if target.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    said = run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw")
+    assert "state of 4 parameters in 1 groups" in said and "weight_decay 0.0001, of lr 0.01 at its peak" in said
+    found = inspect(tmp_path / target)
+    assert found.num_parameters == 4 and found.step == 1
+    decay = 1e-4 / 1e-2 if target == "out.pt" else 1e-4
+    assert found.groups[0]["weight_decay"] == pytest.approx(decay)
+
+
+def test_convert_multiplies_torchs_decay_by_the_peak(tmp_path: Path) -> None:
+    model, optimizer = stepped(AdamW)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch")
+    run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "zero-redundancy", "--peak-lr", "0.5")
+    run("convert", tmp_path / "x.pt", tmp_path / "c", "--from", "composer")
+    decays = [inspect(tmp_path / name).groups[0]["weight_decay"] for name in "abc"]
+    assert decays == [pytest.approx(1e-6), pytest.approx(5e-5), 1e-4]
+
+
+def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path) -> None:
+    model, _ = stepped()
+    optimizer = AdamW(model.parameters(), **HYPER)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
+    assert "names for the 4 parameters" in run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", code=1)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", "--weights", tmp_path / "model.pt")
+    (tmp_path / "names.txt").write_text("\n".join(f"module.{name}" for name, _ in model.named_parameters()))
+    run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "torch", "--names", tmp_path / "names.txt")
+    one, other = (inspect(tmp_path / name) for name in "ab")
+    assert {held.kind for held in one.tensors} - {held.kind for held in other.tensors} == {"weight"}
+    assert {held.name for held in one.tensors} == {held.name for held in other.tensors} == set(model.state_dict())
+
+
+def test_a_folder_with_a_file_missing_or_cut_short_names_it(files: dict[str, Path], tmp_path: Path) -> None:
+    (data,) = files["torch.distributed.checkpoint"].glob("*.distcp")
+    command = ("convert", files["torch.distributed.checkpoint"], tmp_path / "y.pt", "--from", "sharded-dadamw")
+    data.write_bytes(data.read_bytes()[:-2000])
+    assert data.name in run(*command, code=1)
+    data.unlink()
+    assert f"{data.name} cannot be read" in run(*command, code=1)
+
+
+def test_names_are_not_taken_from_a_file_that_sorts_them(tmp_path: Path) -> None:
+    """Layers of one shape would then have each other's state."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(11)))
+    optimizer = AdamW(model.parameters(), **HYPER)
+    model(torch.randn(3, 2)).square().mean().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    command = (
+        "convert",
+        tmp_path / "x.pt",
+        tmp_path / "a",
+        "--from",
+        "torch",
+        "--weights",
+        tmp_path / "model.safetensors",
+    )
+    assert "names for the 11 parameters" in run(*command, code=1)
+    (tmp_path / "names.txt").write_text("\n".join(name for name, _ in model.named_parameters()))
+    run(*command, "--names", tmp_path / "names.txt")
+    state, weights = read_state(tmp_path / "a", Source.OURS)
+    for index, (name, param) in enumerate(model.named_parameters()):
+        assert torch.equal(weights[name], param)
+        assert torch.equal(state["state"][name]["exp_avg"], optimizer.state_dict()["state"][index]["exp_avg"])
+
+
+def test_convert_reads_deepspeed(tmp_path: Path) -> None:
+    run("convert", FakeDeepSpeed(tmp_path / "ds", 2).write(), tmp_path / "out", "--from", "deepspeed")
+    found = inspect(tmp_path / "out")
+    assert found.num_parameters == 4 and found.aliases == [["a.weight", "tied.weight"]]  # the frozen one as well
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "--from", "torch", "out")])
+def test_what_cannot_be_read_is_one_sentence(command: tuple[str, ...], tmp_path: Path) -> None:
+    torch.save({"optimizer": Runs(tmp_path / "marker")}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("no archive")
+    (tmp_path / "text.safetensors").write_text("no header")
+    others = [("text.safetensors", "safetensors")] if importlib.util.find_spec("safetensors") else []
+    first, *rest = command
+    for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got"), *others):
+        said = run(first, tmp_path / name, *rest, code=1)
+        assert said.startswith("error: ") and why in said and "Traceback" not in said
+    assert not (tmp_path / "marker").exists()
+
+
+def test_without_its_extra_the_command_says_what_to_install() -> None:
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'typer' else f(n, *a)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hide}; import sharded_dadamw.cli"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: sharded-dadamw needs typer and rich; install them with: pip install 'sharded_dadamw[cli]'"
+    )
+
+
+def test_every_source_is_a_choice() -> None:
+    assert all(
+        source.value in CliRunner().invoke(app, ["convert", "x", "y", "--from", "?"]).output for source in Source
+    )

@@ -1,0 +1,854 @@
+"""Optimizer state of others, made by their own packages, goes on here as it would have gone on there.
+
+Each import is compared with its source bit for bit; then our law, applied to the imported state, with the source's own
+next step, and our optimizer, loaded with it, with our law.
+"""
+
+import copy
+import enum
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import AdamW
+
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
+from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.interchange import from_composer, from_torch, renamed, to_torch
+from sharded_dadamw.interchange.convert import Source, read_state, write_state
+from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange.inspection import inspect
+from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
+from sharded_dadamw.update import Hyperparameters, adamw_
+from tests.deepspeed_client import RUNS, Tied
+from tests.pool import on_ranks
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+FULL = StateDictOptions(full_state_dict=True)
+THEIRS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+CLOSE: dict[str, float] = dict(rtol=2e-6, atol=1e-8)  # the same law in another order of roundings
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process on its own, as is meant
+
+State = Mapping[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(7, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 5))
+
+
+def backward(model: nn.Module, step: int, rank: int = 0) -> None:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    model(torch.randn(8, 7, generator=generator)).square().mean().backward()
+
+
+def trained(optimizer: torch.optim.Optimizer, model: nn.Module, num_steps: int = 3) -> None:
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def grads_of(model: nn.Module) -> Tensors:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def values_of(model: nn.Module) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def by_the_law(state: State, weights: Tensors, grads: Tensors) -> Tensors:
+    """The fp32 values of all parameters after one more step from this state."""
+    after = {}
+    for group in state["param_groups"]:
+        for name in group["params"]:
+            entries = {key: value.clone() for key, value in state["state"][name].items()}
+            param = entries.pop("main_param", weights[name]).clone()
+            step = entries.pop("step") + 1
+            hyper = Hyperparameters.from_group(group)
+            adamw_(param, grads[name], **{"max_exp_avg_sq": None, **entries}, step=step, hyper=hyper)
+            after[name] = param
+    return after
+
+
+def by_our_optimizer(model: nn.Module, state: State, weights: Tensors, grads: Tensors) -> Tensors:
+    """The same by `ShardedDecoupledAdamW` around a fresh model, that has been given weights and state."""
+    model.load_state_dict(weights)
+    params = dict(model.named_parameters())
+    groups = [{"params": [(name, params[name]) for name in group["params"]]} for group in state["param_groups"]]
+    amsgrad = state["param_groups"][0]["amsgrad"]
+    optimizer = ShardedDecoupledAdamW(groups, lr=7.0, weight_decay=0.0, amsgrad=amsgrad)
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(dict(state)), options=FULL)
+    assert_same_state(get_optimizer_state_dict(model, optimizer, options=FULL), state)
+    for name, grad in grads.items():
+        params[name].grad = grad.to(params[name].dtype)
+    optimizer.step()
+    after = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
+    return {name: after[name].get("main_param", params[name].detach()) for name in after}
+
+
+def assert_same_state(got: State, expected: State) -> None:
+    assert got["state"].keys() == expected["state"].keys()
+    for name, entries in expected["state"].items():
+        assert got["state"][name].keys() == entries.keys(), name
+        for key, value in entries.items():
+            assert torch.equal(got["state"][name][key], value), f"{name}, {key}"
+    for ours, theirs in zip(got["param_groups"], expected["param_groups"], strict=True):
+        for key in ("lr", "initial_lr", "eps", "weight_decay", "amsgrad", "params"):
+            assert ours[key] == theirs[key], key
+        assert tuple(ours["betas"]) == tuple(theirs["betas"])
+
+
+def assert_close(got: Tensors, expected: Tensors) -> None:
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
+
+
+def assert_goes_on(state: State, weights: Tensors, grads: Tensors, after: Tensors, model: nn.Module) -> None:
+    """What the source did next is what our law does next, and what our optimizer does."""
+    assert_close(by_the_law(state, weights, grads), after)
+    assert_close(by_our_optimizer(model, state, weights, grads), by_the_law(state, weights, rounded(grads, model)))
+    assert any(not torch.equal(after[name], weights[name]) for name in grads)
+
+
+def rounded(grads: Tensors, model: nn.Module) -> Tensors:
+    params = dict(model.named_parameters())
+    return {name: grad.to(params[name].dtype).float() for name, grad in grads.items()}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, canonical",
+    [
+        ("module.layers.0.weight", "layers.0.weight"),
+        ("_orig_mod.module.layers.0._checkpoint_wrapped_module.weight", "layers.0.weight"),
+        ("_fsdp_wrapped_module.layers.0._fsdp_wrapped_module._orig_mod.weight", "layers.0.weight"),
+        ("layers.0.module_list.weight", "layers.0.module_list.weight"),
+        ("my_module.weight", "my_module.weight"),
+        ("module", "module"),
+    ],
+)
+def test_what_wrappers_add_to_a_name_vanishes(name: str, canonical: str) -> None:
+    assert canonical_name(name) == canonical
+
+
+# --- torch's AdamW and what keeps its format -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_of_torchs_adamw_goes_on_here(amsgrad: bool) -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), amsgrad=amsgrad, **THEIRS)
+    trained(optimizer, model)
+    state = from_torch(copy.deepcopy(optimizer.state_dict()), model.named_parameters())
+    for index, name in enumerate(dict(model.named_parameters())):
+        for key, value in optimizer.state_dict()["state"][index].items():
+            assert torch.equal(state["state"][name][key], value)
+    weights = values_of(model)
+    backward(model, 3)
+    grads = grads_of(model)
+    optimizer.step()
+    assert_goes_on(state, weights, grads, values_of(model), build_model())
+
+
+def test_decay_is_the_same_at_every_lr_of_the_schedule() -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-2, total_steps=10)
+    for _ in range(3):
+        trained(optimizer, model, 1)
+        schedule.step()
+    for _ in range(5):
+        group = from_torch(optimizer.state_dict(), model.named_parameters())["param_groups"][0]
+        theirs = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0]["weight_decay"]
+        assert Hyperparameters.from_group(group).decay == pytest.approx(theirs, rel=1e-12)
+        schedule.step()
+
+
+def test_a_group_without_a_schedule_takes_its_lr_for_the_peak_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    trained(optimizer, model)
+    with caplog.at_level(logging.WARNING, "sharded_dadamw"):
+        group = from_torch(optimizer.state_dict(), model.named_parameters())["param_groups"][0]
+    assert (group["initial_lr"], group["weight_decay"]) == (1e-2, pytest.approx(1e-3))
+    assert "no initial_lr" in caplog.text and "0.01" in caplog.text
+
+
+def test_the_peak_can_be_said() -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    trained(optimizer, model)
+    group = from_torch(optimizer.state_dict(), model.named_parameters(), peak_lr=5e-2)["param_groups"][0]
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (1e-2, 5e-2, pytest.approx(5e-3))
+    assert Hyperparameters.from_group(group).decay == pytest.approx(1e-2 * 0.1)
+
+
+def test_a_state_dict_that_has_names_needs_no_others() -> None:
+    model = build_model()
+    optimizer = AdamW(model.named_parameters(), **THEIRS)
+    trained(optimizer, model)
+    expected = from_torch(optimizer.state_dict(), model.named_parameters())
+    assert_same_state(from_torch(optimizer.state_dict()), expected)
+    assert_same_state(from_torch(get_optimizer_state_dict(model, optimizer)), expected)
+
+
+def test_wrappers_names_become_the_models() -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    trained(optimizer, model)
+    wrapped = nn.ModuleDict({"module": model})
+    state = from_torch(optimizer.state_dict(), wrapped.named_parameters())
+    assert list(state["state"]) == list(dict(model.named_parameters()))
+    again = renamed(state, dict(wrapped.named_parameters()))
+    assert list(again["state"]) == list(dict(wrapped.named_parameters()))
+    assert again["param_groups"][0]["params"] == list(dict(wrapped.named_parameters()))
+    with pytest.raises(ValueError, match=r"without 0\.weight"):
+        renamed(state, ["0.bias", "2.weight", "2.bias", "3.weight", "3.bias"])
+
+
+def test_parameters_that_were_never_stepped_start_from_zero() -> None:
+    model = build_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    backward(model, 0)
+    model[3].bias.grad = None
+    optimizer.step()
+    state = from_torch(optimizer.state_dict(), model.named_parameters())
+    assert state["state"]["3.bias"]["step"] == 0 and not state["state"]["3.bias"]["exp_avg"].any()
+    assert "0.weight" not in state["state"]  # is frozen
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("package", ["torch", "fairscale"])
+def test_consolidated_state_of_sharding_wrappers_goes_on_here(package: str, num_ranks: int) -> None:
+    if package == "fairscale":
+        pytest.importorskip("fairscale")
+    state_dict, weights, grads, after = on_ranks(num_ranks, train_sharded, package)[0]
+    state = from_torch(state_dict, [(name, weights[name]) for name in grads])
+    assert_goes_on(state, weights, grads, after, build_model())
+
+
+def train_sharded(group: Any, package: str) -> Any:
+    if package == "torch":
+        from torch.distributed.optim import ZeroRedundancyOptimizer as Sharding
+    else:
+        from fairscale.optim import OSS as Sharding
+    model = build_model()
+    named = {"process_group": group} if package == "torch" else {"group": group}
+    optimizer = Sharding(model.parameters(), AdamW, **named, **THEIRS)
+    trained(optimizer, model)
+    optimizer.consolidate_state_dict(0)
+    state_dict = copy.deepcopy(optimizer.state_dict()) if group.rank() == 0 else None
+    weights = values_of(model)
+    backward(model, 3)  # the same on all ranks, so nobody has to average it
+    optimizer.step()
+    return state_dict, weights, grads_of(model), values_of(model)
+
+
+# --- Composer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def composer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tests.composer_checkpoint` left what it made."""
+    if importlib.util.find_spec("composer") is None:
+        pytest.skip("Composer is not installed; scripts/test.sh does it")
+    folder = tmp_path_factory.mktemp("composer")
+    run_client(sys.executable, "tests.composer_checkpoint", folder)
+    return folder
+
+
+def run_client(python: str, module: str, folder: Path) -> None:
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [python, "-m", module, str(folder)], cwd=CHECKOUT, env=env, timeout=400, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_a_checkpoint_of_composers_trainer_goes_on_here(composer_folder: Path) -> None:
+    from_file, weights = read_state(composer_folder / "composer.pt", Source.COMPOSER)
+    truth = torch.load(composer_folder / "truth.pt")
+    saved = torch.load(composer_folder / "composer.pt", weights_only=False)["state"]["optimizers"]["DecoupledAdamW"]
+    assert weights.keys() == truth["weights"].keys()
+    for name, entries in saved["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(from_file["state"][canonical_name(name)][key], value)
+    group = from_file["param_groups"][0]
+    assert (group["weight_decay"], group["initial_lr"]) == (5e-4, 1e-2) and group["lr"] < 1e-2
+    layers = nn.Sequential(nn.Linear(7, 12), nn.GELU(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3))
+    assert_goes_on(from_file, weights, truth["grads"], truth["next"], layers)
+    assert_same_state(from_composer(saved), from_file)
+
+
+# --- DeepSpeed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tests.deepspeed_client` left what it made."""
+    python = sys.executable if importlib.util.find_spec("deepspeed") else os.environ.get("DEEPSPEED_PYTHON")
+    if python is None:
+        pytest.skip(
+            "DeepSpeed is not installed: pip install '.[deepspeed]', or set DEEPSPEED_PYTHON to a Python with it"
+        )
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run_client(python, "tests.deepspeed_client", folder)
+    return folder
+
+
+ROUND_ROBIN = "stage 2, bf16 round robin, 2 ranks"
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != ROUND_ROBIN])
+def test_a_checkpoint_of_deepspeed_goes_on_here(deepspeed_folder: Path, name: str) -> None:
+    state, weights = from_deepspeed(deepspeed_folder / name)
+    truth = torch.load(deepspeed_folder / f"{name}.pt")
+    run = RUNS[name]
+    assert state["state"].keys() == truth["state"].keys()
+    for parameter, entries in truth["state"].items():
+        ours = dict(state["state"][parameter])
+        assert ours.pop("step") == 3
+        main = ours.pop("main_param") if run.dtype is torch.bfloat16 else weights[parameter]
+        assert torch.equal(main, truth["fp32"][parameter])
+        assert ours.keys() == entries.keys()
+        assert all(torch.equal(ours[key], value) for key, value in entries.items())
+    assert weights.keys() == truth["weights"].keys()
+    assert all(torch.equal(weights[key], value) for key, value in truth["weights"].items())
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.0, pytest.approx(0.1 * 1e-2)]
+    assert_goes_on(state, weights, truth["grads"], truth["next"], Tied().to(run.dtype))
+
+
+def test_deepspeeds_round_robin_is_undone(deepspeed_folder: Path) -> None:
+    shuffled, weights = from_deepspeed(deepspeed_folder / ROUND_ROBIN)
+    plain, same_weights = from_deepspeed(deepspeed_folder / "stage 2, bf16, 2 ranks")
+    assert all(torch.equal(weights[name], value) for name, value in same_weights.items())
+    assert_same_state(shuffled, plain)
+    for name, entries in shuffled["state"].items():
+        assert torch.equal(entries["main_param"].bfloat16(), weights[name])
+
+
+class FakeDeepSpeed:
+    """Writes folders as DeepSpeed does, with classes of its name in them, and without it."""
+
+    def __init__(self, folder: Path, num_ranks: int, *, alignment: int = 1, moments: bool = True) -> None:
+        self.folder, self.num_ranks = folder, num_ranks
+        generator = torch.Generator().manual_seed(num_ranks)
+        shapes: list[dict[str, torch.Size]] = [
+            {"a.weight": torch.Size([5, 3]), "b.weight": torch.Size([2, 2, 3])},
+            {"a.bias": torch.Size([1])},
+        ]
+        kinds = ("fp32", "exp_avg", "exp_avg_sq")
+        self.whole = {
+            kind: {name: torch.randn(shape, generator=generator) for group in shapes for name, shape in group.items()}
+            for kind in kinds
+        }
+        paddings = [[-shape.numel() % alignment for shape in group.values()] for group in shapes]
+        flat = {
+            kind: [
+                torch.cat(
+                    [
+                        torch.cat([self.whole[kind][n].flatten(), torch.full((pad,), 9.0)])
+                        for n, pad in zip(g, p, strict=True)
+                    ]
+                )
+                for g, p in zip(shapes, paddings, strict=True)
+            ]
+            for kind in kinds
+        }
+        module = {name: value.bfloat16() for name, value in self.whole["fp32"].items()}
+        module |= {"frozen": torch.ones(2), "tied.weight": module["a.weight"]}
+        self.model: dict[str, Any] = {
+            "module": module,
+            "param_shapes": shapes,
+            "shared_params": {"tied.weight": "a.weight"},
+            "ds_config": {"optimizer": {"type": "AdamW", "params": {}}},
+            "ds_version": "0.0",
+        }
+        self.ranks: list[dict[str, Any]] = []
+        for rank in range(num_ranks):
+            parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+            lean = []
+            for index, values in enumerate(flat["fp32"]):
+                size = -(-values.numel() // (2 * num_ranks)) * 2  # aligned to twice the number of ranks
+                for kind in kinds:
+                    padded = torch.cat([flat[kind][index], torch.full((size * num_ranks - values.numel(),), 9.0)])
+                    parts[kind].append(padded[rank * size : (rank + 1) * size].clone())
+                lean.append(parts["fp32"][index][: max(0, values.numel() - rank * size)])
+            group = {**THEIRS, "amsgrad": False, "decoupled_weight_decay": True, "initial_lr": 2e-2}
+            entries = {
+                index: {"step": torch.tensor(4.0), **{kind: parts[kind][index] for kind in kinds[1:]}}
+                for index in range(2)
+            }
+            self.ranks.append(
+                {
+                    "base_optimizer_state": {
+                        "state": entries if moments else {},
+                        "param_groups": [{**group, "params": [index]} for index in range(2)],
+                    },
+                    "single_partition_of_fp32_groups": lean,
+                    "zero_stage": 2,
+                    "partition_count": [num_ranks, num_ranks],
+                    "param_alignment_paddings": paddings,
+                }
+            )
+
+    def write(self) -> Path:
+        package = types.ModuleType("deepspeed")
+        package.ZeroStageEnum = enum.IntEnum("ZeroStageEnum", {"gradients": 2, "weights": 3}, module="deepspeed")  # type: ignore[attr-defined]
+        package.LossScaler = type("LossScaler", (), {"__module__": "deepspeed"})  # type: ignore[attr-defined]
+        for name in ("deepspeed", "deepspeed.runtime.zero.config"):
+            sys.modules[name] = package
+        package.ZeroStageEnum.__module__ = "deepspeed.runtime.zero.config"  # type: ignore[attr-defined]
+        tag = self.folder / "global_step4"
+        tag.mkdir(parents=True)
+        (self.folder / "latest").write_text("global_step4\n")
+        try:
+            torch.save(self.model, tag / "mp_rank_00_model_states.pt")
+            for rank, state in enumerate(self.ranks):
+                stage = package.ZeroStageEnum(state["zero_stage"])  # type: ignore[attr-defined]
+                whole = {"optimizer_state_dict": {**state, "zero_stage": stage, "loss_scaler": package.LossScaler()}}  # type: ignore[attr-defined]
+                torch.save(whole, tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        finally:
+            del sys.modules["deepspeed"], sys.modules["deepspeed.runtime.zero.config"]
+        return self.folder
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_partitions_of_any_number_of_ranks_become_whole(num_ranks: int, alignment: int, tmp_path: Path) -> None:
+    fake = FakeDeepSpeed(tmp_path, num_ranks, alignment=alignment)
+    state, weights = from_deepspeed(fake.write())
+    for name, entries in state["state"].items():
+        assert torch.equal(entries["main_param"], fake.whole["fp32"][name])
+        assert torch.equal(entries["exp_avg"], fake.whole["exp_avg"][name])
+        assert torch.equal(entries["exp_avg_sq"], fake.whole["exp_avg_sq"][name])
+        assert entries["step"] == 4
+    assert set(state["state"]) == {"a.weight", "b.weight", "a.bias"}
+    assert set(weights) == {*state["state"], "frozen", "tied.weight"}
+    assert state["param_groups"][0]["weight_decay"] == pytest.approx(2e-2 * 0.1)
+    assert from_deepspeed(tmp_path / "global_step4")[0]["param_groups"] == state["param_groups"]
+    assert "deepspeed" not in sys.modules
+
+
+def test_a_deepspeed_checkpoint_before_the_first_step_has_zeros(tmp_path: Path) -> None:
+    state, _ = from_deepspeed(FakeDeepSpeed(tmp_path, 2, moments=False).write())
+    assert not any(entries["exp_avg"].any() or entries["step"].any() for entries in state["state"].values())
+
+
+def spoil_stage(fake: FakeDeepSpeed) -> None:
+    for state in fake.ranks:
+        state["zero_stage"] = 3
+
+
+def spoil_law(fake: FakeDeepSpeed) -> None:
+    fake.model["ds_config"]["optimizer"]["params"]["adam_w_mode"] = False
+
+
+def spoil_kind(fake: FakeDeepSpeed) -> None:
+    for state in fake.ranks:
+        for entries in state["base_optimizer_state"]["state"].values():
+            entries["momentum_buffer"] = entries.pop("exp_avg_sq")
+
+
+def spoil_step(fake: FakeDeepSpeed) -> None:
+    fake.ranks[1]["base_optimizer_state"]["state"][0]["step"] += 1
+
+
+def spoil_length(fake: FakeDeepSpeed) -> None:
+    fake.ranks[1]["single_partition_of_fp32_groups"][0] = torch.ones(1)
+
+
+def spoil_elastic(fake: FakeDeepSpeed) -> None:
+    for state in fake.ranks:
+        state["base_optimizer_state"] = [{}, {}]
+
+
+def spoil_coupling(fake: FakeDeepSpeed) -> None:
+    fake.ranks[0]["base_optimizer_state"]["param_groups"][0]["decoupled_weight_decay"] = False
+
+
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (spoil_stage, "stage 1 or 2, got stage 3"),
+        (spoil_law, "adam_w_mode"),
+        (spoil_kind, "another optimizer's"),
+        (spoil_step, "same step on every rank"),
+        (spoil_length, r"fp32_groups of b\.weight: expected 12 elements from 15 on"),
+        (spoil_elastic, "elastic_checkpoint"),
+        (spoil_coupling, "got Adam's"),
+    ],
+)
+def test_what_deepspeed_saved_and_we_cannot_continue_is_refused(spoil: Any, why: str, tmp_path: Path) -> None:
+    fake = FakeDeepSpeed(tmp_path, 2)
+    spoil(fake)
+    with pytest.raises(ValueError, match=why):
+        from_deepspeed(fake.write())
+
+
+def test_files_of_deepspeed_that_are_missing_or_left_over_are_named(tmp_path: Path) -> None:
+    tag = FakeDeepSpeed(tmp_path, 3).write() / "global_step4"
+    last = tag / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    shutil.copy(last, tag / "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match="files of 3 ranks, one of each, got 4"):
+        from_deepspeed(tmp_path)
+    (tag / "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt").unlink()
+    last.rename(tag / "zero_pp_rank_0_mp_rank_01_optim_states.pt")
+    with pytest.raises(ValueError, match="tensor or pipeline"):
+        from_deepspeed(tmp_path)
+    (tag / "zero_pp_rank_0_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(ValueError, match="none of rank 2"):
+        from_deepspeed(tmp_path)
+    (tag / "mp_rank_00_model_states.pt").rename(tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match="stage 3"):
+        from_deepspeed(tmp_path)
+    with pytest.raises(ValueError, match="folder of DeepSpeed"):
+        from_deepspeed(tmp_path / "nowhere")
+
+
+def test_a_deepspeed_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
+    fake = FakeDeepSpeed(tmp_path / "x", 1)
+    fake.model["client"] = Runs(tmp_path / "marker")
+    with pytest.raises(ValueError, match="no data"):
+        from_deepspeed(fake.write())
+    assert not (tmp_path / "marker").exists()
+
+
+class Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours() -> Iterator[tuple[nn.Module, DecoupledAdamW]]:
+    """A model and our optimizer in two groups, in the middle of a schedule."""
+    model = build_model()
+    groups = [
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim > 1]},
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = DecoupledAdamW(groups, lr=1e-2, weight_decay=5e-4, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.3, total_iters=20)
+    for _ in range(3):
+        trained(optimizer, model, 1)
+        schedule.step()
+    yield model, optimizer
+
+
+def test_torchs_adamw_goes_on_from_our_state(ours: tuple[nn.Module, DecoupledAdamW]) -> None:
+    model, optimizer = ours
+    state = get_optimizer_state_dict(model, optimizer, options=FULL)
+    theirs = copy.deepcopy(model)
+    split = [[p for p in theirs.parameters() if p.ndim > 1], [p for p in theirs.parameters() if p.ndim == 1]]
+    adamw = AdamW([{"params": part} for part in split], amsgrad=True)
+    adamw.load_state_dict(copy.deepcopy(to_torch(state)))
+    assert adamw.param_groups[0]["weight_decay"] == pytest.approx(5e-4 / 1e-2)
+    weights = values_of(model)
+    backward(theirs, 3)
+    grads = grads_of(theirs)
+    adamw.step()
+    assert_close(by_the_law(state, weights, grads), values_of(theirs))
+
+
+def test_there_and_back_is_where_we_were(ours: tuple[nn.Module, DecoupledAdamW]) -> None:
+    state = get_optimizer_state_dict(*ours, options=FULL)
+    back = from_torch(to_torch(state))
+    assert back["param_groups"][0].pop("weight_decay") == pytest.approx(5e-4, rel=1e-12)
+    back["param_groups"][0]["weight_decay"] = 5e-4
+    assert_same_state(back, state)
+
+
+def test_decay_without_a_peak_cannot_be_exported(ours: tuple[nn.Module, DecoupledAdamW]) -> None:
+    state = get_optimizer_state_dict(*ours, options=FULL)
+    state["param_groups"][0] |= {"initial_lr": 0.0, "lr": 0.0}
+    with pytest.raises(ValueError, match="initial_lr"):
+        to_torch(state)
+
+
+def test_a_safetensors_file_holds_all_of_it(ours: tuple[nn.Module, DecoupledAdamW], tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    state = get_optimizer_state_dict(*ours, options=FULL)
+    to_safetensors(tmp_path / "x.safetensors", state)
+    assert_same_state(from_safetensors(tmp_path / "x.safetensors"), state)
+    with safetensors.safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("0.weight.exp_avg"), state["state"]["0.weight"]["exp_avg"])
+        assert json.loads(file.metadata()["sharded_dadamw.param_groups"])[0]["weight_decay"] == 5e-4
+
+
+def test_without_safetensors_the_error_says_what_to_install(
+    ours: tuple[nn.Module, DecoupledAdamW], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sharded_dadamw\[safetensors\]'"):
+        to_safetensors(tmp_path / "x.safetensors", get_optimizer_state_dict(*ours, options=FULL))
+
+
+def test_a_folder_loads_by_stock_torch_into_a_live_optimizer(ours: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    model, optimizer = ours
+    state = get_optimizer_state_dict(model, optimizer, options=FULL)
+    write_state(tmp_path / "out", state, values_of(model))
+    fresh = build_model().requires_grad_()
+    groups = [{"params": [(n, p) for n, p in fresh.named_parameters() if (p.ndim > 1) is big]} for big in (True, False)]
+    again = DecoupledAdamW(groups, amsgrad=True)
+    live = {"optimizer": get_optimizer_state_dict(fresh, again), "model": fresh.state_dict()}
+    dcp_load(live, checkpoint_id=tmp_path / "out", no_dist=True)
+    set_optimizer_state_dict(fresh, again, live["optimizer"])
+    assert_same_state(get_optimizer_state_dict(fresh, again, options=FULL), state)
+    assert all(torch.equal(value, values_of(model)[name]) for name, value in values_of(fresh).items())
+    back, weights = read_state(tmp_path / "out", Source.OURS)
+    assert_same_state(back, state)
+    assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_imported_state_goes_into_several_ranks_and_back_into_one(num_ranks: int, tmp_path: Path) -> None:
+    model = build_model()
+    optimizer = AdamW(model.parameters(), amsgrad=True, **THEIRS)
+    trained(optimizer, model)
+    state = from_torch(optimizer.state_dict(), model.named_parameters())
+    for gathered in on_ranks(num_ranks, load_and_save, state, values_of(model), str(tmp_path / "x")):
+        assert_same_state(gathered, state)
+    back, weights = read_state(tmp_path / "x", Source.OURS)
+    assert_same_state(back, state)
+    assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+
+
+class TiedModel(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(tokens))
+        return logits
+
+
+def test_what_was_converted_is_loaded_in_one_call(tmp_path: Path) -> None:
+    model = TiedModel(0)
+    optimizer = AdamW(model.named_parameters(), **THEIRS)
+    for step in range(3):
+        model(torch.arange(step, 4 + step)).square().mean().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    state, weights = read_state(tmp_path / "x.pt", Source.TORCH)
+    for name in ("anywhere", "run/step_00000070"):
+        write_state(tmp_path / name, state, weights)
+    assert checkpoints(tmp_path / "run") == [tmp_path / "run" / "step_00000070"]
+    assert list(tmp_path.glob(".*")) == list((tmp_path / "run").glob(".*")) == []
+    for path, step in ((tmp_path / "anywhere", 3), (tmp_path / "run", 70)):
+        for told, values, gathered in on_ranks(2, load_in_one_call, str(path)):
+            assert told == (step, None)
+            assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+            assert_same_state(gathered, state)
+    back, again = read_state(tmp_path / "run", Source.OURS)
+    assert_same_state(back, state)
+    assert again["head.weight"] is again["embedding.weight"]
+
+
+def load_in_one_call(group: Any, path: str) -> Any:
+    model = TiedModel(1)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group)
+    generators = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"scheduler: expected .* pass scheduler=None"):
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        load_checkpoint(path, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
+    resumed = load_checkpoint(path, model=model, optimizer=optimizer, process_group=group)
+    assert resumed is not None and torch.equal(torch.get_rng_state(), generators)
+    told = (resumed.step, resumed.data)
+    return told, values_of(model), get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
+def test_a_run_is_not_saved_into_a_checkpoint(ours: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    """Or loading from the same place would find the old one forever."""
+    model, optimizer = ours
+    write_state(tmp_path / "out", get_optimizer_state_dict(model, optimizer, options=FULL), values_of(model))
+    with pytest.raises(ValueError, match="root: expected a folder of checkpoints"):
+        save_checkpoint(tmp_path / "out", step=1, model=model, optimizer=optimizer)
+
+
+def load_and_save(group: Any, state: dict[str, Any], weights: Tensors, folder: str) -> Any:
+    model = build_model()
+    model.load_state_dict(weights)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), amsgrad=True, process_group=group)
+    set_optimizer_state_dict(model, optimizer, state, options=FULL)
+    contents = {"optimizer": get_optimizer_state_dict(model, optimizer), "model": model.state_dict()}
+    dcp_save(contents, checkpoint_id=folder, process_group=group)
+    return get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_main_parameters_are_made_of_narrow_weights(tmp_path: Path) -> None:
+    model = build_model().bfloat16()
+    optimizer = AdamW(model.parameters(), **THEIRS)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.save({"net": model.state_dict(), "opt": optimizer.state_dict(), "epoch": 3}, tmp_path / "x.pt")
+    state, weights = read_state(tmp_path / "x.pt", Source.TORCH)  # names by shape, since there is one group
+    assert list(state["state"]) == list(dict(model.named_parameters()))
+    for name, entries in state["state"].items():
+        assert torch.equal(entries["main_param"], weights[name].float()) and entries["exp_avg"].dtype == torch.bfloat16
+
+
+def test_names_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
+    model = build_model()
+    named = dict(model.named_parameters())
+    split = [[n for n in named if named[n].ndim > 1], [n for n in named if named[n].ndim == 1]]
+    optimizer = AdamW([{"params": [named[n] for n in part]} for part in split], **THEIRS)
+    trained(optimizer, model)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="names for the 6 parameters"):
+        read_state(tmp_path / "x.pt", Source.TORCH)
+    state, _ = read_state(tmp_path / "x.pt", Source.TORCH, names=[*split[0], *split[1]])
+    assert [group["params"] for group in state["param_groups"]] == split
+    with pytest.raises(ValueError, match=r"state of 3\.weight in its shape, \[5, 12\], got \[12, 7\]"):
+        read_state(tmp_path / "x.pt", Source.TORCH, names=[*reversed(split[0]), *split[1]])
+    with pytest.raises(ValueError, match="as many parameters as the state has, 6, got 2"):
+        read_state(tmp_path / "x.pt", Source.TORCH, names=split[0])
+
+
+def of_sgd() -> dict[str, Any]:
+    model = build_model()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    trained(optimizer, model)
+    return optimizer.state_dict()
+
+
+def of_adam() -> dict[str, Any]:
+    model = build_model()
+    optimizer = torch.optim.Adam(model.named_parameters(), **THEIRS)
+    trained(optimizer, model)
+    return optimizer.state_dict()
+
+
+def of_adamax() -> dict[str, Any]:
+    model = build_model()
+    optimizer = torch.optim.Adamax(model.named_parameters(), lr=0.1)
+    trained(optimizer, model)
+    return optimizer.state_dict()
+
+
+def maximizing() -> dict[str, Any]:
+    model = build_model()
+    optimizer = AdamW(model.named_parameters(), maximize=True, **THEIRS)
+    trained(optimizer, model)
+    return optimizer.state_dict()
+
+
+def before_it_was_consolidated() -> dict[str, Any]:
+    """As fairscale's and torch's would be, if they did not refuse to give it."""
+    return {"state": {0: {}, 1: {}}, "param_groups": [{**THEIRS, "params": [0], "param_names": ["a"]}]}
+
+
+def in_8_bits() -> dict[str, Any]:
+    entries = {"step": 1, "exp_avg_codes": torch.zeros(3), "exp_avg_scale": torch.zeros(1)}
+    return {"state": {"a": entries}, "param_groups": [{**THEIRS, "params": ["a"]}]}
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (of_sgd, "hyperparameters of AdamW, got a group without betas"),
+        (of_adam, "got Adam's"),
+        (of_adamax, "expected AdamW's .* got none of exp_avg_sq and exp_inf besides"),
+        (maximizing, "maximize"),
+        (before_it_was_consolidated, "consolidated"),
+        (in_8_bits, "save whole tensors"),
+        (dict, "got something else"),
+    ],
+)
+def test_state_that_is_no_adamws_is_refused(make: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        from_torch(make())
+
+
+@pytest.mark.parametrize("contents", [{"a": 1}, {"one": of_adamax, "two": of_adamax}])
+def test_a_file_without_one_optimizer_is_refused(contents: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({key: value() if callable(value) else value for key, value in contents.items()}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"one optimizer's state dict, got (none|those at one, two)"):
+        read_state(tmp_path / "x.pt", Source.TORCH)
+
+
+def test_shapes_that_disagree_are_named() -> None:
+    model = build_model()
+    optimizer = AdamW(model.named_parameters(), **THEIRS)
+    trained(optimizer, model)
+    state_dict = optimizer.state_dict()
+    state_dict["state"][1]["exp_avg_sq"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"state of 0\.bias, exp_avg_sq: expected shape \[12\], got \[3\]"):
+        from_torch(state_dict)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(ours: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(ValueError, match="new or empty"):
+        write_state(tmp_path, get_optimizer_state_dict(*ours, options=FULL))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_torch_checkpoint_folder_goes_on_here(flat: bool, tmp_path: Path) -> None:
+    """As FSDP2 with AdamW leaves it, through torch's own functions; torchtitan's is flat."""
+    model = build_model()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is big] for big in (True, False))
+    optimizer = AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], **THEIRS)
+    trained(optimizer, model)
+    expected = from_torch(get_optimizer_state_dict(model, optimizer))
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+    dcp_save({"app": {"model": model.state_dict(), "optim": saved}}, checkpoint_id=tmp_path / "x", no_dist=True)
+    state, weights = read_state(tmp_path / "x", Source.TORCH)
+    assert_same_state(state, expected)
+    assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
+    contents = inspect(tmp_path / "x")
+    assert contents.num_parameters == 6 and contents.step == 3
+    assert [(group["params"], group["weight_decay"]) for group in contents.groups] == [(2, 0.1), (4, 0.0)]
+
+
+def test_a_torch_checkpoint_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    dcp_save({"x": torch.ones(3), "y": Runs(marker)}, checkpoint_id=tmp_path / "x", no_dist=True)
+    with pytest.raises(ValueError, match="system, which is no data"):
+        read_state(tmp_path / "x", Source.TORCH)
+    metadata = tmp_path / "x" / ".metadata"
+    metadata.write_bytes(b"\x80\x02cos\nsystem\nU\x05touchU\x06marker\x86R.")
+    with pytest.raises(ValueError, match=r"\.metadata: .*system, which is no data"):
+        read_state(tmp_path / "x", Source.TORCH)
+    assert not marker.exists()

@@ -1,0 +1,264 @@
+"""What others wrote is read, and what they would have run is not."""
+
+import argparse
+import builtins
+import collections
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharded_dadamw.checkpoint.safe_pickle import Placeholder, load, load_torch
+
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Callable[..., Any], *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return self.call
+
+
+class Bag(dict[str, int]):
+    """A class that is not there when it is read, as far as the reader is concerned."""
+
+
+def trap(marker: Path) -> str:
+    return f"open({str(marker)!r}, 'w').close()"
+
+
+@pytest.mark.parametrize("placeholders", [False, True])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_pickle_that_carries_code_is_refused_and_not_run(protocol: int, placeholders: bool, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    carriers = [
+        Calls(os.system, f"touch {marker}"),
+        Calls(builtins.eval, trap(marker)),
+        Calls(builtins.exec, trap(marker)),
+        Calls(subprocess.check_call, ["touch", str(marker)]),
+        Calls(builtins.__import__, "antigravity"),
+        Calls(builtins.open, str(marker), "w"),
+    ]
+    for carrier in carriers:
+        data = pickle.dumps({"state": [carrier]}, protocol)
+        with pytest.raises(ValueError, match="no data"):
+            load(io.BytesIO(data), placeholders=placeholders)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "program, why",
+    [
+        (b"\x80\x02cos\nsystem\nU\x01x\x85R.", "no data"),  # REDUCE
+        (b"(Vx\nios\nsystem\n.", "no data"),  # INST
+        (b"(cos\nsystem\nVx\no.", "no data"),  # OBJ
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "no data"),  # STACK_GLOBAL, not even called
+        (b"\x80\x04\x8c\x05torch\x8c\x0ehub.os.system1\x93\x8c\x01x\x85R.", None),  # a dotted name is not followed
+        (b"\x80\x02\x82\x01.", "no data"),  # an extension code
+        (b"\x80\x02ctorch\nfloat32\n)R.", "no constructor"),  # data is not called
+        (b"\x80\x02ccollections\nOrderedDict\n}U\x01xK\x01sb.", "sets up"),  # a class is not set up, so not patched
+        (b"\x80\x02U\x07storageQ.", "outside"),  # a reference
+        (b"\x80\x02U\x01x0.", None),  # nothing left
+        (b"\x80\x02(", None),  # cut short
+        (b"", None),
+    ],
+)
+def test_programs_made_by_hand_end_in_an_error_or_in_nothing(program: bytes, why: str | None) -> None:
+    try:
+        found = load(io.BytesIO(program), placeholders=True)
+    except ValueError as error:
+        assert why is None or why in str(error)
+    else:
+        assert why is None and isinstance(found, Placeholder)
+
+
+def test_functions_that_rebuild_tensors_cannot_be_changed() -> None:
+    """BUILD on a function would set its attributes, defaults included, for the rest of the process."""
+    data = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}U\x0c__defaults__Ns\x86b."
+    with pytest.raises(ValueError, match="sets up"):
+        load(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_plain_data_comes_back(protocol: int) -> None:
+    data = {
+        "a": [1, 2.5, "x", b"bytes", None, True, (1, (2,)), 1j],
+        "b": {3, 4},
+        "c": frozenset({5}),
+        "d": collections.OrderedDict(x=1),
+        "e": torch.bfloat16,
+        "f": torch.Size([2, 3]),
+        "g": range(3),
+        "h": bytearray(b"y"),
+        "i": torch.device("cpu"),
+    }
+    assert load(io.BytesIO(pickle.dumps(data, protocol))) == data
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_class_of_others_becomes_a_placeholder_that_knows_its_name(protocol: int) -> None:
+    bag = Bag(x=1)
+    bag.extra = [bag]  # type: ignore[attr-defined]
+    data = pickle.dumps([bag, argparse.Namespace(y=2), 7], protocol)
+    first, second, third = load(io.BytesIO(data), placeholders=True)  # type: ignore[misc]
+    assert isinstance(first, Placeholder) and first.name == f"{__name__}.Bag"
+    assert isinstance(second, Placeholder) and third == 7
+    with pytest.raises(ValueError, match="Bag"):
+        load(io.BytesIO(data))
+
+
+def test_a_class_that_is_allowed_is_the_one_that_the_caller_gave() -> None:
+    class Mine:
+        x: int
+
+    source = types.SimpleNamespace(x=3)
+    loaded = load(io.BytesIO(pickle.dumps(source, 2)), allowed={"types.SimpleNamespace": Mine})
+    assert isinstance(loaded, Mine) and loaded.x == 3
+
+
+def test_nothing_is_imported_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "package_that_is_gone"
+    module = types.ModuleType(name)
+    module.Thing = type("Thing", (), {"__module__": name})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    data = pickle.dumps(module.Thing())
+    monkeypatch.delitem(sys.modules, name)
+    assert repr(load(io.BytesIO(data), placeholders=True)) == f"<placeholder for {name}.Thing>"
+    assert name not in sys.modules
+
+
+def tensors() -> dict[str, Tensor]:
+    base = torch.randn(6, 5)
+    return {
+        "plain": base,
+        "transposed": base.t(),
+        "slice": base[2:, 1:3],
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 3),
+        "bool": torch.tensor([True, False]),
+        "bf16": torch.randn(3).bfloat16(),
+        "float8": torch.randn(4).to(torch.float8_e4m3fn),
+        "uint16": torch.arange(5).to(torch.uint16),
+        "complex": torch.randn(2, dtype=torch.complex64),
+    }
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist() if tensor.numel() else []
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tensors_of_a_torch_file_come_back_bit_for_bit(mapped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    saved = tensors()
+    module = nn.Linear(3, 2)
+    torch.save({"tensors": saved, "model": module.state_dict(), "parameter": module.weight}, path)
+    with path.open("rb") as file:
+        loaded: Any = load_torch(path if mapped else file)
+    for name, tensor in saved.items():
+        assert loaded["tensors"][name].dtype == tensor.dtype and loaded["tensors"][name].shape == tensor.shape
+        assert bits(loaded["tensors"][name]) == bits(tensor), name
+    assert torch.equal(loaded["model"]["bias"], module.bias) and torch.equal(loaded["parameter"], module.weight)
+    assert loaded["tensors"]["plain"].data_ptr() == loaded["tensors"]["transposed"].data_ptr()  # one storage still
+    loaded["tensors"]["plain"].zero_()  # is a private copy of what the file holds
+    assert torch.equal(torch.load(path)["tensors"]["plain"], saved["plain"])
+
+
+@pytest.mark.parametrize("placeholders", [False, True])
+def test_a_torch_file_that_carries_code_is_refused_and_not_run(placeholders: bool, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    torch.save({"weight": torch.ones(3), "more": Calls(os.system, f"touch {marker}")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: .*system, which is no data"):
+        load_torch(tmp_path / "x.pt", placeholders=placeholders)
+    assert not marker.exists()
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    """The archive with its records changed, or left out where the change is None."""
+    target = path.with_name("changed.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            data = change(info.filename.partition("/")[2], old.read(info))
+            if data is not None:
+                new.writestr(info.filename, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda name, data: data[:5] if name == "data/0" else data, "shorter"),
+        (lambda name, data: None if name == "data/0" else data, "not in the file"),
+        (lambda name, data: None if name == "data.pkl" else data, "some other archive"),
+        (lambda name, data: data[:-9] if name == "data.pkl" else data, "data alone"),
+        (lambda name, data: b"big" if name == "byteorder" else data, "byte order"),
+    ],
+    ids=["a short storage", "no storage", "no pickle", "half a pickle", "another byte order"],
+)
+def test_a_damaged_torch_file_is_refused(
+    change: Callable[[str, bytes], bytes | None], why: str, tmp_path: Path
+) -> None:
+    torch.save({"x": torch.randn(4, 4)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=why):
+        load_torch(rewritten(tmp_path / "x.pt", change))
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.randn(40)}, tmp_path / "x.pt")
+
+    def larger(name: str, data: bytes) -> bytes:
+        """The shape says 41, the storage 40."""
+        return data.replace(b"K(\x85", b"K)\x85") if name == "data.pkl" else data
+
+    with pytest.raises(ValueError, match="reaches beyond"):
+        load_torch(rewritten(tmp_path / "x.pt", larger))
+
+
+def test_a_script_module_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        archive.writestr("x/constants.pkl", b"")  # by which torch.load knows one, and runs it
+    with pytest.raises(ValueError, match="other archive"):
+        load_torch(tmp_path / "x.pt")
+
+
+def test_a_file_of_old_torch_says_what_to_do(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="save it again"):
+        load_torch(tmp_path / "x.pt")
+
+
+def test_flipped_bits_end_in_an_error_or_in_plain_data(tmp_path: Path) -> None:
+    torch.save({"a": tensors()["plain"], "b": [1, {"c": 2.0}]}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        damaged = bytearray(pickled)
+        place, bit = (int(torch.randint(high, (), generator=generator)) for high in (len(damaged), 8))
+        damaged[place] ^= 1 << bit
+        try:
+            load(io.BytesIO(bytes(damaged)), placeholders=True)
+        except ValueError:
+            continue
+
+
+def test_a_length_that_no_memory_has_is_refused() -> None:
+    for opcode in (pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.BINUNICODE8):
+        with pytest.raises(ValueError):
+            load(io.BytesIO(b"\x80\x05" + opcode + struct.pack("<Q", 1 << 62) + b"x."))
