@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -440,12 +441,38 @@ def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
     assert on_ranks(2, from_fsdp1_to_plain, tmp_path) == [[], []]
 
 
+def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
+    """What is refused only after all has been read."""
+    model, optimizer, schedule = build("fsdp1", group)
+    fit(model, optimizer, schedule, 1)
+    save_checkpoint(root, step=1, model=model, optimizer=optimizer, process_group=group)
+    fit(model, optimizer, schedule, 1)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    with pytest.raises(ValueError, match="scheduler: expected"):
+        load_checkpoint(root, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
+    return [str(p) for p, then in zip(model.parameters(), before, strict=True) if not torch.equal(p, then)]
+
+
+def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
+    assert on_ranks(2, refuse_in_fsdp1, tmp_path) == [[], []]
+
+
+def test_state_that_the_optimizer_does_not_keep_is_refused(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    with_maximum = AdamW(parts[0].parameters(), **LAW, amsgrad=True)
+    fit(parts[0], with_maximum, parts[2], 1)
+    save_checkpoint(tmp_path, step=1, model=parts[0], optimizer=with_maximum)
+    with pytest.raises(ValueError, match=r"embedding.weight: expected entries .* got .*max_exp_avg_sq"):
+        load_checkpoint(tmp_path, model=parts[0], optimizer=parts[1])
+
+
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
     parts = build("AdamW", None, tie=True)
     fit(*parts, 1)
     path = save_checkpoint(tmp_path, step=1, **run(None, *parts)).path
     assert Manifest.read(path).aliases == [["embedding.weight", "head.weight"]]
     metadata = dcp.FileSystemReader(path).read_metadata()
+    assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id == path.name  # of no machine
     for entry in ("model.{}", "optimizer.state.{}.exp_avg"):
         places = [
             (info.relative_path, info.offset)
@@ -593,6 +620,97 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str, tmp_p
     parts = build("AdamW", None)
     with pytest.raises(ValueError, match=said):
         save_checkpoint(tmp_path, **{"step": 1, **run(None, *parts), **arguments})
+
+
+class Schedule:
+    """One whose state cannot be told on rank 1."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.state = fails, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.fails:
+            raise KeyError("lost")
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state["state"]
+
+
+def failing_on_one(group: Any, root: Path, what: str) -> str:
+    fails = dist.get_rank(group) == 1
+    parts = build("ours", group)
+    arguments = {"model": parts[0], "optimizer": parts[1], "scheduler": Schedule(False), "process_group": group}
+    save_checkpoint(root, step=1, **arguments)
+    if what == "scheduler":
+        arguments["scheduler"] = Schedule(fails)
+    elif fails:
+        arguments[what] = {"model": None, "optimizer": 5}[what]
+    before = whole(*parts[:2])
+    for call in (lambda: load_checkpoint(root, **arguments), lambda: save_checkpoint(root, step=2, **arguments)):
+        with pytest.raises((ValueError, TypeError, KeyError)) as refusal:
+            call()
+    assert differences(before, whole(*parts[:2])) == [] and [f.name for f in checkpoints(root)] == ["step_00000001"]
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("what", ["scheduler", "model", "optimizer"])
+def test_what_is_wrong_on_one_rank_is_told_on_all(what: str, tmp_path: Path) -> None:
+    said = {"scheduler": "lost"}.get(what, f"{what}: expected a torch")
+    assert all(said in message for message in on_ranks(2, failing_on_one, tmp_path, what))
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optimizer: expected parameters of the model, got 5 that it does not have"):
+        save_checkpoint(tmp_path, step=1, model=nn.Linear(2, 2), optimizer=AdamW([*Model().parameters()][:5], **LAW))
+
+
+def test_a_save_in_the_background_does_not_follow_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = build("AdamW", None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    begun, goes_on = threading.Event(), threading.Event()
+    real = Manifest.write
+
+    def slow(self: Manifest, folder: Path) -> None:
+        begun.set()
+        goes_on.wait(30)
+        real(self, folder)
+
+    monkeypatch.setattr(Manifest, "write", slow)
+    saving = save_checkpoint("run", step=1, **run(None, *parts), asynchronous=True)
+    begun.wait(30)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    goes_on.set()
+    assert saving.wait() == tmp_path / "run" / "step_00000001" and saving.path.is_dir()
+
+
+class WithExtraState(nn.Linear):
+    def __init__(self, state: Any) -> None:
+        super().__init__(2, 2)
+        self.state = state
+        self.got: Any = "nothing"
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.got = state
+
+
+@pytest.mark.parametrize("state", [{}, {"a": {}}, {"a": 1, "b": [{"c": 2.0}]}, [1, 2], 5, None])
+def test_extra_state_of_modules_comes_back(state: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, step=1, model=(model := WithExtraState(state)), optimizer=AdamW(model.parameters()))
+    load_checkpoint(tmp_path, model=(again := WithExtraState(state)))
+    assert again.got == state
+
+
+def test_extra_state_that_would_come_back_otherwise_is_refused(tmp_path: Path) -> None:
+    model = WithExtraState({"a": {0: 1}})
+    with pytest.raises(ValueError, match="_extra_state: expected texts as keys of dicts, got 0"):
+        save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
 
 
 def on_storage_of_its_own(group: Any, root: Path) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint import files as checkpoint_files
 from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.interchange import Source, read_state
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 
@@ -420,6 +421,109 @@ def sign(folder: Path) -> None:
         (folder / "sum").unlink()
         sums[name] = file.known
     replace(manifest, files=sums).write(folder)
+
+
+def fake_metadata(kind: str, folder: Path) -> None:
+    """Metadata that hold data alone, and not what torch would have written."""
+    path = folder / ".metadata"
+    if kind == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+        return
+    if kind == "no attributes":
+        path.write_bytes(pickle.dumps(dcp.metadata.Metadata.__new__(dcp.metadata.Metadata)))
+        return
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    entry = "model.embedding.weight"
+    known: Any = metadata.state_dict_metadata[entry]
+    if kind == "a chunk outside":
+        known.chunks[0].offsets = torch.Size([1, 0])
+    elif kind == "a size of no memory":
+        known.size = known.chunks[0].sizes = torch.Size([1 << 60, 6])
+    elif kind == "an entry below another":
+        metadata.planner_data[entry] = ("model", "head.weight", "x")
+    elif kind == "an entry above another":
+        metadata.planner_data["model.middle.0.bias"] = ("model",)
+    elif kind == "a part alone":
+        known.chunks = []
+    elif kind == "another file":
+        shutil.copy(folder / "__0_0.distcp", folder / "unlisted")
+        next(iter(metadata.storage_data.values())).relative_path = "unlisted"
+    elif kind == "no path":
+        metadata.planner_data[entry] = 5
+    elif kind == "no place":
+        next(iter(metadata.storage_data.values())).offset = -5
+    elif kind == "no shape":
+        known.size = "x"
+    path.write_bytes(pickle.dumps(metadata))
+
+
+FAKES = {
+    "a pipe": "expected a file",
+    "no attributes": "no attribute",
+    "a chunk outside": "beyond its tensor",
+    "a size of no memory": r"embedding\.weight",
+    "an entry below another": "apart from each other",
+    "an entry above another": "apart from each other",
+    "a part alone": "all of it|elements in chunks",
+    "another file": "in the files of the checkpoint",
+    "no path": "keys that lead",
+    "no place": "a place in a file",
+    "no shape": "expected a shape",
+}
+
+
+@pytest.mark.parametrize("kind", FAKES)
+def test_metadata_that_torch_would_not_have_written_are_one_clear_error(kind: str, tmp_path: Path) -> None:
+    parts, then = saved(tmp_path, 1)
+    folder = tmp_path / "step_00000001"
+    fake_metadata(kind, folder)
+    if kind != "a pipe":
+        sign(folder)
+    with pytest.raises(ValueError, match=FAKES[kind]):
+        load_checkpoint(tmp_path, **run(None, *parts))
+    assert differences(whole(*parts[:2]), then[1]) == []
+    (folder / "manifest.json").unlink()
+    if "another" not in kind:
+        with pytest.raises(ValueError, match=FAKES[kind]):
+            read_state(folder, Source.OURS)
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr("sharded_dadamw.checkpoint.manifest.FORMAT", 2)
+        parts, _ = saved(tmp_path, 1)
+    with pytest.raises(ValueError, match="expected format 1; load it with the version that wrote it"):
+        load_checkpoint(tmp_path, **run(None, *parts))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to know what a descriptor is of")
+def test_a_checkpoint_gets_its_name_after_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []  # and whether the checkpoint had its name
+    real = os.fsync
+    final = tmp_path / "step_00000001"
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), final.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved(tmp_path, 1)
+    names = {Path(name).name.removesuffix(".tmp") for name, is_there in synced if not is_there}
+    assert {"__0_0.distcp", ".metadata", "manifest.json"} < names
+    assert any(name.startswith(".step_00000001") for name in names)
+    assert synced[-1] == (str(tmp_path), True)
+
+
+def test_links_to_checkpoints_go_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    parts, _ = saved(tmp_path / "elsewhere", 1)
+    (tmp_path / "run" / "step_00000001").symlink_to(tmp_path / "elsewhere" / "step_00000001")
+    save_checkpoint(tmp_path / "run", step=2, **run(None, *parts), keep_last=1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000002"]
+    assert checkpoints(tmp_path / "elsewhere")
 
 
 def harm(kind: str, folder: Path, mark: Path) -> None:

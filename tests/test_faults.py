@@ -10,15 +10,18 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sharded_dadamw.checkpoint import checkpoints
-from tests.test_launch import CHECKOUT, ROUNDING, TEXT, call
+from tests import dying_train
+from tests.test_launch import CHECKOUT, ROUNDING, TEXT, environment
 
 NUM_STEPS = 24
 EVERY = 4
@@ -29,7 +32,7 @@ OPTIONS = [
 ]
 # Processes that have imported everything already start at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.dying_train"])
+FORKS.set_forkserver_preload([__name__])
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,27 @@ class Ended:
     output: str
 
 
-def start_rank(arguments: list[str], environment: dict[str, str], faults: list[dict[str, Any]], output: Path) -> None:
+def start_rank(arguments: list[str], names: dict[str, str], faults: list[dict[str, Any]], output: Path) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    from tests import dying_train
-
+    os.environ.update(names)
+    torch.set_num_threads(1)
     dying_train.arm(faults)
     sys.argv = ["train.py", *arguments]
     dying_train.launch.train.main()
 
 
-def train(folder: Path, *options: str, ranks: int, faults: list[dict[str, Any]] | None = None) -> Ended:
+def train(
+    folder: Path, *options: str, ranks: int, faults: list[dict[str, Any]] | None = None, start: int | None = None
+) -> Ended:
+    """Start the ranks and wait for their ends; with `start`, as torchrun would, the how-many-eth time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    address |= {"LOCAL_WORLD_SIZE": str(ranks), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    address |= {"LOCAL_WORLD_SIZE": str(ranks), "COLUMNS": "200"}
+    if start is not None:
+        address |= {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": str(start)}
     outputs = [folder.with_name(f"{folder.name}.{rank}.log") for rank in range(ranks)]
     processes = [
         FORKS.Process(
@@ -75,6 +82,25 @@ def train(folder: Path, *options: str, ranks: int, faults: list[dict[str, Any]] 
             process.kill()
             process.join()
     return Ended([process.exitcode for process in processes], "".join(path.read_text() for path in outputs))
+
+
+def train_with_torchrun(folder: Path, faults: list[dict[str, Any]]) -> Ended:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(len(faults)), "--module", "tests.dying_train", *OPTIONS, "--run-dir", str(folder)]
+    output = folder.with_name("torchrun.log")
+    with output.open("w") as file:
+        agent = subprocess.Popen(
+            command,
+            env=environment(FAULTS=json.dumps(faults), PYTHONPATH=str(CHECKOUT)),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            agent.wait(timeout=300)  # five interpreters importing torch, on a machine that may be busy
+        finally:
+            agent.terminate()  # it takes its workers along, which it could not if it were killed
+            agent.wait(timeout=60)
+    return Ended([agent.returncode], output.read_text())
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:
@@ -110,18 +136,25 @@ def test_whoever_dies_and_whenever_training_goes_on_by_itself_and_draws_the_same
     ]
     faults = [death | {"start": start} for start, (death, _) in enumerate(deaths)]
     folder = tmp_path / "run"
-    environment = {"FAULTS": json.dumps(faults), "PYTHONPATH": str(CHECKOUT)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "7"]
-    module = ["--module", "tests.dying_train", *OPTIONS, "--run-dir", str(folder)]
-    ended = call(*torchrun, *module, **environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    said = [line for line in ended.stdout.splitlines() if line.startswith(("resumed from", "no complete checkpoint"))]
-    assert len(said) == len(deaths)
-    for line, (_, step) in zip(said, deaths, strict=True):
-        assert line.startswith("no complete" if step is None else f"resumed from {folder}/checkpoints/step_{step:08d}")
+    train(folder, *OPTIONS, ranks=2, faults=faults, start=0)
+    for start, (_, step) in enumerate(deaths, start=1):
+        ended = train(folder, *OPTIONS, ranks=2, faults=faults, start=start)
+        said = [line for line in ended.output.splitlines() if line.startswith(("resumed from", "no complete"))]
+        taken = "no complete" if step is None else f"resumed from {folder}/checkpoints/step_{step:08d}"
+        assert len(said) == 1 and said[0].startswith(taken), ended.output
+    assert ended.codes == [0, 0], ended.output
     assert curve(folder) == uninterrupted
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {f"step_{at:08d}" for at in (16, 20, 24)}  # and nothing that dead saves left
+
+
+def test_torchrun_starts_all_again_when_one_has_died_and_they_go_on(
+    uninterrupted: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    ended = train_with_torchrun(tmp_path / "run", [fault("gather", 13, 1)])
+    assert ended.codes == [0], ended.output
+    assert f"resumed from {tmp_path}/run/checkpoints/step_00000012" in ended.output
+    assert curve(tmp_path / "run") == uninterrupted
 
 
 @pytest.mark.parametrize(("point", "rank"), [("reduction", 1), ("gather", 0), ("save", 1)])

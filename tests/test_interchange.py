@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -840,6 +843,30 @@ def test_a_torch_checkpoint_folder_goes_on_here(flat: bool, tmp_path: Path) -> N
     contents = inspect(tmp_path / "x")
     assert contents.num_parameters == 6 and contents.step == 3
     assert [(group["params"], group["weight_decay"]) for group in contents.groups] == [(2, 0.1), (4, 0.0)]
+
+
+def test_a_torch_checkpoint_folder_has_all_its_elements_in_its_files(tmp_path: Path) -> None:
+    """One element can stand for any number of them, and none for all."""
+    dcp_save({"x": torch.ones(1 << 12)}, checkpoint_id=tmp_path / "x", no_dist=True)
+    metadata = FileSystemReader(tmp_path / "x").read_metadata()
+    ((index, info),) = metadata.storage_data.items()
+    with (tmp_path / "x" / info.relative_path).open("wb") as file:
+        torch.save(torch.ones(1).expand(1 << 12), file)
+    info.length = (tmp_path / "x" / info.relative_path).stat().st_size
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="a tensor that is in the file"):
+        read_state(tmp_path / "x", Source.TORCH)
+    known: Any = metadata.state_dict_metadata[index.fqn]
+    known.chunks = []
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="expected 4096 elements in chunks, got 0"):
+        read_state(tmp_path / "x", Source.TORCH)
+    (tmp_path / "x" / info.relative_path).unlink()
+    os.mkfifo(tmp_path / "x" / info.relative_path)
+    known.chunks = [ChunkStorageMetadata(torch.Size([0]), known.size)]
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="expected a file"):
+        read_state(tmp_path / "x", Source.TORCH)
 
 
 def test_a_torch_checkpoint_folder_that_carries_code_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def environment(**added: str) -> dict[str, str]:
 
 def call(*command: str, **added: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], env=environment(**added), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command], env=environment(**added), capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -93,7 +93,7 @@ def train(folder: Path, *options: str, ranks: int) -> Run:
         for rank in range(ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

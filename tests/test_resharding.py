@@ -64,7 +64,7 @@ def test_boxes_are_disjoint_views_of_the_range_and_few(shape: list[int], data: A
 
 
 class Model(nn.Module):
-    """Odd sizes, so that fragments start and end inside of rows; one tied weight, one frozen, one scalar, one empty."""
+    """Odd sizes, so that fragments start and end inside of rows; one tied weight, one frozen."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -373,6 +373,7 @@ def misuse(group: Any) -> list[str]:
         lambda: moment.to(torch.float64),
         lambda: moment.data,
         lambda: moment.T,
+        lambda: moment.copy_(run.optimizer.state_dict()["state"][FIRST + 1]["exp_avg"]),
         lambda: moment[0],
         lambda: pickle.dumps(moment),
         lambda: torch.save(run.optimizer.state_dict(), io.BytesIO()),
@@ -443,6 +444,89 @@ def save_and_load_other(group: Any, path: str, kind: str) -> str:
 def test_what_does_not_fit_is_named_and_the_live_state_is_as_it_was(kind: str, tmp_path: Path) -> None:
     for said in on_ranks(2, save_and_load_other, str(tmp_path), kind):
         assert "inner.bias" in said and "exp_avg_sq" in said, said
+
+
+class Degenerate(nn.Module):
+    """Parameters with no elements, and with no dims."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scalar = nn.Parameter(torch.randn(()))
+        self.matrix = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.matrix * self.scalar).square().mean() + self.empty.sum()
+
+
+def degenerate(group: Any, seed: int) -> Run:
+    model = Degenerate(seed)
+    config = ShardingConfig(bucket_cap_mb=1e-5)
+    return Run(model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config), group)
+
+
+def save_degenerate(group: Any, path: str) -> Any:
+    run = degenerate(group, 0)
+    for _ in range(3):
+        torch.manual_seed(0)
+        run.model(torch.randn(4, 5)).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    dcp.save(state_of(run), checkpoint_id=path, process_group=group)
+    return whole(run)
+
+
+def load_degenerate(group: Any, path: str) -> Any:
+    run = degenerate(group, 1)
+    state = state_of(run)
+    dcp.load(state, checkpoint_id=path, process_group=group)
+    set_model_state_dict(run.model, state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    return whole(run)
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 3), (3, 2), (2, 1)])
+def test_parameters_without_elements_or_dims_are_saved_and_loaded(
+    saved_at: int, loaded_at: int, tmp_path: Path
+) -> None:
+    expected = on_ranks(saved_at, save_degenerate, str(tmp_path))[0]
+    for found in on_ranks(loaded_at, load_degenerate, str(tmp_path)):
+        assert_same(found, expected)
+
+
+def take_a_copy(group: Any, path: str) -> bool:
+    """Of what has been loaded, before it is taken; as a trainer that hands state dicts around may make."""
+    source, target = ours(group, 0), ours(group, 1)
+    fit(source, range(2))
+    dcp.save(state_of(source), checkpoint_id=path, process_group=group)
+    asked = state_of(target)
+    dcp.load(asked, checkpoint_id=path, process_group=group)
+    set_optimizer_state_dict(target.model, target.optimizer, copy.deepcopy(asked["optimizer"]))
+    assert_same(whole(target)[0], whole(source)[0])
+    # And a copy in host memory is one, whatever the device.
+    kept = [entry.to("cpu", copy=True) for entry in target.optimizer.state_dict()["state"][FIRST].values()]
+    before = [entry.fragment.clone() for entry in kept]
+    fit(target, range(2))
+    assert all(torch.equal(entry.fragment, value) for entry, value in zip(kept, before, strict=True))
+    return True
+
+
+def test_a_copy_of_what_was_loaded_is_as_good(tmp_path: Path) -> None:
+    assert on_ranks(2, take_a_copy, str(tmp_path)) == [True] * 2
+
+
+def load_transposed(group: Any) -> str:
+    """As many elements in another shape."""
+    one, other = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+    wide, tall = (ShardedDecoupledAdamW(m.named_parameters(), **LAW, process_group=group) for m in (one, other))
+    with pytest.raises(ValueError) as error:
+        wide.load_state_dict(tall.state_dict())
+    return str(error.value)
+
+
+def test_a_fragment_of_another_shape_is_refused() -> None:
+    assert all("of [6, 4], got" in said and "of [4, 6]" in said for said in on_ranks(2, load_transposed))
 
 
 def load_a_part(group: Any, path: str) -> bool:

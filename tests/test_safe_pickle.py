@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_dadamw.checkpoint.safe_pickle import Placeholder, load, load_torch
+from sharded_dadamw.interchange import Source, inspect, read_state
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -73,6 +74,10 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(protocol: int, placeh
         (b"\x80\x02ctorch\nfloat32\n)R.", "no constructor"),  # data is not called
         (b"\x80\x02ccollections\nOrderedDict\n}U\x01xK\x01sb.", "sets up"),  # a class is not set up, so not patched
         (b"\x80\x02U\x07storageQ.", "outside"),  # a reference
+        (b"\x80\x02c__builtin__\nlist\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "with a range"),
+        (b"\x80\x02c__builtin__\ntuple\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85\x81.", "with a range"),
+        (b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "of a number"),
+        (b"\x80\x02c__builtin__\nstr\n]\x85R.", "a text of something else"),
         (b"\x80\x02U\x01x0.", None),  # nothing left
         (b"\x80\x02(", None),  # cut short
         (b"", None),
@@ -216,6 +221,40 @@ def test_a_damaged_torch_file_is_refused(
     torch.save({"x": torch.randn(4, 4)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=why):
         load_torch(rewritten(tmp_path / "x.pt", change))
+
+
+def test_a_file_that_is_larger_inside_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as honest,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as y,
+    ):
+        for name in honest.namelist():
+            y.writestr(name, honest.read(name))
+    for file in (tmp_path / "y.pt", io.BytesIO((tmp_path / "y.pt").read_bytes())):
+        with pytest.raises(ValueError, match="larger inside"):
+            load_torch(file)
+
+
+def test_what_stands_in_itself_many_times_takes_no_time(tmp_path: Path) -> None:
+    """Following every way down would take 2 ** 60 steps, and a message with all of it as much memory."""
+    dicts: Any = {"x": 1}
+    lists: Any = [1]
+    for _ in range(60):
+        dicts, lists = {"a": dicts, "b": dicts}, [lists, lists]
+    dicts["itself"] = dicts
+    torch.save(dicts, tmp_path / "dicts.pt")
+    with pytest.raises(ValueError, match="one optimizer's state dict, got none"):
+        read_state(tmp_path / "dicts.pt", Source.TORCH)
+    assert inspect(tmp_path / "dicts.pt").tensors == []
+    with pytest.raises(ValueError, match="no constructor"):
+        load(io.BytesIO(pickle.dumps(lists, 2)[:-1] + b")R."))
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "params": [0], "param_names": ["a"]}
+    for spoilt in ("step", "exp_avg"):
+        entries = {"step": 1, "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1), spoilt: lists}
+        torch.save({"state": {0: entries}, "param_groups": [group]}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"state of a.*expected a"):
+            read_state(tmp_path / "x.pt", Source.TORCH)
 
 
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from sharded_dadamw.checkpoint import safe_pickle
 from sharded_dadamw.checkpoint.manifest import FileSum, Manifest, keep, publish
 
 METADATA = ".metadata"
+_MOST_KEYS = 64  # that lead to an entry; those who follow them go one call deeper for each
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
@@ -298,6 +299,8 @@ def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
         ValueError: The file is damaged, would do more than hold data, or points outside of the checkpoint.
     """
     path = folder / METADATA
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: expected a file, got something else")
     try:
         with path.open("rb") as file:
             metadata = safe_pickle.load(file, allowed=_KNOWN)
@@ -307,16 +310,48 @@ def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path}: expected the metadata of a checkpoint, got {type(metadata).__name__}")
-    if manifest is None and metadata.planner_data is None:  # of planners that do not flatten
-        metadata.planner_data = {}
-    for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
-        if not isinstance(entries, dict):
-            raise ValueError(f"{path}: expected tables of entries, got {type(entries).__name__}")
-    for info in metadata.storage_data.values():
-        name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
-        if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
-            raise ValueError(f"{path}: expected entries in the files of the checkpoint, got {info}")
+    try:
+        if manifest is None and metadata.planner_data is None:  # of planners that do not flatten
+            metadata.planner_data = {}
+        for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
+            if not isinstance(entries, dict):
+                raise ValueError(f"expected tables of entries, got {type(entries).__name__}")
+        for entry, known in metadata.state_dict_metadata.items():
+            _check_entry(entry, known, metadata.planner_data.get(entry, (entry,)))
+        for info in metadata.storage_data.values():
+            name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
+            if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
+                raise ValueError(f"expected entries in the files of the checkpoint, got {info}")
+            if not 0 <= info.offset <= info.offset + info.length:
+                raise ValueError(f"expected a place in a file, got {info}")
+    except (ValueError, TypeError, AttributeError) as error:  # attributes are what the file makes them
+        raise ValueError(f"{path}: {error}") from error
     return metadata
+
+
+def _check_entry(entry: object, known: object, path: object) -> None:
+    """Look whether an entry is made as torch makes them, so that nobody else has to.
+
+    Raises:
+        ValueError: It is not, and neither are those whose attributes are missing (AttributeError) or of other types
+            (TypeError).
+    """
+    if not isinstance(entry, str) or not isinstance(path, tuple | list) or not 0 < len(path) <= _MOST_KEYS:
+        raise ValueError(f"expected names of entries, and the keys that lead to them, got {entry!r:.80}")
+    if not all(isinstance(key, str | int) for key in path):
+        raise ValueError(f"{entry}: expected keys that are texts or numbers, got others")
+    if isinstance(known, BytesStorageMetadata):
+        return
+    if not isinstance(known, TensorStorageMetadata) or not isinstance(known.properties.dtype, torch.dtype):
+        raise ValueError(f"{entry}: expected what a tensor is like, got {type(known).__name__}")
+    if not isinstance(known.size, torch.Size):
+        raise ValueError(f"{entry}: expected a shape, got {type(known.size).__name__}")
+    for chunk in known.chunks:
+        if not isinstance(chunk.offsets, torch.Size) or not isinstance(chunk.sizes, torch.Size):
+            raise ValueError(f"{entry}: expected chunks, got others")
+        reach = zip(chunk.offsets, chunk.sizes, known.size, strict=True)
+        if not all(0 <= first <= first + length <= size for first, length, size in reach):
+            raise ValueError(f"{entry}: a chunk reaches beyond its tensor")
 
 
 def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,12 @@ class FileSum:
     def wrong_size(self, path: Path) -> str | None:
         """What is wrong with the size of a file that should be this one; None if nothing is."""
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError as error:
             return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
+        if not stat.S_ISREG(found.st_mode):  # of a pipe, say, reading would never end
+            return f"{path}: expected a file, got something else"
+        size = found.st_size
         return (
             None if size == self.size else f"{path}: expected {self.size} bytes, got {size}; the file has been damaged"
         )
@@ -104,6 +108,8 @@ class Manifest:
             ValueError: There is no manifest, it is damaged, of another format, or of another folder; names the file.
         """
         path = folder / FILE_NAME
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: expected a file, got something else")
         try:
             body = json.loads(path.read_bytes())
             checksum = body.pop("checksum")
@@ -215,7 +221,7 @@ def clear(root: Path) -> None:
     """Remove what is unfinished. No save may be under way."""
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -225,7 +231,7 @@ def publish(folder: Path, final: Path) -> None:
     folder.rename(final)
     sync(final.parent)
     if discarded is not None:
-        shutil.rmtree(discarded, ignore_errors=True)
+        _remove(discarded)
 
 
 def keep(root: Path, newest: Path, count: int) -> None:
@@ -233,7 +239,7 @@ def keep(root: Path, newest: Path, count: int) -> None:
     older = [path for path in folders(root) if (step_of(path) or 0) < (step_of(newest) or 0)]
     for path in older[: max(0, len(older) - (count - 1))]:
         with contextlib.suppress(OSError):  # the new checkpoint is complete whatever becomes of old ones
-            shutil.rmtree(_set_aside(path), ignore_errors=True)
+            _remove(_set_aside(path))
 
 
 def _set_aside(folder: Path) -> Path:
@@ -241,6 +247,14 @@ def _set_aside(folder: Path) -> Path:
     aside = _hidden(folder)
     folder.rename(aside)
     return aside
+
+
+def _remove(folder: Path) -> None:
+    """As far as that can be done; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hidden(folder: Path) -> Path:

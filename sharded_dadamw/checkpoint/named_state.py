@@ -66,10 +66,25 @@ def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             pack(f"model, {name}", value)
+            _require_texts_as_keys(f"model, {name}", value)
     for index, group in enumerate(groups):
         for key, value in group.items():
             if not isinstance(value, Tensor):
                 pack(f"param_groups[{index}][{key!r}]", value)
+
+
+def _require_texts_as_keys(label: str, value: Any) -> None:
+    """torch.distributed.checkpoint makes texts of all keys."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(value, Mapping) and not isinstance(key, str):
+            raise ValueError(f"{label}: expected texts as keys of dicts, got {key!r}, which would come back as a text")
+        _require_texts_as_keys(label, item)
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
+    return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
 
 
 class SavedEntries:
@@ -80,11 +95,16 @@ class SavedEntries:
         self.groups = [list(group["params"]) for group in manifest.param_groups]
         self._first = {name: names[0] for names in manifest.aliases for name in names}
         self._metadata = metadata
+        self._num_bytes = sum(known.size for known in manifest.files.values())
         self._tree: dict[Any, Any] = {}
         for entry, path in metadata.planner_data.items():
             node = self._tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
+                if isinstance(node, str):
+                    break
+            if isinstance(node, str) or path[-1] in node:
+                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
             node[path[-1]] = entry
 
     def first(self, name: str) -> str:
@@ -101,9 +121,12 @@ class SavedEntries:
     def placeholder(self, entry: str) -> Tensor | None:
         """Something to read an entry into."""
         known = self._metadata.state_dict_metadata[entry]
-        return (
-            torch.empty(known.size, dtype=known.properties.dtype) if isinstance(known, TensorStorageMetadata) else None
-        )
+        if not isinstance(known, TensorStorageMetadata):
+            return None
+        num_bytes = known.size.numel() * known.properties.dtype.itemsize
+        if num_bytes > self._num_bytes:
+            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
+        return torch.empty(known.size, dtype=known.properties.dtype)
 
     def target(self, entry: str, live: Tensor) -> Tensor:
         """Host memory like a live tensor, to read an entry into, if it fits.
@@ -180,15 +203,16 @@ def match_model(
     Raises:
         ValueError: A name is missing or left over, a tensor does not fit, or ties differ; names it.
     """
-    names = _match_names(state, saved.under("model"), saved.folder)
+    held = [name for name, value in state.items() if name in saved.under("model") or not _holds_nothing(value)]
+    names = _match_names(held, saved.under("model"), saved.folder)
     names = {live: saved.first(name) for live, name in names.items()}
     for same in _tied(model):
         stored = {names[name]: name for name in reversed(same) if name in names}
         if len(stored) > 1:
             one, other = list(stored.values())[-2:][::-1]
             raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
-    for live, value in state.items():
-        node = saved.under("model")[names[live]]
+    for live in held:
+        value, node = state[live], saved.under("model")[names[live]]
         if not isinstance(value, Tensor):
             entries.update(_placeholders(saved, node))
         elif not isinstance(node, str):

@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from sharded_dadamw.agreement import everyone, require_agreement
-from sharded_dadamw.checkpoint.files import Writer, explained, read_entries, read_metadata, versions, write
+from sharded_dadamw.checkpoint.files import Writer, explained, on_host, read_entries, read_metadata, versions, write
 from sharded_dadamw.checkpoint.manifest import (
     FILE_NAME,
     Manifest,
@@ -182,6 +182,7 @@ def save_checkpoint(
         A handle. Without ``asynchronous`` the checkpoint is complete.
 
     Raises:
+        TypeError: ``root``, ``model`` or ``optimizer`` is none. On this rank; on the others a ValueError says so.
         ValueError: An argument is wrong, or ``data`` could not be read back safely; on every rank.
         ImportError: There are several ranks and no NumPy, by which torch.distributed.checkpoint exchanges plans.
         OSError: It could not be written; on every rank. Earlier checkpoints are as they were, and nothing is left over.
@@ -189,7 +190,6 @@ def save_checkpoint(
             and nobody had asked: then this one has not begun, and can be called again.
     """
     global _latest
-    final = folder_of(Path(root), step) if isinstance(step, int) else Path(root)
     collectives = _connect(model, process_group)
     previous = None if _latest is None else _latest._unheard_failure()
     kind = AsyncCheckpointerType.THREAD if asynchronous is True else asynchronous or None
@@ -200,14 +200,17 @@ def save_checkpoint(
         "asynchronous": str(asynchronous),
         "scheduler": str(scheduler is not None),
     }
-    refusal = previous or _refuse(Path(root), step, keep_last, kind, collectives)
+    refusal = previous
     packed = None
     try:
+        refusal = refusal or _refuse(root, step, model, optimizer, keep_last, kind, collectives)
         its = None if scheduler is None else scheduler.state_dict()
         packed = pack("data and scheduler", {"random": random_state(), "data": data, "scheduler": its})
-    except Exception as error:  # a scheduler may raise what it likes
+    except Exception as error:  # a scheduler may raise what it likes, and a file system too
         refusal = refusal or error
     require_agreement(collectives, claims, refusal)
+    root = Path(root).absolute()  # a save in the background must not follow the working directory
+    final = folder_of(root, step)
     group = None
     if isinstance(collectives, NativeVerbs) and collectives.num_ranks > 1:
         group = collectives.group if kind is None else group_in_background(collectives)
@@ -226,13 +229,15 @@ def save_checkpoint(
         groups = state["optimizer"]["param_groups"]
         require_plain(state["model"], groups)  # after whatever is collective above
         manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups)
-        return begin(Path(root), step).name if collectives.rank == 0 else ""
+        if kind is AsyncCheckpointerType.THREAD:
+            state.update(on_host(state))  # here, since memory may run out on one rank
+        return begin(root, step).name if collectives.rank == 0 else ""
 
     try:
-        folder = Path(root) / everyone(collectives, take)[0]
+        folder = root / everyone(collectives, take)[0]
     except Exception:
-        if collectives.rank == 0 and Path(root).is_dir():
-            clear(Path(root))
+        if collectives.rank == 0 and root.is_dir():
+            clear(root)
         raise
     assert manifest is not None
     writer = Writer(folder, final, manifest, keep_last)
@@ -246,7 +251,7 @@ def save_checkpoint(
         written.set_result(None)
     elif kind is AsyncCheckpointerType.THREAD:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        written = executor.submit(write_all, writer.stage(state))
+        written = executor.submit(write_all, state)
         executor.shutdown(wait=False)
     else:
         _write_in_process(state, writer, group, written, final, folder if collectives.rank == 0 else None)
@@ -296,7 +301,7 @@ def load_checkpoint(
         "scheduler": str(scheduler is not None),
         "fall_back": str(fall_back),
     }
-    require_agreement(collectives, claims, None)
+    require_agreement(collectives, claims, _refuse_parts(model, [] if optimizer is None else [optimizer]))
     found = _find_sound(collectives, Path(path), fall_back)
     if found is None:
         return None
@@ -320,7 +325,8 @@ def load_checkpoint(
         for entry in of_ranks.values():
             entries[entry] = saved.placeholder(entry)
         read_entries(folder, metadata, entries)
-        weights.update({live: saved.collect(entries, "model", name) for live, name in names.items()})
+        weights.update(live["model"])  # some of which may hold nothing that could be read
+        weights.update({name: saved.collect(entries, "model", stored) for name, stored in names.items()})
         if optimizer is not None:
             state.update(collect_optimizer(saved, live["optimizer"]["param_groups"], names, entries))
         ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(len(of_ranks)))
@@ -357,17 +363,28 @@ def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
 
 
 def _connect(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    params = model.parameters() if isinstance(model, nn.Module) else iter(())  # what is none is refused on all ranks
+    device = next((p.device for p in params), torch.device("cpu"))
     return connect(process_group, device, exchange=None)
 
 
 def _refuse(
-    root: Path, step: int, keep_last: int | None, kind: AsyncCheckpointerType | None, collectives: Collectives
+    root: str | os.PathLike[str],
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep_last: int | None,
+    kind: AsyncCheckpointerType | None,
+    collectives: Collectives,
 ) -> Exception | None:
+    if not isinstance(root, str | os.PathLike):
+        return TypeError(f"root: expected a path, got {root!r}")
+    if (Path(root) / FILE_NAME).exists():  # or it would always be the one that is loaded
+        return ValueError(f"root: expected a folder of checkpoints, got {root}, which is one itself; choose another")
+    if (refusal := _refuse_parts(model, [optimizer])) is not None:
+        return refusal
     if not isinstance(step, int) or step < 0:
         return ValueError(f"step: expected a whole number from 0 on, got {step!r}")
-    if (root / FILE_NAME).exists():  # or it would always be the one that is loaded
-        return ValueError(f"root: expected a folder of checkpoints, got {root}, which is one itself; choose another")
     if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
         return ValueError(f"keep_last: expected a whole number from 1 on, or None to keep all, got {keep_last!r}")
     if kind is not None and not isinstance(kind, AsyncCheckpointerType):
@@ -378,6 +395,22 @@ def _refuse(
         )
     if collectives.num_ranks > 1 and importlib.util.find_spec("numpy") is None:
         return ImportError("torch.distributed.checkpoint needs NumPy to save from several ranks: pip install numpy")
+    return None
+
+
+def _refuse_parts(model: nn.Module, optimizers: list[Optimizer]) -> Exception | None:
+    if not isinstance(model, nn.Module):
+        return TypeError(f"model: expected a torch.nn.Module, got {model!r:.80}")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
+        known = {id(param) for param in model.parameters()}
+        strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
+        if strange:
+            return ValueError(
+                f"optimizer: expected parameters of the model, got {len(strange)} that it does not have, the first of "
+                f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
+            )
     return None
 
 
@@ -409,10 +442,12 @@ def _write_in_process(
 
 def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder: Path) -> None:
     """Load a scheduler on all ranks, or leave it as it was on all. Collective."""
-    before = copy.deepcopy(scheduler.state_dict())
+    before = None
 
     def take() -> None:
+        nonlocal before
         try:
+            before = copy.deepcopy(scheduler.state_dict())
             scheduler.load_state_dict(state)
         except Exception as error:  # nobody says what a scheduler raises on another's state
             raise ValueError(
@@ -423,14 +458,19 @@ def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder:
     try:
         everyone(collectives, take)
     except ValueError:
-        scheduler.load_state_dict(before)
+        if before is not None:
+            scheduler.load_state_dict(before)
         raise
 
 
 def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Path, Manifest, Metadata] | None:
     """The checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
-    is_one = step_of(path) is not None or (path / FILE_NAME).exists()
-    listed = everyone(collectives, lambda: [str(path)] if is_one else [str(f) for f in folders(path)])[0]
+
+    def look() -> list[str]:
+        is_one = step_of(path) is not None or (path / FILE_NAME).exists()
+        return [str(path)] if is_one else [str(folder) for folder in folders(path)]
+
+    listed = everyone(collectives, look)[0]
     manifest: Manifest | None = None
     metadata: Metadata | None = None
 

@@ -12,6 +12,7 @@ import collections
 import io
 import os
 import pickle
+import reprlib
 import struct
 import sys
 import zipfile
@@ -201,14 +202,24 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
 
     def _check(self, target: Any) -> None:
         if not isinstance(target, Placeholder) and id(target) not in self._callable:
-            raise pickle.UnpicklingError(f"it calls {target!r}, which is no constructor of data")
+            raise pickle.UnpicklingError(f"it calls {reprlib.repr(target)}, which is no constructor of data")
+
+    def _check_call(self, target: Any, args: Any) -> None:
+        """A number, or two, must not become as many bytes or elements."""
+        self._check(target)
+        if target is not range and any(isinstance(arg, range) for arg in args):
+            raise pickle.UnpicklingError(f"it fills {target!r} with a range")
+        if target is str and any(not isinstance(arg, str | bytes) for arg in args):
+            raise pickle.UnpicklingError("it makes a text of something else")  # which may stand in itself many times
+        if target in (bytes, bytearray) and any(isinstance(arg, int) for arg in args):
+            raise pickle.UnpicklingError(f"it makes {target!r} of a number")
 
     def _instantiate(self, target: Any, args: list[object]) -> None:
-        self._check(target)
+        self._check_call(target, args)
         self.append(target(*args))
 
     def _reduce(self) -> None:
-        self._check(self.stack[-2])
+        self._check_call(self.stack[-2], self.stack[-1])
         super().load_reduce()
 
     def _newobj(self) -> None:
@@ -220,7 +231,7 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
         self._new(self.stack.pop(), args, kwargs)
 
     def _new(self, target: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self._check(target)
+        self._check_call(target, args)
         self.append(target.__new__(target, *args, **kwargs) if isinstance(target, type) else target(*args, **kwargs))
 
     def _build(self) -> None:
@@ -228,7 +239,7 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
         if isinstance(target, Placeholder):
             self.stack.pop()
         elif id(type(target)) not in self._callable:
-            raise pickle.UnpicklingError(f"it sets up {target!r}, which is no data")
+            raise pickle.UnpicklingError(f"it sets up {reprlib.repr(target)}, which is no data")
         else:
             super().load_build()
 
@@ -292,7 +303,11 @@ def load_torch(
     Raises:
         ValueError: If it is no file of torch's (1.6 or later), or one that holds more than data.
     """
-    where = str(file) if isinstance(file, str | os.PathLike) else "the file"
+    where, size = "the file", 0
+    if isinstance(file, str | os.PathLike):
+        where, size = str(file), os.path.getsize(file)
+    else:
+        size = file.seek(0, io.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
@@ -304,12 +319,18 @@ def load_torch(
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "data.pkl" not in records or "constants.pkl" in records:
             raise ValueError(f"expected a file of torch.save, got {where}, which is some other archive")
-        order = archive.read(records["byteorder"]).decode() if "byteorder" in records else "little"
+        held = archive.infolist()
+        if (
+            any(info.compress_type != zipfile.ZIP_STORED for info in held)
+            or sum(info.file_size for info in held) > size
+        ):
+            raise ValueError(f"expected a file of torch.save, got {where}, which is larger inside than outside")
+        order = _read(archive, records["byteorder"]).decode() if "byteorder" in records else "little"
         if order != sys.byteorder:
             raise ValueError(f"expected a file of a machine with {sys.byteorder} byte order, got {where} in {order}")
         mapped: Tensor | None = None
         if isinstance(file, str | os.PathLike):
-            mapped = torch.from_file(os.fspath(file), shared=False, size=os.path.getsize(file), dtype=torch.uint8)
+            mapped = torch.from_file(os.fspath(file), shared=False, size=size, dtype=torch.uint8)
         storages: dict[str, Tensor] = {}
 
         def storage(kind: object, key: str, location: object, numel: int) -> _Storage:
@@ -323,7 +344,7 @@ def load_torch(
 
         try:
             return load(
-                io.BytesIO(archive.read(records["data.pkl"])),
+                io.BytesIO(_read(archive, records["data.pkl"])),
                 allowed={**_STORAGES, **(allowed or {})},
                 placeholders=placeholders,
                 storage=storage,
@@ -335,10 +356,17 @@ def load_torch(
 _ALIGNMENT = 16  # bytes of the widest number, complex128; torch aligns records to 64
 
 
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(info)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{info.filename} cannot be read: {error}") from error
+
+
 def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: Tensor | None) -> Tensor:
     """The bytes of a record, [n] uint8, in the mapped file if there is one and they lie in it as they are."""
-    if mapped is None or info.compress_type != zipfile.ZIP_STORED:
-        read = bytearray(archive.read(info))
+    if mapped is None:
+        read = bytearray(_read(archive, info))
         return torch.frombuffer(read, dtype=torch.uint8) if read else torch.empty(0, dtype=torch.uint8)
     header = bytes(mapped[info.header_offset : info.header_offset + 30].tolist())
     name, extra = struct.unpack_from("<HH", header, 26)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -131,21 +131,22 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
         write_folder(path, contents, aliases, step)
 
 
-def optimizers_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+def optimizers_in(contents: object) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """The state dicts of optimizers in what was saved, however deep in dicts, with the keys that lead to them.
 
     Args:
         contents: What was saved.
-        at: The keys that led here.
     """
-    if isinstance(contents, Mapping):
-        if isinstance(contents.get("param_groups"), list) and isinstance(contents.get("state"), Mapping | list):
-            yield at, contents
-        elif is_flattened(contents):
-            yield at, unflattened(contents)
+    for at, found, goes_on in _dicts_in(contents):
+        groups = found.get("param_groups")
+        if isinstance(groups, list) and isinstance(found.get("state"), Mapping | list):
+            if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+                raise ValueError(f"{'.'.join(at)}: expected groups with params, got others")
+            yield at, found
+        elif is_flattened(found):
+            yield at, unflattened(found)
         else:
-            for key, value in contents.items():
-                yield from optimizers_in(value, (*at, str(key)))
+            goes_on()
 
 
 def is_flattened(contents: Mapping[Any, Any]) -> bool:
@@ -154,20 +155,34 @@ def is_flattened(contents: Mapping[Any, Any]) -> bool:
     return len(contents) > 0 and "param_groups" in parts <= {"state", "param_groups"}
 
 
-def models_in(contents: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
+def models_in(contents: object) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
     """The state dicts of models in what was saved: dicts of nothing but tensors, floating-point ones among them.
 
     Args:
         contents: What was saved.
-        at: The keys that led here.
     """
-    if isinstance(contents, Mapping) and not {"param_groups", "state"} <= contents.keys():
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in contents.items()):
-            if any(tensor.is_floating_point() for tensor in contents.values()):
-                yield at, contents
-        else:
-            for key, value in contents.items():
-                yield from models_in(value, (*at, str(key)))
+    for at, found, goes_on in _dicts_in(contents):
+        if {"param_groups", "state"} <= found.keys():
+            continue
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+            goes_on()
+        elif any(tensor.is_floating_point() for tensor in found.values()):
+            yield at, found
+
+
+def _dicts_in(contents: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any], Callable[[], None]]]:
+    """Dicts in what was saved, each once, the keys that lead to them, and what has those inside come next."""
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str, ...], object]] = [((), contents)]
+    while waiting:
+        at, found = waiting.pop()
+        if isinstance(found, Mapping) and id(found) not in seen:
+            seen.add(id(found))
+
+            def goes_on(at: tuple[str, ...] = at, found: Mapping[Any, Any] = found) -> None:
+                waiting.extend(((*at, str(key)), value) for key, value in reversed(list(found.items())))
+
+            yield at, found, goes_on
 
 
 def _contents(path: str | os.PathLike[str]) -> object:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,19 @@ def read_values(path: str | os.PathLike[str], found: Metadata, keys: Iterator[st
         if not isinstance(entry, TensorStorageMetadata):
             values[key] = _read_item(path, found, MetadataIndex(key), placeholders=True)
             continue
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        covered = 0
+        covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if covered != entry.size.numel():
+            raise ValueError(f"{path}, {key}: expected {entry.size.numel()} elements in chunks, got {covered}")
+        try:
+            whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        except RuntimeError as error:  # of more elements than there is memory
+            raise ValueError(f"{path}, {key}: {error}") from error
         for chunk in entry.chunks:
             part = _read_item(path, found, MetadataIndex(key, chunk.offsets), placeholders=False)
             if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
-                raise ValueError(f"{path}, {key}: expected a chunk of {list(chunk.sizes)}, got {part!r:.80}")
+                raise ValueError(f"{path}, {key}: expected a chunk of {list(chunk.sizes)}, got {reprlib.repr(part)}")
             box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[box].copy_(part)
-            covered += part.numel()
-        if covered != whole.numel():
-            raise ValueError(f"{path}, {key}: expected {whole.numel()} elements in chunks, got {covered}")
         values[key] = whole
     return values
 
@@ -129,14 +132,21 @@ def _read_item(path: str | os.PathLike[str], found: Metadata, index: MetadataInd
     """One chunk or value, as it was saved."""
     info = found.storage_data.get(index)
     if not isinstance(info, _StorageInfo):
-        raise ValueError(f"{path}, {index.fqn}: expected to be told where it lies, got {info!r}")
+        raise ValueError(f"{path}, {index.fqn}: expected to be told where it lies, got {reprlib.repr(info)}")
+    where = f"{path}, {index.fqn} in {info.relative_path}"
+    file_path = Path(path) / info.relative_path
+    if file_path.exists() and not file_path.is_file():  # of a pipe, say, reading would never end
+        raise ValueError(f"{where}: expected a file, got something else")
     try:
-        with (Path(path) / info.relative_path).open("rb") as file:
+        with file_path.open("rb") as file:
             file.seek(info.offset)
-            data = file.read(info.length)
+            data = file.read(min(info.length, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise ValueError(f"{path}, {index.fqn}: {info.relative_path} cannot be read: {error}") from error
     try:
-        return load_torch(io.BytesIO(data), placeholders=placeholders)
+        value = load_torch(io.BytesIO(data), placeholders=placeholders)
     except ValueError as error:
-        raise ValueError(f"{path}, {index.fqn} in {info.relative_path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(value, Tensor) and value.nbytes > len(data):  # one element may stand for any number of them
+        raise ValueError(f"{where}: expected a tensor that is in the file, got one of {value.nbytes} bytes")
+    return value

@@ -296,7 +296,8 @@ def _groups_of(path: Path, found: Metadata) -> list[dict[str, Any]]:
             by_path[at[at.index("param_groups") :]] = value
         else:
             flat[key[key.index("param_groups") :]] = value
-    groups = nested(by_path).get("param_groups", []) + unflattened(flat)["param_groups"]
+    listed = nested(by_path).get("param_groups")
+    groups = (listed if isinstance(listed, list) else []) + unflattened(flat)["param_groups"]
     return _counted([group for group in groups if isinstance(group, Mapping)])
 
 

@@ -79,8 +79,12 @@ def hyperparameters_of(path: str | os.PathLike[str]) -> list[dict[str, Any]] | N
     """
     with _opened(path) as file:
         text = (file.metadata() or {}).get(HYPERPARAMETERS)
-    groups = json.loads(text) if text is not None else None
-    return None if groups is None else [{**group, "betas": tuple(group["betas"])} for group in groups]
+    if text is None:
+        return None
+    try:
+        return [{**group, "betas": tuple(group["betas"])} for group in json.loads(text)]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: expected parameter groups in its metadata, got {text:.80}") from error
 
 
 def tensors_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:

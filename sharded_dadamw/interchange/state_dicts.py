@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -196,9 +197,9 @@ def imported_group(
     if missing:
         raise ValueError(f"{where}: expected the hyperparameters of AdamW, got a group without {_few(missing)}")
     ours = {key: value for key, value in group.items() if key not in _OF_THEIR_OWN and _is_plain(value)}
-    ours |= {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
-    ours |= {"betas": tuple(float(beta) for beta in group["betas"]), "amsgrad": bool(group.get("amsgrad", False))}
     try:
+        ours |= {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        ours |= {"betas": tuple(float(beta) for beta in group["betas"]), "amsgrad": bool(group.get("amsgrad", False))}
         check_group({**group, **ours})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
@@ -248,6 +249,8 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
         raise ValueError(
             f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}{hint}"
         )
+    if not isinstance(entries["step"], Tensor | int | float):
+        raise ValueError(f"state of {name}: expected a step >= 0, got {reprlib.repr(entries['step'])}")
     step = torch.as_tensor(entries["step"]).detach().to("cpu", torch.float32).reshape(-1)
     if step.numel() != 1 or not (math.isfinite(step.item()) and step.item() >= 0):
         raise ValueError(f"state of {name}: expected a step >= 0, got {entries['step']}")
@@ -257,7 +260,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     shape = getattr(tensors["exp_avg"], "shape", None)
     for key, value in tensors.items():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or key == "main_remainder"):
-            raise ValueError(f"state of {name}, {key}: expected a tensor of numbers, got {value!r:.80}")
+            raise ValueError(f"state of {name}, {key}: expected a tensor of numbers, got {reprlib.repr(value)}")
         if value.shape != shape:
             raise ValueError(f"state of {name}, {key}: expected shape {list(shape or ())}, got {list(value.shape)}")
     return {"step": step[0].clone(), **tensors}
