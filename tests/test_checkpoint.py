@@ -31,6 +31,7 @@ from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoup
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.files import read_metadata
 from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.run_state import random_state, seed_from, set_random_state
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
@@ -700,6 +701,15 @@ class WithExtraState(nn.Linear):
         self.got = state
 
 
+def test_a_new_rank_draws_other_numbers_at_every_step_and_on_every_rank() -> None:
+    state, drawn = random_state(), set()
+    for step, rank in ((1, 2), (2, 2), (1, 3)):
+        seed_from(state, step, rank)
+        drawn.add((torch.rand(()).item(), random.random(), np.random.rand()))
+    set_random_state(state)
+    assert all(len(set(numbers)) == 3 for numbers in zip(*drawn, strict=True))
+
+
 @pytest.mark.parametrize("state", [{}, {"a": {}}, {"a": 1, "b": [{"c": 2.0}]}, [1, 2], 5, None])
 def test_extra_state_of_modules_comes_back(state: Any, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, step=1, model=(model := WithExtraState(state)), optimizer=AdamW(model.parameters()))
@@ -711,6 +721,18 @@ def test_extra_state_that_would_come_back_otherwise_is_refused(tmp_path: Path) -
     model = WithExtraState({"a": {0: 1}})
     with pytest.raises(ValueError, match="_extra_state: expected texts as keys of dicts, got 0"):
         save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
+
+
+def extra_on_one(group: Any, root: Path) -> str:
+    model = WithExtraState({0: 1} if dist.get_rank(group) == 1 else {})
+    with pytest.raises(ValueError) as refusal:
+        save_checkpoint(root, step=1, model=model, optimizer=AdamW(model.parameters()), process_group=group)
+    return str(refusal.value)
+
+
+def test_what_one_rank_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert all("expected texts as keys" in message for message in on_ranks(2, extra_on_one, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def on_storage_of_its_own(group: Any, root: Path) -> str:
