@@ -143,7 +143,7 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
 
     def ddp() -> DistributedDataParallel:
         on_gpu = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, on_gpu, gradient_as_bucket_view=True)
 
     # What torch's law, decay = lr * weight_decay, needs to decay as much.
     coupled = settings.weight_decay / settings.lr

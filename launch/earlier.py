@@ -98,8 +98,8 @@ def require_same(earlier: Mapping[str, Any], chosen: Mapping[str, Any], folder: 
     ]
     if differences:
         raise ValueError(
-            f"expected the options of the run in {folder} to be {'; '.join(differences)}; leave out what it began "
-            "with, or begin another run"
+            f"expected the options of the run in {folder} to be {'; '.join(differences)}; leave out these "
+            "options, as a resumed run keeps its own, or begin another run"
         )
 
 

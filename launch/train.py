@@ -11,6 +11,7 @@ gloo on CPU; NCCL and bfloat16 autocast where every rank has a GPU of its own.
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ def main() -> None:
         agreed = [settings]
         dist.broadcast_object_list(agreed, src=0)
         Training(agreed[0], corpus, device).run()
+    except KeyboardInterrupt:
+        # Whoever stops a run knows where; a trace from every rank would bury what it had to say.
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         dist.destroy_process_group()
 

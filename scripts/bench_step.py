@@ -270,7 +270,7 @@ def build(name: Name, plan: Plan, device: torch.device) -> Contender:
             ours.optimizer.attach(model)
         if name is Name.SHARDED_UNDER_DDP:
             on_gpu = [device] if device.type == "cuda" else None
-            ours.model = DistributedDataParallel(model, on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+            ours.model = DistributedDataParallel(model, on_gpu, gradient_as_bucket_view=True)
         return ours
     settings = Settings(
         ranks=plan.ranks,

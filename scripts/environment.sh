@@ -75,7 +75,7 @@ use_environment() {
     if [[ -r $VENV/stamp ]]; then
         have=$(<"$VENV/stamp")
     fi
-    stamp="$(cat pyproject.toml "${BASH_SOURCE[0]}" | cksum) ${TORCH_INDEX_URL:-}"
+    stamp="$(cat pyproject.toml scripts/environment.sh | cksum) ${TORCH_INDEX_URL:-}"
     case $have in
         "$stamp test" | "$stamp $purpose")
             if is_supported_python "$VENV_PYTHON"; then

@@ -67,7 +67,7 @@ def convert(
     console.print(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
     for index, group in enumerate(state["param_groups"]):
         console.print(
-            f"  group {index}: weight_decay {group['weight_decay']:g}, of lr {group['initial_lr']:g} at its peak"
+            f"  group {index}: decays by {group['weight_decay']:g} a step at the peak lr, {group['initial_lr']:g}"
         )
 
 

@@ -199,9 +199,9 @@ class FragmentTensor(DTensor):
     def _refusal(self, doing: str) -> RuntimeError:
         _, start, stop = self.span
         return RuntimeError(
-            f"{doing} on state_dict() of ShardedDecoupledAdamW: {self._name} is elements [{start}:{stop}] of "
-            f"{math.prod(self._part_shape)}, all that this rank has; save with sharded_dadamw.checkpoint or "
-            "torch.distributed.checkpoint, or gather all of it: consolidate_state_dict(), full_state_dict=True, or "
+            f"{doing} on state_dict() of ShardedDecoupledAdamW, in which each rank has its own part of every tensor: of "
+            f"{self._name} elements [{start}:{stop}] of {math.prod(self._part_shape)}. Save with sharded_dadamw.checkpoint "
+            "or torch.distributed.checkpoint, or gather all of it: consolidate_state_dict(), full_state_dict=True, or "
             "full_tensor(), on every rank"
         )
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,9 @@ class Gatherer:
                 gather.hide()
             self._has_left_any = self._has_left_any or bool(self._attachments)
         except BaseException:
-            self.finish()
+            # What went wrong first is what to tell, be it a KeyboardInterrupt.
+            with suppress(Exception):
+                self.finish()
             raise
 
     def publish(self, bucket: Bucket) -> None:

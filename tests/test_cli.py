@@ -168,7 +168,7 @@ def test_convert_writes_what_the_name_says(files: dict[str, Path], target: str, 
     if target.endswith("safetensors"):
         pytest.importorskip("safetensors")
     said = run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw")
-    assert "state of 4 parameters in 1 groups" in said and "weight_decay 0.0001, of lr 0.01 at its peak" in said
+    assert "state of 4 parameters in 1 groups" in said and "decays by 0.0001 a step at the peak lr, 0.01" in said
     found = inspect(tmp_path / target)
     assert found.num_parameters == 4 and found.step == 1
     decay = 1e-4 / 1e-2 if target == "out.pt" else 1e-4

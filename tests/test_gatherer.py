@@ -772,6 +772,24 @@ def test_a_step_that_fails_leaves_nothing_pending(attached: bool) -> None:
     assert_equal(*on_ranks(2, step_that_fails, attached))
 
 
+def be_interrupted_in_waiting(group: Any) -> None:
+    model = made("mlp")
+    optimizer, slow = build(model, group, attached=False)
+    optimizer._gatherer._collectives = slow  # type: ignore[assignment]
+
+    def interrupt(handle: _SlowHandle) -> None:
+        handle._handle.wait()
+        raise KeyboardInterrupt("in the middle")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="in the middle"):
+        patch.setattr(_SlowHandle, "wait", interrupt)
+        train(model, optimizer, num_steps=1)
+
+
+def test_a_step_says_what_went_wrong_first_and_not_what_was_lost_by_it() -> None:
+    on_ranks(2, be_interrupted_in_waiting)
+
+
 def lose_the_network(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True, cap=16.0)

@@ -378,7 +378,7 @@ def misuse(group: Any) -> list[str]:
         lambda: pickle.dumps(moment),
         lambda: torch.save(run.optimizer.state_dict(), io.BytesIO()),
     ):
-        with pytest.raises(RuntimeError, match=r"is elements \[\d+:\d+\] of \d+") as error:
+        with pytest.raises(RuntimeError, match=r"elements \[\d+:\d+\] of \d+") as error:
             use()
         said.append(str(error.value))
     return said
@@ -394,7 +394,7 @@ def rank_zero_alone(group: Any) -> str:
     run = ours(group, 0)
     fit(run, range(2))
     if group.rank() == 0:
-        with pytest.raises(RuntimeError, match="all that this rank has"):
+        with pytest.raises(RuntimeError, match="its own part of every tensor"):
             torch.save({"optimizer": run.optimizer.state_dict()}, io.BytesIO())
     fit(run, range(2, 4))  # nobody hangs, and nothing is lost
     return str(whole(run)[0]["state"]["late"]["step"])

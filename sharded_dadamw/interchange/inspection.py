@@ -174,6 +174,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         return _inspect_deepspeed(open_deepspeed(where))
     raise ValueError(
         f"expected a checkpoint: a file, or a folder of torch.distributed.checkpoint or DeepSpeed, got {path}"
+        f"{'' if where.exists() else ', which does not exist'}"
     )
 
 
