@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
 from tests.layouts import grid, line, root_sum_square
@@ -601,3 +601,25 @@ def before_the_first_step_under_fsdp2(group: Any, earlier: str) -> set[float]:
 @pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients"])
 def test_nor_is_it_counted_under_fsdp2(earlier: str) -> None:
     assert on_ranks(2, before_the_first_step_under_fsdp2, earlier) == [{0.0}] * 2
+
+
+def under_scalers(group: Any, are_there: bool) -> list[float]:
+    """Loss scales that differ between ranks in one step, and none in the next."""
+    mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp", "tp"))
+    param = nn.Parameter(DTensor.from_local(torch.linspace(-1, 1, 6), mesh["tp"], [Shard(0)]))
+    optimizer: Any = ShardedDecoupledAdamW([("p", param)], lr=0.1, betas=(0.9, 0.95), process_group=mesh["dp"])
+    rank = mesh["dp"].get_local_rank()
+    for step in range(3):
+        scale = float(2 ** (3 + 2 * rank)) if step == 1 and are_there else 1.0
+        values = torch.linspace(1, 2 + rank, 6) * (step + 1)
+        param.grad = DTensor.from_local(values * scale, mesh["tp"], [Shard(0)])
+        if scale != 1.0:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+        optimizer.zero_grad()
+    return [*param.detach().to_local().tolist(), float(optimizer.state[param]["step"])]
+
+
+def test_scales_that_differ_in_one_step_are_forgotten_in_the_next() -> None:
+    assert on_ranks(4, under_scalers, True) == on_ranks(4, under_scalers, False)
