@@ -199,10 +199,10 @@ class FragmentTensor(DTensor):
     def _refusal(self, doing: str) -> RuntimeError:
         _, start, stop = self.span
         return RuntimeError(
-            f"{doing} on state_dict() of ShardedDecoupledAdamW, in which each rank has its own part of every tensor: of "
-            f"{self._name} elements [{start}:{stop}] of {math.prod(self._part_shape)}. Save with sharded_dadamw.checkpoint "
-            "or torch.distributed.checkpoint, or gather all of it: consolidate_state_dict(), full_state_dict=True, or "
-            "full_tensor(), on every rank"
+            f"{doing} on state_dict() of ShardedDecoupledAdamW, in which each rank has its own part of every tensor: "
+            f"of {self._name} elements [{start}:{stop}] of {math.prod(self._part_shape)}. Save with "
+            "sharded_dadamw.checkpoint or torch.distributed.checkpoint, or gather all of it, on every rank: "
+            "consolidate_state_dict(), full_state_dict=True, or full_tensor()"
         )
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> FragmentTensor:
