@@ -9,7 +9,15 @@ from enum import Enum
 import torch
 
 
-class MainParameter(Enum):
+class _Choice(Enum):
+    """One of several ways, whose value says what it means."""
+
+    def __repr__(self) -> str:
+        """As it is written in code; the sentence is in ``value``."""
+        return str(self)
+
+
+class MainParameter(_Choice):
     """What is kept, sharded, beside a parameter that is narrower than fp32, so that small updates and decay count."""
 
     FP32 = "an fp32 copy, of which the parameter is the image: 4 bytes per parameter"
@@ -17,7 +25,7 @@ class MainParameter(Enum):
     NONE = "nothing: the parameter is updated in its own dtype, and loses what is smaller than half its last digit"
 
 
-class Moments(Enum):
+class Moments(_Choice):
     """How ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq`` are stored. All arithmetic is in fp32 (fp64 for fp64)."""
 
     FP32 = "fp32: 4 bytes each"
@@ -26,21 +34,21 @@ class Moments(Enum):
     INT8 = "8 bits and a scale per 256 elements, by torchao; fp32 for small parameters: about 1 byte each"
 
 
-class GradientResidency(Enum):
+class GradientResidency(_Choice):
     """What becomes of a bucket's gradients once they are averaged."""
 
     FULL = "they stay where they are: p.grad can be read until zero_grad (ZeRO stage 1)"
     SHARDED = "only this rank's shard of the mean is kept, and p.grad is None from then on (ZeRO stage 2)"
 
 
-class StateResidency(Enum):
+class StateResidency(_Choice):
     """Where optimizer state lives, main parameters among it, and where updates are computed."""
 
     DEVICE = "beside the parameters: their device holds a rank's share of everything, and updates run there"
     HOST = "in host memory, as a copy of the shards of gradients and parameters: updates run on the host's processors"
 
 
-class Exchange(Enum):
+class Exchange(_Choice):
     """How ranks average gradients and publish parameters."""
 
     FASTEST = "on CPUs through memory that the ranks of one host share, or else as RANK_ORDER; on GPUs as BACKEND"

@@ -203,6 +203,12 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
             "_codes" in k for k in saved
         )
         raise ValueError(f"state of {name}: expected entries {sorted(entries)}, got {sorted(saved)}{hint}")
+    mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (entries, saved))
+    if mains and saved_mains and mains != saved_mains:
+        raise ValueError(
+            f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
+            "ShardingConfig that saved it"
+        )
     pairs: _Pairs = []
     for key, entry in entries.items():
         if key in saved:

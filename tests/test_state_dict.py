@@ -254,3 +254,14 @@ def through_torch_checkpoint(group: Any, hsdp: bool) -> bool:
 @pytest.mark.parametrize(("num_ranks", "hsdp"), [(1, False), (2, False), (4, True)])
 def test_torchs_checkpoint_functions_save_and_load_it_by_name(num_ranks: int, hsdp: bool) -> None:
     assert on_ranks(num_ranks, through_torch_checkpoint, hsdp) == [True] * num_ranks
+
+
+def test_a_remainder_is_not_taken_for_a_main_parameter_or_the_reverse() -> None:
+    saved, _, _ = on_ranks(2, saved_on, "bf16", dict(main_parameter=MainParameter.REMAINDER))[0]
+    _, optimizer = build(None, "bf16")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"expected main_param, got main_remainder; choose the main_parameter"):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()["state"]
+    for index, entries in before["state"].items():
+        assert all(torch.equal(after[index][key], value) for key, value in entries.items())
