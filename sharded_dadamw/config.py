@@ -82,9 +82,10 @@ class ShardingConfig:
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
         seed: Key of the stochastic rounding of ``Moments.BF16``, in [0, 2**32). The random bits for an element follow
             from this, its step and its number alone, so they are the same on any number of ranks and on any device.
-        whole_state_dict: False: ``state_dict()`` is this rank's shards. True: it is the state of whole parameters, as
-            from :class:`~sharded_dadamw.DecoupledAdamW`: on every rank, in host memory, or DTensors where parameters
-            are. Making it is collective, so all ranks have to call it. Either loads, whatever is chosen here.
+        whole_state_dict: False: each tensor of ``state_dict()`` has the shape of the whole and holds what this rank has
+            of it, for ``torch.distributed.checkpoint``. True: it is whole, as from
+            :class:`~sharded_dadamw.DecoupledAdamW`: on every rank, in host memory, or DTensors where parameters are.
+            Making it is collective, so all ranks have to call it. Either loads, whatever is chosen here.
 
     Raises:
         TypeError: A value is not of the type it has here.
