@@ -10,6 +10,7 @@ Steps are timed without a save under way, then while one is, in a thread and in 
 one has ended; and so is how long the call itself keeps training waiting.
 """
 
+import ctypes
 import gc
 import os
 import shutil
@@ -143,6 +144,8 @@ class Benchmark:
     def watch(self, name: str, call: Callable[[], Any]) -> None:
         """Note how much more than before this rank holds at most."""
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed must not serve this one unnoticed
         dist.barrier()
         before = bytes_held()
         with Peak() as peak:
