@@ -146,10 +146,10 @@ class FragmentTensor(DTensor):
         raise ValueError(f"{self._name}: this rank has no box at {index.offset}")
 
     def _boxes(self) -> list[Box]:
-        stop = self._start + self._local_tensor.numel()
-        if stop == self._start and not math.prod(self._part_shape):  # or nothing would be known of its name
+        if not math.prod(self._part_shape):  # or nothing would be known of its name
             return [Box((0,) * len(self._part_shape), self._part_shape, 0)] if self._writes else []
-        return boxes_of(self._part_shape, self._start, stop)
+        _, start, stop = self.span
+        return boxes_of(self._part_shape, start, stop)
 
     def _chunk(self, box: Box) -> ChunkStorageMetadata:
         offsets = [first + offset for first, offset in zip(self._part_offsets, box.offsets, strict=True)]
@@ -167,8 +167,8 @@ class FragmentTensor(DTensor):
         numel = math.prod(self._part_shape)
         # State may be in host memory, while the ranks reach each other from an accelerator.
         part = torch.zeros(numel, dtype=self.dtype, device=self.device_mesh.device_type)
-        stop = self._start + self._local_tensor.numel()
-        part[self._start : stop].copy_(self._local_tensor)
+        _, start, stop = self.span
+        part[start:stop].copy_(self._local_tensor)
         # Of an element's bytes those of ranks that do not have it are 0, and all that do have it have the same.
         ranks.everyone.all_reduce_(part.view(torch.uint8), dist.ReduceOp.MAX).wait()
         whole: Any = DTensor.from_local(
