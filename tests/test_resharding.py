@@ -34,7 +34,7 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.boxes import boxes_of
-from tests.pool import on_ranks
+from tests.pool import alone, on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
 FIRST = 1
@@ -111,7 +111,13 @@ def fsdp2(group: Any, seed: int) -> Run:
 
 
 def hsdp(group: Any, seed: int) -> Run:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    """On four ranks 2 replicas of 2 shards, on fewer as many replicas of one shard; state is cut over the replicas."""
+    if group.size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        names = (group.group_name, alone().group_name)
+        ranks = torch.arange(group.size()).view(-1, 1)
+        mesh = DeviceMesh.from_group([group, alone()], "cpu", mesh=ranks, mesh_dim_names=names)
     model = fully_shard(Model(seed), mesh=mesh)
     config = ShardingConfig(bucket_cap_mb=1e-3)
     return Run(model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True, config=config), group)
@@ -126,7 +132,7 @@ LAYOUTS: dict[str, tuple[Callable[[Any, int], Run], tuple[int, ...]]] = {
     "ours": (ours, (1, 2, 3, 4)),
     "ours, bf16": (ours_bf16, (1, 2, 3, 4)),
     "FSDP2": (fsdp2, (1, 2, 3, 4)),
-    "HSDP": (hsdp, (4,)),
+    "HSDP": (hsdp, (1, 2, 3, 4)),
     "plain": (plain, (1,)),
     "ours in large buckets": (ours_in_large_buckets, (1, 2, 3, 4)),
 }
@@ -215,8 +221,8 @@ def cases() -> list[Any]:
             found += [(name, n, name, m) for n, m in itertools.product(sizes, sizes)]
     exchangeable = ["ours", "ours in large buckets", "FSDP2", "HSDP", "plain"]
     for one, other in itertools.permutations(exchangeable, 2):
-        n, m = min(LAYOUTS[one][1], key=lambda size: abs(size - 2)), min(LAYOUTS[other][1], key=lambda s: abs(s - 3))
-        found.append((one, n, other, m))
+        sizes = {"HSDP": (4, 4), "plain": (1, 1)}  # where they are most and only themselves
+        found.append((one, sizes.get(one, (2, 3))[0], other, sizes.get(other, (2, 3))[1]))
     return list(dict.fromkeys(found))
 
 
