@@ -282,16 +282,16 @@ def composer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("composer") is None:
         pytest.skip("Composer is not installed; scripts/test.sh does it")
     folder = tmp_path_factory.mktemp("composer")
-    run_client(sys.executable, "tests.composer_checkpoint", folder)
+    run_client("tests.composer_checkpoint", folder)
     return folder
 
 
-def run_client(python: str, module: str, folder: Path) -> None:
+def run_client(module: str, folder: Path) -> None:
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [python, "-m", module, str(folder)], cwd=CHECKOUT, env=env, timeout=400, capture_output=True, text=True
+        [sys.executable, "-m", module, str(folder)], cwd=CHECKOUT, env=env, timeout=400, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
@@ -317,13 +317,10 @@ def test_a_checkpoint_of_composers_trainer_goes_on_here(composer_folder: Path) -
 @pytest.fixture(scope="module")
 def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `tests.deepspeed_client` left what it made."""
-    python = sys.executable if importlib.util.find_spec("deepspeed") else os.environ.get("DEEPSPEED_PYTHON")
-    if python is None:
-        pytest.skip(
-            "DeepSpeed is not installed: pip install '.[deepspeed]', or set DEEPSPEED_PYTHON to a Python with it"
-        )
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install '.[deepspeed]'")
     folder = tmp_path_factory.mktemp("deepspeed")
-    run_client(python, "tests.deepspeed_client", folder)
+    run_client("tests.deepspeed_client", folder)
     return folder
 
 
