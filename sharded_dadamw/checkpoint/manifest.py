@@ -6,7 +6,7 @@
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
 Checksums are CRC-32: three times as fast as the fastest hash of Python's and sure to notice every flipped bit and
-every burst of up to 32. They guard against accidents. What is made up to harm is the business of `checkpoint_files`.
+every burst of up to 32. They guard against accidents. What is made up to harm is the business of `checkpoint.files`.
 """
 
 from __future__ import annotations
@@ -201,6 +201,11 @@ def is_complete(folder: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints under a folder, newest last. Their files are there and long enough; nothing is read."""
+    return [folder for folder in folders(Path(root)) if is_complete(folder)]
 
 
 def begin(root: Path, step: int) -> Path:

@@ -25,6 +25,23 @@ from sharded_dadamw.checkpoint.run_state import pack
 from sharded_dadamw.fragment_tensor import FragmentTensor
 
 
+def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
+    """What is wrong with a model and optimizers of its parameters; None if nothing is."""
+    if not isinstance(model, nn.Module):
+        return TypeError(f"model: expected a torch.nn.Module, got {model!r:.80}")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
+        known = {id(param) for param in model.parameters()}
+        strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
+        if strange:
+            return ValueError(
+                f"optimizer: expected parameters of the model, got {len(strange)} that it does not have, the first of "
+                f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
+            )
+    return None
+
+
 def _tied(model: nn.Module) -> list[list[str]]:
     """Names of parameters and buffers that are the same tensor, in the order of the model."""
     names: dict[int, list[str]] = {}
