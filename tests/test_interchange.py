@@ -592,6 +592,27 @@ def test_there_and_back_is_where_we_were(ours: tuple[nn.Module, DecoupledAdamW])
     assert_same_state(back, state)
 
 
+@pytest.mark.parametrize(("optimizer_class", "source"), [(DecoupledAdamW, Source.TORCH), (AdamW, Source.OURS)])
+def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
+    optimizer_class: Any, source: Source, tmp_path: Path
+) -> None:
+    """Also of an optimizer derived from one of those: the weight decay would be off by a factor of lr."""
+    model = build_model()
+    derived = type("Derived", (optimizer_class,), {})
+    optimizer = derived(model.named_parameters(), lr=1e-2, weight_decay=5e-4)
+    trained(optimizer, model, 1)
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    assert inspect(tmp_path).optimizer == optimizer_class.__name__
+    with pytest.raises(ValueError, match=f"got one of {optimizer_class.__name__}, whose weight decay"):
+        read_state(tmp_path, source)
+    other = Source.OURS if source is Source.TORCH else Source.TORCH
+    state, _ = read_state(tmp_path, other, peak_lr=1e-2 if other is Source.TORCH else None)
+    assert state["param_groups"][0]["weight_decay"] == pytest.approx(5e-4 if other is Source.OURS else 5e-6)
+    write_state(tmp_path / "again", state)
+    with pytest.raises(ValueError, match="got one of DecoupledAdamW"):
+        read_state(tmp_path / "again", Source.TORCH)
+
+
 def test_decay_without_a_peak_cannot_be_exported(ours: tuple[nn.Module, DecoupledAdamW]) -> None:
     state = get_optimizer_state_dict(*ours, options=FULL)
     state["param_groups"][0] |= {"initial_lr": 0.0, "lr": 0.0}

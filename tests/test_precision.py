@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
 from sharded_dadamw.decoupled import _warn_of_freezing
-from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
+from sharded_dadamw.precision import image, join, random_bits, remainder_of, round_stochastically, split
 from tests.models import BF16, F32
 from tests.pool import on_ranks
 
@@ -33,6 +33,23 @@ def test_parameter_and_remainder_are_the_fp32_value_bit_for_bit() -> None:
     random = torch.randint(-(2**31), 2**31, (1_000_000,)).to(torch.int32).view(F32)
     finite = ~random.isnan()
     assert torch.equal(join(*split(random))[finite].view(torch.int32), random[finite].view(torch.int32))
+
+
+def test_a_remainder_fits_a_parameter_that_others_have_rounded_and_is_0_once_that_is_changed() -> None:
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        value = (upper | lower).view(F32)
+        param, remainder = split(value)
+        assert torch.equal(remainder_of(value, param), remainder)
+        even = value.to(BF16)  # ties go to even: torch's way
+        restored, finite = join(even, remainder_of(value, even)), ~value.isnan()
+        apart = (restored[finite].view(torch.int32).long() - value[finite].view(torch.int32).long()).abs()
+        assert apart.max() <= (lower == 0x8000), "at a tie, and only there, it is the number next to it"
+        assert not torch.equal(param[finite], even[finite]) or lower != 0x8000
+        assert restored[~finite].isnan().all()
+    value = torch.randn(1000)
+    changed = split(value)[0] * 1.5
+    assert torch.equal(join(changed, remainder_of(value, changed)), changed.float())
 
 
 def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() -> None:

@@ -145,7 +145,7 @@ def load_checkpoint(
         entries: dict[str, Any] = {}
         names = match_model(saved, model, live["model"], entries)
         if optimizer is not None:
-            match_optimizer(saved, model, live["optimizer"], names, entries)
+            match_optimizer(saved, model, optimizer, live["optimizer"], names, entries)
         of_ranks = saved.under(RANKS)
         for entry in of_ranks.values():
             entries[entry] = saved.placeholder(entry)
@@ -153,7 +153,7 @@ def load_checkpoint(
         weights.update(live["model"])  # some of which may hold nothing that could be read
         weights.update({name: saved.collect(entries, "model", stored) for name, stored in names.items()})
         if optimizer is not None:
-            state.update(collect_optimizer(saved, live["optimizer"]["param_groups"], names, entries))
+            state.update(collect_optimizer(saved, live["optimizer"], names, entries))
         ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(len(of_ranks)))
         if scheduler is not None and (not ranks or ranks[0]["scheduler"] is None):
             raise ValueError(f"scheduler: expected {folder} to hold the state of one, got none; pass scheduler=None")

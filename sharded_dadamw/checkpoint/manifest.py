@@ -27,6 +27,9 @@ from typing import Any
 FILE_NAME = "manifest.json"
 FORMAT = 1
 
+IS_DECOUPLED = {"DecoupledAdamW": True, "ShardedDecoupledAdamW": True, "AdamW": False}
+"""Optimizers, ours, Composer's and torch's, and whether their weight decay is free of lr."""
+
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"\.step_\d{8,}\.[0-9a-f]+")
 _BLOCK = 1 << 20
@@ -82,6 +85,8 @@ class Manifest:
         versions: Of what wrote it: `torch` and `sharded_dadamw`.
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
+        optimizer: Which one of ``IS_DECOUPLED`` the optimizer was or descended from; else its class; empty where the
+            manifest does not say.
         files: By name, all files but this one.
     """
 
@@ -90,6 +95,7 @@ class Manifest:
     versions: Mapping[str, str]
     aliases: Sequence[Sequence[str]]
     param_groups: Sequence[Mapping[str, Any]]
+    optimizer: str = ""
     files: Mapping[str, FileSum] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:

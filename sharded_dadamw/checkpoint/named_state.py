@@ -19,10 +19,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED, Manifest
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.run_state import pack
 from sharded_dadamw.fragment_tensor import FragmentTensor
+from sharded_dadamw.placement import like_parameter, local
+from sharded_dadamw.precision import join, remainder_of
 
 
 def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
@@ -40,6 +42,12 @@ def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception
                 f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
             )
     return None
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """What kind of optimizer it is, for the manifest."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    return next((name for name in names if name in IS_DECOUPLED), names[0])
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -110,6 +118,8 @@ class SavedEntries:
     def __init__(self, folder: Path, manifest: Manifest, metadata: Metadata) -> None:
         self.folder = folder
         self.groups = [list(group["params"]) for group in manifest.param_groups]
+        self.decays = any(group.get("weight_decay") for group in manifest.param_groups)
+        self.optimizer = manifest.optimizer
         self._first = {name: names[0] for names in manifest.aliases for name in names}
         self._metadata = metadata
         self._num_bytes = sum(known.size for known in manifest.files.values())
@@ -239,21 +249,86 @@ def match_model(
     return names
 
 
+_TWINS = {"main_param": ("main_remainder", torch.int16), "main_remainder": ("main_param", torch.float32)}
+"""The two forms of a main parameter, and the dtype of the other one."""
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """Values of this rank's part of a tensor as that is: a fragment, a DTensor or whole."""
+    if isinstance(tensor, FragmentTensor):
+        return tensor.holding(values)
+    return like_parameter(values.view(local(tensor).shape), tensor)
+
+
+def _part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, 1-D; of a fragment that was read, what was read."""
+    if isinstance(tensor, FragmentTensor):
+        return tensor.fragment if tensor.loaded is None else tensor.loaded
+    return local(tensor).reshape(-1)
+
+
+def _in_other_form(own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Where to read what was saved of a main parameter in the form that it does not have here."""
+    found = {}
+    for key, (other, dtype) in _TWINS.items():
+        if key in own:
+            found[other] = _like(own[key], torch.empty_like(_part_of(own[key]), dtype=dtype, device="cpu"))
+    return found
+
+
+def _into_own_form(own: Mapping[str, Any], entries: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+    """The entries of a parameter, with its main parameter in the form that it has here. No bit is lost.
+
+    Args:
+        own: Its live entries.
+        entries: What was read.
+        weight: The weight that was read.
+    """
+    for key, (other, _) in _TWINS.items():
+        if key in own and other in entries:
+            live, saved = own[key], _part_of(entries.pop(other))
+            part = _part_of(weight)
+            if isinstance(live, FragmentTensor):
+                _, start, stop = live.span
+                part = part[start:stop]
+            entries[key] = _like(live, remainder_of(saved, part) if key == "main_remainder" else join(part, saved))
+    return entries
+
+
+def _match_laws(saved: SavedEntries, live: str) -> None:
+    """Look whether weight decay means the same: the entry has one name and the numbers differ by a factor of lr."""
+    was, now = IS_DECOUPLED.get(saved.optimizer), IS_DECOUPLED.get(live)
+    if saved.decays and None not in (was, now) and was != now:
+        target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
+        raise ValueError(
+            f"weight_decay: expected that of {live}, which {'does not scale' if now else 'scales'} with lr, got that "
+            f"of {saved.optimizer} in {saved.folder}; convert it: sharded-dadamw convert {saved.folder} {target}"
+        )
+
+
 def match_optimizer(
-    saved: SavedEntries, model: nn.Module, live: Mapping[str, Any], names: Mapping[str, str], entries: dict[str, Any]
+    saved: SavedEntries,
+    model: nn.Module,
+    optimizer: Optimizer,
+    live: Mapping[str, Any],
+    names: Mapping[str, str],
+    entries: dict[str, Any],
 ) -> None:
     """Add what to read of an optimizer to ``entries``.
 
     Args:
         saved: What there is.
         model: Whose parameters it updates.
+        optimizer: Itself.
         live: Its live state and groups, by names.
         names: What :func:`match_model` returned.
         entries: By flat name, what to read each entry into.
 
     Raises:
-        ValueError: Groups or the entries of a parameter differ, or a tensor does not fit; names it.
+        ValueError: Groups or the entries of a parameter differ, weight decay means something else, or a tensor does not
+            fit; names it.
     """
+    _match_laws(saved, name_of(optimizer))
     groups: list[dict[str, Any]] = live["param_groups"]
     if len(groups) != len(saved.groups):
         raise ValueError(f"param_groups: expected {len(groups)}, got {len(saved.groups)} in {saved.folder}")
@@ -271,6 +346,7 @@ def match_optimizer(
         for name in group["params"]:
             known, own = saved.under("optimizer", "state", names[name]), live["state"].get(name, {})
             needed = [key for key in own if not key.startswith("main_")]  # the weight itself will do
+            own = {**_in_other_form(own), **own}
             if known and own and (any(key not in known for key in needed) or any(key not in own for key in known)):
                 raise ValueError(
                     f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
@@ -287,14 +363,23 @@ def match_optimizer(
 
 
 def collect_optimizer(
-    saved: SavedEntries, groups: Iterable[dict[str, Any]], names: Mapping[str, str], entries: Mapping[str, Any]
+    saved: SavedEntries, live: Mapping[str, Any], names: Mapping[str, str], entries: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state dict that ``set_optimizer_state_dict`` takes, of what was read."""
+    """The state dict that ``set_optimizer_state_dict`` takes, of what was read.
+
+    Args:
+        saved: What there was.
+        live: The optimizer's live state and groups, by names.
+        names: What :func:`match_model` returned.
+        entries: By flat name, what each entry was read into.
+    """
     state, merged = {}, []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(live["param_groups"]):
         own = {key: group[key] for key in ("params", "param_names") if key in group}
         merged.append({**group, **saved.collect(entries, "optimizer", "param_groups", index), **own})
         for name in group["params"]:
             if known := saved.under("optimizer", "state", names[name]):
-                state[name] = {key: entries[entry] for key, entry in known.items()}
+                read = {key: entries[entry] for key, entry in known.items()}
+                weight: str = saved.under("model")[names[name]]
+                state[name] = _into_own_form(live["state"].get(name, {}), read, entries[weight])
     return {"state": state, "param_groups": merged}

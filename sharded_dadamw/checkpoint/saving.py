@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from sharded_dadamw.agreement import everyone, require_agreement
 from sharded_dadamw.checkpoint.files import Writer, explained, on_host, versions, write
 from sharded_dadamw.checkpoint.manifest import FILE_NAME, Manifest, begin, clear, folder_of
-from sharded_dadamw.checkpoint.named_state import model_state, optimizer_state, refuse_parts, require_plain
+from sharded_dadamw.checkpoint.named_state import model_state, name_of, optimizer_state, refuse_parts, require_plain
 from sharded_dadamw.checkpoint.run_state import RANKS, pack, random_state
 from sharded_dadamw.collectives import Collectives, NativeVerbs
 from sharded_dadamw.connect import connect, group_in_background
@@ -157,7 +157,7 @@ def save_checkpoint(
             state["optimizer"]["state"] = {}
         groups = state["optimizer"]["param_groups"]
         require_plain(state["model"], groups)  # after whatever is collective above
-        manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups)
+        manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups, name_of(optimizer))
         if kind is AsyncCheckpointerType.THREAD:
             state.update(on_host(state))  # here, since memory may run out on one rank
         return begin(root, step).name if collectives.rank == 0 else ""

@@ -124,7 +124,8 @@ def write_folder(
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ValueError(f"expected a folder that is new or empty, got {path}")
     final.parent.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(step, 1, versions(), aliases, contents["optimizer"]["param_groups"])
+    groups = contents["optimizer"]["param_groups"]
+    manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
     write(contents, Writer(begin_beside(final), final, manifest, None), None, tidies_up=True)
 
 

@@ -87,6 +87,7 @@ class Contents:
         num_ranks: How many ranks wrote it; None where it does not say.
         aliases: Names of parameters that are tied to each other.
         versions: Of what wrote it.
+        optimizer: Which optimizer it is of; empty where it does not say.
         damage: What is wrong with its files, empty if their checksums hold; None if it has no checksums.
     """
 
@@ -98,6 +99,7 @@ class Contents:
     num_ranks: int | None = None
     aliases: list[list[str]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    optimizer: str = ""
     damage: list[str] | None = None
 
     @property
@@ -147,6 +149,7 @@ class Contents:
             "param_groups": [{key: _plain(value) for key, value in group.items()} for group in self.groups],
             "aliases": self.aliases,
             "versions": self.versions,
+            "optimizer": self.optimizer,
             "damage": self.damage,
         }
 
@@ -263,6 +266,7 @@ def _inspect_dcp(path: Path) -> Contents:
         num_ranks=manifest.num_ranks if manifest else _ranks_of(found),
         aliases=aliases,
         versions=dict(manifest.versions) if manifest else {},
+        optimizer=manifest.optimizer if manifest else "",
         damage=manifest.damage(path) if manifest else None,
     )
 
