@@ -63,6 +63,22 @@ def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() ->
     assert image(ties, torch.float16).dtype is torch.float16
 
 
+def test_weights_that_others_have_rounded_do_not_count_as_edited() -> None:
+    """Their ties go to even, as in a checkpoint of DeepSpeed's: the fp32 main parameter is still what it was."""
+    main = patterns(0x3F808000, 0xBF808000, 0x3F818000)
+    model = nn.Linear(3, 1, bias=False, dtype=BF16)
+    optimizer = ShardedDecoupledAdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    state = optimizer.state_dict()
+    state["state"][0]["main_param"] = main.view(1, 3)
+    optimizer.load_state_dict(state)
+    model.load_state_dict({"weight": main.to(BF16).view(1, 3)})
+    assert not torch.equal(model.weight.detach().view(-1), split(main)[0])
+    model.weight.grad = torch.zeros(1, 3, dtype=BF16)
+    optimizer.step()
+    assert torch.equal(optimizer.state_dict()["state"][0]["main_param"].view(-1), main)
+    assert torch.equal(model.weight.detach().view(-1), split(main)[0])
+
+
 # --- stochastic rounding ---
 
 
