@@ -84,9 +84,10 @@ def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[
     elif kind == "hsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-    elif kind == "fsdp1":
+    elif kind in ("fsdp1", "fsdp1, flat"):
         device = torch.device("cpu")
-        model = FullyShardedDataParallel(model, process_group=group, use_orig_params=True, device_id=device)
+        is_flat = kind == "fsdp1, flat"
+        model = FullyShardedDataParallel(model, group, use_orig_params=not is_flat, device_id=device)
         optimizer = AdamW(model.parameters(), **LAW)
     elif kind == "attached":
         config = ShardingConfig(bucket_cap_mb=1e-3)
@@ -500,11 +501,11 @@ def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str,
     assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
 
 
-def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
-    parts = build("fsdp1", group)
+def from_fsdp1_to_plain(group: Any, kind: str, root: Path) -> list[str]:
+    parts = build(kind, group)
     fit(*parts, 2)
     save_checkpoint(root, step=2, **run(group, *parts))
-    again = build("fsdp1", group, seed=1)
+    again = build(kind, group, seed=1)
     load_checkpoint(root, **run(group, *again))
     save_checkpoint(root, step=3, **run(group, *again))
     first, last = build("AdamW", group), build("AdamW", group)
@@ -514,9 +515,10 @@ def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
     return differences(whole(*first[:2]), whole(*last[:2]))
 
 
-def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1, flat"])
+def test_what_fsdp1_shards_loads_there_and_without(kind: str, tmp_path: Path) -> None:
     """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
-    assert on_ranks(4, from_fsdp1_to_plain, tmp_path) == [[]] * 4
+    assert on_ranks(4, from_fsdp1_to_plain, kind, tmp_path) == [[]] * 4
 
 
 def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:

@@ -55,7 +55,9 @@ def _tied(model: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        names.setdefault(id(tensor), []).extend(sorted(_get_fqns(model, name)))
+        of_it = _get_fqns(model, name)
+        if len(of_it) == 1:  # or it is a flat parameter of FSDP1, and they are those of its parts
+            names.setdefault(id(tensor), []).extend(of_it)
     return [same for same in names.values() if len(same) > 1]
 
 
