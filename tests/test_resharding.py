@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.boxes import boxes_of
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from tests.pool import alone, on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
@@ -240,6 +242,74 @@ def test_a_run_goes_on_at_any_world_size_in_any_layout(
             for name, weight in later.items():
                 tolerance = dict(rtol=2e-2, atol=1e-3) if weight.dtype is torch.bfloat16 else dict(rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(loaded_later[name], weight, **tolerance)
+
+
+def in_groups(group: Any, seed: int, reordered: bool) -> Run:
+    """Two groups; or these and their parameters the other way round, in other buckets, cut on other multiples."""
+    model = Model(seed)
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, p) for name, p in named if p.ndim > 1]},
+        {"params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+    if reordered:
+        groups = [{**of_it, "params": of_it["params"][::-1]} for of_it in groups[::-1]]
+    config = ShardingConfig(bucket_cap_mb=2e-3 if reordered else 1e-3)
+    with patch("sharded_dadamw.storage.ALIGNMENT", 128 if reordered else 64):
+        optimizer = ShardedDecoupledAdamW(groups, **LAW, amsgrad=True, process_group=group, config=config)
+    assert any(bucket.layout.alignment == (128 if reordered else 64) for bucket in optimizer._buckets)
+    return Run(model, optimizer, group)
+
+
+def by_name(run: Run) -> tuple[Any, Any, Any]:
+    """State and weights, and the hyperparameters of each parameter."""
+    state, weights = whole(run)
+    hypers = {
+        name: {key: value for key, value in of_it.items() if key not in ("params", "param_names")}
+        for of_it in state["param_groups"]
+        for name in of_it["params"]
+    }
+    return state["state"], weights, hypers
+
+
+def save_in_groups(group: Any, path: str, through: str) -> Any:
+    run = in_groups(group, 0, False)
+    fit(run, range(4))
+    if through == "torch":
+        dcp.save(state_of(run), checkpoint_id=path, process_group=group)
+    else:
+        save_checkpoint(path, step=4, model=run.model, optimizer=run.optimizer, process_group=group)
+    then = by_name(run)
+    fit(run, range(4, 6))
+    return then, by_name(run)[1]
+
+
+def load_in_groups(group: Any, path: str, through: str) -> Any:
+    run = in_groups(group, 1, True)
+    for of_it in run.optimizer.param_groups:
+        of_it["lr"] = 7.0
+    if through == "torch":
+        state = state_of(run)
+        dcp.load(state, checkpoint_id=path, process_group=group)
+        set_model_state_dict(run.model, state["model"])
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    else:
+        load_checkpoint(path, model=run.model, optimizer=run.optimizer, process_group=group)
+    then = by_name(run)
+    fit(run, range(4, 6))
+    return then, by_name(run)[1]
+
+
+@pytest.mark.parametrize("through", ["torch", "load_checkpoint"])
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 2), (2, 3), (3, 1)])
+def test_groups_and_parameters_may_come_in_another_order_and_be_cut_elsewhere(
+    saved_at: int, loaded_at: int, through: str, tmp_path: Path
+) -> None:
+    expected, later = on_ranks(saved_at, save_in_groups, str(tmp_path), through)[0]
+    for found, found_later in on_ranks(loaded_at, load_in_groups, str(tmp_path), through):
+        assert_same(found, expected)
+        if saved_at == loaded_at:
+            assert_same(found_later, later)
 
 
 # --- other people's optimizers ---
