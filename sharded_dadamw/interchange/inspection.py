@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sharded_dadamw.checkpoint.files import read_metadata
-from sharded_dadamw.checkpoint.manifest import Manifest, newest
+from sharded_dadamw.checkpoint.manifest import Manifest, folders, newest
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.interchange.convert import models_in, optimizers_in
@@ -175,9 +175,11 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         return _inspect_dcp(where)
     if is_deepspeed_folder(where):
         return _inspect_deepspeed(open_deepspeed(where))
+    hint = "" if where.exists() else ", which does not exist"
+    if where.is_dir() and (roots := [child for child in where.iterdir() if folders(child)]):
+        hint = f"; there are some in {roots[0]}"
     raise ValueError(
-        f"expected a checkpoint: a file, or a folder of torch.distributed.checkpoint or DeepSpeed, got {path}"
-        f"{'' if where.exists() else ', which does not exist'}"
+        f"expected a checkpoint: a file, or a folder of torch.distributed.checkpoint or DeepSpeed, got {path}{hint}"
     )
 
 
