@@ -158,10 +158,14 @@ def state_of(run: Run) -> dict[str, Any]:
     return {"model": get_model_state_dict(run.model), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
 
 
+def weights_of(run: Run) -> dict[str, Tensor]:
+    """The weights, gathered; copies."""
+    return copy.deepcopy(get_model_state_dict(run.model, options=FULL))
+
+
 def whole(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The optimizer's state and the weights, gathered; copies."""
-    state = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
-    return copy.deepcopy((state, get_model_state_dict(run.model, options=FULL)))
+    return copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=FULL)), weights_of(run)
 
 
 def save_at(group: Any, layout: str, path: str) -> Any:
@@ -170,7 +174,7 @@ def save_at(group: Any, layout: str, path: str) -> Any:
     dcp.save(state_of(run), checkpoint_id=path, process_group=group)
     then = whole(run)
     fit(run, range(4, 6))
-    return then, whole(run)[1]
+    return then, weights_of(run)
 
 
 def load_at(group: Any, layout: str, path: str) -> Any:
@@ -182,7 +186,7 @@ def load_at(group: Any, layout: str, path: str) -> Any:
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     then = whole(run)
     fit(run, range(4, 6))
-    return then, whole(run)[1]
+    return then, weights_of(run)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -281,7 +285,7 @@ def save_in_groups(group: Any, path: str, through: str) -> Any:
         save_checkpoint(path, step=4, model=run.model, optimizer=run.optimizer, process_group=group)
     then = by_name(run)
     fit(run, range(4, 6))
-    return then, by_name(run)[1]
+    return then, weights_of(run)
 
 
 def load_in_groups(group: Any, path: str, through: str) -> Any:
@@ -297,7 +301,7 @@ def load_in_groups(group: Any, path: str, through: str) -> Any:
         load_checkpoint(path, model=run.model, optimizer=run.optimizer, process_group=group)
     then = by_name(run)
     fit(run, range(4, 6))
-    return then, by_name(run)[1]
+    return then, weights_of(run)
 
 
 @pytest.mark.parametrize("through", ["torch", "load_checkpoint"])
