@@ -114,11 +114,14 @@ class OwnGradients(HookedGradients):
         self._marked = held
 
     def reduce(self, collectives: Collectives) -> Handle | None:
-        """See :meth:`Gradients.reduce`; in place."""
+        """See :meth:`Gradients.reduce`; in place. Used ones only take part for the other ranks' sake, and stay."""
         self.release()
-        if self.stage is not Stage.CONSUMED:  # or they take part for the other ranks' sake
+        out = self.shard
+        if self.stage is Stage.CONSUMED:
+            out = torch.empty_like(self.shard)
+        else:
             self.mark(Stage.REDUCING)
-        handle = collectives.reduce_scatter_mean(self._exchanged, self.shard, wire_dtype=self._wire_dtype)
+        handle = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
         self._reduction = _Reduction(handle, list(compress(self._views, self._marked)))
         if collectives.num_ranks > 1:
             self._reduction.hide()

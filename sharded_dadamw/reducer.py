@@ -57,6 +57,8 @@ class Reducer:
         self._position = 0
         self._is_begun = False
         self._holds_means = False
+        self._num_rounds_used = 0
+        self._kept: list[tuple[Bucket, Tensor]] | None = None  # of a round that was begun after backward
         self._backward = _NO_BACKWARD
         self._under_way: deque[tuple[Bucket, Handle | None]] = deque()
         self._completed: list[Bucket] = []
@@ -123,13 +125,28 @@ class Reducer:
     def prepare(self) -> None:
         """Launch what other ranks may be waiting for in backward, before they and this one compare notes.
 
-        What backward has not begun to reduce, such as gradients that were assigned by hand, is left to :meth:`drain`,
-        after that. But where gradients are sharded, backward waits for one reduction before it launches the next.
+        [Note: at least one round] A rank whose backward has begun no round since the last step, for want of a backward
+        or of a gradient, cannot know whether the others' have. They may be waiting for it there, and a backend may mix
+        up what ranks launch in different orders. So where backward reduces at all, such a rank does its part of a round
+        now, with the gradients that it has. Should the ranks then disagree, :meth:`resync` gives it back its own.
+
+        What else is local, such as gradients that were assigned by hand after a clip, is left to :meth:`drain`, after
+        the notes. But with sharded gradients backward waits for one reduction before it launches the next.
         """
         self.complete_round()
-        if any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked[:1]) and self._rest():
-            self._is_begun = True
+        is_first = self.num_rounds == self._num_rounds_used
+        if self._keeps_shards:
+            self._is_begun = is_first or bool(self._rest())
             self.complete_round()
+        elif self._hooked and self.overlap and is_first:
+            local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
+            self._kept = [(bucket, bucket.gradients.shard.clone()) for bucket in local]
+            rest = deque(self._hooked)
+            while rest or self._under_way:  # done with here: who wants to change its gradients waits for our reading
+                self._launch_ahead(rest)
+                self._finish_oldest()
+            self._is_begun = True
+            self._end_round()
 
     def settle(self) -> None:
         """Finish all there is under way, as before gradients are dropped."""
@@ -150,20 +167,30 @@ class Reducer:
         for bucket in self.buckets():
             bucket.gradients.mark(Stage.LOCAL)
         self._holds_means = False
+        self._kept = None
 
     def resync(self) -> None:
         """Have all ranks complete as many rounds as any has, after they disagreed about a step. Collective.
 
-        What was reduced in rounds that only some ranks began is worth nothing; ``zero_grad`` is then asked for.
+        What was reduced in rounds that only some ranks began, or began in backward, is worth nothing, on all ranks;
+        full gradients then have to be dropped by ``zero_grad``, and sharded ones are.
         """
-        most = torch.tensor([self.num_rounds], dtype=torch.int64, device=self._device)
-        self._collectives.all_reduce_(most, dist.ReduceOp.MAX).wait()
-        while self.num_rounds < int(most):
+        mine = [self.num_rounds, -self.num_rounds, self._kept is not None, self._kept is None]
+        largest = torch.tensor(mine, dtype=torch.int64, device=self._device)
+        self._collectives.all_reduce_(largest, dist.ReduceOp.MAX).wait()
+        most, negated_fewest, some_kept, some_did_not = largest.tolist()
+        for bucket, own in self._kept or []:
+            bucket.gradients.shard.copy_(own)
+            bucket.gradients.mark(Stage.LOCAL)
+        self._kept = None
+        while self.num_rounds < most:
+            self._mark_consumed()  # or buckets with means would not take part
             self._is_begun = True
-            self.consume()
             self.complete_round()
-            self.consume()
         self.settle()
+        if most != -negated_fewest or (some_kept and some_did_not):
+            self._mark_consumed()
+        self.release()
 
     @property
     def has_reduced_in_backward(self) -> bool:
@@ -182,6 +209,7 @@ class Reducer:
         Args:
             ready_order: In which order to yield the buckets whose means are there already.
         """
+        self._kept = None
         rest = deque(self._rest())
         self._is_begun = self._is_begun or bool(rest)
         rest += [bucket for bucket in self._others if bucket.gradients.stage is Stage.LOCAL]
@@ -209,10 +237,9 @@ class Reducer:
 
     def consume(self) -> None:
         """Say that a step has used the gradients."""
-        for bucket in self.buckets():
-            bucket.gradients.mark(Stage.CONSUMED)
-            bucket.gradients.release()
-        self._holds_means = False
+        self._mark_consumed()
+        self.release()
+        self._num_rounds_used = self.num_rounds
 
     def learn_order(self) -> None:
         """Take over the order in which rank 0's first backward completed buckets. Collective, once per set of them.
@@ -244,6 +271,15 @@ class Reducer:
         """Complete the round of a backward pass whose gradients are to be sharded."""
         self._backward = _NO_BACKWARD
         self.complete_round()
+
+    def _mark_consumed(self) -> None:
+        for bucket in self.buckets():
+            bucket.gradients.mark(Stage.CONSUMED)
+        self._holds_means = False
+
+    @property
+    def _keeps_shards(self) -> bool:
+        return any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked[:1])
 
     def _rest(self) -> list[Bucket]:
         """The buckets of a round without which gradients cannot be used."""
@@ -279,7 +315,7 @@ class Reducer:
         if self._is_begun:
             self._is_begun = False
             self.num_rounds += 1
-            self._holds_means = any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked)
+            self._holds_means = self._keeps_shards
 
 
 class _Delivery:

@@ -463,6 +463,147 @@ def test_ranks_that_disagree_after_backward_hear_of_it_and_can_go_on(what: str, 
     assert first == second
 
 
+def sit_out(group: Any, exchange: Exchange, residency: GradientResidency, set_to_none: bool) -> list[str]:
+    """Rank 1 runs no backward in step 1, with more buckets than may be under way at once."""
+    results, messages = [], []
+    for overlap in (False, True):
+        model, optimizer = small(group, exchange=exchange, gradient_residency=residency, overlap=overlap)
+        for step in range(3):
+            if step != 1 or group.rank() == 0:
+                loss_of(model, group.rank(), step).backward()
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                messages.append(str(error))
+            optimizer.zero_grad(set_to_none)
+        results.append([*model.parameters(), *(optimizer.state[param]["exp_avg"] for param in model.parameters())])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.equal(plain, overlapped)
+    return messages
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+@pytest.mark.parametrize(("residency", "set_to_none"), [(FULL, False), (FULL, True), (SHARDED, True)])
+def test_a_rank_without_a_backward_takes_part_with_the_gradients_it_has_and_without_any_is_an_error_on_all(
+    exchange: Exchange, residency: GradientResidency, set_to_none: bool
+) -> None:
+    first, second = on_ranks(2, sit_out, exchange, residency, set_to_none)
+    assert first == second and len(first) == (2 if set_to_none else 0)
+    assert all("the gradient of 0.weight: rank 0 has a tensor, rank 1 has None" in message for message in first)
+
+
+def refuse_without_a_backward(group: Any, exchange: Exchange, residency: GradientResidency) -> list[str]:
+    """Rank 1 calls step() in no_sync(), or a second time without zero_grad(), while rank 0 has gradients."""
+    messages = []
+    for why in ("in no_sync()", "used gradients"):
+        model, optimizer = small(group, exchange=exchange, gradient_residency=residency)
+        loss_of(model, group.rank()).backward()
+        optimizer.step()
+        used = [param.grad for param in model.parameters()]
+        before = [None if grad is None else grad.clone() for grad in used]
+        if group.rank() == 0 or why != "used gradients":
+            optimizer.zero_grad()
+        if group.rank() == 0:
+            loss_of(model, group.rank(), 1).backward()
+        inside = group.rank() == 1 and (why == "in no_sync()" or residency is SHARDED)
+        with pytest.raises(RuntimeError) as error, optimizer.no_sync() if inside else contextlib.nullcontext():
+            optimizer.step()
+        messages.append(str(error.value))
+        if group.rank() == 0 and residency is FULL:
+            with pytest.raises(RuntimeError, match="zero_grad"):  # the other rank's are not in them
+                loss_of(model, group.rank(), 2).backward()
+        if group.rank() == 1 and why == "used gradients" and residency is FULL:
+            for grad, old in zip(used, before, strict=True):
+                assert grad is not None and old is not None and torch.equal(grad, old), "metrics may still want it"
+        optimizer.zero_grad()
+        loss_of(model, group.rank(), 2).backward()
+        optimizer.step()
+    return messages
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_a_rank_that_refuses_a_step_without_a_backward_holds_up_nobody(
+    exchange: Exchange, residency: GradientResidency
+) -> None:
+    first, second = on_ranks(2, refuse_without_a_backward, exchange, residency)
+    for told, said in zip(first, second, strict=True):
+        assert said in told and "rank 1 has refused" in told
+
+
+def one_pass_more(group: Any, residency: GradientResidency) -> str:
+    """Rank 1 runs another backward, having dropped what was clipped. The other one has to do its part of it."""
+    model, optimizer = small(group, gradient_residency=residency, bucket_cap_mb=ALL_IN_ONE)
+    loss_of(model, group.rank()).backward()
+    optimizer.clip_grad_norm_(1.0)
+    if group.rank() == 1:
+        optimizer.zero_grad()
+        loss_of(model, group.rank(), 1).backward()
+    with pytest.raises(RuntimeError, match="ranks disagree") as error:
+        optimizer.step()
+    if residency is FULL:
+        with pytest.raises(RuntimeError, match="zero_grad"):  # what there is is worth nothing, on either rank
+            loss_of(model, group.rank(), 1).backward()
+        optimizer.zero_grad()
+    as_if_nothing_had_been(group, model, optimizer)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_the_reductions_that_one_rank_has_begun_alone_are_done_by_all_and_worth_nothing(
+    residency: GradientResidency,
+) -> None:
+    first, second = on_ranks(2, one_pass_more, residency)
+    assert first == second and "the number of reductions so far: rank 0 has 1, rank 1 has 2" in first
+
+
+def refuse_twice(group: Any) -> None:
+    """Gradients that were given by hand are as they were after a refusal, and after another one as they are then."""
+    model, optimizer = small(group)
+    twin, control = small(group, overlap=False)
+    for name, param in model.named_parameters():
+        param.grad = torch.full_like(param, 1.0 + group.rank())
+        twin.get_parameter(name).grad = torch.full_like(param, 1.0 + 5.0 * group.rank())
+    optimizer.param_groups[0]["lr"] = 1.0 + group.rank()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="lr"):
+            optimizer.step()
+        for param in model.parameters():
+            assert param.grad is not None
+            param.grad.add_(2.0 * group.rank())
+    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.step()
+    control.step()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_gradients_given_by_hand_are_as_they_were_after_each_refusal() -> None:
+    on_ranks(2, refuse_twice)
+
+
+def go_on_after_an_exception(group: Any) -> int:
+    """Rank 0 breaks off in the middle of its first backward, and neither clears anything before the second."""
+    model, optimizer = small(group, gradient_residency=SHARDED)
+    x = torch.randn(6, 8)
+    for index, layer in enumerate(model):
+        x = layer(x)
+        x = Broken.apply(x) if index == 2 and group.rank() == 0 else x
+    with contextlib.suppress(ArithmeticError):
+        x.square().mean().backward()
+    loss_of(model, group.rank(), 1).backward()
+    num_rounds = optimizer._reducer.num_rounds
+    if num_rounds == 2:  # or the other rank is still in backward
+        dist.barrier(group)
+    optimizer.step()
+    return num_rounds
+
+
+def test_each_backward_is_a_round_also_after_one_that_was_broken_off() -> None:
+    """So ranks may meet elsewhere, as in a barrier, between backward and step."""
+    assert on_ranks(2, go_on_after_an_exception) == [2, 2]
+
+
 def checkpointed(group: Any, reentrant: bool, residency: GradientResidency) -> None:
     results = []
     for wrap in (False, True):

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
 from tests.layouts import grid, line, root_sum_square
 from tests.pool import on_ranks, outcomes
 from tests.test_metrics import both, build, numbers
@@ -274,9 +274,10 @@ def test_a_loss_scaler_may_step_before_anything_has_a_gradient(kind: str) -> Non
     assert not any(moved(model, before))
 
 
-def a_scaler_on_one_rank_without_gradients(group: Any) -> None:
+def a_scaler_on_one_rank_without_gradients(group: Any, exchange: Exchange) -> None:
+    """The other one's scaler reads p.grad, and waits until this rank has had its part of it."""
     model = Net()
-    config = ShardingConfig(overlap=False)  # or the scaler, which reads p.grad, would wait for the other rank
+    config = ShardingConfig(exchange=exchange)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
     scaler = torch.amp.GradScaler("cpu")
     loss = scaler.scale(model(torch.ones(8)))
@@ -285,8 +286,9 @@ def a_scaler_on_one_rank_without_gradients(group: Any) -> None:
     scaler.step(optimizer)
 
 
-def test_a_loss_scaler_on_a_rank_without_gradients_is_an_error_on_all() -> None:
-    for outcome in outcomes(2, a_scaler_on_one_rank_without_gradients):
+@pytest.mark.parametrize("exchange", Exchange)
+def test_a_loss_scaler_on_a_rank_without_gradients_is_an_error_on_all(exchange: Exchange) -> None:
+    for outcome in outcomes(2, a_scaler_on_one_rank_without_gradients, exchange):
         assert outcome.error == "RuntimeError" and "ranks disagree about this step" in outcome.message
 
 
