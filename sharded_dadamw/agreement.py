@@ -117,7 +117,7 @@ class StepAgreement:
         self._collectives = collectives
         self._reconcile = reconcile
         self._device = device
-        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims]] | None = None
+        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], bool] | None = None
 
     def check(
         self,
@@ -127,6 +127,7 @@ class StepAgreement:
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
         are_reduced: bool,
+        takes_one_scale: bool,
         refusal: Exception | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compare what every rank is about to do in this step. Collective.
@@ -136,13 +137,15 @@ class StepAgreement:
             key: Bytes that differ where the claims differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
             grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
-            are_reduced: Whether gradients have been averaged already, each on its rank's own scale.
+            are_reduced: Whether backward has had gradients averaged, each on its rank's own scale.
+            takes_one_scale: Whether it is too late to bring gradients to one scale, so that other scales on other ranks
+                are a disagreement. The same on all ranks whose keys are equal.
             refusal: The error with which this rank refuses the step, or None.
 
         Returns:
             ``found_inf`` and ``grad_scale`` for the group, 0-d fp32 on the device: 1 where any rank's flag is set, or
             averages are void since their parts had different scales; and the smallest scale of a rank. None where this
-            rank has None.
+            rank has no scaler, or no scale.
 
         Raises:
             Exception: ``refusal`` itself, on the ranks that have one.
@@ -165,9 +168,9 @@ class StepAgreement:
             note[5] = -note[4]
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
         if note.is_cuda:
-            self._read_later(note, claims)
+            self._read_later(note, claims, takes_one_scale)
         else:
-            difference = self._difference(note, claims)
+            difference = self._difference(note, claims, takes_one_scale)
             if difference is not None or refusal is not None:
                 self._reconcile()
             if difference is not None and refusal is None:
@@ -176,39 +179,40 @@ class StepAgreement:
                 )
         if refusal is not None:
             raise refusal
-        if found_inf is not None:
-            found_inf = note[2].to(torch.float32)
-            if are_reduced:
-                found_inf = torch.maximum(found_inf, (note[4] != -note[5]).to(torch.float32))
-                found_inf = torch.ones_like(found_inf) if had_parted else found_inf
+        if found_inf is not None or grad_scale is not None:
+            is_void = note[2] != 0
+            if are_reduced or takes_one_scale:
+                is_void = torch.ones_like(is_void) if had_parted and are_reduced else is_void | (note[4] != -note[5])
+            found_inf = is_void.to(torch.float32)
         return found_inf, None if grad_scale is None else (-note[5:]).to(torch.int32).view(torch.float32)[0]
 
-    def _read_later(self, note: Tensor, claims: Callable[[], Claims]) -> None:
+    def _read_later(self, note: Tensor, claims: Callable[[], Claims], takes_one_scale: bool) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
         host.copy_(note, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._unread = (host, event, claims)
+        self._unread = (host, event, claims, takes_one_scale)
 
     def _read_previous(self) -> None:
         # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
         # since a disagreement makes them exchange claims.
         if self._unread is not None:
-            host, arrived, claims = self._unread
+            host, arrived, claims, takes_one_scale = self._unread
             self._unread = None
             arrived.synchronize()
-            if (difference := self._difference(host, claims)) is not None:
+            if (difference := self._difference(host, claims, takes_one_scale)) is not None:
                 self._reconcile()
                 raise RuntimeError(
                     f"ranks disagreed about the step before this one; {difference}; that step was taken with wrong "
                     "numbers, so go back to a checkpoint"
                 )
 
-    def _difference(self, note: Tensor, claims: Callable[[], Claims]) -> str | None:
+    def _difference(self, note: Tensor, claims: Callable[[], Claims], takes_one_scale: bool) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
         digest, negated_digest, flag, negated_flag, scale, negated_scale = note.tolist()
-        self.scalers_have_parted |= flag != -negated_flag or scale != -negated_scale
-        if digest == -negated_digest:
+        scales_differ = scale != -negated_scale
+        self.scalers_have_parted |= flag != -negated_flag or scales_differ
+        if digest == -negated_digest and not (scales_differ and takes_one_scale):
             return None
         return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})
 

@@ -59,7 +59,7 @@ class ForeignGradients(Gradients):
         """The gradients there are, each with the count of in-place changes to its memory."""
         grads = (member.param.grad for member in self._members)
         # FSDP2 accumulates into what is local, which a DTensor does not notice.
-        return [(grad, local(grad)._version) for grad in grads if grad is not None and grad.numel()]
+        return [(grad, local(grad)._version) for grad in grads if grad is not None]
 
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`; before another clip they may be read again."""
@@ -74,9 +74,7 @@ class ForeignGradients(Gradients):
                 check_gradient(member, member.param.grad, member.param.dtype)
 
     def _have_ended(self) -> bool:
-        """Whether the marked gradients were dropped, or cleared in place."""
-        if not self._marked:
-            return bool(self._existing())
+        """Whether the marked gradients were dropped, or cleared in place; where there were none they have, too."""
         marked = {id(grad()): version for grad, version in self._marked}
         kept = [(grad, version - marked[id(grad)]) for grad, version in self._existing() if id(grad) in marked]
         return all(num_changes >= 1 for _, num_changes in kept) and not any(grad.any() for grad, _ in kept)
@@ -95,10 +93,6 @@ class ForeignGradients(Gradients):
         params = {slot: member.param for slot, member in enumerate(self._members)}
         return {slot: local_gradient(param) for slot, param in params.items() if param.grad is not None}
 
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
-        """See :meth:`Gradients.settle_scale_`; these are means already, and only have this rank's scale."""
-        return own
-
 
 class CopiedGradients(ForeignGradients):
     """Gradients of borrowed parameters, which live elsewhere and are still to be averaged over ranks.
@@ -106,6 +100,7 @@ class CopiedGradients(ForeignGradients):
     They are only read: the flat buffer of their exchange exists while it is under way.
     """
 
+    can_settle_scale = True
     _rescale: Tensor | None = None
 
     def reduce(self, collectives: Collectives) -> Handle | None:
@@ -119,8 +114,7 @@ class CopiedGradients(ForeignGradients):
             self._rescale = None
         return collectives.reduce_scatter_mean(buffer, self.shard)
 
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:
         """See :meth:`Gradients.settle_scale_`."""
         if self.stage is Stage.LOCAL:
             self._rescale = smallest / own
-        return smallest

@@ -35,10 +35,12 @@ class Gradients(ABC):
     """The gradients of one bucket on one rank.
 
     Attributes:
+        can_settle_scale: Whether a step can still bring ranks' gradients to one loss scale before they are averaged.
         shard: [n], this rank's part of the mean over ranks, once they are reduced.
         stage: What the gradients mean right now.
     """
 
+    can_settle_scale = False
     shard: Tensor
 
     def __init__(self, members: Sequence[NamedParameter]) -> None:
@@ -95,9 +97,8 @@ class Gradients(ABC):
     def release(self) -> None:  # noqa: B027 - most have nothing to wait for
         """Wait until no other rank reads this one's gradients any more, before they are written."""
 
-    @abstractmethod
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
-        """Bring the gradients of all ranks to one loss scale, and return the one that the mean then has.
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:  # noqa: B027 - most cannot
+        """Bring the gradients of all ranks to one loss scale, the smallest, before they are averaged.
 
         Each rank's loss scaler adapts to what that rank has seen, and a sum makes sense only of equal scales. Gradients
         are not unscaled here: in fp16 that would lose what the scale is there to save. Does nothing to those that are

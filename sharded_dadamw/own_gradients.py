@@ -27,6 +27,8 @@ class OwnGradients(HookedGradients):
         buffer: [num_ranks * n], the memory of ``p.grad`` of every parameter that has one.
     """
 
+    can_settle_scale = True
+
     def __init__(
         self,
         members: Sequence[NamedParameter],
@@ -133,12 +135,11 @@ class OwnGradients(HookedGradients):
             self._reduction.wait()
             self._reduction = None
 
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:
         """See :meth:`Gradients.settle_scale_`."""
         # Only the CPU's value can be looked at without waiting for the device.
         if self.stage is Stage.LOCAL and (own.is_cuda or own != smallest):
             self._exchanged.mul_(smallest / own)
-        return smallest
 
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.LOCAL:

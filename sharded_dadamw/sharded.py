@@ -131,8 +131,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._config = ShardingConfig() if config is None else config
         self._buckets: list[Bucket] = []
         self._dormant: list[NamedParameter] = []
-        self._clip: Tensor | None = None
-        self._largest: Tensor | None = None
+        self._clip: _Clip | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
         self._consolidated: dict[int, dict[str, Tensor]] | None = None
         self._reduce_s = 0.0
@@ -281,12 +280,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         return loss
 
     def _run(self, agreed: _Agreed, grad_scale: Tensor | None) -> None:
-        divisor = None if self._clip is None else 1.0 / self._clip
+        divisor = None if self._clip is None else 1.0 / self._clip.coefficient
         if agreed.grad_scale is not None and grad_scale is not None:
-            scale = agreed.grad_scale
-            for bucket in self._buckets:  # the same for all: the gradients of all live in our buffers, or of none
-                scale = bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
-            divisor = scale if divisor is None else divisor * scale
+            for bucket in self._buckets:
+                bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
+            divisor = agreed.grad_scale if divisor is None else divisor * agreed.grad_scale
         found_inf = self._void(agreed.found_inf)
         self._begin_step(agreed.hypers, divisor, found_inf)
         buckets: Sequence[Bucket] = self._buckets
@@ -314,15 +312,16 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
-        self._sent_before, self._clip, self._largest, self._reduce_s = sent, None, None, 0.0
+        self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
         self._consolidated = None
 
     def _void(self, found_inf: Tensor | None) -> Tensor | None:
         """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
         if not self._config.skip_nonfinite:
             return found_inf
-        largest = self._largest
-        if largest is None:
+        if self._clip is not None:
+            largest = self._clip.norm
+        else:
             runs = [run for bucket in self._reduced() for run in bucket.gradient_runs(bucket.gradients.present)]
             largest = global_norm(runs, math.inf, collectives=self._everyone, device=self._device)
         is_void = (~largest.isfinite()).to(torch.float32)
@@ -380,24 +379,40 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         awake = [member for member in self._dormant if member.param.requires_grad]
+        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
+            self._clip = None  # the gradients that were clipped have been dropped since
+        start = time.perf_counter()
         self._reducer.prepare()
-        claims = StepClaims(doing, self._reducer.rounds_to_come(), self._gatherer.num_attached, hypers, awake, slots)
-        agreed = _Agreed(
-            slots,
+        self._reduce_s += time.perf_counter() - start
+        is_clipped = self._clip is not None
+        are_reduced = self._reducer.has_reduced_in_backward or (self._clip is not None and self._clip.are_reduced)
+        takes_one_scale = grad_scale is not None and (
+            is_clipped or not all(bucket.gradients.can_settle_scale for bucket in self._buckets)
+        )
+        claims = StepClaims(
+            doing,
+            self._reducer.rounds_to_come(),
+            self._gatherer.num_attached,
             hypers,
-            *self._agreement.check(
+            awake,
+            slots,
+            one_scale=grad_scale if takes_one_scale else None,
+            are_clipped=is_clipped,
+        )
+        try:
+            said = self._agreement.check(
                 claims.spell_out,
                 claims.key(),
                 found_inf=found_inf,
                 grad_scale=grad_scale,
-                are_reduced=self._reducer.has_reduced_in_backward,
+                are_reduced=are_reduced,
+                takes_one_scale=takes_one_scale,
                 refusal=refusal,
-            ),
-        )
-        if self._agreement.scalers_have_parted:
-            self._reducer.overlap = False  # gradients have to be brought to one scale before they are averaged
-        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
-            self._clip = self._largest = None  # the gradients that were clipped have been dropped since
+            )
+        finally:
+            if self._agreement.scalers_have_parted:
+                self._reducer.overlap = False  # gradients have to be brought to one scale before they are averaged
+        agreed = _Agreed(slots, hypers, *said, are_reduced)
         if not awake:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
@@ -423,7 +438,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 self._reducer.release()
             super().zero_grad(set_to_none)
             self._reducer.drop()
-        self._clip = self._largest = None
+        self._clip = None
 
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
@@ -513,10 +528,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for bucket in self._reduced():
             present = zip(bucket.members, agreed.slots[bucket], strict=True)
             runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
-        self._largest = norm = global_norm(runs, norm_type, collectives=collectives, device=self._device)
-        norm, self._clip = fold(
-            norm, self._clip, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+        whole = global_norm(runs, norm_type, collectives=collectives, device=self._device)
+        already = None if self._clip is None else self._clip.coefficient
+        norm, coefficient = fold(
+            whole, already, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
         )
+        self._clip = _Clip(coefficient, whole, agreed.are_reduced)
         return norm
 
     def report_per_parameter_metrics(
@@ -694,6 +711,16 @@ class _Agreed:
     hypers: list[Hyperparameters]
     found_inf: Tensor | None
     grad_scale: Tensor | None
+    are_reduced: bool  # since backward, before loss scales were compared
+
+
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """A clip that waits for its step: the coefficient, and what gradients are without it."""
+
+    coefficient: Tensor
+    norm: Tensor
+    are_reduced: bool  # since backward: void, if loss scales turn out to differ
 
 
 def _refuse_moved(moved: Sequence[NamedParameter]) -> None:

@@ -140,10 +140,6 @@ class ShardedGradients(HookedGradients):
         """See :meth:`Gradients.release`."""
         self._spares.release()
 
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> Tensor:
-        """See :meth:`Gradients.settle_scale_`; a scaler finds no gradients here, and is refused before."""
-        return smallest
-
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.CONSUMED:
             self.mark(Stage.LOCAL)

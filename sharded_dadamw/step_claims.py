@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import Tensor
+
 from sharded_dadamw.agreement import Claims
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.parameters import NamedParameter
@@ -24,6 +26,9 @@ class StepClaims:
         hypers: The scalars of every group.
         awake: Parameters that have been unfrozen since the last step.
         slots: Per bucket and slot whether there is a gradient.
+        one_scale: 0-d, this rank's loss scale if that has to be the other ranks' too, else None. The ranks' notes have
+            scales of their own, which need no reading on the host; here it is for the message.
+        are_clipped: Whether gradients were averaged to be clipped.
     """
 
     doing: str
@@ -32,11 +37,14 @@ class StepClaims:
     hypers: Sequence[Hyperparameters]
     awake: Sequence[NamedParameter]
     slots: Mapping[Bucket, Sequence[bool]]
+    one_scale: Tensor | None
+    are_clipped: bool
 
     def key(self) -> bytes:
         """Bytes that differ where what is spelled out differs."""
         awake = [member.index for member in self.awake]
-        summary = (self.doing, self.num_rounds, self.num_attached, self._scalars, awake)
+        facts = (self.num_rounds, self.num_attached, self.are_clipped, self.one_scale is not None)
+        summary = (self.doing, *facts, self._scalars, awake)
         return b"".join(map(bytes, self.slots.values())) + repr(summary).encode()
 
     def spell_out(self) -> Claims:
@@ -45,8 +53,12 @@ class StepClaims:
             "the call": self.doing,
             "the number of reductions so far": str(self.num_rounds),
             "the number of attached models": str(self.num_attached),
+            "clip_grad_norm_() before it": str(self.are_clipped),
             **self._scalars,
         }
+        if self.one_scale is not None:
+            how = "clipped without scaler.unscale_(optimizer)" if self.are_clipped else "averaged before the step"
+            claims[f"the loss scale of gradients that were {how}"] = str(float(self.one_scale))
         for member in self.awake:
             claims[f"{member.name}.requires_grad"] = "True"
         gradients = {

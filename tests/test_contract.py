@@ -728,7 +728,7 @@ def test_loading_does_not_alias_the_callers_tensors() -> None:
 
 
 def scaled_steps(group: Any, bad_step: int | None, bad_rank: int, clip: str, reduce_gradients: bool) -> list[str]:
-    """Scaled steps, of which one meets an inf on one rank only: all ranks must skip it, to the byte."""
+    """Scaled steps, of which one meets an inf on one rank only, or in a mean: all ranks must skip it, to the byte."""
     rank, num_ranks = group.rank(), group.size()
     params, control_params = make(), make()
     config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=reduce_gradients)
@@ -744,7 +744,7 @@ def scaled_steps(group: Any, bad_step: int | None, bad_rank: int, clip: str, red
             give_mean_gradients(params, step, num_ranks)
         for p in params.values():
             p.grad *= scale  # type: ignore[operator]
-        if step == bad_step and rank == bad_rank:
+        if step == bad_step and (rank == bad_rank or not reduce_gradients):
             params["p1"].grad[0, 0] = float("inf")  # type: ignore[index]
         weights = {name: p.detach().clone() for name, p in params.items()}
         state = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in params.items()}
@@ -788,6 +788,70 @@ def test_an_inf_on_one_rank_skips_the_step_on_all_to_the_byte_and_the_next_is_fi
 ) -> None:
     expected = ["skipped" if step == bad_step else "stepped" for step in range(6)]
     assert on_ranks(num_ranks, scaled_steps, bad_step, bad_rank, clip, reduce_gradients) == [expected] * num_ranks
+
+
+def clip_before(group: Any, reduce_gradients: bool, what: str) -> str:
+    """A clip, and then other gradients than those that it was for."""
+    params, control_params = make(), make()
+    params["empty"], control_params["empty"] = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
+    config = ShardingConfig(reduce_gradients=reduce_gradients)
+    optimizer = ShardedDecoupledAdamW(params.items(), lr=3e-3, process_group=group, config=config)
+    control = DecoupledAdamW(control_params.items(), lr=3e-3)
+    grads = {name: torch.full_like(p, 7.0 if name == "p1" else 0.0) for name, p in params.items()}
+    for name, p in params.items():
+        p.grad = None if what == "there are none" else grads[name].clone()
+    optimizer.clip_grad_norm_(1e-3)
+    if what == "there are none":
+        give_mean_gradients(params, 0, group.size())
+        give_mean_gradients(control_params, 0, group.size())
+    elif what == "they are cleared":
+        for name, p in params.items():
+            p.grad.zero_()  # type: ignore[union-attr]
+            control_params[name].grad = torch.zeros_like(p)
+    else:
+        params["p1"].grad = grads["p1"].clone()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    control.step()
+    assert_equal(params, control_params)
+    return ""
+
+
+@pytest.mark.parametrize("what", ["there are none", "they are cleared", "one is replaced beside zeros"])
+@pytest.mark.parametrize("reduce_gradients", [True, False], ids=["reduced here", "reduced by others"])
+def test_a_clip_is_for_the_gradients_there_are(reduce_gradients: bool, what: str) -> None:
+    for message in on_ranks(2, clip_before, reduce_gradients, what):
+        assert ("changed between clip_grad_norm_() and step()" in message) == (what == "one is replaced beside zeros")
+
+
+def scalers_part_over_means(group: Any) -> tuple[bool, str]:
+    """Rank 1 alone finds an inf in means that others have made; what they make of two scales cannot be put right."""
+    params = make()
+    config = ShardingConfig(reduce_gradients=False)
+    optimizer = ShardedDecoupledAdamW(params.items(), lr=3e-3, process_group=group, config=config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    message = ""
+    for step in range(2):
+        scaler.scale(torch.ones(()))
+        give_mean_gradients(params, step, group.size())
+        if step == 0 and group.rank() == 1:
+            params["p1"].grad[0, 0] = float("inf")  # type: ignore[index]
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            message = str(error)
+        scaler.update()
+        optimizer.zero_grad()
+    return all(torch.equal(p, before[name]) for name, p in params.items()), message
+
+
+def test_means_of_others_under_scalers_that_have_parted_are_an_error_on_all() -> None:
+    first, second = on_ranks(2, scalers_part_over_means)
+    assert first == second and first[0]
+    assert "gradients that were averaged before the step: rank 0 has 8.0, rank 1 has 4.0" in first[1]
 
 
 def skip_with_main_params(group: Any) -> bool:

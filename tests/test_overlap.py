@@ -1173,6 +1173,82 @@ def test_averages_of_different_scales_are_void() -> None:
     on_ranks(2, start_apart)
 
 
+def clip_scaled(group: Any, overlap: bool) -> str:
+    """Scales differ, and gradients are clipped without unscaling them; then they are unscaled, and all is well."""
+    model, optimizer = small(group, overlap=overlap)
+    twin, control = small(group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0 * (1 + group.rank()), growth_interval=1000)
+    before = [param.detach().clone() for param in model.parameters()]
+    scaler.scale(loss_of(model, group.rank())).backward()
+    optimizer.clip_grad_norm_(0.1)
+    with pytest.raises(RuntimeError) as error:
+        scaler.step(optimizer)
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+    assert all(not value.any() for param in model.parameters() for value in optimizer.state[param].values())
+    optimizer.zero_grad()
+    scaler.update()
+    del optimizer.grad_scale, optimizer.found_inf  # which torch's scaler leaves behind where a step raises
+    scaler.scale(loss_of(model, group.rank(), 1)).backward()
+    scaler.unscale_(optimizer)
+    loss_of(twin, group.rank(), 1).backward()
+    norms = [each.clip_grad_norm_(0.1) for each in (optimizer, control)]
+    scaler.step(optimizer)
+    control.step()
+    assert torch.equal(*norms), norms
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gradients_of_different_scales_that_are_clipped_without_unscaling_are_an_error_on_all(overlap: bool) -> None:
+    first, second = on_ranks(2, clip_scaled, overlap)
+    assert first == second
+    assert "clipped without scaler.unscale_(optimizer): rank 0 has 8.0, rank 1 has 16.0" in first
+
+
+def hear_of_it_late(group: Any, clips: bool) -> list[bool]:
+    """On an accelerator, that scalers have parted is heard of by the next call: when backward has averaged already."""
+    model, optimizer = small(group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0 * (1 + group.rank()), growth_interval=1000)
+    changed = []
+    for step in range(2):
+        scaler.scale(loss_of(model, group.rank(), step)).backward()
+        scaler.unscale_(optimizer)
+        optimizer._agreement.scalers_have_parted = True
+        if clips:
+            optimizer.clip_grad_norm_(0.1)
+        before = [param.detach().clone() for param in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        changed.append(not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True)))
+    return changed
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_averages_of_scalers_that_had_parted_stay_void_through_a_clip(clips: bool) -> None:
+    assert on_ranks(2, hear_of_it_late, clips) == [[False, True]] * 2
+
+
+def scale_by_hand(group: Any) -> list[bool]:
+    model, optimizer = small(group)
+    changed = []
+    for step in range(2):
+        before = [param.detach().clone() for param in model.parameters()]
+        scale = 8.0 * (1 + group.rank())
+        (loss_of(model, group.rank(), step) * scale).backward()
+        optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+        changed.append(not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True)))
+    return changed
+
+
+def test_scales_without_a_non_finite_check_are_compared_too() -> None:
+    assert on_ranks(2, scale_by_hand) == [[False, True]] * 2
+
+
 def scale_sharded(group: Any) -> None:
     model, optimizer = small(group, gradient_residency=SHARDED)
     scaler = torch.amp.GradScaler("cpu")
