@@ -4,8 +4,7 @@
     python scripts/bench_step.py --preset 125m --out bench.json   also writes bench.json and bench.md
     torchrun --nproc-per-node 2 scripts/bench_step.py             ranks that something else starts
 
-Peers are those of scripts/test.sh's environment. DeepSpeed's contenders need, besides, `pip install '.[deepspeed]'`; a
-peer that is missing is listed as missing.
+Peers are those of scripts/test.sh's environment; one that is missing is listed as missing.
 
 Every contender holds its own copy of one model, with the same initial weights, and trains it on the same batches under
 the same law. In every round each of them takes a few steps in a row, in an order that rotates from round to round, so

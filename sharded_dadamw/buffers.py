@@ -326,11 +326,12 @@ class Bucket:
 
         ``model.load_state_dict`` and ``p.copy_`` write the model's narrow weights and know nothing of the wider copy.
         Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
-        and back in loses no precision. A remainder needs no such care: it is less than half of the weight's last digit.
+        and back in loses no precision; nor are those that are its image by torch's rounding, as others save them. A
+        remainder needs no such care: it is less than half of the weight's last digit.
         """
         assert self.main is not None
         shard = self.workplace.param
-        edited = image(self.main, shard.dtype) != shard
+        edited = (image(self.main, shard.dtype) != shard) & (self.main.to(shard.dtype) != shard)
         self.main.copy_(torch.where(edited, shard.to(self.main.dtype), self.main))
 
     def announce_update(self, present: Sequence[bool]) -> list[Tensor]:

@@ -110,6 +110,7 @@ def _print(contents: Contents, console: Console) -> None:
         "step": "none" if contents.step is None else f"{contents.step:g}",
         "parameters": f"{contents.num_parameters:,} with {contents.num_elements:,} elements",
         "ranks": "not known" if contents.num_ranks is None else str(contents.num_ranks),
+        "optimizer": contents.optimizer or "not known",
         "written by": ", ".join(written) or "not known",
         "checksums": "none" if contents.damage is None else "; ".join(contents.damage) or "hold",
     }

@@ -205,11 +205,19 @@ class FragmentTensor(DTensor):
             "consolidate_state_dict(), full_state_dict=True, or full_tensor()"
         )
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> FragmentTensor:
-        loaded = None if self._loaded is None else change(self._loaded)
-        fragment = change(self._local_tensor)
+    def holding(self, fragment: Tensor) -> FragmentTensor:
+        """The same range with other values, perhaps of another dtype.
+
+        Args:
+            fragment: 1-D: this rank's elements.
+        """
         spec = _spec_of(self.device_mesh, self.placements, self.shape, fragment.dtype)
-        return self._make(fragment, spec, {**self.__dict__, "_loaded": loaded})
+        return self._make(fragment, spec, {**self.__dict__, "_loaded": None})
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> FragmentTensor:
+        made = self.holding(change(self._local_tensor))
+        made._loaded = None if self._loaded is None else change(self._loaded)
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FragmentTensor:
         """A copy with memory of its own."""

@@ -40,6 +40,18 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     return high.to(torch.int16).view(torch.bfloat16), remainder
 
 
+def remainder_of(value: Tensor, param: Tensor) -> Tensor:
+    """The int16 remainder of an fp32 tensor whose bf16 parameter is given; same shapes.
+
+    With the parameter that ``split`` gives, its remainder. Others round ties to even, so that half of what lies between
+    two bf16 numbers is theirs from above, one more than fits: then ``join`` gives the fp32 number next to the value.
+    A parameter that is neither has been changed since, and its remainder is 0.
+    """
+    left = value.view(torch.int32).to(torch.int64) - (param.view(torch.int16).to(torch.int64) << 16)
+    fits = (left.abs() <= 0x8000) & ~value.isnan()
+    return torch.where(fits, left.clamp(max=0x7FFF), 0).to(torch.int16)
+
+
 def image(value: Tensor, dtype: torch.dtype) -> Tensor:
     """What the model holds of an fp32 main parameter: in bf16 as ``split``, in other dtypes torch's own rounding."""
     return split(value)[0] if dtype is torch.bfloat16 and value.dtype is torch.float32 else value.to(dtype)

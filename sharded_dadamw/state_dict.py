@@ -207,7 +207,7 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     if mains and saved_mains and mains != saved_mains:
         raise ValueError(
             f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
-            "ShardingConfig that saved it"
+            "ShardingConfig that saved it, or use load_checkpoint, which has the weight too and converts"
         )
     pairs: _Pairs = []
     for key, entry in entries.items():

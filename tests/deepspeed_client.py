@@ -135,6 +135,7 @@ def train_all(rank: int, ranks: int, folder: Path, meeting: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled, for a minute
     deepspeed.init_distributed("gloo")
     for name, run in RUNS.items():
         if run.ranks == ranks:

@@ -16,7 +16,7 @@ from launch.train import Training
 from sharded_dadamw import exchange
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.checkpoint import files as checkpoint_files
-from sharded_dadamw.checkpoint import run as checkpoint
+from sharded_dadamw.checkpoint.saving import wait_for_latest
 from sharded_dadamw.reducer import Reducer
 
 SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a checkpoint
@@ -26,14 +26,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def finish_saving() -> None:
-    """Wait for the save under way, so that it is known what is there; whether it failed is for others to ask."""
-    if checkpoint._latest is not None:
-        checkpoint._latest._failure()
-
-
 def die_alone() -> None:
-    finish_saving()
+    wait_for_latest()  # so that it is known what is there
     die()
 
 
@@ -64,7 +58,7 @@ def fill_disk() -> None:
 
 
 def empty_disk() -> None:
-    finish_saving()
+    wait_for_latest()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 

@@ -78,6 +78,14 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+_alone: Any = None
+
+
+def alone() -> Any:
+    """In a worker: the process group of this rank and no other, such as a mesh of N x 1 ranks needs."""
+    return _alone
+
+
 def _new_group(num_ranks: int) -> Any:
     return dist.new_group(list(range(num_ranks)), timeout=COLLECTIVE_TIMEOUT, backend="gloo")
 
@@ -113,6 +121,8 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=COLLECTIVE_TIMEOUT)
     groups = {num_ranks: _new_group(num_ranks) for num_ranks in range(1, NUM_RANKS + 1)}
+    global _alone
+    _alone = [dist.new_group([other], timeout=COLLECTIVE_TIMEOUT, backend="gloo") for other in range(NUM_RANKS)][rank]
     connection.send_bytes(pickle.dumps("ready"))
     while True:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import os
 import random
 import threading
@@ -32,6 +33,7 @@ from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from sharded_dadamw.checkpoint.files import read_metadata
 from sharded_dadamw.checkpoint.manifest import Manifest
 from sharded_dadamw.checkpoint.run_state import random_state, seed_from, set_random_state
+from sharded_dadamw.precision import join
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
@@ -69,21 +71,23 @@ def fit(model: nn.Module, optimizer: Any, schedule: Any, num_steps: int) -> None
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, remainder": {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16},
+    "ours, fp32 main": {"main_parameter": MainParameter.FP32, "moments": Moments.BF16},
 }
 
 
 def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[nn.Module, Any, Any]:
     model: nn.Module = Model(seed=seed, **model_settings)
     optimizer: Any
-    if kind == "fsdp2":
+    if kind in ("fsdp2", "fsdp2, our law"):
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
-        optimizer = AdamW(model.parameters(), **LAW)
+        optimizer = (AdamW if kind == "fsdp2" else DecoupledAdamW)(model.parameters(), **LAW)
     elif kind == "hsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-    elif kind == "fsdp1":
+    elif kind in ("fsdp1", "fsdp1, flat"):
         device = torch.device("cpu")
-        model = FullyShardedDataParallel(model, process_group=group, use_orig_params=True, device_id=device)
+        is_flat = kind == "fsdp1, flat"
+        model = FullyShardedDataParallel(model, group, use_orig_params=not is_flat, device_id=device)
         optimizer = AdamW(model.parameters(), **LAW)
     elif kind == "attached":
         config = ShardingConfig(bucket_cap_mb=1e-3)
@@ -189,6 +193,79 @@ def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
         assert differences(expected, loaded) == []
 
 
+def wide(whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything of a run, with main parameters in fp32 whatever their form is."""
+    found = dict(whole)
+    for key in [key for key in whole if key.endswith(", main_remainder")]:
+        name = key.removesuffix(", main_remainder")
+        found[f"{name}, main_param"] = join(found[name], found.pop(key))
+    return found
+
+
+def saved_and_trained_on(group: Any, kind: str, root: Path) -> Any:
+    parts = build(kind, group, dtype=torch.bfloat16)
+    fit(*parts, 3)
+    save_checkpoint(root, step=3, **run(group, *parts))
+    then = wide(whole(*parts[:2]))
+    torch.manual_seed(7)  # or ranks that the saved run did not have would see other batches
+    fit(*parts, 3)
+    return then, wide(whole(*parts[:2]))
+
+
+def loaded_and_trained_on(group: Any, kind: str, root: Path) -> Any:
+    parts = build(kind, group, seed=1, dtype=torch.bfloat16)
+    load_checkpoint(root, **run(group, *parts))
+    then = wide(whole(*parts[:2]))
+    torch.manual_seed(7)  # or ranks that the saved run did not have would see other batches
+    fit(*parts, 3)
+    return then, wide(whole(*parts[:2]))
+
+
+@pytest.mark.parametrize(("wrote", "reads"), list(itertools.permutations(["ours, remainder", "ours, fp32 main"])))
+@pytest.mark.parametrize(("num_saving", "num_loading"), [(2, 3), (1, 2), (3, 1)])
+def test_main_parameters_change_their_form_and_lose_no_bit(
+    wrote: str, reads: str, num_saving: int, num_loading: int, tmp_path: Path
+) -> None:
+    """Ranks see the same batch and average nothing, so that even the steps thereafter have the same bits."""
+    expected, later = on_ranks(num_saving, saved_and_trained_on, wrote, tmp_path)[0]
+    assert any(key.endswith(", main_param") for key in expected)
+    for loaded, loaded_later in on_ranks(num_loading, loaded_and_trained_on, reads, tmp_path):
+        assert differences(expected, loaded) == []
+        assert differences(later, loaded_later) == []
+
+
+def loads_another_law(group: Any, wrote: str, reads: str, root: Path) -> str:
+    source = build(wrote, group)
+    fit(*source, 2)
+    save_checkpoint(root, step=2, **run(group, *source))
+    target = build(reads, group, seed=1)
+    before = whole(*target[:2])
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(root, **run(group, *target))
+    assert differences(before, whole(*target[:2])) == []
+    for of_it in source[1].param_groups:
+        of_it["weight_decay"] = 0.0  # which means the same everywhere
+    save_checkpoint(root, step=3, **run(group, *source))
+    load_checkpoint(root, **run(group, *target))
+    assert differences(whole(*source[:2]), whole(*target[:2])) == []
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads", "command"),
+    [
+        ("AdamW", "ours", "convert {}/step_00000002 NEW --from torch"),
+        ("AdamW", "DecoupledAdamW", "convert {}/step_00000002 NEW --from torch"),
+        ("ours", "AdamW", "convert {}/step_00000002 NEW.pt --from sharded-dadamw"),
+    ],
+)
+def test_weight_decay_that_means_something_else_is_refused(
+    wrote: str, reads: str, command: str, tmp_path: Path
+) -> None:
+    for said in on_ranks(2, loads_another_law, wrote, reads, tmp_path):
+        assert "weight_decay: expected that of" in said and command.format(tmp_path) in said, said
+
+
 @pytest.mark.parametrize(
     ("wrote", "reads", "num_loading"), [("hsdp", "ours", 3), ("hsdp", "hsdp", 4), ("ours", "hsdp", 4)]
 )
@@ -201,7 +278,7 @@ def test_state_that_is_spread_over_the_replicas_of_hsdp_loads_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("wrote", "reads"), [("ours", "DecoupledAdamW"), ("DecoupledAdamW", "ours"), ("fsdp2", "ours")]
+    ("wrote", "reads"), [("ours", "DecoupledAdamW"), ("DecoupledAdamW", "ours"), ("fsdp2, our law", "ours")]
 )
 def test_it_loads_into_another_layout(wrote: str, reads: str, tmp_path: Path) -> None:
     expected = on_ranks(2, saved_at, wrote, tmp_path, {})[0]
@@ -424,11 +501,11 @@ def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str,
     assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
 
 
-def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
-    parts = build("fsdp1", group)
+def from_fsdp1_to_plain(group: Any, kind: str, root: Path) -> list[str]:
+    parts = build(kind, group)
     fit(*parts, 2)
     save_checkpoint(root, step=2, **run(group, *parts))
-    again = build("fsdp1", group, seed=1)
+    again = build(kind, group, seed=1)
     load_checkpoint(root, **run(group, *again))
     save_checkpoint(root, step=3, **run(group, *again))
     first, last = build("AdamW", group), build("AdamW", group)
@@ -438,9 +515,10 @@ def from_fsdp1_to_plain(group: Any, root: Path) -> list[str]:
     return differences(whole(*first[:2]), whole(*last[:2]))
 
 
-def test_what_fsdp1_shards_loads_there_and_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1, flat"])
+def test_what_fsdp1_shards_loads_there_and_without(kind: str, tmp_path: Path) -> None:
     """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
-    assert on_ranks(4, from_fsdp1_to_plain, tmp_path) == [[]] * 4
+    assert on_ranks(4, from_fsdp1_to_plain, kind, tmp_path) == [[]] * 4
 
 
 def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
@@ -456,7 +534,7 @@ def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
 
 
 def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
-    assert on_ranks(2, refuse_in_fsdp1, tmp_path) == [[], []]
+    assert on_ranks(4, refuse_in_fsdp1, tmp_path) == [[]] * 4
 
 
 def test_state_that_the_optimizer_does_not_keep_is_refused(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_inspect_shows_it_to_people(files: dict[str, Path]) -> None:
         assert part in shown, part
 
 
+def test_inspect_of_a_runs_folder_says_where_its_checkpoints_are(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert f"there are some in {tmp_path}/run/checkpoints" in run("inspect", tmp_path / "run", code=1)
+
+
 def test_inspect_knows_what_deepspeed_and_ties_are(tmp_path: Path) -> None:
     contents = inspect(FakeDeepSpeed(tmp_path / "x", 3).write())
     assert contents.format == "DeepSpeed, ZeRO stage 2" and contents.num_ranks == 3 and contents.step == 4
@@ -141,6 +146,7 @@ def run_folder(tmp_path: Path) -> Path:
 def test_inspect_reads_a_manifest_and_compares_checksums(run_folder: Path) -> None:
     told = json.loads(run("inspect", run_folder, "--json"))
     assert told["path"].endswith("step_00000010") and told["format"] == "sharded_dadamw"
+    assert told["optimizer"] == "DecoupledAdamW"
     assert told["num_ranks"] == 1 and told["aliases"] == [["0.weight", "tied.weight"]] and told["damage"] == []
     assert (told["num_parameters"], told["num_elements"]) == (4, 103)
     assert "checksums hold" in run("inspect", run_folder / "step_00000009")

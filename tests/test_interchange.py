@@ -282,16 +282,16 @@ def composer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("composer") is None:
         pytest.skip("Composer is not installed; scripts/test.sh does it")
     folder = tmp_path_factory.mktemp("composer")
-    run_client(sys.executable, "tests.composer_checkpoint", folder)
+    run_client("tests.composer_checkpoint", folder)
     return folder
 
 
-def run_client(python: str, module: str, folder: Path) -> None:
+def run_client(module: str, folder: Path) -> None:
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [python, "-m", module, str(folder)], cwd=CHECKOUT, env=env, timeout=400, capture_output=True, text=True
+        [sys.executable, "-m", module, str(folder)], cwd=CHECKOUT, env=env, timeout=400, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
@@ -317,13 +317,10 @@ def test_a_checkpoint_of_composers_trainer_goes_on_here(composer_folder: Path) -
 @pytest.fixture(scope="module")
 def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `tests.deepspeed_client` left what it made."""
-    python = sys.executable if importlib.util.find_spec("deepspeed") else os.environ.get("DEEPSPEED_PYTHON")
-    if python is None:
-        pytest.skip(
-            "DeepSpeed is not installed: pip install '.[deepspeed]', or set DEEPSPEED_PYTHON to a Python with it"
-        )
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install '.[deepspeed]'")
     folder = tmp_path_factory.mktemp("deepspeed")
-    run_client(python, "tests.deepspeed_client", folder)
+    run_client("tests.deepspeed_client", folder)
     return folder
 
 
@@ -593,6 +590,27 @@ def test_there_and_back_is_where_we_were(ours: tuple[nn.Module, DecoupledAdamW])
     assert back["param_groups"][0].pop("weight_decay") == pytest.approx(5e-4, rel=1e-12)
     back["param_groups"][0]["weight_decay"] = 5e-4
     assert_same_state(back, state)
+
+
+@pytest.mark.parametrize(("optimizer_class", "source"), [(DecoupledAdamW, Source.TORCH), (AdamW, Source.OURS)])
+def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
+    optimizer_class: Any, source: Source, tmp_path: Path
+) -> None:
+    """Also of an optimizer derived from one of those: the weight decay would be off by a factor of lr."""
+    model = build_model()
+    derived = type("Derived", (optimizer_class,), {})
+    optimizer = derived(model.named_parameters(), lr=1e-2, weight_decay=5e-4)
+    trained(optimizer, model, 1)
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    assert inspect(tmp_path).optimizer == optimizer_class.__name__
+    with pytest.raises(ValueError, match=f"got one of {optimizer_class.__name__}, whose weight decay"):
+        read_state(tmp_path, source)
+    other = Source.OURS if source is Source.TORCH else Source.TORCH
+    state, _ = read_state(tmp_path, other, peak_lr=1e-2 if other is Source.TORCH else None)
+    assert state["param_groups"][0]["weight_decay"] == pytest.approx(5e-4 if other is Source.OURS else 5e-6)
+    write_state(tmp_path / "again", state)
+    with pytest.raises(ValueError, match="got one of DecoupledAdamW"):
+        read_state(tmp_path / "again", Source.TORCH)
 
 
 def test_decay_without_a_peak_cannot_be_exported(ours: tuple[nn.Module, DecoupledAdamW]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
 from sharded_dadamw.decoupled import _warn_of_freezing
-from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
+from sharded_dadamw.precision import image, join, random_bits, remainder_of, round_stochastically, split
 from tests.models import BF16, F32
 from tests.pool import on_ranks
 
@@ -35,6 +35,23 @@ def test_parameter_and_remainder_are_the_fp32_value_bit_for_bit() -> None:
     assert torch.equal(join(*split(random))[finite].view(torch.int32), random[finite].view(torch.int32))
 
 
+def test_a_remainder_fits_a_parameter_that_others_have_rounded_and_is_0_once_that_is_changed() -> None:
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        value = (upper | lower).view(F32)
+        param, remainder = split(value)
+        assert torch.equal(remainder_of(value, param), remainder)
+        even = value.to(BF16)  # ties go to even: torch's way
+        restored, finite = join(even, remainder_of(value, even)), ~value.isnan()
+        apart = (restored[finite].view(torch.int32).long() - value[finite].view(torch.int32).long()).abs()
+        assert apart.max() <= (lower == 0x8000), "at a tie, and only there, it is the number next to it"
+        assert not torch.equal(param[finite], even[finite]) or lower != 0x8000
+        assert restored[~finite].isnan().all()
+    value = torch.randn(1000)
+    changed = split(value)[0] * 1.5
+    assert torch.equal(join(changed, remainder_of(value, changed)), changed.float())
+
+
 def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() -> None:
     value = torch.randn(1_000_000)
     value = value[value.view(torch.int32) & 0xFFFF != 0x8000]
@@ -44,6 +61,22 @@ def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() ->
     assert split(patterns(0x7F7FFFFF))[0].item() == float("inf") and join(*split(patterns(0x7F7FFFFF))).isfinite()
     assert split(patterns(0x7FFFFFFF, 0xFFFFFFFF))[0].isnan().all(), "a payload must not overflow into a number"
     assert image(ties, torch.float16).dtype is torch.float16
+
+
+def test_weights_that_others_have_rounded_do_not_count_as_edited() -> None:
+    """Their ties go to even, as in a checkpoint of DeepSpeed's: the fp32 main parameter is still what it was."""
+    main = patterns(0x3F808000, 0xBF808000, 0x3F818000)
+    model = nn.Linear(3, 1, bias=False, dtype=BF16)
+    optimizer = ShardedDecoupledAdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    state = optimizer.state_dict()
+    state["state"][0]["main_param"] = main.view(1, 3)
+    optimizer.load_state_dict(state)
+    model.load_state_dict({"weight": main.to(BF16).view(1, 3)})
+    assert not torch.equal(model.weight.detach().view(-1), split(main)[0])
+    model.weight.grad = torch.zeros(1, 3, dtype=BF16)
+    optimizer.step()
+    assert torch.equal(optimizer.state_dict()["state"][0]["main_param"].view(-1), main)
+    assert torch.equal(model.weight.detach().view(-1), split(main)[0])
 
 
 # --- stochastic rounding ---

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.boxes import boxes_of
-from tests.pool import on_ranks
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from tests.pool import alone, on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
 FIRST = 1
@@ -111,7 +113,13 @@ def fsdp2(group: Any, seed: int) -> Run:
 
 
 def hsdp(group: Any, seed: int) -> Run:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    """On four ranks 2 replicas of 2 shards, on fewer as many replicas of one shard; state is cut over the replicas."""
+    if group.size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        names = (group.group_name, alone().group_name)
+        ranks = torch.arange(group.size()).view(-1, 1)
+        mesh = DeviceMesh.from_group([group, alone()], "cpu", mesh=ranks, mesh_dim_names=names)
     model = fully_shard(Model(seed), mesh=mesh)
     config = ShardingConfig(bucket_cap_mb=1e-3)
     return Run(model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True, config=config), group)
@@ -126,7 +134,7 @@ LAYOUTS: dict[str, tuple[Callable[[Any, int], Run], tuple[int, ...]]] = {
     "ours": (ours, (1, 2, 3, 4)),
     "ours, bf16": (ours_bf16, (1, 2, 3, 4)),
     "FSDP2": (fsdp2, (1, 2, 3, 4)),
-    "HSDP": (hsdp, (4,)),
+    "HSDP": (hsdp, (1, 2, 3, 4)),
     "plain": (plain, (1,)),
     "ours in large buckets": (ours_in_large_buckets, (1, 2, 3, 4)),
 }
@@ -150,10 +158,14 @@ def state_of(run: Run) -> dict[str, Any]:
     return {"model": get_model_state_dict(run.model), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
 
 
+def weights_of(run: Run) -> dict[str, Tensor]:
+    """The weights, gathered; copies."""
+    return copy.deepcopy(get_model_state_dict(run.model, options=FULL))
+
+
 def whole(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The optimizer's state and the weights, gathered; copies."""
-    state = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
-    return copy.deepcopy((state, get_model_state_dict(run.model, options=FULL)))
+    return copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=FULL)), weights_of(run)
 
 
 def save_at(group: Any, layout: str, path: str) -> Any:
@@ -162,7 +174,7 @@ def save_at(group: Any, layout: str, path: str) -> Any:
     dcp.save(state_of(run), checkpoint_id=path, process_group=group)
     then = whole(run)
     fit(run, range(4, 6))
-    return then, whole(run)[1]
+    return then, weights_of(run)
 
 
 def load_at(group: Any, layout: str, path: str) -> Any:
@@ -174,7 +186,7 @@ def load_at(group: Any, layout: str, path: str) -> Any:
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     then = whole(run)
     fit(run, range(4, 6))
-    return then, whole(run)[1]
+    return then, weights_of(run)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -215,8 +227,8 @@ def cases() -> list[Any]:
             found += [(name, n, name, m) for n, m in itertools.product(sizes, sizes)]
     exchangeable = ["ours", "ours in large buckets", "FSDP2", "HSDP", "plain"]
     for one, other in itertools.permutations(exchangeable, 2):
-        n, m = min(LAYOUTS[one][1], key=lambda size: abs(size - 2)), min(LAYOUTS[other][1], key=lambda s: abs(s - 3))
-        found.append((one, n, other, m))
+        sizes = {"HSDP": (4, 4), "plain": (1, 1)}  # where they are most and only themselves
+        found.append((one, sizes.get(one, (2, 3))[0], other, sizes.get(other, (2, 3))[1]))
     return list(dict.fromkeys(found))
 
 
@@ -234,6 +246,74 @@ def test_a_run_goes_on_at_any_world_size_in_any_layout(
             for name, weight in later.items():
                 tolerance = dict(rtol=2e-2, atol=1e-3) if weight.dtype is torch.bfloat16 else dict(rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(loaded_later[name], weight, **tolerance)
+
+
+def in_groups(group: Any, seed: int, reordered: bool) -> Run:
+    """Two groups; or these and their parameters the other way round, in other buckets, cut on other multiples."""
+    model = Model(seed)
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, p) for name, p in named if p.ndim > 1]},
+        {"params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+    if reordered:
+        groups = [{**of_it, "params": of_it["params"][::-1]} for of_it in groups[::-1]]
+    config = ShardingConfig(bucket_cap_mb=2e-3 if reordered else 1e-3)
+    with patch("sharded_dadamw.storage.ALIGNMENT", 128 if reordered else 64):
+        optimizer = ShardedDecoupledAdamW(groups, **LAW, amsgrad=True, process_group=group, config=config)
+    assert any(bucket.layout.alignment == (128 if reordered else 64) for bucket in optimizer._buckets)
+    return Run(model, optimizer, group)
+
+
+def by_name(run: Run) -> tuple[Any, Any, Any]:
+    """State and weights, and the hyperparameters of each parameter."""
+    state, weights = whole(run)
+    hypers = {
+        name: {key: value for key, value in of_it.items() if key not in ("params", "param_names")}
+        for of_it in state["param_groups"]
+        for name in of_it["params"]
+    }
+    return state["state"], weights, hypers
+
+
+def save_in_groups(group: Any, path: str, through: str) -> Any:
+    run = in_groups(group, 0, False)
+    fit(run, range(4))
+    if through == "torch":
+        dcp.save(state_of(run), checkpoint_id=path, process_group=group)
+    else:
+        save_checkpoint(path, step=4, model=run.model, optimizer=run.optimizer, process_group=group)
+    then = by_name(run)
+    fit(run, range(4, 6))
+    return then, weights_of(run)
+
+
+def load_in_groups(group: Any, path: str, through: str) -> Any:
+    run = in_groups(group, 1, True)
+    for of_it in run.optimizer.param_groups:
+        of_it["lr"] = 7.0
+    if through == "torch":
+        state = state_of(run)
+        dcp.load(state, checkpoint_id=path, process_group=group)
+        set_model_state_dict(run.model, state["model"])
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    else:
+        load_checkpoint(path, model=run.model, optimizer=run.optimizer, process_group=group)
+    then = by_name(run)
+    fit(run, range(4, 6))
+    return then, weights_of(run)
+
+
+@pytest.mark.parametrize("through", ["torch", "load_checkpoint"])
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 2), (2, 3), (3, 1)])
+def test_groups_and_parameters_may_come_in_another_order_and_be_cut_elsewhere(
+    saved_at: int, loaded_at: int, through: str, tmp_path: Path
+) -> None:
+    expected, later = on_ranks(saved_at, save_in_groups, str(tmp_path), through)[0]
+    for found, found_later in on_ranks(loaded_at, load_in_groups, str(tmp_path), through):
+        assert_same(found, expected)
+        if saved_at == loaded_at:
+            assert_same(found_later, later)
 
 
 # --- other people's optimizers ---

@@ -6,7 +6,7 @@
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
 Checksums are CRC-32: three times as fast as the fastest hash of Python's and sure to notice every flipped bit and
-every burst of up to 32. They guard against accidents. What is made up to harm is the business of `checkpoint_files`.
+every burst of up to 32. They guard against accidents. What is made up to harm is the business of `checkpoint.files`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from typing import Any
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+
+IS_DECOUPLED = {"DecoupledAdamW": True, "ShardedDecoupledAdamW": True, "AdamW": False}
+"""Optimizers, ours, Composer's and torch's, and whether their weight decay is free of lr."""
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"\.step_\d{8,}\.[0-9a-f]+")
@@ -82,6 +85,8 @@ class Manifest:
         versions: Of what wrote it: `torch` and `sharded_dadamw`.
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
+        optimizer: Which one of ``IS_DECOUPLED`` the optimizer was or descended from; else its class; empty where the
+            manifest does not say.
         files: By name, all files but this one.
     """
 
@@ -90,6 +95,7 @@ class Manifest:
     versions: Mapping[str, str]
     aliases: Sequence[Sequence[str]]
     param_groups: Sequence[Mapping[str, Any]]
+    optimizer: str = ""
     files: Mapping[str, FileSum] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -201,6 +207,11 @@ def is_complete(folder: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints under a folder, newest last. Their files are there and long enough; nothing is read."""
+    return [folder for folder in folders(Path(root)) if is_complete(folder)]
 
 
 def begin(root: Path, step: int) -> Path:

@@ -1,43 +1,59 @@
-"""A run's state by the names of its parameters: what there is to save, and whether what was saved fits.
+"""A run's state by the names of its parameters: what there is to save.
 
-Names are those of the bare model, and a weight that several names share is stored under the first of them. Everything
-that is compared here is compared before anything is read, and raises by name.
+Names are those of the bare model, and a weight that several names share is stored under the first of them.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.manifest import Manifest
-from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED
 from sharded_dadamw.checkpoint.run_state import pack
-from sharded_dadamw.fragment_tensor import FragmentTensor
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
+def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
+    """What is wrong with a model and optimizers of its parameters; None if nothing is."""
+    if not isinstance(model, nn.Module):
+        return TypeError(f"model: expected a torch.nn.Module, got {model!r:.80}")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
+        known = {id(param) for param in model.parameters()}
+        strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
+        if strange:
+            return ValueError(
+                f"optimizer: expected parameters of the model, got {len(strange)} that it does not have, the first of "
+                f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
+            )
+    return None
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """What kind of optimizer it is, for the manifest."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    return next((name for name in names if name in IS_DECOUPLED), names[0])
+
+
+def tied(model: nn.Module) -> list[list[str]]:
     """Names of parameters and buffers that are the same tensor, in the order of the model."""
     names: dict[int, list[str]] = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        names.setdefault(id(tensor), []).extend(sorted(_get_fqns(model, name)))
+        of_it = _get_fqns(model, name)
+        if len(of_it) == 1:  # or it is a flat parameter of FSDP1, and they are those of its parts
+            names.setdefault(id(tensor), []).extend(of_it)
     return [same for same in names.values() if len(same) > 1]
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Any], list[list[str]]]:
     """What there is to save of a model, tied weights under their first name alone, and which are tied."""
     state = get_model_state_dict(model)
-    aliases = [same for same in ([name for name in names if name in state] for names in _tied(model)) if len(same) > 1]
+    aliases = [same for same in ([name for name in names if name in state] for names in tied(model)) if len(same) > 1]
     for _, *others in aliases:
         for name in others:
             del state[name]
@@ -80,204 +96,3 @@ def _require_texts_as_keys(label: str, value: Any) -> None:
         if isinstance(value, Mapping) and not isinstance(key, str):
             raise ValueError(f"{label}: expected texts as keys of dicts, got {key!r}, which would come back as a text")
         _require_texts_as_keys(label, item)
-
-
-def _holds_nothing(value: Any) -> bool:
-    """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
-    return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
-
-
-class SavedEntries:
-    """The entries of a checkpoint, by where they stood in the nested state dict."""
-
-    def __init__(self, folder: Path, manifest: Manifest, metadata: Metadata) -> None:
-        self.folder = folder
-        self.groups = [list(group["params"]) for group in manifest.param_groups]
-        self._first = {name: names[0] for names in manifest.aliases for name in names}
-        self._metadata = metadata
-        self._num_bytes = sum(known.size for known in manifest.files.values())
-        self._tree: dict[Any, Any] = {}
-        for entry, path in metadata.planner_data.items():
-            node = self._tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-                if isinstance(node, str):
-                    break
-            if isinstance(node, str) or path[-1] in node:
-                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
-            node[path[-1]] = entry
-
-    def first(self, name: str) -> str:
-        """The name under which a weight was stored first, of those that are tied to it."""
-        return self._first.get(name, name)
-
-    def under(self, *path: Any) -> dict[Any, Any]:
-        """What stands under a path: entries' flat names, or tables of them."""
-        node = self._tree
-        for key in path:
-            node = node.get(key, {})
-        return node
-
-    def placeholder(self, entry: str) -> Tensor | None:
-        """Something to read an entry into."""
-        known = self._metadata.state_dict_metadata[entry]
-        if not isinstance(known, TensorStorageMetadata):
-            return None
-        num_bytes = known.size.numel() * known.properties.dtype.itemsize
-        if num_bytes > self._num_bytes:
-            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
-        return torch.empty(known.size, dtype=known.properties.dtype)
-
-    def target(self, entry: str, live: Tensor) -> Tensor:
-        """Host memory like a live tensor, to read an entry into, if it fits.
-
-        Raises:
-            ValueError: It does not, or would be rounded; names the entry.
-        """
-        known = self._metadata.state_dict_metadata[entry]
-        size = live.size()  # the shape of an FSDP1 shard is its own
-        expected = f"{live.dtype} {list(size)}"
-        if not isinstance(known, TensorStorageMetadata):
-            raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
-        dtype = known.properties.dtype
-        if known.size != size or torch.promote_types(dtype, live.dtype) != live.dtype:
-            raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
-        if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
-            raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
-        if isinstance(live, FragmentTensor):
-            return live  # what is read goes into memory of its own
-        if isinstance(live, ShardedTensor):
-            return copy.deepcopy(live)
-        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
-
-    def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:
-        """Put what was read under a path together again."""
-
-        def build(node: Any) -> Any:
-            if isinstance(node, str):
-                return entries[node]
-            if all(isinstance(key, int) for key in node):
-                return [build(node[key]) for key in sorted(node)]
-            return {key: build(item) for key, item in node.items()}
-
-        *parents, last = path
-        return build(self.under(*parents)[last])
-
-
-def _placeholders(saved: SavedEntries, node: Any) -> dict[str, Any]:
-    if isinstance(node, str):
-        return {node: saved.placeholder(node)}
-    return {entry: value for item in node.values() for entry, value in _placeholders(saved, item).items()}
-
-
-def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
-    """Which saved name every live one has: the same, or the same without what wrappers add."""
-    saved = list(saved)
-    canonical = {canonical_name(name): name for name in saved}
-    names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
-    missing = [name for name, found in names.items() if found is None]
-    left_over = sorted(set(saved) - set(names.values()))
-    if missing or left_over:
-        raise ValueError(
-            f"model: expected {folder} to have what the model has; "
-            + "; ".join(
-                f"{len(some)} {what}, the first is {some[0]}"
-                for some, what in ((missing, "missing"), (left_over, "left over"))
-                if some
-            )
-        )
-    return {name: found for name, found in names.items() if found is not None}
-
-
-def match_model(
-    saved: SavedEntries, model: nn.Module, state: Mapping[str, Any], entries: dict[str, Any]
-) -> dict[str, str]:
-    """Add what to read of a model to ``entries``; returns by live name the one under which it is stored.
-
-    Args:
-        saved: What there is.
-        model: Whose ties count.
-        state: Its live state, by name.
-        entries: By flat name, what to read each entry into.
-
-    Raises:
-        ValueError: A name is missing or left over, a tensor does not fit, or ties differ; names it.
-    """
-    held = [name for name, value in state.items() if name in saved.under("model") or not _holds_nothing(value)]
-    names = _match_names(held, saved.under("model"), saved.folder)
-    names = {live: saved.first(name) for live, name in names.items()}
-    for same in _tied(model):
-        stored = {names[name]: name for name in reversed(same) if name in names}
-        if len(stored) > 1:
-            one, other = list(stored.values())[-2:][::-1]
-            raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
-    for live in held:
-        value, node = state[live], saved.under("model")[names[live]]
-        if not isinstance(value, Tensor):
-            entries.update(_placeholders(saved, node))
-        elif not isinstance(node, str):
-            raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
-        elif node not in entries:
-            entries[node] = saved.target(node, value)
-    return names
-
-
-def match_optimizer(
-    saved: SavedEntries, model: nn.Module, live: Mapping[str, Any], names: Mapping[str, str], entries: dict[str, Any]
-) -> None:
-    """Add what to read of an optimizer to ``entries``.
-
-    Args:
-        saved: What there is.
-        model: Whose parameters it updates.
-        live: Its live state and groups, by names.
-        names: What :func:`match_model` returned.
-        entries: By flat name, what to read each entry into.
-
-    Raises:
-        ValueError: Groups or the entries of a parameter differ, or a tensor does not fit; names it.
-    """
-    groups: list[dict[str, Any]] = live["param_groups"]
-    if len(groups) != len(saved.groups):
-        raise ValueError(f"param_groups: expected {len(groups)}, got {len(saved.groups)} in {saved.folder}")
-    params = {name: param for raw, param in model.named_parameters() for name in _get_fqns(model, raw)}
-    for index, (group, saved_names) in enumerate(zip(groups, saved.groups, strict=True)):
-        ours, theirs = [names[name] for name in group["params"]], [saved.first(name) for name in saved_names]
-        if differing := sorted(set(ours) ^ set(theirs)):
-            ours_has = differing[0] in ours
-            raise ValueError(
-                f"param_groups[{index}]: {differing[0]} is {'not ' * ours_has}in this group in {saved.folder}, and "
-                f"{'not ' * (not ours_has)}here; build the optimizer with the groups of the saved one"
-            )
-        for node in saved.under("optimizer", "param_groups", index).values():
-            entries.update(_placeholders(saved, node))
-        for name in group["params"]:
-            known, own = saved.under("optimizer", "state", names[name]), live["state"].get(name, {})
-            needed = [key for key in own if not key.startswith("main_")]  # the weight itself will do
-            if known and own and (any(key not in known for key in needed) or any(key not in own for key in known)):
-                raise ValueError(
-                    f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
-                )
-            for key, entry in known.items():
-                value = own.get(key)
-                if value is None and isinstance(empty := saved.placeholder(entry), Tensor):
-                    value = (
-                        torch.empty_like(params[name], dtype=empty.dtype)
-                        if empty.shape == params[name].shape
-                        else empty
-                    )
-                entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
-
-
-def collect_optimizer(
-    saved: SavedEntries, groups: Iterable[dict[str, Any]], names: Mapping[str, str], entries: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The state dict that ``set_optimizer_state_dict`` takes, of what was read."""
-    state, merged = {}, []
-    for index, group in enumerate(groups):
-        own = {key: group[key] for key in ("params", "param_names") if key in group}
-        merged.append({**group, **saved.collect(entries, "optimizer", "param_groups", index), **own})
-        for name in group["params"]:
-            if known := saved.under("optimizer", "state", names[name]):
-                state[name] = {key: entries[entry] for key, entry in known.items()}
-    return {"state": state, "param_groups": merged}

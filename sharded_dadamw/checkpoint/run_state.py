@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RANKS = "ranks"
+"""The entry of a checkpoint under which every rank's own state is, by rank."""
+
 _MASK = (1 << 63) - 1
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.manifest import Manifest, newest, step_of
+from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED, Manifest, newest, step_of
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import load_torch
 from sharded_dadamw.interchange.dcp_folder import read_folder, write_folder
@@ -69,6 +69,7 @@ def read_state(
         raise ValueError(
             "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
         )
+    _check_law(Path(path), source)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
     if _is_safetensors(path):
@@ -199,6 +200,18 @@ def _contents(path: str | os.PathLike[str]) -> object:
     if _is_safetensors(path):
         return tensors_of(path)
     return load_torch(path, placeholders=True)
+
+
+def _check_law(path: Path, source: Source) -> None:
+    """Of what ``save_checkpoint`` or ``write_state`` wrote it is known what weight decay means."""
+    manifest = Manifest.of(newest(path))
+    decoupled = None if manifest is None else IS_DECOUPLED.get(manifest.optimizer)
+    if manifest is not None and decoupled not in (None, source in (Source.COMPOSER, Source.OURS)):
+        should = Source.OURS if decoupled else Source.TORCH
+        raise ValueError(
+            f"{path}: expected a checkpoint of {source.value}, got one of {manifest.optimizer}, whose weight decay "
+            f"means something else; it is from {should.value}"
+        )
 
 
 def _once(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 `.metadata` says for every key what it is, and for every chunk of a tensor where it lies: in which file, from which byte
 on. It is a pickle of a handful of dataclasses, and every chunk a file of `torch.save` in small; see `safe_pickle`, and
-`checkpoint_files`, which serves ranks that read only their parts.
+`checkpoint.files`, which serves ranks that read only their parts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
         Dicts and lists of values; whole tensors, on the CPU. What is neither tensor nor plain data is a `Placeholder`.
 
     Raises:
-        ValueError: As in `checkpoint_files.read_metadata` and `read_values`.
+        ValueError: As in `checkpoint.files.read_metadata` and `read_values`.
     """
     found = read_metadata(Path(path))
     values = read_values(path, found, list(found.state_dict_metadata))
@@ -124,7 +124,8 @@ def write_folder(
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ValueError(f"expected a folder that is new or empty, got {path}")
     final.parent.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(step, 1, versions(), aliases, contents["optimizer"]["param_groups"])
+    groups = contents["optimizer"]["param_groups"]
+    manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
     write(contents, Writer(begin_beside(final), final, manifest, None), None, tidies_up=True)
 
 

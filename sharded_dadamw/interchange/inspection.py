@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sharded_dadamw.checkpoint.files import read_metadata
-from sharded_dadamw.checkpoint.manifest import Manifest, newest
+from sharded_dadamw.checkpoint.manifest import Manifest, folders, newest
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.interchange.convert import models_in, optimizers_in
@@ -87,6 +87,7 @@ class Contents:
         num_ranks: How many ranks wrote it; None where it does not say.
         aliases: Names of parameters that are tied to each other.
         versions: Of what wrote it.
+        optimizer: Which optimizer it is of; empty where it does not say.
         damage: What is wrong with its files, empty if their checksums hold; None if it has no checksums.
     """
 
@@ -98,6 +99,7 @@ class Contents:
     num_ranks: int | None = None
     aliases: list[list[str]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    optimizer: str = ""
     damage: list[str] | None = None
 
     @property
@@ -147,6 +149,7 @@ class Contents:
             "param_groups": [{key: _plain(value) for key, value in group.items()} for group in self.groups],
             "aliases": self.aliases,
             "versions": self.versions,
+            "optimizer": self.optimizer,
             "damage": self.damage,
         }
 
@@ -172,9 +175,11 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         return _inspect_dcp(where)
     if is_deepspeed_folder(where):
         return _inspect_deepspeed(open_deepspeed(where))
+    hint = "" if where.exists() else ", which does not exist"
+    if where.is_dir() and (roots := [child for child in where.iterdir() if folders(child)]):
+        hint = f"; there are some in {roots[0]}"
     raise ValueError(
-        f"expected a checkpoint: a file, or a folder of torch.distributed.checkpoint or DeepSpeed, got {path}"
-        f"{'' if where.exists() else ', which does not exist'}"
+        f"expected a checkpoint: a file, or a folder of torch.distributed.checkpoint or DeepSpeed, got {path}{hint}"
     )
 
 
@@ -263,6 +268,7 @@ def _inspect_dcp(path: Path) -> Contents:
         num_ranks=manifest.num_ranks if manifest else _ranks_of(found),
         aliases=aliases,
         versions=dict(manifest.versions) if manifest else {},
+        optimizer=manifest.optimizer if manifest else "",
         damage=manifest.damage(path) if manifest else None,
     )
 
