@@ -132,11 +132,17 @@ def mean_in_rank_order(gradients: Sequence[Tensor]) -> Tensor:
     return (total / len(gradients)).to(gradients[0].dtype)
 
 
-def reduce_for_control(group: Any, gradient: Tensor) -> Tensor:
-    """The mean over the ranks of a group, by torch's own all-gather and the rule above."""
-    gathered = [torch.empty_like(gradient, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(gathered, gradient.contiguous(), group=group)
-    return mean_in_rank_order(gathered)
+def reduce_for_control(group: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The means over the ranks of a group, by one of torch's own all-gathers for each dtype and the rule above."""
+    means: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        places = [place for place, gradient in enumerate(gradients) if gradient.dtype is dtype]
+        flat = torch.cat([gradients[place].flatten() for place in places])
+        gathered = [torch.empty_like(flat) for _ in range(group.size())]
+        dist.all_gather(gathered, flat, group=group)
+        parts = mean_in_rank_order(gathered).split([gradients[place].numel() for place in places])
+        means |= {place: part.view(gradients[place].shape) for place, part in zip(places, parts, strict=True)}
+    return [means[place] for place in range(len(gradients))]
 
 
 def mains_of(groups: Groups) -> Groups:

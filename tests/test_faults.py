@@ -5,22 +5,18 @@ learning rate has to be the same, bit for bit; at another, within what the order
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sharded_dadamw.checkpoint import checkpoints
-from tests import dying_train
+from tests.forked_train import Ended, train
 from tests.test_launch import CHECKOUT, ROUNDING, TEXT, environment
 
 NUM_STEPS = 24
@@ -30,58 +26,6 @@ OPTIONS = [
     *("--data", str(TEXT), "--sample-bytes", "0", "--no-plot", "--bucket-cap-mb", "0.1"),
     *("--checkpoint-every", str(EVERY), "--keep-last", "3"),
 ]
-# Processes that have imported everything already start at once.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Processes that have ended, by rank: how, and what they said."""
-
-    codes: list[int | None]
-    output: str
-
-
-def start_rank(arguments: list[str], names: dict[str, str], faults: list[dict[str, Any]], output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(names)
-    torch.set_num_threads(1)
-    dying_train.arm(faults)
-    sys.argv = ["train.py", *arguments]
-    dying_train.launch.train.main()
-
-
-def train(
-    folder: Path, *options: str, ranks: int, faults: list[dict[str, Any]] | None = None, start: int | None = None
-) -> Ended:
-    """Start the ranks and wait for their ends; with `start`, as torchrun would, the how-many-eth time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    address |= {"LOCAL_WORLD_SIZE": str(ranks), "COLUMNS": "200"}
-    if start is not None:
-        address |= {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": str(start)}
-    outputs = [folder.with_name(f"{folder.name}.{rank}.log") for rank in range(ranks)]
-    processes = [
-        FORKS.Process(
-            target=start_rank,
-            args=(["--run-dir", str(folder), *options], address | {"RANK": str(rank)}, faults or [], outputs[rank]),
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=100)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return Ended([process.exitcode for process in processes], "".join(path.read_text() for path in outputs))
 
 
 def train_with_torchrun(folder: Path, faults: list[dict[str, Any]]) -> Ended:
@@ -100,7 +44,7 @@ def train_with_torchrun(folder: Path, faults: list[dict[str, Any]]) -> Ended:
         finally:
             agent.terminate()  # it takes its workers along, which it could not if it were killed
             agent.wait(timeout=60)
-    return Ended([agent.returncode], output.read_text())
+    return Ended([agent.returncode], [output.read_text()])
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:

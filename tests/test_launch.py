@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from launch.model import GPT
 from launch.options import PRESETS, Choice, Preset, Settings, read_settings
 from launch.train import Training
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
+from tests import forked_train
 from tests.pool import on_ranks
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -78,27 +78,9 @@ def train_with_torchrun(folder: Path) -> Run:
 
 def train(folder: Path, *options: str, ranks: int) -> Run:
     """As torchrun would start the ranks, without waiting for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, TRAIN, *OPTIONS, "--run-dir", str(folder), "--no-checkpoint", "--no-plot", *options]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks), **address),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
-    return finished(folder, outputs[0])
+    ended = forked_train.train(folder, *OPTIONS, "--no-checkpoint", "--no-plot", *options, ranks=ranks)
+    assert ended.codes == [0] * ranks, ended.output
+    return finished(folder, ended.outputs[0])
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +144,13 @@ def test_one_rank_started_without_torchrun_draws_the_curve_of_two(two_ranks: Run
 
 
 def test_accumulating_over_micro_batches_draws_the_same_curve(two_ranks: Run, tmp_path: Path) -> None:
-    run = train(tmp_path, "--micro-batches", "4", "--bucket-cap-mb", "0.1", ranks=2)
+    run = train(tmp_path / "run", "--micro-batches", "4", "--bucket-cap-mb", "0.1", ranks=2)
     assert run.losses == pytest.approx(two_ranks.losses, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("optimizer", ["decoupled", "ddp-adamw", "torch-zero", "fairscale-oss"])
 def test_every_other_optimizer_draws_the_same_curve(optimizer: str, two_ranks: Run, tmp_path: Path) -> None:
-    run = train(tmp_path, "--optimizer", optimizer, ranks=2)
+    run = train(tmp_path / "run", "--optimizer", optimizer, ranks=2)
     assert run.losses == pytest.approx(two_ranks.losses, abs=ROUNDING)
     grad_norms = [step["grad_norm"] for step in two_ranks.steps]
     assert [step["grad_norm"] for step in run.steps] == pytest.approx(grad_norms, rel=1e-3)

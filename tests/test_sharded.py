@@ -380,13 +380,14 @@ def train_model(group: Any, name: str, dtype: torch.dtype, bucket_cap_mb: float,
             with contextlib.nullcontext() if micro == num_micro - 1 else optimizer.no_sync():
                 model.loss(seed).backward()
         norm = torch.tensor(0.0)
-        reduced = {}
+        local = {}
         for (key, p), twin_p in zip(params.items(), twin.parameters(), strict=True):
             assert (p.grad is None) == (twin_p.grad is None), f"{key}: a gradient appeared or got lost"
             if p.grad is not None:
                 # Other addresses, maybe another order of sums inside a matrix product: not always the same bits.
                 torch.testing.assert_close(p.grad, twin_p.grad, rtol=0.05 if dtype == BF16 else 1e-4, atol=1e-6)
-                reduced[key] = reduce_for_control(group, p.grad)
+                local[key] = p.grad
+        reduced = dict(zip(local, reduce_for_control(group, list(local.values())), strict=True))
         if clip:
             norm = optimizer.clip_grad_norm_(0.1)
             check_norm(norm, reduced, 2.0)
