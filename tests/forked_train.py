@@ -4,7 +4,6 @@ An interpreter that imports what training needs computes for more than two secon
 fraction of one.
 """
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,10 +15,7 @@ from typing import Any
 import torch
 
 from tests import dying_train
-
-FORKS = multiprocessing.get_context("forkserver")
-# Beside this module: what optimizers import when they are first made, and updates when they first run.
-FORKS.set_forkserver_preload([__name__, "torch._dynamo", "sharded_dadamw.numba_kernel"])
+from tests.pool import FORKS
 
 
 @dataclass(frozen=True)

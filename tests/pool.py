@@ -45,6 +45,10 @@ CASE_TIMEOUT_S = 60.0  # a case takes milliseconds, and its first one the import
 GRACE_S = 5.0  # once one rank has failed, how long the others get to finish or fail too
 COLLECTIVE_TIMEOUT = timedelta(seconds=150)  # longer than a case, so that a hang is reported as a hang
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported already what takes seconds: all of training, and what optimizers import late."""
+FORKS.set_forkserver_preload(["tests.forked_train", "torch._dynamo", "sharded_dadamw.numba_kernel"])
+
 
 class RankFailure(AssertionError):
     """A case failed on one or more ranks; the message carries every failing rank's traceback."""
@@ -118,6 +122,8 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     torch.set_num_threads(1)
+    # Ranks meet on the loopback interface: no name resolution, no firewall.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=COLLECTIVE_TIMEOUT)
     groups = {num_ranks: _new_group(num_ranks) for num_ranks in range(1, NUM_RANKS + 1)}
@@ -227,16 +233,13 @@ class Pool:
         self.close()
         self._owner_pid = os.getpid()
         self.num_starts += 1
-        # Ranks meet on the loopback interface: no name resolution, no firewall.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         self._stack_folder = tempfile.TemporaryDirectory()
         # The store lives here, so that it outlives any worker and its port is known to be free.
         self._store = dist.TCPStore("127.0.0.1", 0, NUM_RANKS, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
         for rank in range(NUM_RANKS):
-            ours, theirs = context.Pipe()
+            ours, theirs = FORKS.Pipe()
             stack_file = str(Path(self._stack_folder.name) / str(rank))
-            process = context.Process(
+            process = FORKS.Process(
                 target=_worker, args=(rank, self._store.port, theirs, stack_file), name=f"rank-{rank}", daemon=True
             )
             process.start()

@@ -161,7 +161,7 @@ WAYS = {
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_reducing_leads_to_the_bits_of_the_control(way: str, num_ranks: int) -> None:
-    on_ranks(num_ranks, train, "tied language model", WAYS[way], 10)
+    on_ranks(num_ranks, train, "tied language model", WAYS[way], 20)
 
 
 @pytest.mark.parametrize("way", ["hooks", "sharded", "sharded, three reductions", "clipped, two passes"])
