@@ -162,12 +162,20 @@ class Bucket:
 
     def reset_main_(self) -> None:
         """Take the main parameter from the weights, after those were filled with others."""
-        if self.main is None:
-            return
-        if self.main.dtype is torch.int16:
-            self.main.zero_()
-        else:
-            self.main.copy_(self.workplace.current_param(slice(None)))
+        if self.main is not None:
+            self.main.copy_(self._main_of_weights(self.main, slice(None)))
+
+    def main_of_weight(self, slot: int) -> Tensor:
+        """What this rank's fragment of a main parameter is where nothing is known but the weight, 1-D; only to be read.
+
+        Of borrowed weights it is what they were at the last ``weights.refresh_``.
+        """
+        assert self.main is not None
+        part = _part(self.layout.fragment(slot, self.rank))
+        return self._main_of_weights(self.main[part], part)
+
+    def _main_of_weights(self, main: Tensor, part: slice) -> Tensor:
+        return torch.zeros_like(main) if main.dtype is torch.int16 else self.workplace.current_param(part)
 
     def gradient_runs(self, wanted: Sequence[bool]) -> list[Tensor]:
         """The parts of the reduced gradient shard that belong to the slots that are ``wanted``, as few 1-D views."""

@@ -665,7 +665,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         which fills it, and then load it here; or use :func:`sharded_dadamw.checkpoint.load_checkpoint`, which does
         that. Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW
         or Composer's optimizer. Hyperparameters come from ``state_dict``, ``initial_lr`` included, as in torch. State
-        is copied into place, and never rounded, but for moments in 8 bits.
+        is copied into place, and never rounded, but for moments in 8 bits. A main parameter of which nothing was saved
+        is taken from the weight as it is now; if that is loaded later, from that one at the next step.
 
         Raises:
             ValueError: Fragments come from another rank or layout, or an entry is missing, surplus, has another shape

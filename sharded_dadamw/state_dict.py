@@ -167,7 +167,8 @@ def match_state(
     Args:
         state_dict: What ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since: this
             rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
-            Composer's optimizer. Fragments that were left out of a partial load stay as they are.
+            Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main
+            parameters: where nothing was saved of one, it is taken from the weight.
         buckets: All buckets of the rank.
         groups: The optimizer's parameter groups.
 
@@ -186,6 +187,7 @@ def match_state(
     saved_keys = [saved_key for group in saved_groups for saved_key in group["params"]]
     pairs: _Pairs = []
     for bucket in buckets:
+        bucket.weights.refresh_()
         for slot, member in enumerate(bucket.members):
             saved = state_dict["state"].get(saved_keys[member.index], {})
             pairs += _match(bucket, slot, saved)
@@ -196,6 +198,7 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     name = bucket.members[slot].name
     entries = _entries(bucket, slot, as_stored=any(key.endswith("_codes") for key in saved))
     # Whoever saved it may have kept no main parameter: ours is then the weight. Or it was never stepped: all zeros.
+    # What ours was by then is another run's, even where both runs' weights round to the same.
     missing = [key for key in entries if key not in saved and saved and not key.startswith("main_")]
     surplus = [key for key in saved if key not in entries and not key.startswith("main_")]
     if missing or surplus:
@@ -209,12 +212,15 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
             f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
             "ShardingConfig that saved it, or use load_checkpoint, which has the weight too and converts"
         )
+    is_loaded = any(is_fragment(value) and value.loaded is not None for value in saved.values())
     pairs: _Pairs = []
     for key, entry in entries.items():
-        if key in saved:
-            pairs += _match_entry(f"state of {name}, {key}", entry, saved[key])
-        elif key != "main_param":
-            pairs.append((entry.live, torch.zeros(entry.live.shape, dtype=entry.live.dtype)))
+        matched = _match_entry(f"state of {name}, {key}", entry, saved[key]) if key in saved else []
+        if key.startswith("main_") and not matched and (key not in saved or is_loaded):
+            matched = [(entry.live, bucket.main_of_weight(slot))]
+        elif key not in saved:
+            matched = [(entry.live, torch.zeros(entry.live.shape, dtype=entry.live.dtype))]
+        pairs += matched
     return pairs
 
 

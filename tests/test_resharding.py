@@ -346,6 +346,38 @@ def exchange_with_torchs_adamw(group: Any, path: str) -> bool:
     return True
 
 
+def load_partially_without_main(group: Any, path: str, main: MainParameter) -> bool:
+    """From a run in bf16 without main parameters, which is what stands in the model then."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
+    model = fully_shard(Model(0, torch.bfloat16), mesh=mesh)
+    theirs = Run(model, DecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True), group)
+    fit(theirs, range(2))
+    dcp.save(state_of(theirs), checkpoint_id=path, process_group=group)
+    run = ours(group, 1, dtype=torch.bfloat16, main_parameter=main)
+    fit(run, range(2))
+    state, before = state_of(run), whole(run)
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    assert_same(whole(run), before)  # nothing has been read
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=path, planner=planner, process_group=group)
+    set_model_state_dict(run.model, state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    entries, weights = whole(run)
+    for name, of_it in entries["state"].items():
+        if main is MainParameter.FP32:
+            assert torch.equal(of_it["main_param"], weights[name].float())
+        else:
+            assert not of_it["main_remainder"].any()
+    return True
+
+
+@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
+def test_a_main_parameter_that_a_partial_load_leaves_out_becomes_the_weight(
+    main: MainParameter, tmp_path: Path
+) -> None:
+    assert on_ranks(2, load_partially_without_main, str(tmp_path), main) == [True] * 2
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_fsdp2_with_torchs_adamw_loads_ours_and_we_load_theirs(num_ranks: int, tmp_path: Path) -> None:
     assert on_ranks(num_ranks, exchange_with_torchs_adamw, str(tmp_path)) == [True] * num_ranks

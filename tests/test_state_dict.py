@@ -97,6 +97,44 @@ def test_a_run_goes_on_bit_for_bit_on_another_number_of_ranks(
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
 
 
+def resumed_without_main(
+    group: Any, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str, num_steps: int
+) -> list[Tensor]:
+    """Main parameters and weights of a run that takes steps of its own, loads one that had no mains, and takes one."""
+    params, optimizer = build(group, "bf16", seed=1, **settings)
+    train(optimizer, params, range(10, 10 + num_steps))
+    if first == "optimizer":
+        optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for p, weight in zip(params.values(), weights, strict=True):
+            p.copy_(weight)
+    if first == "weights":
+        optimizer.load_state_dict(saved)
+    train(optimizer, params, range(NUM_STEPS, NUM_STEPS + 1))
+    state = optimizer.state_dict()["state"]
+    mains = [value for entries in state.values() for key, value in entries.items() if key.startswith("main_")]
+    assert len(mains) == len(params)
+    return [value.detach().clone() for value in (*mains, *params.values())]
+
+
+@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
+@pytest.mark.parametrize("first", ["optimizer", "weights"])
+@pytest.mark.parametrize("has_stepped", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_of_a_main_parameter_nothing_is_left_after_a_load_that_has_none(
+    num_ranks: int, has_stepped: bool, first: str, main: MainParameter
+) -> None:
+    """Not even where both runs' weights are the same in bf16; as from a fresh optimizer."""
+    groups = make_groups("bf16", 1)
+    params, control = named(groups), DecoupledAdamW(groups, **LAW)
+    train(control, params, range(NUM_STEPS if has_stepped else 0))
+    weights = [p.detach().clone() for p in params.values()]
+    args = dict(main_parameter=main), control.state_dict(), weights, first
+    fresh = on_ranks(num_ranks, resumed_without_main, *args, 0)[0]
+    for resumed in on_ranks(num_ranks, resumed_without_main, *args, 2):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, fresh, strict=True))
+
+
 def test_it_is_the_unsharded_optimizers_state_on_every_rank() -> None:
     groups = make_groups("several groups", 0)
     params = named(groups)
@@ -254,6 +292,32 @@ def through_torch_checkpoint(group: Any, hsdp: bool) -> bool:
 @pytest.mark.parametrize(("num_ranks", "hsdp"), [(1, False), (2, False), (4, True)])
 def test_torchs_checkpoint_functions_save_and_load_it_by_name(num_ranks: int, hsdp: bool) -> None:
     assert on_ranks(num_ranks, through_torch_checkpoint, hsdp) == [True] * num_ranks
+
+
+def borrowed_without_main(group: Any) -> bool:
+    """Of HSDP, which writes into weights that are copied for an update only."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(Model().bfloat16(), mesh=mesh)
+    unsharded, ours = (kind(model.named_parameters(), **LAW) for kind in (DecoupledAdamW, ShardedDecoupledAdamW))
+
+    def step(optimizer: Any, seed: int) -> None:
+        model(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)).bfloat16()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(4):
+        step(unsharded, seed)
+        step(ours, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    ours.load_state_dict(unsharded.state_dict())
+    state = ours.state_dict()["state"]
+    return all(torch.equal(whole(state[i]["main_param"]), whole(p).float()) for i, p in enumerate(model.parameters()))
+
+
+def test_main_parameters_of_borrowed_weights_are_taken_from_what_those_are_now() -> None:
+    assert on_ranks(4, borrowed_without_main) == [True] * 4
 
 
 def test_a_remainder_is_not_taken_for_a_main_parameter_or_the_reverse() -> None:
