@@ -31,6 +31,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_dadamw.boxes import Box, boxes_of
 from sharded_dadamw.collectives import Collectives
+from sharded_dadamw.precision import takes
 
 
 class FragmentTensor(DTensor):
@@ -269,7 +270,7 @@ class _Target(Tensor):
         own = args[0] if args and isinstance(args[0], cls) else None
         if own is None:
             return made
-        if func is Tensor.copy_ and torch.promote_types(args[1].dtype, own.dtype) != own.dtype:
+        if func is Tensor.copy_ and not takes(own.dtype, args[1]):
             raise ValueError(f"{own.entry}: expected {own.dtype}, got {args[1].dtype}, which would be rounded")
         if isinstance(made, cls):
             made.entry = own.entry

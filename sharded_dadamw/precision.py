@@ -1,4 +1,4 @@
-"""Numbers narrower than fp32 that lose nothing: the exact 16-bit remainder, and stochastic rounding.
+"""Numbers narrower than fp32 that lose nothing: the exact 16-bit remainder, stochastic rounding, and who holds whom.
 
     fp32 value   s eeeeeeee mmmmmmm|mmmmmmmmmmmmmmmm
                  bf16 parameter    |  int16 remainder = value - parameter, as integers
@@ -13,6 +13,10 @@ and integer arithmetic only; so they do not depend on the number of ranks, the b
 """
 
 from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,3 +101,68 @@ def _mix(word: Tensor) -> Tensor:
     word = word ^ (word >> 15)
     word = (word * 0x735A2D97) & _WORD
     return word ^ (word >> 15)
+
+
+class _Numbers(NamedTuple):
+    """What values a dtype has: in [low, high] the multiples of ``unit`` that are a small integer times a power of two.
+
+    Attributes:
+        low: The least of them.
+        high: The greatest, but for infinity.
+        unit: A power of two.
+        integer: The largest absolute value of that integer.
+        infinity: Whether it has one.
+    """
+
+    low: float
+    high: float
+    unit: float
+    integer: float
+    infinity: bool
+
+
+@cache
+def _numbers_of(dtype: torch.dtype) -> _Numbers | None:
+    """The values of a dtype, or of its real part; None where torch converts nothing to it, as to packed ones."""
+    real = dtype.to_real()
+    try:
+        infinity = torch.tensor([math.inf], device="cpu").to(real).tolist() == [math.inf]
+    except RuntimeError:
+        return None
+    if real is torch.bool:
+        return _Numbers(0, 1, 1, 1, False)
+    if not real.is_floating_point:
+        integers = torch.iinfo(real)
+        return _Numbers(integers.min, integers.max, 1, max(-integers.min, integers.max), False)
+    floats = torch.finfo(real)
+    # Of float8_e5m2fnuz that of finfo is half of what it is.
+    next_to_1 = (torch.ones(1, dtype=real, device="cpu").view(getattr(torch, f"int{8 * real.itemsize}")) + 1).view(real)
+    eps = next_to_1.to(torch.float64).item() - 1
+    return _Numbers(floats.min, floats.max, eps * floats.tiny, 2 / eps, infinity)
+
+
+@cache
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of ``other`` is a value of ``dtype``, so that a copy rounds nothing.
+
+    Not so of int64 in bf16, to which ``torch.promote_types`` would take both.
+    """
+    ours, theirs = _numbers_of(dtype), _numbers_of(other)
+    if dtype == other or ours is None or theirs is None:
+        return dtype == other
+    return (
+        ours.low <= theirs.low
+        and theirs.high <= ours.high
+        and ours.unit <= theirs.unit
+        and theirs.integer <= ours.integer
+        and ours.infinity >= theirs.infinity
+        and dtype.is_complex >= other.is_complex
+    )
+
+
+def takes(dtype: torch.dtype, values: Tensor) -> bool:
+    """Whether a copy of ``values`` into ``dtype`` rounds nothing.
+
+    That goes by their dtype; of a single number, shape [], by itself too, since others count steps in other dtypes.
+    """
+    return holds(dtype, values.dtype) or (not values.dim() and values.to(dtype).item() == values.item())

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_dadamw.buffers import Bucket
 from sharded_dadamw.collectives import Collectives, NativeVerbs
 from sharded_dadamw.placement import is_fragment, like_parameter, local
+from sharded_dadamw.precision import takes
 from sharded_dadamw.storage import BLOCK_8BIT, is_in_8_bits, widened
 
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -242,7 +243,7 @@ def _match_entry(name: str, entry: _Entry, saved: Any) -> _Pairs:
             raise ValueError(f"{name}: expected {list(entry.part_shape)}, got {list(whole.shape)}")
         values = whole.reshape(-1)[entry.start : stop]
     expected = torch.float32 if is_in_8_bits(live) else live.dtype
-    if torch.promote_types(values.dtype, expected) != expected:
+    if not takes(expected, values if live.dim() else values.view(())):
         raise ValueError(f"{name}: expected {expected}, got {values.dtype}, which would be rounded")
     is_live = not is_in_8_bits(live) and values.numel() > 0 and values.data_ptr() == live.data_ptr()
     return [] if is_live else [(live, values.view(live.shape))]

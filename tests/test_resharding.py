@@ -534,6 +534,8 @@ def save_and_load_other(group: Any, path: str, kind: str) -> str:
         entries["exp_avg_sq"] = torch.zeros(38)
     elif kind == "a wider dtype":
         entries["exp_avg_sq"] = torch.zeros(37, dtype=torch.float64)
+    elif kind == "integers":
+        entries["exp_avg_sq"] = torch.full((37,), 2**24 + 1)
     dcp.save(state, checkpoint_id=path, process_group=group)
     target = ours(group, 1)
     fit(target, range(1))
@@ -546,7 +548,7 @@ def save_and_load_other(group: Any, path: str, kind: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["a missing entry", "another shape", "a wider dtype"])
+@pytest.mark.parametrize("kind", ["a missing entry", "another shape", "a wider dtype", "integers"])
 def test_what_does_not_fit_is_named_and_the_live_state_is_as_it_was(kind: str, tmp_path: Path) -> None:
     for said in on_ranks(2, save_and_load_other, str(tmp_path), kind):
         assert "inner.bias" in said and "exp_avg_sq" in said, said

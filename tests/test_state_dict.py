@@ -1,6 +1,7 @@
 """Whole state dicts: the tensors of the unsharded optimizer, from and into any number of ranks and any layout."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -192,6 +193,16 @@ def test_the_state_of_torchs_adamw_loads() -> None:
     assert optimizer.param_groups[0]["initial_lr"] == LAW["lr"]
 
 
+def test_steps_that_were_counted_in_integers_load() -> None:
+    params, optimizer = build(None, "odd sizes")
+    train(optimizer, params, range(NUM_STEPS))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entries, count in zip(saved["state"].values(), itertools.cycle([5, torch.tensor(5)])):
+        entries["step"] = count
+    optimizer.load_state_dict(saved)
+    assert all(entries["step"] == 5 for entries in optimizer.state.values())
+
+
 def test_a_state_that_never_stepped_starts_from_scratch() -> None:
     params, optimizer = build(None, "bf16")
     train(optimizer, params, range(1))
@@ -206,6 +217,7 @@ def test_a_state_that_never_stepped_starts_from_scratch() -> None:
         ("entry", "p3.*exp_avg"),
         ("shape", r"p1, exp_avg: expected .*\[13, 3\].*\[5\]"),
         ("dtype", "p1.*float64"),
+        ("integers", "p1, exp_avg: .*int64, which would be rounded"),
         ("amsgrad", "amsgrad"),
     ],
 )
@@ -220,6 +232,8 @@ def test_a_whole_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(
         saved["state"][1]["exp_avg"] = torch.zeros(5)
     elif kind == "dtype":
         saved["state"][1]["exp_avg_sq"] = saved["state"][1]["exp_avg_sq"].double()
+    elif kind == "integers":
+        saved["state"][1]["exp_avg"] = torch.full_like(saved["state"][1]["exp_avg"], 2**24 + 1, dtype=torch.int64)
     else:
         saved["param_groups"][0]["amsgrad"] = True
     before = copy.deepcopy(optimizer.state_dict())
