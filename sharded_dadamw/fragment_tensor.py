@@ -33,6 +33,9 @@ from sharded_dadamw.boxes import Box, boxes_of
 from sharded_dadamw.collectives import Collectives
 from sharded_dadamw.precision import takes
 
+_SENT_AS = {torch.int16: torch.float16}
+"""Dtypes that backends do not send, and others of that size, as which their bits arrive unchanged."""
+
 
 class FragmentTensor(DTensor):
     """A tensor of which this rank holds a range of the flattened elements of its local part.
@@ -173,14 +176,15 @@ class FragmentTensor(DTensor):
         # Of an element's bytes those of ranks that do not have it are 0, and all that do have it have the same.
         ranks.everyone.all_reduce_(part.view(torch.uint8), dist.ReduceOp.MAX).wait()
         whole: Any = DTensor.from_local(
-            part.view(self._part_shape),
+            part.view(_SENT_AS.get(self.dtype, self.dtype)).view(self._part_shape),
             self.device_mesh,
             self.placements,
             run_check=False,
             shape=self.shape,
             stride=self.stride(),
         )
-        spread: DTensor = whole.redistribute(*args, **kwargs)
+        moved: Any = whole.redistribute(*args, **kwargs)
+        spread: DTensor = moved.view(self.dtype) if self.dtype in _SENT_AS else moved
         return spread
 
     def full_tensor(self, **kwargs: Any) -> Tensor:

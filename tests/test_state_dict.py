@@ -14,10 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.precision import join
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks
 
@@ -332,6 +334,40 @@ def borrowed_without_main(group: Any) -> bool:
 
 def test_main_parameters_of_borrowed_weights_are_taken_from_what_those_are_now() -> None:
     assert on_ranks(4, borrowed_without_main) == [True] * 4
+
+
+def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor]:
+    """By name the main parameters, whole, of a model whose parameters are DTensors."""
+    model: nn.Module = Model().bfloat16()
+    sharing = {}
+    if layout == "HSDP":
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(output_layouts=Replicate())})
+        sharing = {"process_group": mesh["dp"]}
+    config = ShardingConfig(main_parameter=main)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config, **sharing)
+    for step in range(NUM_STEPS):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
+    if main is MainParameter.FP32:
+        return {name: entries["main_param"] for name, entries in full.items()}
+    remainders = {name: entries["main_remainder"] for name, entries in full.items()}
+    assert all(remainder.dtype is torch.int16 for remainder in remainders.values())
+    return {name: join(whole(p), remainders[name]) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", ["HSDP", "tensor parallel"])
+def test_remainders_of_dtensors_come_whole_bit_for_bit(layout: str) -> None:
+    """No backend sends int16."""
+    expected = on_ranks(4, full_mains, layout, MainParameter.FP32)[0]
+    for mains in on_ranks(4, full_mains, layout, MainParameter.REMAINDER):
+        assert mains.keys() == expected.keys()
+        assert all(torch.equal(main, expected[name]) for name, main in mains.items())
 
 
 def test_a_remainder_is_not_taken_for_a_main_parameter_or_the_reverse() -> None:
