@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialLR
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, SequentialLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -72,6 +72,15 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, remainder": {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16},
     "ours, fp32 main": {"main_parameter": MainParameter.FP32, "moments": Moments.BF16},
+    "ours, no main": {"main_parameter": MainParameter.NONE, "moments": Moments.BF16},
+}
+
+
+PLAIN: dict[str, Any] = {
+    "DecoupledAdamW": DecoupledAdamW,
+    "AdamW": AdamW,
+    "Adam": Adam,
+    "named AdamW": type("AdamW", (DecoupledAdamW,), {}),
 }
 
 
@@ -97,7 +106,7 @@ def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[
         config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **OURS[kind])
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
     else:
-        optimizer = {"DecoupledAdamW": DecoupledAdamW, "AdamW": AdamW}[kind](model.parameters(), **LAW)
+        optimizer = PLAIN[kind](model.parameters(), **LAW)
     return model, optimizer, CosineAnnealingLR(optimizer, T_max=10)
 
 
@@ -181,7 +190,7 @@ def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, tmp_path: P
             assert differences(expected, loaded) == []
 
 
-@pytest.mark.parametrize("kind", list(OURS))
+@pytest.mark.parametrize("kind", [kind for kind in OURS if kind != "ours, no main"])
 @pytest.mark.parametrize(("num_saving", "num_loading"), [(3, 2), (2, 4), (1, 3)])
 def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
     kind: str, num_saving: int, num_loading: int, tmp_path: Path
@@ -257,6 +266,9 @@ def loads_another_law(group: Any, wrote: str, reads: str, root: Path) -> str:
         ("AdamW", "ours", "convert {}/step_00000002 NEW --from torch"),
         ("AdamW", "DecoupledAdamW", "convert {}/step_00000002 NEW --from torch"),
         ("ours", "AdamW", "convert {}/step_00000002 NEW.pt --from sharded-dadamw"),
+        ("Adam", "ours", "got that of torch.optim.adam.Adam in {}/step_00000002; nothing is known"),
+        ("ours", "Adam", "expected that of torch.optim.adam.Adam, got that of ShardedDecoupledAdamW"),
+        ("AdamW", "named AdamW", "convert {}/step_00000002 NEW --from torch"),
     ],
 )
 def test_weight_decay_that_means_something_else_is_refused(
@@ -264,6 +276,87 @@ def test_weight_decay_that_means_something_else_is_refused(
 ) -> None:
     for said in on_ranks(2, loads_another_law, wrote, reads, tmp_path):
         assert "weight_decay: expected that of" in said and command.format(tmp_path) in said, said
+
+
+def loads_without_main(group: Any, wrote: str, reads: str, root: Path) -> list[str]:
+    source = build(wrote, group, dtype=torch.bfloat16)
+    fit(*source, 3)
+    save_checkpoint(root, step=3, **run(group, *source))
+    expected = wide(whole(*source[:2]))
+    keys = [key for key in expected if key.endswith(", main_param")]
+    mains = {key.removesuffix(", main_param"): expected.pop(key) for key in keys}
+    if reads == "ours, no main":
+        target = build(reads, group, seed=1, dtype=torch.bfloat16)
+        with pytest.warns(UserWarning, match=rf"main parameters of {len(mains)} parameters, such as embedding\.weight"):
+            load_checkpoint(root, **run(group, *target))
+    else:
+        target = build(reads, group, seed=1)
+        load_checkpoint(root, **run(group, *target))
+        expected |= mains
+    found = {key: value.float() for key, value in whole(*target[:2]).items()}
+    return differences({key: value.float() for key, value in expected.items()}, found)
+
+
+@pytest.mark.parametrize("wrote", ["ours, remainder", "ours, fp32 main"])
+@pytest.mark.parametrize("reads", ["ours, no main", "ours", "DecoupledAdamW"])
+def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_a_word(
+    wrote: str, reads: str, tmp_path: Path
+) -> None:
+    assert on_ranks(2, loads_without_main, wrote, reads, tmp_path) == [[], []]
+
+
+@pytest.mark.parametrize("kind", ["ours", "DecoupledAdamW", "AdamW"])
+def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> None:
+    model, optimizer, schedule = build(kind, None)
+    fit(model, optimizer, schedule, 2)
+    frozen = model.get_parameter("head.weight").requires_grad_(False)
+    fit(model, optimizer, schedule, 1)
+    save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer)
+    expected = whole(model, optimizer)
+    assert expected["head.weight, step"] == 2 and expected["head.weight, exp_avg"].any()
+    model.requires_grad_(True)
+    fit(model, optimizer, schedule, 2)
+    frozen.requires_grad_(False)
+    load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert differences(expected, whole(model, optimizer)) == [] and not frozen.requires_grad
+
+
+def test_a_schedule_for_groups_in_another_order_is_refused(tmp_path: Path) -> None:
+    """It has a list with an entry for each group; and an empty group is found as well."""
+
+    def make(order: str) -> tuple[nn.Module, Any, Any]:
+        model = Model(seed=len(order))
+        groups: dict[str, Any] = {
+            "a": {"params": [*model.parameters()][:2], "lr": 1e-1},
+            "b": {"params": [*model.parameters()][2:], "lr": 1e-3},
+            "c": {"params": [], "lr": 7.0},
+        }
+        optimizer = DecoupledAdamW([groups[name] for name in order])
+        return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    source = make("abc")
+    fit(*source, 2)
+    save_checkpoint(tmp_path, step=2, **run(None, *source))
+    target = make("cba")
+    before = whole(*target[:2])
+    with pytest.raises(ValueError, match=r"scheduler: expected groups in the order of .* order \[2, 1, 0\]"):
+        load_checkpoint(tmp_path, **run(None, *target))
+    assert differences(before, whole(*target[:2])) == []
+    load_checkpoint(tmp_path, model=target[0], optimizer=target[1])
+    assert differences(whole(*source[:2]), whole(*target[:2])) == []
+    assert [group["lr"] for group in target[1].param_groups] == [group["lr"] for group in source[1].param_groups[::-1]]
+    load_checkpoint(tmp_path, **run(None, *make("abc")))
+
+
+def test_two_weights_of_one_name_but_for_a_wrappers_are_not_filled_from_one(tmp_path: Path) -> None:
+    source: Any = nn.Sequential()
+    source.add_module("linear", nn.Linear(3, 2))
+    target: Any = copy.deepcopy(source)
+    target.module = nn.Sequential()
+    target.module.add_module("linear", nn.Linear(3, 2))
+    save_checkpoint(tmp_path, step=1, model=source, optimizer=AdamW(source.parameters()))
+    with pytest.raises(ValueError, match=r"expected .* to have module\.linear\.weight and linear\.weight, got one"):
+        load_checkpoint(tmp_path, model=target, optimizer=AdamW(target.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -501,24 +594,24 @@ def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str,
     assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
 
 
-def from_fsdp1_to_plain(group: Any, kind: str, root: Path) -> list[str]:
-    parts = build(kind, group)
+def from_fsdp1_to_plain(group: Any, kind: str, tie: bool, root: Path) -> list[str]:
+    parts = build(kind, group, tie=tie)
     fit(*parts, 2)
     save_checkpoint(root, step=2, **run(group, *parts))
-    again = build(kind, group, seed=1)
+    again = build(kind, group, seed=1, tie=tie)
     load_checkpoint(root, **run(group, *again))
     save_checkpoint(root, step=3, **run(group, *again))
-    first, last = build("AdamW", group), build("AdamW", group)
+    first, last = build("AdamW", group, tie=tie), build("AdamW", group, tie=tie)
     load_checkpoint(root / "step_00000002", **run(group, *first))
     load_checkpoint(root / "step_00000003", **run(group, *last))
     assert all(entries["step"] == 2 for entries in first[1].state.values())
     return differences(whole(*first[:2]), whole(*last[:2]))
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1, flat"])
-def test_what_fsdp1_shards_loads_there_and_without(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", False), ("fsdp1, flat", True)])
+def test_what_fsdp1_shards_loads_there_and_without(kind: str, tie: bool, tmp_path: Path) -> None:
     """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
-    assert on_ranks(4, from_fsdp1_to_plain, kind, tmp_path) == [[]] * 4
+    assert on_ranks(4, from_fsdp1_to_plain, kind, tie, tmp_path) == [[]] * 4
 
 
 def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:

@@ -613,6 +613,16 @@ def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
         read_state(tmp_path / "again", Source.TORCH)
 
 
+@pytest.mark.parametrize("source", [Source.OURS, Source.TORCH])
+def test_a_checkpoint_of_an_optimizer_that_nobody_knows_is_not_converted(source: Source, tmp_path: Path) -> None:
+    model = build_model()
+    optimizer = torch.optim.RAdam(model.parameters(), weight_decay=0.1, decoupled_weight_decay=True)
+    trained(optimizer, model, 1)
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"got one of torch\.optim\.radam\.RAdam, .* nothing is known"):
+        read_state(tmp_path, source)
+
+
 def test_decay_without_a_peak_cannot_be_exported(ours: tuple[nn.Module, DecoupledAdamW]) -> None:
     state = get_optimizer_state_dict(*ours, options=FULL)
     state["param_groups"][0] |= {"initial_lr": 0.0, "lr": 0.0}

@@ -138,23 +138,43 @@ def load_checkpoint(
     def read() -> None:
         entries: dict[str, Any] = {}
         names = match_model(saved, model, live["model"], entries)
+        numbers: list[int] = []
         if optimizer is not None:
-            match_optimizer(saved, model, optimizer, live["optimizer"], names, entries)
+            numbers = match_optimizer(saved, optimizer, live["model"], live["optimizer"], names, entries)
+        if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
+            raise ValueError(
+                f"scheduler: expected groups in the order of {folder}, by which it knows them, got them in the order "
+                f"{numbers}; build the optimizer in that order, or pass scheduler=None"
+            )
         of_ranks = saved.under(RANKS)
         for entry in of_ranks.values():
             entries[entry] = saved.placeholder(entry)
         read_entries(folder, metadata, entries)
+        saved.require_ties(entries)
         weights.update(live["model"])  # some of which may hold nothing that could be read
         weights.update({name: saved.collect(entries, "model", stored) for name, stored in names.items()})
         if optimizer is not None:
-            state.update(collect_optimizer(saved, live["optimizer"], names, entries))
+            read_state, wide = collect_optimizer(saved, live["optimizer"], numbers, names, entries)
+            state.update(read_state)
+            weights.update({name: wide[stored] for name, stored in names.items() if stored in wide})
         ranks.extend(unpack(entries[f"{RANKS}.{rank}"]) for rank in range(len(of_ranks)))
         if scheduler is not None and (not ranks or ranks[0]["scheduler"] is None):
             raise ValueError(f"scheduler: expected {folder} to hold the state of one, got none; pass scheduler=None")
 
     def take_state() -> None:
-        if optimizer is not None:
+        if optimizer is None:
+            return
+        frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
+        for param in frozen:  # of which torch's function would drop the state
+            param.requires_grad_(True)
+        try:
             set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+        finally:
+            for param in frozen:
+                param.requires_grad_(False)
+        for group, loaded in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            if not group["params"]:  # by which torch's function finds a group; it leaves nothing in this one
+                group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
 
     def take_weights() -> None:
         set_model_state_dict(model, weights)

@@ -135,7 +135,10 @@ class Manifest:
             raise ValueError(f"{path}: expected the manifest of {name}, got that of step {body['step']}")
         if any(Path(name).name != name for name in body["files"]):
             raise ValueError(f"{path}: expected names of files in the folder, got others")
-        return cls(**{**body, "files": {name: FileSum(**known) for name, known in body["files"].items()}})
+        try:
+            return cls(**{**body, "files": {name: FileSum(**known) for name, known in body["files"].items()}})
+        except TypeError as error:  # of entries that are not known here
+            raise ValueError(f"{path}: {error}; load it with the version that wrote it") from error
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:

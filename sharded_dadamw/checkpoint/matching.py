@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED, Manifest
@@ -41,6 +41,7 @@ class SavedEntries:
         self.decays = any(group.get("weight_decay") for group in manifest.param_groups)
         self.optimizer = manifest.optimizer
         self._first = {name: names[0] for names in manifest.aliases for name in names}
+        self._twins: list[tuple[str, str]] = []
         self._metadata = metadata
         self._num_bytes = sum(known.size for known in manifest.files.values())
         self._tree: dict[Any, Any] = {}
@@ -57,6 +58,29 @@ class SavedEntries:
     def first(self, name: str) -> str:
         """The name under which a weight was stored first, of those that are tied to it."""
         return self._first.get(name, name)
+
+    def tie(self, names: list[str]) -> None:
+        """Take weights that were stored apart for one, as which they have to turn out when they are read.
+
+        Args:
+            names: Under which they are stored.
+        """
+        has_state = self.under("optimizer", "state")
+        first, *others = sorted(names, key=lambda name: name not in has_state)
+        self._first |= {name: first for name in self._first if self._first[name] in others}
+        self._first |= dict.fromkeys(others, first)
+        self._twins += [(first, other) for other in others]
+
+    def require_ties(self, entries: Mapping[str, Any]) -> None:
+        """Look whether weights that are one here are equal there.
+
+        Raises:
+            ValueError: They are not; names them.
+        """
+        for one, other in self._twins:
+            nodes = self.under("model")
+            if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
+                raise ValueError(f"model: {one} and {other} are tied, and two different weights in {self.folder}")
 
     def under(self, *path: Any) -> dict[Any, Any]:
         """What stands under a path: entries' flat names, or tables of them."""
@@ -124,6 +148,12 @@ def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dic
     names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
     missing = [name for name, found in names.items() if found is None]
     left_over = sorted(set(saved) - set(names.values()))
+    doubled = [name for name, found in names.items() if name != found and found in names]
+    if doubled and not missing:
+        raise ValueError(
+            f"model: expected {folder} to have {doubled[0]} and {names[doubled[0]]}, got one weight of that name; "
+            "rename one of them"
+        )
     if missing or left_over:
         raise ValueError(
             f"model: expected {folder} to have what the model has; "
@@ -153,11 +183,6 @@ def match_model(
     held = [name for name, value in state.items() if name in saved.under("model") or not _holds_nothing(value)]
     names = _match_names(held, saved.under("model"), saved.folder)
     names = {live: saved.first(name) for live, name in names.items()}
-    for same in tied(model):
-        stored = {names[name]: name for name in reversed(same) if name in names}
-        if len(stored) > 1:
-            one, other = list(stored.values())[-2:][::-1]
-            raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
     for live in held:
         value, node = state[live], saved.under("model")[names[live]]
         if not isinstance(value, Tensor):
@@ -166,11 +191,15 @@ def match_model(
             raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
         elif node not in entries:
             entries[node] = saved.target(node, value)
-    return names
+    for same in tied(model):
+        stored = dict.fromkeys(names[name] for name in same if name in names)
+        if len(stored) > 1:
+            saved.tie(list(stored))
+    return {live: saved.first(name) for live, name in names.items()}
 
 
-_TWINS = {"main_param": ("main_remainder", torch.int16), "main_remainder": ("main_param", torch.float32)}
-"""The two forms of a main parameter, and the dtype of the other one."""
+_OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
+"""The forms of a main parameter: which one is the other, and the dtype of this one."""
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -184,46 +213,53 @@ def _part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, 1-D; of a fragment that was read, what was read."""
     if isinstance(tensor, FragmentTensor):
         return tensor.fragment if tensor.loaded is None else tensor.loaded
+    if isinstance(tensor, ShardedTensor):
+        return torch.cat([shard.tensor.reshape(-1) for shard in tensor.local_shards()] or [torch.empty(0)])
     return local(tensor).reshape(-1)
 
 
-def _in_other_form(own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Where to read what was saved of a main parameter in the form that it does not have here."""
-    found = {}
-    for key, (other, dtype) in _TWINS.items():
-        if key in own:
-            found[other] = _like(own[key], torch.empty_like(_part_of(own[key]), dtype=dtype, device="cpu"))
-    return found
+def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Host memory for values of another dtype of this rank's part of a tensor."""
+    return _like(tensor, torch.empty_like(_part_of(tensor), dtype=dtype, device="cpu"))
 
 
-def _into_own_form(own: Mapping[str, Any], entries: dict[str, Any], weight: Tensor) -> dict[str, Any]:
-    """The entries of a parameter, with its main parameter in the form that it has here. No bit is lost.
+def _in_own_form(live: Tensor, saved: Tensor, weight: Tensor) -> Tensor:
+    """A main parameter that was saved in one form, in the other one; no bit is lost.
 
     Args:
-        own: Its live entries.
-        entries: What was read.
+        live: The live one.
+        saved: What was read.
         weight: The weight that was read.
     """
-    for key, (other, _) in _TWINS.items():
-        if key in own and other in entries:
-            live, saved = own[key], _part_of(entries.pop(other))
-            part = _part_of(weight)
-            if isinstance(live, FragmentTensor):
-                _, start, stop = live.span
-                part = part[start:stop]
-            entries[key] = _like(live, remainder_of(saved, part) if key == "main_remainder" else join(part, saved))
-    return entries
+    value, part = _part_of(saved), _part_of(weight)
+    if isinstance(live, FragmentTensor):
+        _, start, stop = live.span
+        part = part[start:stop]
+    return _like(live, remainder_of(value, part) if live.dtype is torch.int16 else join(part, value))
+
+
+def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
+    """A main parameter as the fp32 weight that it is; ``weight`` is the saved bf16 one, widened."""
+    return saved if saved.dtype is torch.float32 else _like(weight, join(_part_of(weight).bfloat16(), _part_of(saved)))
 
 
 def _match_laws(saved: SavedEntries, live: str) -> None:
     """Look whether weight decay means the same: the entry has one name and the numbers differ by a factor of lr."""
     was, now = IS_DECOUPLED.get(saved.optimizer), IS_DECOUPLED.get(live)
-    if saved.decays and None not in (was, now) and was != now:
+    if not saved.decays or saved.optimizer in ("", live) or was == now:
+        return
+    if was is not None and now is not None:
         target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
-        raise ValueError(
-            f"weight_decay: expected that of {live}, which {'does not scale' if now else 'scales'} with lr, got that "
-            f"of {saved.optimizer} in {saved.folder}; convert it: sharded-dadamw convert {saved.folder} {target}"
-        )
+        hint = f"convert it: sharded-dadamw convert {saved.folder} {target}"
+    else:
+        hint = "nothing is known of how these compare, so pass optimizer=None to load the rest"
+    raise ValueError(
+        f"weight_decay: expected that of {live}{_SCALES[now]}, got that of {saved.optimizer}{_SCALES[was]} in "
+        f"{saved.folder}; {hint}"
+    )
+
+
+_SCALES = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
 
 
 def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[int]:
@@ -234,7 +270,7 @@ def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], name
         raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
     left, numbers = list(range(len(theirs))), []
     for index, group in enumerate(ours):
-        number = max(left, key=lambda number: (len(group & theirs[number]), number == index))
+        number = max(left, key=lambda number: (theirs[number] == group, len(group & theirs[number]), number == index))
         if differing := sorted(group ^ theirs[number]):
             is_ours = differing[0] in group
             raise ValueError(
@@ -248,18 +284,18 @@ def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], name
 
 def match_optimizer(
     saved: SavedEntries,
-    model: nn.Module,
     optimizer: Optimizer,
+    weights: Mapping[str, Any],
     live: Mapping[str, Any],
     names: Mapping[str, str],
     entries: dict[str, Any],
-) -> None:
-    """Add what to read of an optimizer to ``entries``.
+) -> list[int]:
+    """Add what to read of an optimizer to ``entries``; returns for every live group the number of the saved one.
 
     Args:
         saved: What there is.
-        model: Whose parameters it updates.
-        optimizer: Itself.
+        optimizer: Which one takes it.
+        weights: The live weights it updates, by name.
         live: Its live state and groups, by names.
         names: What :func:`match_model` returned.
         entries: By flat name, what to read each entry into.
@@ -270,49 +306,77 @@ def match_optimizer(
     """
     _match_laws(saved, name_of(optimizer))
     groups: list[dict[str, Any]] = live["param_groups"]
-    for number in _match_groups(saved, groups, names):
+    numbers = _match_groups(saved, groups, names)
+    for number in numbers:
         for node in saved.under("optimizer", "param_groups", number).values():
             entries.update(_placeholders(saved, node))
-    params = {name: param for raw, param in model.named_parameters() for name in _get_fqns(model, raw)}
-    for group in groups:
-        for name in group["params"]:
-            known, own = saved.under("optimizer", "state", names[name]), live["state"].get(name, {})
-            needed = [key for key in own if not key.startswith("main_")]  # the weight itself will do
-            own = {**_in_other_form(own), **own}
-            if known and own and (any(key not in known for key in needed) or any(key not in own for key in known)):
-                raise ValueError(
-                    f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
-                )
-            for key, entry in known.items():
-                value = own.get(key)
-                if value is None and isinstance(empty := saved.placeholder(entry), Tensor):
-                    value = (
-                        torch.empty_like(params[name], dtype=empty.dtype)
-                        if empty.shape == params[name].shape
-                        else empty
-                    )
-                entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
+    without_main = []
+    for name in (name for group in groups for name in group["params"]):
+        known, own, weight = saved.under("optimizer", "state", names[name]), live["state"].get(name, {}), weights[name]
+        mains = known.keys() & _OTHER_FORM.keys()
+        needed = own.keys() - _OTHER_FORM.keys()  # the weight itself will do for a main parameter
+        if known and own and needed != known.keys() - mains:
+            raise ValueError(
+                f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
+            )
+        for key in mains - own.keys():
+            other, dtype = _OTHER_FORM[key]
+            if other in own:
+                entries[known[key]] = saved.target(known[key], _empty(own[other], dtype))
+            elif weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor):
+                entries[known[key]] = saved.target(known[key], _empty(weight, dtype))
+            else:
+                without_main.append(name)
+        for key in known.keys() - (mains - own.keys()):
+            entry, value = known[key], own.get(key)
+            if value is None and isinstance(empty := saved.placeholder(entry), Tensor):
+                is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
+                value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty
+            entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
+    if without_main:
+        warnings.warn(
+            f"the main parameters of {len(without_main)} parameters, such as {without_main[0]}, are left out, since "
+            "this optimizer keeps none: it goes on from weights that were rounded",
+            stacklevel=2,
+        )
+    return numbers
 
 
 def collect_optimizer(
-    saved: SavedEntries, live: Mapping[str, Any], names: Mapping[str, str], entries: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The state dict that ``set_optimizer_state_dict`` takes, of what was read.
+    saved: SavedEntries,
+    live: Mapping[str, Any],
+    numbers: Iterable[int],
+    names: Mapping[str, str],
+    entries: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was read, as it is taken.
 
     Args:
         saved: What there was.
         live: The optimizer's live state and groups, by names.
+        numbers: What :func:`match_optimizer` returned.
         names: What :func:`match_model` returned.
         entries: By flat name, what each entry was read into.
+
+    Returns:
+        The state dict for ``set_optimizer_state_dict``; and, by the name under which they are stored, fp32 weights of
+        which bf16 ones and main parameters were saved.
     """
-    state, merged = {}, []
-    numbers = _match_groups(saved, live["param_groups"], names)
+    state, merged, wide = {}, [], {}
     for number, group in zip(numbers, live["param_groups"], strict=True):
-        own = {key: group[key] for key in ("params", "param_names") if key in group}
-        merged.append({**group, **saved.collect(entries, "optimizer", "param_groups", number), **own})
+        kept = {key: group[key] for key in ("params", "param_names") if key in group}
+        merged.append({**group, **saved.collect(entries, "optimizer", "param_groups", number), **kept})
         for name in group["params"]:
-            if known := saved.under("optimizer", "state", names[name]):
-                read = {key: entries[entry] for key, entry in known.items()}
-                weight: str = saved.under("model")[names[name]]
-                state[name] = _into_own_form(live["state"].get(name, {}), read, entries[weight])
-    return {"state": state, "param_groups": merged}
+            known, own = saved.under("optimizer", "state", names[name]), live["state"].get(name, {})
+            if not known:
+                continue
+            read = {key: entries[entry] for key, entry in known.items() if entry in entries}
+            weight = entries[saved.under("model")[names[name]]]
+            for key in read.keys() & _OTHER_FORM.keys() - own.keys():
+                other, _ = _OTHER_FORM[key]
+                if other in own:
+                    read[other] = _in_own_form(own[other], read.pop(key), weight)
+                else:
+                    wide[names[name]] = _as_weight(read.pop(key), weight)
+            state[name] = read
+    return {"state": state, "param_groups": merged}, wide

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED
 from sharded_dadamw.checkpoint.run_state import pack
 
 
@@ -33,10 +32,19 @@ def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception
     return None
 
 
+_KNOWN = {
+    "sharded_dadamw.sharded.ShardedDecoupledAdamW": "ShardedDecoupledAdamW",
+    "sharded_dadamw.decoupled.DecoupledAdamW": "DecoupledAdamW",
+    "composer.optim.decoupled_weight_decay.DecoupledAdamW": "DecoupledAdamW",
+    "torch.optim.adamw.AdamW": "AdamW",
+}
+"""The names in ``IS_DECOUPLED`` of what an optimizer may descend from."""
+
+
 def name_of(optimizer: Optimizer) -> str:
-    """What kind of optimizer it is, for the manifest."""
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
-    return next((name for name in names if name in IS_DECOUPLED), names[0])
+    """What kind of optimizer it is, for the manifest: one in ``IS_DECOUPLED``, or its class with its module."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__]
+    return next((_KNOWN[name] for name in names if name in _KNOWN), names[0])
 
 
 def tied(model: nn.Module) -> list[list[str]]:

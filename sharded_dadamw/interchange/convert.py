@@ -203,14 +203,19 @@ def _contents(path: str | os.PathLike[str]) -> object:
 
 
 def _check_law(path: Path, source: Source) -> None:
-    """Of what ``save_checkpoint`` or ``write_state`` wrote it is known what weight decay means."""
+    """Of what ``save_checkpoint`` or ``write_state`` wrote it is known what weight decay means, or that it is not."""
     manifest = Manifest.of(newest(path))
-    decoupled = None if manifest is None else IS_DECOUPLED.get(manifest.optimizer)
-    if manifest is not None and decoupled not in (None, source in (Source.COMPOSER, Source.OURS)):
-        should = Source.OURS if decoupled else Source.TORCH
+    name = "" if manifest is None else manifest.optimizer
+    if IS_DECOUPLED.get(name):
+        fits, hint = source in (Source.COMPOSER, Source.OURS), f"it is from {Source.OURS.value}"
+    elif name in ("AdamW", "torch.optim.adam.Adam"):  # which may decouple it too, and says so in its groups
+        fits, hint = source not in (Source.COMPOSER, Source.OURS), f"it is from {Source.TORCH.value}"
+    else:
+        fits, hint = name == "", "nothing is known of how that compares"
+    if not fits:
         raise ValueError(
-            f"{path}: expected a checkpoint of {source.value}, got one of {manifest.optimizer}, whose weight decay "
-            f"means something else; it is from {should.value}"
+            f"{path}: expected a checkpoint of {source.value}, got one of {name}, whose weight decay means something "
+            f"else; {hint}"
         )
 
 
