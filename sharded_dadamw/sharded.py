@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -679,6 +680,13 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         for group in state_dict["param_groups"]:
             self._check_group(group)
         pairs = match_state(state_dict, self._buckets, self.param_groups)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if dropped := [member.name for member in self._dormant if state_dict["state"].get(keys[member.index])]:
+            warnings.warn(
+                f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen "
+                "when the optimizer was built; unfreeze them before that to go on with it",
+                stacklevel=2,
+            )
         self._consolidated = None
         for live, saved in pairs:
             live.copy_(saved)

@@ -321,6 +321,28 @@ def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> No
     assert differences(expected, whole(model, optimizer)) == [] and not frozen.requires_grad
 
 
+def test_state_of_what_was_frozen_from_the_start_is_left_out_with_a_word(tmp_path: Path) -> None:
+    model, optimizer, schedule = build("ours", None)
+    fit(model, optimizer, schedule, 2)
+    save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer)
+    again = Model(seed=1)
+    again.head.weight.requires_grad_(False)
+    other = ShardedDecoupledAdamW(again.named_parameters(), **LAW)
+    with pytest.warns(UserWarning, match=r"state of 1 parameters, such as head\.weight, is left out"):
+        load_checkpoint(tmp_path, model=again, optimizer=other)
+    expected = {key: value for key, value in whole(model, optimizer).items() if not key.startswith("head.weight, ")}
+    assert differences(expected, whole(again, other)) == []
+
+
+def test_whole_numbers_are_not_rounded_either(tmp_path: Path) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    model.register_buffer("counts", torch.tensor([1001, 3]))
+    other.register_buffer("counts", torch.zeros(2, dtype=torch.bfloat16))
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"model\.counts: expected torch\.bfloat16 \[2\], got torch\.int64"):
+        load_checkpoint(tmp_path, model=other, optimizer=AdamW(other.parameters()))
+
+
 def test_a_schedule_for_groups_in_another_order_is_refused(tmp_path: Path) -> None:
     """It has a list with an entry for each group; and an empty group is found as well."""
 

@@ -24,7 +24,7 @@ from sharded_dadamw.checkpoint.named_state import name_of, tied
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.fragment_tensor import FragmentTensor
 from sharded_dadamw.placement import like_parameter, local
-from sharded_dadamw.precision import join, remainder_of
+from sharded_dadamw.precision import holds, join, remainder_of
 
 
 def _holds_nothing(value: Any) -> bool:
@@ -111,7 +111,7 @@ class SavedEntries:
         if not isinstance(known, TensorStorageMetadata):
             raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
         dtype = known.properties.dtype
-        if known.size != size or torch.promote_types(dtype, live.dtype) != live.dtype:
+        if known.size != size or not holds(live.dtype, dtype):
             raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
         if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
             raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
