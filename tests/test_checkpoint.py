@@ -305,6 +305,25 @@ def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_
     assert on_ranks(2, loads_without_main, wrote, reads, tmp_path) == [[], []]
 
 
+def loads_without_a_saved_main(group: Any, reads: str, root: Path) -> list[str]:
+    """Into an optimizer that has trained already, so that its main parameters are another run's."""
+    source = build("DecoupledAdamW", group, dtype=torch.bfloat16)
+    fit(*source, 2)
+    save_checkpoint(root, step=2, **run(group, *source))
+    target = build(reads, group, seed=1, dtype=torch.bfloat16)
+    fit(*target, 3)
+    load_checkpoint(root, **run(group, *target))
+    found = wide(whole(*target[:2]))
+    names = [key.removesuffix(", main_param") for key in found if key.endswith(", main_param")]
+    assert len(names) == len(list(target[0].parameters()))
+    return [name for name in names if not torch.equal(found[f"{name}, main_param"], found[name].float())]
+
+
+@pytest.mark.parametrize("reads", ["ours", "ours, remainder"])
+def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(reads: str, tmp_path: Path) -> None:
+    assert on_ranks(2, loads_without_a_saved_main, reads, tmp_path) == [[], []]
+
+
 @pytest.mark.parametrize("kind", ["ours", "DecoupledAdamW", "AdamW"])
 def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> None:
     model, optimizer, schedule = build(kind, None)

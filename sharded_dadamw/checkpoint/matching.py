@@ -223,19 +223,23 @@ def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return _like(tensor, torch.empty_like(_part_of(tensor), dtype=dtype, device="cpu"))
 
 
-def _in_own_form(live: Tensor, saved: Tensor, weight: Tensor) -> Tensor:
-    """A main parameter that was saved in one form, in the other one; no bit is lost.
+def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
+    """A main parameter that was saved in the other form or, where none was, as the weight is; no bit is lost.
 
     Args:
         live: The live one.
         saved: What was read.
         weight: The weight that was read.
     """
-    value, part = _part_of(saved), _part_of(weight)
+    part = _part_of(weight)
     if isinstance(live, FragmentTensor):
         _, start, stop = live.span
         part = part[start:stop]
-    return _like(live, remainder_of(value, part) if live.dtype is torch.int16 else join(part, value))
+    if live.dtype is not torch.int16:
+        return _like(live, part.to(live.dtype) if saved is None else join(part, _part_of(saved)))
+    return _like(
+        live, torch.zeros_like(part, dtype=live.dtype) if saved is None else remainder_of(_part_of(saved), part)
+    )
 
 
 def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
@@ -372,11 +376,10 @@ def collect_optimizer(
                 continue
             read = {key: entries[entry] for key, entry in known.items() if entry in entries}
             weight = entries[saved.under("model")[names[name]]]
-            for key in read.keys() & _OTHER_FORM.keys() - own.keys():
-                other, _ = _OTHER_FORM[key]
-                if other in own:
-                    read[other] = _in_own_form(own[other], read.pop(key), weight)
-                else:
+            for key, (other, _) in _OTHER_FORM.items():
+                if key in own and key not in read:
+                    read[key] = _in_own_form(own[key], read.pop(other, None), weight)
+                elif key in read and not own.keys() & _OTHER_FORM.keys():
                     wide[names[name]] = _as_weight(read.pop(key), weight)
             state[name] = read
     return {"state": state, "param_groups": merged}, wide
