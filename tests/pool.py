@@ -45,7 +45,8 @@ CASE_TIMEOUT_S = 60.0  # a case takes milliseconds, and its first one the import
 GRACE_S = 5.0  # once one rank has failed, how long the others get to finish or fail too
 COLLECTIVE_TIMEOUT = timedelta(seconds=150)  # longer than a case, so that a hang is reported as a hang
 
-FORKS = multiprocessing.get_context("forkserver")
+# Where there is a GPU, ranks are fresh interpreters: whatever has asked for CUDA must not be forked any more.
+FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 """Starts processes that have imported already what takes seconds: all of training, and what optimizers import late."""
 FORKS.set_forkserver_preload(["tests.forked_train", "torch._dynamo", "sharded_dadamw.numba_kernel"])
 

@@ -109,8 +109,14 @@ def load_checkpoint(
 
     Raises:
         ValueError: A file is damaged: names it, and the checkpoint before it. Or an entry is missing, left over, or of
-            another shape, or dtype that would be rounded: names it. Model and optimizer are as they were.
+            another shape, or dtype that would be rounded: names it. Or groups have other parameters, or with a
+            scheduler come in another order; or weight decay is that of another law. Model and optimizer are as they
+            were.
         OSError: A rank does not see the folder.
+
+    Warns:
+        UserWarning: ``fall_back`` was needed; or what was saved of main parameters, or of parameters that were frozen
+            from the start, has no place in this optimizer.
     """
     wait_for_latest()
     collectives = connect_model(model, process_group)

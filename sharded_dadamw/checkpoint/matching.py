@@ -143,11 +143,11 @@ def _placeholders(saved: SavedEntries, node: Any) -> dict[str, Any]:
 
 def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
     """Which saved name every live one has: the same, or the same without what wrappers add."""
-    saved = list(saved)
+    saved = dict.fromkeys(saved)
     canonical = {canonical_name(name): name for name in saved}
     names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
     missing = [name for name, found in names.items() if found is None]
-    left_over = sorted(set(saved) - set(names.values()))
+    left_over = sorted(saved.keys() - set(names.values()))
     doubled = [name for name, found in names.items() if name != found and found in names]
     if doubled and not missing:
         raise ValueError(
