@@ -6,8 +6,6 @@ them, are found by name, in whatever order they were saved; a main parameter cha
 
 from __future__ import annotations
 
-import copy
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,129 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED, Manifest
+from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED
 from sharded_dadamw.checkpoint.named_state import name_of, tied
 from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.saved_entries import SavedEntries, part_of, placeholders
 from sharded_dadamw.fragment_tensor import FragmentTensor
 from sharded_dadamw.placement import like_parameter, local
-from sharded_dadamw.precision import holds, join, remainder_of
+from sharded_dadamw.precision import join, remainder_of
 
 
 def _holds_nothing(value: Any) -> bool:
     """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
     return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
-
-
-class SavedEntries:
-    """The entries of a checkpoint, by where they stood in the nested state dict."""
-
-    def __init__(self, folder: Path, manifest: Manifest, metadata: Metadata) -> None:
-        self.folder = folder
-        self.groups = [list(group["params"]) for group in manifest.param_groups]
-        self.decays = any(group.get("weight_decay") for group in manifest.param_groups)
-        self.optimizer = manifest.optimizer
-        self._first = {name: names[0] for names in manifest.aliases for name in names}
-        self._twins: list[tuple[str, str]] = []
-        self._metadata = metadata
-        self._num_bytes = sum(known.size for known in manifest.files.values())
-        self._tree: dict[Any, Any] = {}
-        for entry, path in metadata.planner_data.items():
-            node = self._tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-                if isinstance(node, str):
-                    break
-            if isinstance(node, str) or path[-1] in node:
-                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
-            node[path[-1]] = entry
-
-    def first(self, name: str) -> str:
-        """The name under which a weight was stored first, of those that are tied to it."""
-        return self._first.get(name, name)
-
-    def tie(self, names: list[str]) -> None:
-        """Take weights that were stored apart for one, as which they have to turn out when they are read.
-
-        Args:
-            names: Under which they are stored.
-        """
-        has_state = self.under("optimizer", "state")
-        first, *others = sorted(names, key=lambda name: name not in has_state)
-        self._first |= {name: first for name in self._first if self._first[name] in others}
-        self._first |= dict.fromkeys(others, first)
-        self._twins += [(first, other) for other in others]
-
-    def require_ties(self, entries: Mapping[str, Any]) -> None:
-        """Look whether weights that are one here are equal there.
-
-        Raises:
-            ValueError: They are not; names them.
-        """
-        for one, other in self._twins:
-            nodes = self.under("model")
-            if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
-                raise ValueError(f"model: {one} and {other} are tied, and two different weights in {self.folder}")
-
-    def under(self, *path: Any) -> dict[Any, Any]:
-        """What stands under a path: entries' flat names, or tables of them."""
-        node = self._tree
-        for key in path:
-            node = node.get(key, {})
-        return node
-
-    def placeholder(self, entry: str) -> Tensor | None:
-        """Something to read an entry into."""
-        known = self._metadata.state_dict_metadata[entry]
-        if not isinstance(known, TensorStorageMetadata):
-            return None
-        num_bytes = known.size.numel() * known.properties.dtype.itemsize
-        if num_bytes > self._num_bytes:
-            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
-        return torch.empty(known.size, dtype=known.properties.dtype)
-
-    def target(self, entry: str, live: Tensor) -> Tensor:
-        """Host memory like a live tensor, to read an entry into, if it fits.
-
-        Raises:
-            ValueError: It does not, or would be rounded; names the entry.
-        """
-        known = self._metadata.state_dict_metadata[entry]
-        size = live.size()  # the shape of an FSDP1 shard is its own
-        expected = f"{live.dtype} {list(size)}"
-        if not isinstance(known, TensorStorageMetadata):
-            raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
-        dtype = known.properties.dtype
-        if known.size != size or not holds(live.dtype, dtype):
-            raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
-        if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
-            raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
-        if isinstance(live, FragmentTensor):
-            return live  # what is read goes into memory of its own
-        if isinstance(live, ShardedTensor):
-            return copy.deepcopy(live)
-        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
-
-    def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:
-        """Put what was read under a path together again."""
-
-        def build(node: Any) -> Any:
-            if isinstance(node, str):
-                return entries[node]
-            if all(isinstance(key, int) for key in node):
-                return [build(node[key]) for key in sorted(node)]
-            return {key: build(item) for key, item in node.items()}
-
-        *parents, last = path
-        return build(self.under(*parents)[last])
-
-
-def _placeholders(saved: SavedEntries, node: Any) -> dict[str, Any]:
-    if isinstance(node, str):
-        return {node: saved.placeholder(node)}
-    return {entry: value for item in node.values() for entry, value in _placeholders(saved, item).items()}
 
 
 def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
@@ -186,7 +75,7 @@ def match_model(
     for live in held:
         value, node = state[live], saved.under("model")[names[live]]
         if not isinstance(value, Tensor):
-            entries.update(_placeholders(saved, node))
+            entries.update(placeholders(saved, node))
         elif not isinstance(node, str):
             raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
         elif node not in entries:
@@ -209,18 +98,9 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
     return like_parameter(values.view(local(tensor).shape), tensor)
 
 
-def _part_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, 1-D; of a fragment that was read, what was read."""
-    if isinstance(tensor, FragmentTensor):
-        return tensor.fragment if tensor.loaded is None else tensor.loaded
-    if isinstance(tensor, ShardedTensor):
-        return torch.cat([shard.tensor.reshape(-1) for shard in tensor.local_shards()] or [torch.empty(0)])
-    return local(tensor).reshape(-1)
-
-
 def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Host memory for values of another dtype of this rank's part of a tensor."""
-    return _like(tensor, torch.empty_like(_part_of(tensor), dtype=dtype, device="cpu"))
+    return _like(tensor, torch.empty_like(part_of(tensor), dtype=dtype, device="cpu"))
 
 
 def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
@@ -231,20 +111,20 @@ def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
         saved: What was read.
         weight: The weight that was read.
     """
-    part = _part_of(weight)
+    part = part_of(weight)
     if isinstance(live, FragmentTensor):
         _, start, stop = live.span
         part = part[start:stop]
     if live.dtype is not torch.int16:
-        return _like(live, part.to(live.dtype) if saved is None else join(part, _part_of(saved)))
+        return _like(live, part.to(live.dtype) if saved is None else join(part, part_of(saved)))
     return _like(
-        live, torch.zeros_like(part, dtype=live.dtype) if saved is None else remainder_of(_part_of(saved), part)
+        live, torch.zeros_like(part, dtype=live.dtype) if saved is None else remainder_of(part_of(saved), part)
     )
 
 
 def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
     """A main parameter as the fp32 weight that it is; ``weight`` is the saved bf16 one, widened."""
-    return saved if saved.dtype is torch.float32 else _like(weight, join(_part_of(weight).bfloat16(), _part_of(saved)))
+    return saved if saved.dtype is torch.float32 else _like(weight, join(part_of(weight).bfloat16(), part_of(saved)))
 
 
 def _match_laws(saved: SavedEntries, live: str) -> None:
@@ -313,7 +193,7 @@ def match_optimizer(
     numbers = _match_groups(saved, groups, names)
     for number in numbers:
         for node in saved.under("optimizer", "param_groups", number).values():
-            entries.update(_placeholders(saved, node))
+            entries.update(placeholders(saved, node))
     without_main = []
     for name in (name for group in groups for name in group["params"]):
         known, own, weight = saved.under("optimizer", "state", names[name]), live["state"].get(name, {}), weights[name]
