@@ -40,22 +40,22 @@ LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e
 
 
 class Model(nn.Module):
-    """Odd shapes, a buffer, dropout, and on request an output layer tied to the embedding."""
+    """Odd shapes, a buffer, dropout, and on request an output layer tied to the embedding; in no alphabetical order."""
 
     def __init__(self, *, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32, width: int = 6) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.embedding = nn.Embedding(13, width)
         self.middle = nn.Sequential(nn.Linear(width, 11), nn.BatchNorm1d(11), nn.Dropout(0.25), nn.Linear(11, width))
-        self.head = nn.Linear(width, 13, bias=False)
+        self.decoder = nn.Linear(width, 13, bias=False)
         for p in self.parameters():
             p.data = torch.randn(p.shape, generator=generator)
         if tie:
-            self.head.weight = self.embedding.weight
+            self.decoder.weight = self.embedding.weight
         self.to(dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.middle(self.embedding(tokens)))
+        logits: Tensor = self.decoder(self.middle(self.embedding(tokens)))
         return logits
 
 
@@ -328,11 +328,11 @@ def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(reads: str, t
 def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> None:
     model, optimizer, schedule = build(kind, None)
     fit(model, optimizer, schedule, 2)
-    frozen = model.get_parameter("head.weight").requires_grad_(False)
+    frozen = model.get_parameter("decoder.weight").requires_grad_(False)
     fit(model, optimizer, schedule, 1)
     save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer)
     expected = whole(model, optimizer)
-    assert expected["head.weight, step"] == 2 and expected["head.weight, exp_avg"].any()
+    assert expected["decoder.weight, step"] == 2 and expected["decoder.weight, exp_avg"].any()
     model.requires_grad_(True)
     fit(model, optimizer, schedule, 2)
     frozen.requires_grad_(False)
@@ -345,11 +345,11 @@ def test_state_of_what_was_frozen_from_the_start_is_left_out_with_a_word(tmp_pat
     fit(model, optimizer, schedule, 2)
     save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer)
     again = Model(seed=1)
-    again.head.weight.requires_grad_(False)
+    again.decoder.weight.requires_grad_(False)
     other = ShardedDecoupledAdamW(again.named_parameters(), **LAW)
-    with pytest.warns(UserWarning, match=r"state of 1 parameters, such as head\.weight, is left out"):
+    with pytest.warns(UserWarning, match=r"state of 1 parameters, such as decoder\.weight, is left out"):
         load_checkpoint(tmp_path, model=again, optimizer=other)
-    expected = {key: value for key, value in whole(model, optimizer).items() if not key.startswith("head.weight, ")}
+    expected = {key: value for key, value in whole(model, optimizer).items() if not key.startswith("decoder.weight, ")}
     assert differences(expected, whole(again, other)) == []
 
 
@@ -467,7 +467,7 @@ def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, step=2, **run(None, *parts)).path
     model, optimizer, _ = build("AdamW", None, seed=1, tie=True)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    assert {"embedding.weight", "head.weight"} <= state["model"].keys()
+    assert {"embedding.weight", "decoder.weight"} <= state["model"].keys()
     del state["optimizer"]["param_groups"]
     dcp.load(state, checkpoint_id=path, no_dist=True)
     for name, entries in state["optimizer"]["state"].items():
@@ -645,7 +645,7 @@ def from_fsdp1_to_plain(group: Any, kind: str, tie: bool, root: Path) -> list[st
     first, last = build("AdamW", group, tie=tie), build("AdamW", group, tie=tie)
     load_checkpoint(root / "step_00000002", **run(group, *first))
     load_checkpoint(root / "step_00000003", **run(group, *last))
-    assert all(entries["step"] == 2 for entries in first[1].state.values())
+    assert [entries["step"].item() for entries in first[1].state.values()] == [2.0] * len(list(first[0].parameters()))
     return differences(whole(*first[:2]), whole(*last[:2]))
 
 
@@ -684,30 +684,30 @@ def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> N
     parts = build("AdamW", None, tie=True)
     fit(*parts, 1)
     path = save_checkpoint(tmp_path, step=1, **run(None, *parts)).path
-    assert Manifest.read(path).aliases == [["embedding.weight", "head.weight"]]
+    assert Manifest.read(path).aliases == [["embedding.weight", "decoder.weight"]]
     metadata = dcp.FileSystemReader(path).read_metadata()
     assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id == path.name  # of no machine
     for entry in ("model.{}", "optimizer.state.{}.exp_avg"):
         places = [
             (info.relative_path, info.offset)
             for index, info in metadata.storage_data.items()
-            if index.fqn in (entry.format("embedding.weight"), entry.format("head.weight"))
+            if index.fqn in (entry.format("embedding.weight"), entry.format("decoder.weight"))
         ]
         assert len(places) == 2 and len(set(places)) == 1
     again = build("AdamW", None, seed=1, tie=True)
     load_checkpoint(path, **run(None, *again))
-    assert again[0].head.weight is again[0].embedding.weight
+    assert again[0].decoder.weight is again[0].embedding.weight
     assert differences(whole(*parts[:2]), whole(*again[:2])) == []
     untied = Model(seed=1)
     load_checkpoint(path, model=untied)
-    assert torch.equal(untied.head.weight, parts[0].head.weight)
+    assert torch.equal(untied.decoder.weight, parts[0].decoder.weight)
 
 
 def test_a_tie_that_the_checkpoint_does_not_have_is_refused(tmp_path: Path) -> None:
     parts = build("AdamW", None)
     fit(*parts, 1)
     save_checkpoint(tmp_path, step=1, **run(None, *parts))
-    with pytest.raises(ValueError, match=r"embedding.weight and head.weight are tied, and two different weights"):
+    with pytest.raises(ValueError, match=r"embedding.weight and decoder.weight are tied, and two different weights"):
         load_checkpoint(tmp_path, model=Model(tie=True))
 
 
@@ -720,14 +720,14 @@ def misfit(kind: str) -> tuple[nn.Module, Any, str]:
         model.extra = nn.Linear(2, 3)
         said = r"model: .*2 missing, the first is extra.weight"
     elif kind == "left over":
-        del model.head
-        said = r"model: .*1 left over, the first is head.weight"
+        del model.decoder
+        said = r"model: .*1 left over, the first is decoder.weight"
     elif kind == "shape":
-        model.head = nn.Linear(6, 17, bias=False)
-        said = r"model.head.weight: expected torch.float32 \[17, 6\], got torch.float32 \[13, 6\]"
+        model.decoder = nn.Linear(6, 17, bias=False)
+        said = r"model.decoder.weight: expected torch.float32 \[17, 6\], got torch.float32 \[13, 6\]"
     elif kind == "dtype":
-        model.head.bfloat16()
-        said = r"model.head.weight: expected torch.bfloat16 \[13, 6\], got torch.float32"
+        model.decoder.bfloat16()
+        said = r"model.decoder.weight: expected torch.bfloat16 \[13, 6\], got torch.float32"
     elif kind == "groups":
         params = list(model.parameters())
         return model, AdamW([{"params": params[:1]}, {"params": params[1:]}], **LAW), r"param_groups: expected 2, got 1"

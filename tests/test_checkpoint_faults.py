@@ -441,7 +441,7 @@ def fake_metadata(kind: str, folder: Path) -> None:
     elif kind == "a size of no memory":
         known.size = known.chunks[0].sizes = torch.Size([1 << 60, 6])
     elif kind == "an entry below another":
-        metadata.planner_data[entry] = ("model", "head.weight", "x")
+        metadata.planner_data[entry] = ("model", "decoder.weight", "x")
     elif kind == "an entry above another":
         metadata.planner_data["model.middle.0.bias"] = ("model",)
     elif kind == "a part alone":
