@@ -60,10 +60,7 @@ def saved_on(
     return saved, then, [p.detach().clone() for p in params.values()]
 
 
-def resumed_on(
-    group: Any, parameters: str, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str
-) -> list[Tensor]:
-    params, optimizer = build(group, parameters, seed=1, **settings)
+def load(optimizer: Any, params: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str) -> None:
     if first == "optimizer":
         optimizer.load_state_dict(saved)
     with torch.no_grad():
@@ -71,6 +68,13 @@ def resumed_on(
             p.copy_(weight)
     if first == "weights":
         optimizer.load_state_dict(saved)
+
+
+def resumed_on(
+    group: Any, parameters: str, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str
+) -> list[Tensor]:
+    params, optimizer = build(group, parameters, seed=1, **settings)
+    load(optimizer, params, saved, weights, first)
     train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
     return [p.detach().clone() for p in params.values()]
 
@@ -106,13 +110,7 @@ def resumed_without_main(
     """Main parameters and weights of a run that takes steps of its own, loads one that had no mains, and takes one."""
     params, optimizer = build(group, "bf16", seed=1, **settings)
     train(optimizer, params, range(10, 10 + num_steps))
-    if first == "optimizer":
-        optimizer.load_state_dict(saved)
-    with torch.no_grad():
-        for p, weight in zip(params.values(), weights, strict=True):
-            p.copy_(weight)
-    if first == "weights":
-        optimizer.load_state_dict(saved)
+    load(optimizer, params, saved, weights, first)
     train(optimizer, params, range(NUM_STEPS, NUM_STEPS + 1))
     state = optimizer.state_dict()["state"]
     mains = [value for entries in state.values() for key, value in entries.items() if key.startswith("main_")]

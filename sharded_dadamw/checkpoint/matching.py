@@ -127,6 +127,9 @@ def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
     return saved if saved.dtype is torch.float32 else _like(weight, join(part_of(weight).bfloat16(), part_of(saved)))
 
 
+_SCALES = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
+
+
 def _match_laws(saved: SavedEntries, live: str) -> None:
     """Look whether weight decay means the same: the entry has one name and the numbers differ by a factor of lr."""
     was, now = IS_DECOUPLED.get(saved.optimizer), IS_DECOUPLED.get(live)
@@ -141,9 +144,6 @@ def _match_laws(saved: SavedEntries, live: str) -> None:
         f"weight_decay: expected that of {live}{_SCALES[now]}, got that of {saved.optimizer}{_SCALES[was]} in "
         f"{saved.folder}; {hint}"
     )
-
-
-_SCALES = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
 
 
 def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[int]:
@@ -203,17 +203,17 @@ def match_optimizer(
             raise ValueError(
                 f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
             )
-        for key in mains - own.keys():
-            other, dtype = _OTHER_FORM[key]
-            if other in own:
-                entries[known[key]] = saved.target(known[key], _empty(own[other], dtype))
-            elif weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor):
-                entries[known[key]] = saved.target(known[key], _empty(weight, dtype))
-            else:
-                without_main.append(name)
-        for key in known.keys() - (mains - own.keys()):
-            entry, value = known[key], own.get(key)
-            if value is None and isinstance(empty := saved.placeholder(entry), Tensor):
+        for key, entry in known.items():
+            value = own.get(key)
+            if value is None and key in mains:
+                other, dtype = _OTHER_FORM[key]
+                is_wide = weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor)
+                like = own.get(other, weight if is_wide else None)
+                if like is None:
+                    without_main.append(name)
+                    continue
+                value = _empty(like, dtype)
+            elif value is None and isinstance(empty := saved.placeholder(entry), Tensor):
                 is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
                 value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty
             entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None

@@ -69,7 +69,8 @@ def read_state(
         raise ValueError(
             "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
         )
-    _check_law(Path(path), source)
+    manifest = Manifest.of(newest(Path(path)))
+    _check_law(path, source, "" if manifest is None else manifest.optimizer)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
     if _is_safetensors(path):
@@ -82,7 +83,7 @@ def read_state(
     if len(found) != 1:
         where = ", ".join(".".join(at) or "the top" for at, _ in found)
         raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
-    state_dict = _once(found[0][1], path)
+    state_dict = _once(found[0][1], manifest)
     held = _weights(_contents(weights)) if weights is not None else _weights(contents)
     beside = Path(path if weights is None else weights)
     if names is None and not _is_named(state_dict) and beside.is_file() and not _is_safetensors(beside):
@@ -202,10 +203,8 @@ def _contents(path: str | os.PathLike[str]) -> object:
     return load_torch(path, placeholders=True)
 
 
-def _check_law(path: Path, source: Source) -> None:
-    """Of what ``save_checkpoint`` or ``write_state`` wrote it is known what weight decay means, or that it is not."""
-    manifest = Manifest.of(newest(path))
-    name = "" if manifest is None else manifest.optimizer
+def _check_law(path: str | os.PathLike[str], source: Source, name: str) -> None:
+    """Of what a manifest names it is known what weight decay means, or that it is not."""
     if IS_DECOUPLED.get(name):
         fits, hint = source in (Source.COMPOSER, Source.OURS), f"it is from {Source.OURS.value}"
     elif name in ("AdamW", "torch.optim.adam.Adam"):  # which may decouple it too, and says so in its groups
@@ -219,9 +218,8 @@ def _check_law(path: Path, source: Source) -> None:
         )
 
 
-def _once(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def _once(state_dict: Mapping[str, Any], manifest: Manifest | None) -> Mapping[str, Any]:
     """Without the state that our checkpoints hold of tied weights under their other names as well."""
-    manifest = Manifest.of(newest(Path(path)))
     aliases = manifest.aliases if manifest else []
     owners = {name for group in state_dict["param_groups"] for name in group["params"]}
     others = {name for names in aliases if owners & set(names) for name in names} - owners
