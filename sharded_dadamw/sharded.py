@@ -672,6 +672,9 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         Raises:
             ValueError: Fragments come from another rank or layout, or an entry is missing, surplus, has another shape
                 or a dtype that would be rounded; names the first difference. Nothing has then been changed.
+
+        Warns:
+            UserWarning: There is state of parameters that were frozen when the optimizer was built, and it is left out.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
