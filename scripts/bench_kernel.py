@@ -37,12 +37,12 @@ sys.path.insert(0, str(CHECKOUT))
 
 from scripts import measuring  # noqa: E402
 from scripts.measuring import Clock, Spread  # noqa: E402
-from sharded_dadamw import kernels  # noqa: E402
 from sharded_dadamw.config import Moments, ShardingConfig  # noqa: E402
-from sharded_dadamw.layout import ALIGNMENT  # noqa: E402
-from sharded_dadamw.operands import Form, Operands  # noqa: E402
-from sharded_dadamw.storage import Storage, put_back_, widened  # noqa: E402
-from sharded_dadamw.update import Hyperparameters  # noqa: E402
+from sharded_dadamw.kernels import choose as kernels  # noqa: E402
+from sharded_dadamw.kernels.operands import Form, Operands  # noqa: E402
+from sharded_dadamw.layout.bucket_layout import ALIGNMENT  # noqa: E402
+from sharded_dadamw.update.adamw import Hyperparameters  # noqa: E402
+from sharded_dadamw.update.storage import Storage, put_back_, widened  # noqa: E402
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
 HYPER = Hyperparameters(**LAW, reference_lr=1e-5, amsgrad=False)

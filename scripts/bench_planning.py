@@ -33,9 +33,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
 from scripts import measuring  # noqa: E402
-from sharded_dadamw.collectives import OneRank  # noqa: E402
-from sharded_dadamw.fragment_tensor import FragmentTensor  # noqa: E402
-from sharded_dadamw.layout import BucketLayout, plan_buckets  # noqa: E402
+from sharded_dadamw.comm.collectives import OneRank  # noqa: E402
+from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets  # noqa: E402
+from sharded_dadamw.state.fragment_tensor import FragmentTensor  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,17 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.clipping import FoldedClip, check_clip, fold
-from sharded_dadamw.collectives import Collectives, NativeVerbs
-from sharded_dadamw.connect import connect, connect_over
-from sharded_dadamw.metrics import Held, Monitored
-from sharded_dadamw.norms import global_norm
-from sharded_dadamw.operands import Operands
-from sharded_dadamw.parameters import named_parameters
-from sharded_dadamw.placement import is_fragment, is_of_fsdp1, local, local_gradient, placements_of
-from sharded_dadamw.ready import ReadyUpdates
-from sharded_dadamw.storage import LARGEST_BETA2_FOR_NEAREST
-from sharded_dadamw.update import Hyperparameters, check_group, value_of
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.kernels.operands import Operands
+from sharded_dadamw.kernels.ready import ReadyUpdates
+from sharded_dadamw.layout.parameters import named_parameters
+from sharded_dadamw.layout.placement import is_fragment, is_of_fsdp1, local, local_gradient, placements_of
+from sharded_dadamw.norms.clipping import FoldedClip, check_clip, fold
+from sharded_dadamw.norms.global_norm import global_norm
+from sharded_dadamw.norms.metrics import Held, Monitored
+from sharded_dadamw.update.adamw import Hyperparameters, check_group, value_of
+from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
 
 log = logging.getLogger("sharded_dadamw")
 

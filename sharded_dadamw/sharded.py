@@ -27,28 +27,28 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.agreement import Claims, StepAgreement, require_agreement
-from sharded_dadamw.bucketing import Bucketing
-from sharded_dadamw.buffers import Bucket, fetched
-from sharded_dadamw.clipping import check_clip, fold
-from sharded_dadamw.collectives import Collectives
+from sharded_dadamw.buckets.bucket import Bucket, fetched
+from sharded_dadamw.buckets.build import Bucketing
+from sharded_dadamw.buckets.gradients import Stage
+from sharded_dadamw.buckets.offload import check_residency
+from sharded_dadamw.buckets.sharing import check_sharing, claims_of, group_of_replicas, listed
+from sharded_dadamw.comm.agreement import Claims, StepAgreement, require_agreement
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.connect import connect, connect_over
 from sharded_dadamw.decoupled import DecoupledAdamW
-from sharded_dadamw.gatherer import Attachment, Gatherer
-from sharded_dadamw.gradients import Stage
-from sharded_dadamw.metrics import Held, Table
-from sharded_dadamw.norms import global_norm
-from sharded_dadamw.operands import Operands
-from sharded_dadamw.parameters import NamedParameter, check_parameters, named_parameters
-from sharded_dadamw.placement import Placement, placements_of
-from sharded_dadamw.reducer import Reducer
-from sharded_dadamw.sharing import check_sharing, claims_of, group_of_replicas, listed
-from sharded_dadamw.state_dict import fragments_of, gather_state, match_state
-from sharded_dadamw.step_claims import StepClaims
-from sharded_dadamw.storage import Storage, widened
-from sharded_dadamw.update import Hyperparameters
-from sharded_dadamw.workplace import check_residency
+from sharded_dadamw.kernels.operands import Operands
+from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
+from sharded_dadamw.layout.placement import Placement, placements_of
+from sharded_dadamw.norms.clipping import check_clip, fold
+from sharded_dadamw.norms.global_norm import global_norm
+from sharded_dadamw.norms.metrics import Held, Table
+from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
+from sharded_dadamw.schedule.reducer import Reducer
+from sharded_dadamw.schedule.step_claims import StepClaims
+from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
+from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.storage import Storage, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -618,7 +618,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         """The state in torch's format; not collective, unless it is to be whole.
 
         Each tensor has the shape of the whole, and holds the fragment that this rank has, as a view of the live state:
-        see :class:`~sharded_dadamw.fragment_tensor.FragmentTensor`. ``torch.distributed.checkpoint`` saves and loads
+        see ``state.fragment_tensor``. ``torch.distributed.checkpoint`` saves and loads
         that at any number of ranks; ``torch.save`` refuses it. On one rank tensors are plain. With
         ``ShardingConfig.whole_state_dict``, and once after ``consolidate_state_dict`` on its rank, they are whole.
         """

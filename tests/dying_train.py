@@ -13,11 +13,11 @@ from typing import Any
 
 import launch.train
 from launch.train import Training
-from sharded_dadamw import exchange
-from sharded_dadamw.buffers import Bucket
+from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.checkpoint import files as checkpoint_files
 from sharded_dadamw.checkpoint.saving import wait_for_latest
-from sharded_dadamw.reducer import Reducer
+from sharded_dadamw.comm import exchange
+from sharded_dadamw.schedule.reducer import Reducer
 
 SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a checkpoint
 

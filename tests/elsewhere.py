@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sharded_dadamw import workplace
-from sharded_dadamw.collectives import OneRank
+from sharded_dadamw.buckets import offload as workplace
+from sharded_dadamw.comm.collectives import OneRank
 
 ELSEWHERE = torch.device("cuda", 0)
 _HOST = torch.device("cpu")

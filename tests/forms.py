@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sharded_dadamw.operands import Operands
-from sharded_dadamw.precision import join, split
-from sharded_dadamw.update import Hyperparameters
+from sharded_dadamw.kernels.operands import Operands
+from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.precision import join, split
 
 F32, F16, BF16, I16 = torch.float32, torch.float16, torch.bfloat16, torch.int16
 

@@ -33,7 +33,7 @@ from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from sharded_dadamw.checkpoint.files import read_metadata
 from sharded_dadamw.checkpoint.manifest import Manifest
 from sharded_dadamw.checkpoint.run_state import random_state, seed_from, set_random_state
-from sharded_dadamw.precision import join
+from sharded_dadamw.update.precision import join
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from sharded_dadamw import exchange, host_memory
-from sharded_dadamw.collectives import Collectives, NativeVerbs, OneRank, RankOrderVerbs
+from sharded_dadamw.comm import exchange, host_memory
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, OneRank, RankOrderVerbs
+from sharded_dadamw.comm.connect import connect
+from sharded_dadamw.comm.exchange import DirectExchange, MemoryExchange
 from sharded_dadamw.config import Exchange
-from sharded_dadamw.connect import connect
-from sharded_dadamw.exchange import DirectExchange, MemoryExchange
 from tests.pool import on_ranks
 
 CPU = torch.device("cpu")

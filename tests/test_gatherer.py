@@ -32,8 +32,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sharded_dadamw import MainParameter, ShardedDecoupledAdamW, ShardingConfig, in_flight
-from sharded_dadamw import gatherer as gatherer_module
+from sharded_dadamw import MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.comm import in_flight
+from sharded_dadamw.schedule import gatherer as gatherer_module
 from tests.pool import on_ranks, outcomes
 
 ONE_EACH = 1e-6  # MiB: every parameter gets a bucket of its own

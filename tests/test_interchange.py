@@ -41,7 +41,7 @@ from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
 from sharded_dadamw.interchange.inspection import inspect
 from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
-from sharded_dadamw.update import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, adamw_
 from tests.deepspeed_client import RUNS, Tied
 from tests.pool import on_ranks
 

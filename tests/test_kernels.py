@@ -20,10 +20,11 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, interpreter_builder
 
-from sharded_dadamw import kernels, numba_kernel, torch_kernel, triton_kernel
-from sharded_dadamw.operands import NORMS, Form, Operands, plan_tiles
-from sharded_dadamw.precision import split
-from sharded_dadamw.update import Hyperparameters, adamw_
+from sharded_dadamw.kernels import choose as kernels
+from sharded_dadamw.kernels import numba_kernel, torch_kernel, triton_kernel
+from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
+from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.precision import split
 from tests.forms import (
     BF16,
     F16,

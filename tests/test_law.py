@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR
 
 from sharded_dadamw import DecoupledAdamW
-from sharded_dadamw.update import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, adamw_
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-13, atol=1e-14),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_dadamw.layout import ALIGNMENT, BucketLayout, plan_buckets
+from sharded_dadamw.layout.bucket_layout import ALIGNMENT, BucketLayout, plan_buckets
 
 sizes = st.one_of(st.integers(0, 300), st.integers(0, 40).map(lambda k: k * ALIGNMENT), st.integers(0, 2_000_000))
 any_sizes = st.lists(sizes, min_size=1, max_size=25)

@@ -33,8 +33,8 @@ from sharded_dadamw import (
     ShardedDecoupledAdamW,
     ShardingConfig,
 )
-from sharded_dadamw.exchange import DirectExchange
-from sharded_dadamw.gradients import Stage
+from sharded_dadamw.buckets.gradients import Stage
+from sharded_dadamw.comm.exchange import DirectExchange
 from tests.models import BF16, F32, MODELS, draw_gradient, reduce_for_control
 from tests.pool import on_ranks
 

@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, storage
+from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.decoupled import _warn_of_freezing
-from sharded_dadamw.precision import holds, image, join, random_bits, remainder_of, round_stochastically, split, takes
+from sharded_dadamw.update import storage
+from sharded_dadamw.update.precision import (
+    holds,
+    image,
+    join,
+    random_bits,
+    remainder_of,
+    round_stochastically,
+    split,
+    takes,
+)
 from tests.models import BF16, F32
 from tests.pool import on_ranks
 

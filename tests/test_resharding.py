@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.boxes import boxes_of
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from sharded_dadamw.layout.boxes import boxes_of
 from tests.pool import alone, on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
@@ -259,7 +259,7 @@ def in_groups(group: Any, seed: int, reordered: bool) -> Run:
     if reordered:
         groups = [{**of_it, "params": of_it["params"][::-1]} for of_it in groups[::-1]]
     config = ShardingConfig(bucket_cap_mb=2e-3 if reordered else 1e-3)
-    with patch("sharded_dadamw.storage.ALIGNMENT", 128 if reordered else 64):
+    with patch("sharded_dadamw.update.storage.ALIGNMENT", 128 if reordered else 64):
         optimizer = ShardedDecoupledAdamW(groups, **LAW, amsgrad=True, process_group=group, config=config)
     assert any(bucket.layout.alignment == (128 if reordered else 64) for bucket in optimizer._buckets)
     return Run(model, optimizer, group)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, StepLR
 
 from sharded_dadamw import DecoupledAdamW, Exchange, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.precision import image
+from sharded_dadamw.update.precision import image
 from tests.models import (
     BF16,
     F32,

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.precision import join
+from sharded_dadamw.update.precision import join
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks
 

@@ -22,10 +22,10 @@ from sharded_dadamw import (
     ShardedDecoupledAdamW,
     ShardingConfig,
     StateResidency,
-    kernels,
-    torch_kernel,
 )
-from sharded_dadamw.storage import widened
+from sharded_dadamw.kernels import choose as kernels
+from sharded_dadamw.kernels import torch_kernel
+from sharded_dadamw.update.storage import widened
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
 from tests.models import BF16, F16, F32, F64, draw_gradient
 from tests.pool import on_ranks

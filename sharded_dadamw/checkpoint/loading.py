@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from sharded_dadamw.agreement import everyone, require_agreement
 from sharded_dadamw.checkpoint.files import read_entries, read_metadata
 from sharded_dadamw.checkpoint.manifest import FILE_NAME, Manifest, checkpoints, folders, step_of
 from sharded_dadamw.checkpoint.matching import collect_optimizer, match_model, match_optimizer
@@ -37,7 +36,8 @@ from sharded_dadamw.checkpoint.named_state import optimizer_state, refuse_parts
 from sharded_dadamw.checkpoint.run_state import RANKS, pack, seed_from, set_random_state, unpack
 from sharded_dadamw.checkpoint.saved_entries import SavedEntries
 from sharded_dadamw.checkpoint.saving import connect_model, wait_for_latest
-from sharded_dadamw.collectives import Collectives
+from sharded_dadamw.comm.agreement import everyone, require_agreement
+from sharded_dadamw.comm.collectives import Collectives
 
 
 @dataclass(frozen=True, slots=True)

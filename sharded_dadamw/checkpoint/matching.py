@@ -20,9 +20,9 @@ from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED
 from sharded_dadamw.checkpoint.named_state import name_of, tied
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.saved_entries import SavedEntries, part_of, placeholders
-from sharded_dadamw.fragment_tensor import FragmentTensor
-from sharded_dadamw.placement import like_parameter, local
-from sharded_dadamw.precision import join, remainder_of
+from sharded_dadamw.layout.placement import like_parameter, local
+from sharded_dadamw.state.fragment_tensor import FragmentTensor
+from sharded_dadamw.update.precision import join, remainder_of
 
 
 def _holds_nothing(value: Any) -> bool:

@@ -14,9 +14,9 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sharded_dadamw.checkpoint.manifest import Manifest
-from sharded_dadamw.fragment_tensor import FragmentTensor
-from sharded_dadamw.placement import local
-from sharded_dadamw.precision import holds
+from sharded_dadamw.layout.placement import local
+from sharded_dadamw.state.fragment_tensor import FragmentTensor
+from sharded_dadamw.update.precision import holds
 
 
 def part_of(tensor: Tensor) -> Tensor:

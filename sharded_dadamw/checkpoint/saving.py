@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from sharded_dadamw.agreement import everyone, require_agreement
 from sharded_dadamw.checkpoint.files import Writer, explained, on_host, versions, write
 from sharded_dadamw.checkpoint.manifest import FILE_NAME, Manifest, begin, clear, folder_of
 from sharded_dadamw.checkpoint.named_state import model_state, name_of, optimizer_state, refuse_parts, require_plain
 from sharded_dadamw.checkpoint.run_state import RANKS, pack, random_state
-from sharded_dadamw.collectives import Collectives, NativeVerbs
-from sharded_dadamw.connect import connect, group_in_background
+from sharded_dadamw.comm.agreement import everyone, require_agreement
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.connect import connect, group_in_background
 
 
 class Saving:

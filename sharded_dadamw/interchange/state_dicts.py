@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.names import canonical_name
-from sharded_dadamw.update import Hyperparameters, check_group
+from sharded_dadamw.update.adamw import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, StateResidency
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
-from sharded_dadamw.precision import join
+from sharded_dadamw.update.precision import join
 from tests.gpu.probes import DEVICE
 from tests.gpu.test_sharded import FIRST_CASE_TIMEOUT_S, nccl_group
 from tests.pool import on_ranks

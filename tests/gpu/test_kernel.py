@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_dadamw import kernels
-from sharded_dadamw.operands import NORMS, Operands, Update
-from sharded_dadamw.precision import image, join, random_bits, round_stochastically, split
-from sharded_dadamw.update import Hyperparameters, adamw_
+from sharded_dadamw.kernels import choose as kernels
+from sharded_dadamw.kernels.operands import NORMS, Operands, Update
+from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.precision import image, join, random_bits, round_stochastically, split
 from tests.forms import (
     BF16,
     F16,
@@ -57,7 +57,7 @@ def on_device(kind: Kind, numels: Sequence[int], hyper: Hyperparameters, *, offs
 
 def prepared(fragments: Sequence[Operands]) -> Update:
     update = kernels.prepare(fragments)
-    assert type(update).__module__ == "sharded_dadamw.triton_kernel"
+    assert type(update).__module__ == "sharded_dadamw.kernels.triton_kernel"
     return update
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.precision import image, join
-from sharded_dadamw.update import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.precision import image, join
 from tests.gpu.probes import DEVICE, no_host_sync
 from tests.models import BF16, F32, Groups, draw_gradient, mains_of, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks

@@ -1,0 +1,98 @@
+"""How parameters become buckets: which go together, where each lies, and what serves their weights and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.foreign_gradients import CopiedGradients, ForeignGradients
+from sharded_dadamw.buckets.gradients import Gradients
+from sharded_dadamw.buckets.offload import workplace_for
+from sharded_dadamw.buckets.own_gradients import OwnGradients
+from sharded_dadamw.buckets.sharded_gradients import ShardedGradients, SpareBuffers
+from sharded_dadamw.buckets.sharing import is_reduced_by_others
+from sharded_dadamw.buckets.weights import BorrowedWeights, OwnWeights, Weights
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.config import GradientResidency, ShardingConfig
+from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
+from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.update.storage import Storage
+
+
+class Bucketing:
+    """Lays the parameters that a group of ranks shares into buckets."""
+
+    def __init__(self, collectives: Collectives, config: ShardingConfig) -> None:
+        """For the ranks of a group, in the way that a user has chosen."""
+        self._collectives = collectives
+        self._config = config
+        self._spares = SpareBuffers(collectives.new_buffer)
+
+    def fill(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> Iterator[Bucket]:
+        """New buckets with these parameters, which get rank 0's values. Collective.
+
+        Args:
+            members: Trainable parameters in the order of their groups. Plain ones become views of flat buffers.
+            groups: All parameter groups.
+        """
+        for group_index, of_group in groupby(members, key=lambda member: member.group_index):
+            amsgrad = bool(groups[group_index]["amsgrad"])
+            for storage, reduces, alike in self._sorted_by_kind(list(of_group)):
+                numels = [member.placement.local_numel for member in alike]
+                cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
+                for slots in plan_buckets(numels, cap=cap):
+                    bucket = self._bucket([alike[i] for i in slots], storage, reduces, amsgrad)
+                    whole = bucket.weights.whole()
+                    self._collectives.broadcast_(whole)
+                    bucket.weights.accept_(whole)
+                    bucket.reset_main_()
+                    yield bucket
+
+    def _sorted_by_kind(
+        self, members: Sequence[NamedParameter]
+    ) -> Iterator[tuple[Storage, bool, list[NamedParameter]]]:
+        """Those that can share buckets, with their storage, and whether it is us who reduces their gradients."""
+        kinds: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
+        for member in members:
+            reduces = self._config.reduce_gradients and not is_reduced_by_others(member, self._collectives)
+            kind = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
+            kinds.setdefault(kind, []).append(member)
+        for (storage, _, reduces), alike in kinds.items():
+            yield storage, reduces, alike
+
+    def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
+        numels = tuple(member.placement.local_numel for member in members)
+        layout = BucketLayout(numels, self._collectives.num_ranks, alignment=storage.alignment)
+        weights, gradients = self._weights_of(members, layout), self._gradients_of(members, layout, reduces)
+        return Bucket(
+            layout,
+            members,
+            storage,
+            rank=self._collectives.rank,
+            group_index=members[0].group_index,
+            weights=weights,
+            gradients=gradients,
+            workplace=workplace_for(self._config.state_residency, weights, gradients),
+            amsgrad=amsgrad,
+            seed=self._config.seed,
+        )
+
+    def _weights_of(self, members: Sequence[NamedParameter], layout: BucketLayout) -> Weights:
+        rank = self._collectives.rank
+        if members[0].placement.is_borrowed:
+            return BorrowedWeights(members, layout, rank)
+        return OwnWeights(members, layout, rank, self._collectives.new_buffer)
+
+    def _gradients_of(self, members: Sequence[NamedParameter], layout: BucketLayout, reduces: bool) -> Gradients:
+        rank, config = self._collectives.rank, self._config
+        if not reduces:
+            return ForeignGradients(members, layout, rank)
+        if members[0].placement.is_borrowed:
+            return CopiedGradients(members, layout, rank)
+        dtype, wire_dtype = config.gradient_dtype, config.wire_dtype
+        if config.gradient_residency is GradientResidency.SHARDED:
+            return ShardedGradients(members, layout, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
+        allocate = self._collectives.new_buffer
+        return OwnGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, allocate=allocate)

@@ -1,0 +1,120 @@
+"""Gradients that live elsewhere, such as in FSDP's or DistributedDataParallel's memory, and are only read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient
+from sharded_dadamw.comm.collectives import Collectives, Handle
+from sharded_dadamw.layout.bucket_layout import BucketLayout
+from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.placement import local, local_gradient
+
+
+class ForeignGradients(Gradients):
+    """Gradients that live elsewhere and are means over ranks already; they are only read."""
+
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
+        """Allocate memory for this rank's shard alone.
+
+        Args:
+            members: The parameters, in slot order.
+            layout: Where they lie.
+            rank: Which shard is ours.
+        """
+        super().__init__(members)
+        first = members[0].param
+        self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
+        self._layout = layout
+        self._rank = rank
+        self._fragments = tuple(layout.fragments(rank))
+        self._marked: list[tuple[ReferenceType[Tensor], int]] = []
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """See :meth:`Gradients.present`."""
+        return are_present(self._params)
+
+    @property
+    def are_reduced(self) -> bool:
+        """See :meth:`Gradients.are_reduced`."""
+        return self.stage is Stage.REDUCED and bool(self._marked)
+
+    @property
+    def still_holds_last_step(self) -> bool:
+        """See :meth:`Gradients.still_holds_last_step`."""
+        return True
+
+    def mark(self, stage: Stage) -> None:
+        """See :meth:`Gradients.mark`. A step uses up nothing here, so it need not hold on to anything."""
+        self.stage = Stage.LOCAL if stage is Stage.CONSUMED else stage
+        reduced = self.stage is not Stage.LOCAL
+        self._marked = [(ref(grad), version) for grad, version in self._existing()] if reduced else []
+
+    def _existing(self) -> list[tuple[Tensor, int]]:
+        """The gradients there are, each with the count of in-place changes to its memory."""
+        grads = (member.param.grad for member in self._members)
+        # FSDP2 accumulates into what is local, which a DTensor does not notice.
+        return [(grad, local(grad)._version) for grad in grads if grad is not None]
+
+    def collect(self, *, to_clip: bool) -> None:
+        """See :meth:`Gradients.collect`; before another clip they may be read again."""
+        if self.stage is Stage.REDUCED:
+            marked = [(id(grad()), version) for grad, version in self._marked]
+            if self._have_ended() or (to_clip and [(id(g), v) for g, v in self._existing()] != marked):
+                self.mark(Stage.LOCAL)
+            elif [(id(g), v) for g, v in self._existing()] != marked:
+                raise self._changed()
+        for member in self._members:
+            if member.param.grad is not None:
+                check_gradient(member, member.param.grad, member.param.dtype)
+
+    def _have_ended(self) -> bool:
+        """Whether the marked gradients were dropped, or cleared in place; where there were none they have, too."""
+        marked = {id(grad()): version for grad, version in self._marked}
+        kept = [(grad, version - marked[id(grad)]) for grad, version in self._existing() if id(grad) in marked]
+        return all(num_changes >= 1 for _, num_changes in kept) and not any(grad.any() for grad, _ in kept)
+
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """See :meth:`Gradients.reduce`: copies this rank's fragments."""
+        grads = self._local_gradients()
+        for fragment in self._fragments:
+            if (grad := grads.get(fragment.slot)) is not None:
+                own = grad.reshape(-1)[fragment.param_start : fragment.param_start + fragment.numel]
+                self.shard[fragment.shard_start : fragment.shard_start + fragment.numel].copy_(own)
+        return None
+
+    def _local_gradients(self) -> dict[int, Tensor]:
+        """This rank's part of each gradient there is, by slot."""
+        params = {slot: member.param for slot, member in enumerate(self._members)}
+        return {slot: local_gradient(param) for slot, param in params.items() if param.grad is not None}
+
+
+class CopiedGradients(ForeignGradients):
+    """Gradients of borrowed parameters, which live elsewhere and are still to be averaged over ranks.
+
+    They are only read: the flat buffer of their exchange exists while it is under way.
+    """
+
+    can_settle_scale = True
+    _rescale: Tensor | None = None
+
+    def reduce(self, collectives: Collectives) -> Handle | None:
+        """See :meth:`Gradients.reduce`."""
+        buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
+        for slot, grad in self._local_gradients().items():
+            offset = self._layout.offsets[slot]
+            buffer[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
+        if self._rescale is not None:
+            buffer.mul_(self._rescale)
+            self._rescale = None
+        return collectives.reduce_scatter_mean(buffer, self.shard)
+
+    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:
+        """See :meth:`Gradients.settle_scale_`."""
+        if self.stage is Stage.LOCAL:
+            self._rescale = smallest / own

@@ -1,0 +1,107 @@
+"""Which ranks share which parameters, and what they have to agree on before those are sharded among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_dadamw.comm.agreement import Claims
+from sharded_dadamw.comm.collectives import Collectives, common_group
+from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.placement import Placement
+from sharded_dadamw.update.adamw import Hyperparameters
+
+
+def listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+    """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
+    given: list[Any] = []
+    tensors: list[Any] = []
+    for entry in params:
+        if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
+            entry = {**entry, "params": list(entry["params"])}
+        given.append(entry)
+        of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
+        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
+        tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
+    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | None:
+    """The axis along which DTensors among the parameters are replicated; None where there are no DTensors.
+
+    Raises:
+        ValueError: There is no such axis, or there are plain parameters beside them.
+    """
+    borrowed = [placement for placement in placements if placement.is_borrowed]
+    if not borrowed:
+        return None
+    if len(borrowed) < len(placements):
+        raise ValueError(
+            "expected process_group, since there are plain parameters beside DTensors; pass the ranks that hold the "
+            "same parameters, such as mesh['dp']"
+        )
+    group = common_group([placement.same for placement in borrowed])
+    if group is None:
+        raise ValueError(
+            "expected process_group, since these DTensors are replicated along no axis of their mesh; pass the ranks "
+            "that hold the same shards, such as mesh['dp'] beside tensor parallelism; or if there are none, nothing is "
+            "left to shard: use DecoupledAdamW, which updates the local shards as they are"
+        )
+    return group
+
+
+def is_reduced_by_others(member: NamedParameter, collectives: Collectives) -> bool:
+    """Whether FSDP replicates a parameter over the ranks that shard it, and so reduces its gradient over them."""
+    return any(collectives.are_all_of(group) for group in member.placement.same)
+
+
+def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, config: ShardingConfig) -> None:
+    """Refuse parameters that the ranks of a group do not share, or whose gradients nobody would average.
+
+    Raises:
+        ValueError: A parameter is sharded among these ranks already, or is a plain one beside HSDP's.
+    """
+    replicated = [member for member in members if member.placement.others and is_reduced_by_others(member, collectives)]
+    for member in members:
+        among_us = [collectives.are_all_of(group) for group in member.placement.others]
+        if any(among_us) and collectives.num_ranks > 1:
+            raise ValueError(
+                f"{member.name}: expected a parameter that all ranks of the process group hold alike, got a DTensor "
+                "that is sharded among them already; use DecoupledAdamW, which updates the local shards as they are"
+            )
+        if replicated and config.reduce_gradients and not member.placement.is_borrowed:
+            raise ValueError(
+                f"{member.name}: expected a DTensor like {replicated[0].name}, got a plain parameter, whose gradient "
+                "nobody would average over all ranks; put it into an optimizer of its own"
+            )
+
+
+def claims_of(
+    members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]], first_group: int, config: ShardingConfig
+) -> Claims:
+    """What a rank is about to build of the groups from ``first_group`` on."""
+    claims = {f"parameter {member.index}": member.describe() for member in members if member.group_index >= first_group}
+    for index, group in enumerate(groups[first_group:], start=first_group):
+        claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
+        claims.update(hyperparameter_claims(index, Hyperparameters.from_group(group)))
+    claims.update({f"config.{key}": str(value) for key, value in asdict(config).items()})
+    return claims
+
+
+def hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
+    """The scalars of a group, by the names they have there."""
+    lr = hyper.lr
+    values = {
+        "lr": f"a tensor on {lr.device}" if isinstance(lr, Tensor) else str(lr),  # whose value the host cannot see
+        "initial_lr": hyper.reference_lr,
+        "betas": (hyper.beta1, hyper.beta2),
+        "eps": hyper.eps,
+        "weight_decay": hyper.weight_decay,
+        "amsgrad": hyper.amsgrad,
+    }
+    return {f"param_groups[{index}][{name!r}]": str(value) for name, value in values.items()}

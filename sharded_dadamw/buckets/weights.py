@@ -1,0 +1,193 @@
+"""The parameters of one bucket: where they live, and how this rank's shard of them is published.
+
+Plain parameters become views of a flat buffer of ours, which is gathered in place. The memory of a DTensor belongs to
+FSDP or to tensor parallelism: its elements are read before each update and written back after it, through a flat buffer
+that exists only meanwhile.
+
+    own        p.data is a view of   |        |  shard |        |     [num_ranks * n]
+    borrowed                                  |  shard |              [n], a copy; p's memory stays where it is
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.layout.bucket_layout import BucketLayout
+from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.update.storage import Allocate, zeros
+
+_VERSION = attrgetter("_version")
+
+
+class Weights(ABC):
+    """The parameters of one bucket on one rank.
+
+    Attributes:
+        shard: [n], what this rank updates.
+    """
+
+    shard: Tensor
+
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
+        """Take parameters of one dtype on one device, in slot order.
+
+        Args:
+            members: The parameters.
+            layout: Where they lie.
+            rank: Which shard is ours.
+        """
+        self._members = tuple(members)
+        self._params = tuple(member.param for member in members)
+        self._layout = layout
+        self._range = layout.shard_range(rank)
+
+    def _copied(self, allocate: Allocate = zeros) -> Tensor:
+        """A new flat buffer [num_ranks * n] with all parameters in it."""
+        first = self._members[0].param
+        buffer = allocate(self._layout.numel, first.dtype, first.device)
+        for member, view in zip(self._members, self._views_of(buffer), strict=True):
+            view.copy_(member.local)
+        return buffer
+
+    def _views_of(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
+            for member, offset in zip(self._members, self._layout.offsets, strict=True)
+        ]
+
+    @abstractmethod
+    def misplaced(self) -> list[NamedParameter]:
+        """The parameters that are no longer where they were."""
+
+    @abstractmethod
+    def refresh_(self) -> None:
+        """Bring ``shard`` up to what the parameters are now."""
+
+    @abstractmethod
+    def may_be_edited(self) -> bool:
+        """Whether something may have written into parameters since our last step."""
+
+    @abstractmethod
+    def whole(self) -> Tensor:
+        """A flat buffer [num_ranks * n] with all parameters in it."""
+
+    @abstractmethod
+    def outgoing(self) -> Tensor:
+        """A flat buffer [num_ranks * n] with ``shard`` in this rank's slice."""
+
+    @abstractmethod
+    def accept_(self, buffer: Tensor) -> None:
+        """Write what ``whole`` or ``outgoing`` returned, filled by all ranks, into the parameters."""
+
+    @abstractmethod
+    def note_update(self) -> None:
+        """Take the parameters as they are now for the outcome of our own step."""
+
+
+class OwnWeights(Weights):
+    """Parameters that live in a flat buffer of ours.
+
+    Constructing it moves them there: ``p.data`` becomes a contiguous view, ``p`` stays the same object.
+    """
+
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, allocate: Allocate) -> None:
+        """See :class:`Weights`; ``allocate`` makes the flat buffer."""
+        super().__init__(members, layout, rank)
+        self.buffer = self._copied(allocate)
+        self.shard = self.buffer[slice(*self._range)]
+        self.views = self._views_of(self.buffer)
+        for member, view in zip(members, self.views, strict=True):
+            member.param.data = view
+        self._places = list(map(Tensor.data_ptr, self.views))
+        self.note_update()
+
+    def misplaced(self) -> list[NamedParameter]:
+        """See :meth:`Weights.misplaced`."""
+        if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
+            return []
+        return [
+            member
+            for member, view in zip(self._members, self.views, strict=True)
+            if member.param.data_ptr() != view.data_ptr()
+        ]
+
+    def refresh_(self) -> None:
+        """See :meth:`Weights.refresh_`; the shard is the parameters' own memory."""
+
+    def may_be_edited(self) -> bool:
+        """See :meth:`Weights.may_be_edited`."""
+        return self._read_versions() != self._versions
+
+    def _read_versions(self) -> list[int]:
+        return list(map(_VERSION, self._params))
+
+    def whole(self) -> Tensor:
+        """See :meth:`Weights.whole`."""
+        return self.buffer
+
+    def outgoing(self) -> Tensor:
+        """See :meth:`Weights.outgoing`."""
+        return self.buffer
+
+    def accept_(self, buffer: Tensor) -> None:
+        """See :meth:`Weights.accept_`; that is the parameters' memory."""
+
+    def note_update(self) -> None:
+        """See :meth:`Weights.note_update`."""
+        self._versions = self._read_versions()
+
+
+class BorrowedWeights(Weights):
+    """Parameters whose memory belongs to something else."""
+
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
+        """See :class:`Weights`; allocates memory for this rank's shard alone."""
+        super().__init__(members, layout, rank)
+        first = members[0].param
+        self._fragments = tuple(layout.fragments(rank))
+        self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
+        self.refresh_()
+
+    def misplaced(self) -> list[NamedParameter]:
+        """See :meth:`Weights.misplaced`; their owner may move them, but not cut them in another way."""
+        return [
+            member
+            for member in self._members
+            if tuple(member.local.shape) != member.placement.local_shape
+            or member.param.dtype != self.shard.dtype
+            or member.param.device != self.shard.device
+        ]
+
+    def refresh_(self) -> None:
+        """See :meth:`Weights.refresh_`."""
+        for fragment in self._fragments:
+            own = self._members[fragment.slot].local.reshape(-1)[fragment.param_start :][: fragment.numel]
+            self.shard[fragment.shard_start :][: fragment.numel].copy_(own)
+
+    def may_be_edited(self) -> bool:
+        """See :meth:`Weights.may_be_edited`; nobody tells."""
+        return True
+
+    def whole(self) -> Tensor:
+        """See :meth:`Weights.whole`."""
+        return self._copied()
+
+    def outgoing(self) -> Tensor:
+        """See :meth:`Weights.outgoing`."""
+        buffer = torch.empty(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
+        buffer[slice(*self._range)].copy_(self.shard)
+        return buffer
+
+    def accept_(self, buffer: Tensor) -> None:
+        """See :meth:`Weights.accept_`."""
+        self.shard.copy_(buffer[slice(*self._range)])
+        for member, view in zip(self._members, self._views_of(buffer), strict=True):
+            member.local.copy_(view)
+
+    def note_update(self) -> None:
+        """See :meth:`Weights.note_update`."""

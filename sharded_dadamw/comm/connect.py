@@ -1,0 +1,162 @@
+"""Which verbs serve a group of ranks best, and which group it is that ranks have in common."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, OneRank, RankOrderVerbs, is_alive
+from sharded_dadamw.comm.exchange import DirectExchange, map_each_other
+from sharded_dadamw.comm.mesh import HybridVerbs
+from sharded_dadamw.config import Exchange
+
+
+def connect(
+    process_group: dist.ProcessGroup | DeviceMesh | None,
+    device: torch.device,
+    *,
+    exchange: Exchange | None = Exchange.FASTEST,
+    called: str = "process_group",
+) -> Collectives:
+    """The best verbs for a group of ranks and the device their buffers live on.
+
+    Collective, with the same arguments on all ranks, unless ``exchange`` is None.
+
+    Args:
+        process_group: A group that this rank is in, a 1-D mesh, a 2-D mesh whose axes are replicas and shards in this
+            order, or None for the default group; None without an initialised torch.distributed means one rank.
+        device: Where parameters live.
+        exchange: How data is to be exchanged. None: nothing but small tensors is going to be reduced.
+        called: The argument's name in messages.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: The mesh has more than two axes, or two that leave ranks out, or the group does not have this rank,
+            is destroyed, or cannot reach the device's memory.
+    """
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return OneRank()
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim == 2:
+            return _connect_mesh(process_group, device, exchange, called)
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"{called}: expected a group or a mesh with one axis or two, got {process_group.ndim} axes "
+                f"{process_group.mesh_dim_names}; pass one axis, such as mesh['dp'], two, such as mesh['replicate', "
+                "'shard'], or a group of all their ranks"
+            )
+        process_group = process_group.get_group()
+    if process_group is None:
+        process_group = dist.group.WORLD
+        assert process_group is not None
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"{called}: expected a group with this rank in it, got {process_group}, which new_group() returns on "
+            "the ranks outside; build the optimizer on the group's own ranks only"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"{called}: expected a ProcessGroup, a DeviceMesh or None, got {process_group!r}")
+    if not is_alive(process_group):
+        raise ValueError(f"{called}: expected a live process group, got one that has been destroyed")
+    backend = dist.get_backend_config(process_group)
+    if f"{device.type}:" not in backend:
+        raise ValueError(
+            f"{called}: expected a backend for parameters on {device.type}, got {backend}; move the model to the "
+            "backend's device before building the optimizer"
+        )
+    if exchange is None:
+        return NativeVerbs(process_group, device)
+    is_direct = device.type == "cpu" and "cpu:gloo" in backend
+    if exchange is Exchange.BACKEND or (exchange is Exchange.FASTEST and not is_direct):
+        return NativeVerbs(process_group, device)
+    if exchange is Exchange.FASTEST and dist.get_world_size(process_group) > 1:
+        by_memory = map_each_other(process_group, device)
+        if by_memory is not None:
+            return by_memory
+    return DirectExchange(process_group, device) if is_direct else RankOrderVerbs(process_group, device)
+
+
+def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
+    """A second group of all ranks, whose messages cannot meet those of training. Collective the first time.
+
+    Args:
+        collectives: The ranks, on all of which this is called.
+
+    Raises:
+        ValueError: They are not all ranks: torch could not make the group without the others.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if not collectives.are_all_of(world):
+        raise ValueError(
+            f"process_group: expected all {dist.get_world_size()} ranks for saving in the background, got "
+            f"{collectives.num_ranks} of them; leave process_group out, or save with asynchronous=False"
+        )
+    reference = _in_background.get(world)
+    group = None if reference is None else reference()
+    if group is None or not is_alive(group):
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _in_background[world] = weakref.ref(group)
+    return group
+
+
+_in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]]
+_in_background = weakref.WeakKeyDictionary()  # see [Note: whose group it is] in collectives
+
+
+def _connect_mesh(mesh: DeviceMesh, device: torch.device, exchange: Exchange | None, called: str) -> Collectives:
+    replicas, shards = mesh.get_group(0), mesh.get_group(1)
+    ranks = set(mesh.mesh.flatten().tolist())
+    known = [group for group in (replicas, shards, dist.group.WORLD) if group is not None]
+    spanning = [group for group in known if set(dist.get_process_group_ranks(group)) == ranks]
+    if not spanning:
+        raise ValueError(
+            f"{called}: expected a mesh with two axes to have all {dist.get_world_size()} ranks, got the {len(ranks)} "
+            f"of {mesh.mesh_dim_names}; pass one axis, or a group of all these ranks"
+        )
+    everyone = connect(spanning[0], device, exchange=None, called=called)
+    if exchange is None:
+        return everyone
+    within = connect(shards, device, exchange=exchange, called=called)
+    across = connect(replicas, device, exchange=exchange, called=called)
+    return HybridVerbs(within, across, everyone) if across.num_ranks > 1 else within
+
+
+def connect_over(
+    groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None = None
+) -> Collectives:
+    """The verbs of all ranks among which parameters are spread.
+
+    Args:
+        groups: One for each axis of a mesh along which parameters are sharded; may be none, or the same one repeatedly.
+        device: Where parameters live.
+        also: A further axis, whose ranks are the answer where there is no other.
+
+    Raises:
+        ValueError: There are several axes, and they are not all there is: no one group is known to hold their product.
+    """
+    also = None if also is None else also.everyone
+    by_ranks = {frozenset(dist.get_process_group_ranks(group)): group for group in groups}
+    by_ranks = {ranks: group for ranks, group in by_ranks.items() if len(ranks) > 1}
+    if also is not None and all(also.are_all_of(group) for group in by_ranks.values()):
+        return also
+    if isinstance(also, NativeVerbs):
+        by_ranks[frozenset(dist.get_process_group_ranks(also.group))] = also.group
+    if not by_ranks:
+        return OneRank()
+    largest = max(by_ranks, key=len)
+    if all(ranks <= largest for ranks in by_ranks):
+        return connect(by_ranks[largest], device, exchange=None)
+    sizes = sorted(len(ranks) for ranks in by_ranks)
+    if math.prod(sizes) != dist.get_world_size():
+        raise ValueError(
+            f"parameters are sharded along axes of {sizes} ranks, which are not all {dist.get_world_size()} ranks; "
+            "pass norm_group, the ranks over which norms are to be added up"
+        )
+    return connect(None, device, exchange=None)

@@ -1,0 +1,58 @@
+"""Which kernel runs an update: numba's on a CPU, Triton's on CUDA, torch's own where those are missing or do not fit.
+
+They all compute :mod:`sharded_dadamw.update.adamw` in fp32, and differ in rounding alone; so the sharded and the
+unsharded optimizer, which choose here, get the same bits. The choice depends on the form of the tensors and on what is
+installed, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+from sharded_dadamw.kernels import torch_kernel
+from sharded_dadamw.kernels.operands import Form, Operands, Update
+
+log = logging.getLogger("sharded_dadamw")
+
+_COMPILED = {"cpu": ("numba_kernel", "numba", "cpu"), "cuda": ("triton_kernel", "triton", "cuda")}
+"""Per device type: our module, the package that compiles it, and the extra that installs that."""
+
+
+def prepare(operands: Sequence[Operands]) -> Update:
+    """Make the update of fragments of one form ready to be called every step.
+
+    Args:
+        operands: At least one fragment, all of one form. Their memory has to stay where it is as long as the update is
+            called.
+    """
+    update: Update = kernel_for(operands[0].form).Update(operands)
+    return update
+
+
+def kernel_for(form: Form) -> ModuleType:
+    """The module that updates fragments of this form."""
+    compiled = _compiled_kernel(form.device.type)
+    return compiled if compiled is not None and compiled.supports(form) else torch_kernel
+
+
+@cache
+def _compiled_kernel(device_type: str) -> ModuleType | None:
+    if device_type not in _COMPILED:
+        return None
+    module, package, extra = _COMPILED[device_type]
+    try:
+        return importlib.import_module(f"sharded_dadamw.kernels.{module}")
+    except (ImportError, OSError) as error:  # OSError: a library of the compiler does not load
+        log.warning(
+            "updates on %s run in torch's own kernels, which are slower where norms are asked for or dtypes differ: "
+            "%s is missing (%s); pip install 'sharded_dadamw[%s]'",
+            device_type,
+            package,
+            error,
+            extra,
+        )
+        return None

@@ -1,0 +1,523 @@
+"""The law on the CPU as one compiled loop: every byte is read once and written once, the norms come along for free.
+
+Invariant: an element's result has the same bits wherever it lies, at any cut, alignment and number of threads. Nothing
+has to be arranged for that, as the compiler may not change how an element is computed: no contraction to fused
+multiply-adds, no reassociation, so the vectorised body of a loop and its scalar end round alike. Only the sums of
+squares may be taken in any order, which lets the loop be vectorised at all; each covers one tile, and tiles do not
+depend on the number of threads.
+
+Fragments are known by their addresses, so that ten thousand small ones cost one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import carray, cfunc, config, float32, float64, from_dtype, int64, njit, types, uint32
+from numba.extending import intrinsic
+from torch import Tensor
+
+from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
+from sharded_dadamw.update.adamw import Hyperparameters
+
+_TILE = 4096
+"""Elements whose squares are summed in fp32."""
+_BLOCK = 96
+"""Elements computed between two prefetches: few lines, as a processor keeps track of no more than a dozen or so."""
+_AHEAD = 512
+"""How many elements ahead lines are prefetched."""
+_CLAIM = 16
+"""Tiles that a thread takes at a time."""
+_GRAIN = 1 << 16
+"""Elements below which a thread is not worth waking."""
+_TILE_OVERHEAD = 64
+"""What a tile costs beside its elements, in elements."""
+
+# The columns of the table of fragments; the first seven as in Operands.addresses.
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT = range(9)
+
+_FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
+
+# How an array holds its numbers.
+_FP32, _BF16, _FP16, _INT16, _NONE = range(5)
+_HELD_AS = {_FP32: (_FLOAT, 4), _BF16: (ir.IntType(16), 2), _FP16: (ir.HalfType(), 2), _INT16: (ir.IntType(16), 2)}
+_STORAGES = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16, torch.int16: _INT16, None: _NONE}
+
+
+class _Call(ctypes.Structure):
+    """All that a kernel is told: addresses of arrays, numbers of things, and the scalars of the law."""
+
+    _fields_ = (
+        ("claimed", ctypes.c_int64),
+        ("table", ctypes.c_int64),
+        ("fragments", ctypes.c_int64),
+        ("tile_fragments", ctypes.c_int64),
+        ("tile_starts", ctypes.c_int64),
+        ("tiles", ctypes.c_int64),
+        ("squares", ctypes.c_int64),
+        ("seed", ctypes.c_int64),
+        ("skip", ctypes.c_int64),
+        ("decay", ctypes.c_double),
+        ("lr", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("factor", ctypes.c_double),
+    )
+
+
+def supports(form: Form) -> bool:
+    """Whether :class:`Update` takes fragments of this form."""
+    dtypes = {form.param, form.grad, form.moments}
+    return (
+        form.is_plain
+        and form.device.type == "cpu"
+        and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
+        and (torch.float16 not in dtypes or _has_fp16())
+        and (
+            form.main is None
+            or (form.main is torch.float32 and form.param is not torch.float32)
+            or (form.main is torch.int16 and form.param is torch.bfloat16)
+        )
+    )
+
+
+@cache
+def _has_fp16() -> bool:
+    """Whether the processor itself converts fp16: a compiled kernel has no library to call."""
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return False  # the user chose another processor to compile for
+    return platform.machine() in ("aarch64", "arm64") or bool(get_host_cpu_features().get("f16c"))
+
+
+class Update:
+    """The update of a list of fragments, prepared once and applied at every step.
+
+    Args:
+        operands: Fragments of one form that :func:`supports` accepts. Their memory, and not the tensors, has to outlive
+            every call.
+    """
+
+    keeps_tensors = False
+    measures_in_passing = True
+
+    def __init__(self, operands: Sequence[Operands]) -> None:
+        self._form = operands[0].form
+        rows = [(*each.addresses(), each.param.numel(), each.first_element) for each in operands]
+        self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _FIRST_ELEMENT + 1)
+        tiles = plan_tiles(tuple(self._table[:, _NUMEL].tolist()), _TILE)
+        self._tile_fragments, self._tile_starts, offsets = (column.numpy() for column in tiles)
+        self._num_tiles = len(self._tile_starts)
+        self._filled = np.flatnonzero(np.diff(offsets))
+        self._first_tiles = offsets[self._filled]
+        arrays = (self._table, self._tile_fragments, self._tile_starts)
+        self._addresses = tuple(array.ctypes.data for array in arrays)
+        self._max_threads = max(1, (int(self._table[:, _NUMEL].sum()) + self._num_tiles * _TILE_OVERHEAD) // _GRAIN)
+
+    def __call__(
+        self,
+        hyper: Hyperparameters,
+        *,
+        grad_divisor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+        with_norms: bool = False,
+    ) -> Tensor | None:
+        """See :class:`sharded_dadamw.kernels.operands.Update`."""
+        skip = found_inf is not None and bool(found_inf)
+        if skip and not with_norms:
+            return None
+        squares = np.empty((self._num_tiles, len(NORMS)))
+        if self._num_tiles:
+            divisor = 1.0 if grad_divisor is None else float(grad_divisor)
+            # Division costs a quarter of the arithmetic, and by a power of two it is a multiplication, bit for bit.
+            is_power_of_two = math.frexp(divisor)[0] == 0.5 and divisor >= 2.0**-126
+            kernel = _compile(self._form, stochastic=seed is not None, divide=not is_power_of_two)
+            table, tile_fragments, tile_starts = self._addresses
+            call = _Call(
+                claimed=0,
+                table=table,
+                fragments=len(self._table),
+                tile_fragments=tile_fragments,
+                tile_starts=tile_starts,
+                tiles=self._num_tiles,
+                squares=squares.ctypes.data,
+                seed=seed or 0,
+                skip=skip,
+                decay=hyper.decay,
+                lr=hyper.lr,
+                beta1=hyper.beta1,
+                beta2=hyper.beta2,
+                eps=hyper.eps,
+                factor=1.0 / divisor if is_power_of_two else divisor,
+            )
+            _run(kernel, call, min(self._max_threads, torch.get_num_threads()))
+        if not with_norms:
+            return None
+        norms = np.zeros((len(self._table), len(NORMS)))
+        if self._num_tiles:
+            norms[self._filled] = np.add.reduceat(squares, self._first_tiles)
+        return torch.from_numpy(norms)
+
+
+def _find_openmp() -> Any:
+    """What starts a function on torch's own threads, where those are an OpenMP library's with GNU's entry point."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"))
+        start = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
+
+
+_openmp = _find_openmp()
+
+
+def _forget_openmp() -> None:
+    """In a forked child, which has none of its parent's threads; OpenMP would wait for them for ever."""
+    global _openmp
+    _openmp = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_openmp)
+
+
+def _run(kernel: Any, call: _Call, num_threads: int) -> None:
+    """Run a kernel on so many threads at once, of which this is one; each claims what it does.
+
+    On torch's threads, and where they cannot be had on this one alone: they busy-wait for a while after each operation
+    of torch, and threads beside them would have to share the processors with them.
+    """
+    address = ctypes.addressof(call)
+    if num_threads > 1 and _openmp is not None:
+        _openmp(kernel.address, address, num_threads, 0)
+    else:
+        kernel.ctypes(address)
+
+
+@intrinsic(prefer_literal=True)
+def _load(typing: Any, address: Any, column: Any, storage: Any, index: Any) -> Any:
+    """Element ``index`` of the array at ``address``, as fp32; of an int16 array as uint32, sign included."""
+    storage_value = storage.literal_value
+    result = types.uint32 if storage_value == _INT16 else types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Where vectors have 512 bits the compiler would rather use half of them. llvmlite has no name for this wish.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        number, size = _HELD_AS[storage_value]
+        pointer = builder.inttoptr(arguments[0], number.as_pointer())
+        held = builder.load(builder.gep(pointer, [arguments[3]]), align=size)
+        _keep_apart(builder, held, column.literal_value)
+        if storage_value == _BF16:
+            return builder.bitcast(builder.shl(builder.zext(held, _WORD), _WORD(16)), _FLOAT)
+        if storage_value == _FP16:
+            return builder.fpext(held, _FLOAT)
+        return builder.sext(held, _WORD) if storage_value == _INT16 else held
+
+    return result(types.int64, column, storage, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _store(typing: Any, address: Any, column: Any, storage: Any, index: Any, value: Any) -> Any:
+    """Write element ``index`` of the array at ``address``; ``value`` is one that the storage can hold."""
+    storage_value = storage.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, size = _HELD_AS[storage_value]
+        held = arguments[4]
+        if storage_value == _BF16:
+            held = builder.trunc(builder.lshr(builder.bitcast(held, _WORD), _WORD(16)), number)
+        elif storage_value == _FP16:
+            held = builder.fptrunc(held, number)
+        elif storage_value == _INT16:
+            held = builder.trunc(held, number)
+        pointer = builder.inttoptr(arguments[0], number.as_pointer())
+        stored = builder.store(held, builder.gep(pointer, [arguments[3]]), align=size)
+        _keep_apart(builder, stored, column.literal_value)
+
+    result = types.uint32 if storage_value == _INT16 else types.float32
+    return types.void(types.int64, column, storage, types.int64, result), generate
+
+
+def _keep_apart(builder: Any, access: Any, column: int) -> None:
+    """Tell the compiler that the arrays of different columns do not overlap; else it would check, or not vectorise."""
+    add = builder.module.add_metadata
+    domain = add(["sharded_dadamw"])
+    scopes = [add([str(each), domain]) for each in range(_STEP + 1)]
+    access.set_metadata("alias.scope", add([scopes[column]]))
+    access.set_metadata("noalias", add(scopes[:column] + scopes[column + 1 :]))
+
+
+@intrinsic
+def _prefetch_line(typing: Any, address: Any) -> Any:
+    """Begin to read the cache line at ``address``, which need not be valid."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
+        read, keep, data = number(0), number(3), number(1)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), read, keep, data])
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """``address`` as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _claim(typing: Any, call: Any, count: Any) -> Any:
+    """Add to the first number of a call, atomically; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        claimed = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", claimed, arguments[1], "monotonic")
+
+    return types.int64(call, types.int64), generate
+
+
+@intrinsic
+def _float(typing: Any, word: Any) -> Any:
+    """The fp32 with this pattern."""
+    return types.float32(types.uint32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], _FLOAT)
+
+
+@intrinsic
+def _pattern(typing: Any, value: Any) -> Any:
+    """The pattern of an fp32."""
+    return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], _WORD)
+
+
+@intrinsic
+def _round_to_fp16(typing: Any, value: Any) -> Any:
+    """The nearest number of fp16, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), _FLOAT)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic
+def _add(typing: Any, total: Any, term: Any) -> Any:
+    """An addition that may be taken out of order, so that a sum can be taken in the lanes of a vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc", "nsz"))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@njit(forceinline=True)
+def _prefetch(address: int, storage: int, block: int) -> None:
+    """Begin to read a block of an array."""
+    itemsize = 4 if storage == _FP32 else 2
+    for line in range(0, _BLOCK * itemsize, 64):
+        _prefetch_line(address + block * itemsize + line)
+
+
+@njit(forceinline=True)
+def _larger(a: Any, b: Any) -> Any:
+    """The larger number, or nan if one is."""
+    return a if a > b or a != a else b
+
+
+@njit(forceinline=True)
+def _canonical(value: Any) -> Any:
+    """The pattern of an fp32, in which all nan are one."""
+    return _pattern(value) if value == value else uint32(0x7FC00000)
+
+
+@njit(forceinline=True)
+def _join(value: Any, remainder: Any) -> Any:
+    """As :func:`sharded_dadamw.update.precision.join`."""
+    word = _pattern(value)
+    wraps = uint32(word & uint32(0x7FFFFFFF)) == uint32(0) and remainder >= uint32(0x80000000)
+    return _float(uint32(word + (uint32(0) if wraps else remainder)))
+
+
+@njit(forceinline=True)
+def _cut(word: Any) -> Any:
+    """The bf16 whose pattern is the upper half of this."""
+    return _float(uint32(word & uint32(0xFFFF0000)))
+
+
+@njit(forceinline=True)
+def _round(value: Any, storage: int) -> Any:
+    """The nearest number of a storage, ties to even."""
+    if storage == _FP32:
+        return value
+    if storage == _FP16:
+        return _round_to_fp16(value)
+    word = _canonical(value)
+    return _cut(uint32(word + uint32(0x7FFF) + (uint32(word >> uint32(16)) & uint32(1))))
+
+
+@njit(forceinline=True)
+def _image(value: Any, storage: int) -> Any:
+    """As :func:`sharded_dadamw.update.precision.image`."""
+    return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == _BF16 else _round(value, storage)
+
+
+@njit(forceinline=True)
+def _round_stochastically(value: Any, random_bits: Any) -> Any:
+    """As :func:`sharded_dadamw.update.precision.round_stochastically`."""
+    return _cut(uint32(_canonical(value) + random_bits))
+
+
+@njit(forceinline=True)
+def _mix(word: Any) -> Any:
+    """As in :mod:`sharded_dadamw.update.precision`."""
+    word = uint32(word ^ (word >> uint32(16)))
+    word = uint32(word * uint32(0x21F0AAAD))
+    word = uint32(word ^ (word >> uint32(15)))
+    word = uint32(word * uint32(0x735A2D97))
+    return uint32(word ^ (word >> uint32(15)))
+
+
+@cache
+def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
+    """The kernel of a form: a C function that claims tiles and applies the law to them, until there are none.
+
+    Compiled once per machine, where there is a folder to keep the result in.
+    """
+    param_as, grad_as, moments_as, main_as = (
+        _STORAGES[dtype] for dtype in (form.param, form.grad, form.moments, form.main)
+    )
+    value_column, value_as = (_MAIN, _FP32) if main_as == _FP32 else (_PARAM, param_as)
+    amsgrad = form.amsgrad
+    stochastic = stochastic and moments_as == _BF16
+
+    def run(pointer: Any) -> None:
+        call = carray(pointer, 1)[0]
+        table = carray(_pointer(call.table), (call.fragments, _FIRST_ELEMENT + 1), np.int64)
+        tile_fragments = carray(_pointer(call.tile_fragments), call.tiles, np.int32)
+        tile_starts = carray(_pointer(call.tile_starts), call.tiles, np.int64)
+        squares = carray(_pointer(call.squares), (call.tiles, 4), np.float64)
+        decay, beta1, beta2, eps = float32(call.decay), float32(call.beta1), float32(call.beta2), float32(call.eps)
+        rest1, rest2, factor = float32(1.0 - call.beta1), float32(1.0 - call.beta2), float32(call.factor)
+        step, rate, scale, key0, key1 = -1.0, float32(0.0), float32(0.0), uint32(0), uint32(0)
+        first_tile = _claim(pointer, _CLAIM)
+        while first_tile < call.tiles:
+            for tile in range(first_tile, min(first_tile + _CLAIM, call.tiles)):
+                row = table[tile_fragments[tile]]
+                param_at, grad_at, main_at, value_at = row[_PARAM], row[_GRAD], row[_MAIN], row[value_column]
+                exp_avg_at, exp_avg_sq_at, maximum_at = row[_EXP_AVG], row[_EXP_AVG_SQ], row[_MAX_EXP_AVG_SQ]
+                start = tile_starts[tile]
+                stop = min(start + _TILE, row[_NUMEL])
+                sum_grad = sum_param = sum_moment = sum_update = float32(0.0)
+                if call.skip:
+                    for i in range(start, stop):
+                        grad = _load(grad_at, _GRAD, grad_as, i)
+                        grad = grad / factor if divide else grad * factor
+                        value = _load(value_at, value_column, value_as, i)
+                        if main_as == _INT16:
+                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
+                        exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
+                        sum_grad = _add(sum_grad, grad * grad)
+                        sum_param = _add(sum_param, value * value)
+                        sum_moment = _add(sum_moment, exp_avg * exp_avg)
+                    stop = start
+                new_step = float64(_load(row[_STEP], _STEP, _FP32, 0))
+                if new_step != step:
+                    step = new_step
+                    rate = float32(call.lr / (1.0 - call.beta1**step))
+                    scale = float32(1.0 / math.sqrt(1.0 - call.beta2**step))
+                    key0 = _mix(uint32(_mix(uint32(int64(step) + 0x9E3779B9)) ^ uint32(call.seed)))
+                    key1 = _mix(uint32(key0 + uint32(0x85EBCA6B)))
+                for block in range(start, stop, _BLOCK):
+                    ahead = block + _AHEAD
+                    if ahead < row[_NUMEL]:
+                        _prefetch(param_at, param_as, ahead)
+                        _prefetch(grad_at, grad_as, ahead)
+                        _prefetch(exp_avg_at, moments_as, ahead)
+                        _prefetch(exp_avg_sq_at, moments_as, ahead)
+                        if amsgrad:
+                            _prefetch(maximum_at, moments_as, ahead)
+                        if main_as != _NONE:
+                            _prefetch(main_at, main_as, ahead)
+                    first_element = row[_FIRST_ELEMENT] + block
+                    first_low = uint32(first_element)
+                    key_high = uint32(uint32(first_element >> 32) * uint32(0xC2B2AE35))
+                    next_key_high = uint32(key_high + uint32(0xC2B2AE35))
+                    for i in range(block, min(block + _BLOCK, stop)):
+                        grad = _load(grad_at, _GRAD, grad_as, i)
+                        grad = grad / factor if divide else grad * factor
+                        value = _load(value_at, value_column, value_as, i)
+                        if main_as == _INT16:
+                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
+                        exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
+                        exp_avg_sq = _load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
+                        exp_avg = beta1 * exp_avg + rest1 * grad
+                        exp_avg_sq = beta2 * exp_avg_sq + rest2 * (grad * grad)
+                        second_moment = exp_avg_sq
+                        if amsgrad:
+                            maximum = _load(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i)
+                            second_moment = _larger(maximum, exp_avg_sq)
+                        update = decay * value + rate * (exp_avg / (math.sqrt(second_moment) * scale + eps))
+                        value = value - update
+
+                        if stochastic:
+                            low = uint32(first_low + uint32(i - block))
+                            word = _mix(uint32(low + key0)) ^ (key_high if low >= first_low else next_key_high)
+                            word = _mix(uint32(word + key1))
+                            exp_avg = _round_stochastically(exp_avg, uint32(word & uint32(0xFFFF)))
+                            exp_avg_sq = _round_stochastically(exp_avg_sq, uint32(word >> uint32(16)))
+                        else:
+                            exp_avg = _round(exp_avg, moments_as)
+                            exp_avg_sq = _round(exp_avg_sq, moments_as)
+                        _store(exp_avg_at, _EXP_AVG, moments_as, i, exp_avg)
+                        _store(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i, exp_avg_sq)
+                        if amsgrad:
+                            _store(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i, _larger(maximum, exp_avg_sq))
+
+                        if main_as == _NONE:
+                            value = _round(value, param_as)
+                            _store(param_at, _PARAM, param_as, i, value)
+                        else:
+                            image = _image(value, param_as)
+                            _store(param_at, _PARAM, param_as, i, image)
+                            if main_as == _FP32:
+                                _store(main_at, _MAIN, _FP32, i, value)
+                            else:
+                                remainder = uint32(_canonical(value) - _pattern(image))
+                                _store(main_at, _MAIN, _INT16, i, remainder)
+
+                        sum_grad = _add(sum_grad, grad * grad)
+                        sum_param = _add(sum_param, value * value)
+                        sum_moment = _add(sum_moment, exp_avg * exp_avg)
+                        sum_update = _add(sum_update, update * update)
+                squares[tile, 0] = sum_grad
+                squares[tile, 1] = sum_param
+                squares[tile, 2] = sum_moment
+                squares[tile, 3] = sum_update
+            first_tile = _claim(pointer, _CLAIM)
+
+    # A file of its own: processes that write kernels to one cache file at once can mix them up.
+    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:6], stochastic, divide))
+    signature = types.void(types.CPointer(from_dtype(np.dtype(_Call))))
+    try:
+        return cfunc(signature, error_model="numpy", cache=True)(run)
+    except Exception:  # nowhere to keep it, no room, or what was kept is damaged; what is wrong itself fails again
+        return cfunc(signature, error_model="numpy")(run)

@@ -1,0 +1,160 @@
+"""What an update reads and writes, fragment by fragment, as every kernel takes it.
+
+    fragments      |  0          |1 |  2      |        each with its own tensors, step count and numbers of elements
+    tiles          |    |    |   |  |    |    |        runs of at most one tile size, never across two fragments
+
+Kernels work tile by tile. Their squared norms are summed within a tile, and over the tiles of a fragment in order, so
+that they are the same bits in every run, on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.layout.parameters import has_plain_memory
+from sharded_dadamw.update.adamw import Hyperparameters
+
+NORMS = ("grad", "param", "moment", "update")
+"""The squared norms that an update yields per fragment, in this order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """One fragment: tensors of one size on one device, each of them dense in memory, all in the same order.
+
+    Attributes:
+        param: The model's weights: fp32, bf16, fp16 or fp64. Updated.
+        grad: Any of these dtypes. Only read.
+        exp_avg: fp32, or another of these dtypes. Updated.
+        exp_avg_sq: Dtype of ``exp_avg``. Updated.
+        max_exp_avg_sq: Dtype of ``exp_avg``. Updated. None without amsgrad.
+        main: fp32: the value of which ``param`` is the image; int16: what ``param``, in bf16, lacks of its fp32 value.
+            Updated. None where ``param`` is all there is.
+        step: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
+        first_element: Number of the first element, counted over all parameters: the key of stochastic rounding.
+        history: A number that is equal for fragments whose step counts are known to be equal; None if nothing is known.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    main: Tensor | None
+    step: Tensor
+    first_element: int = 0
+    history: int | None = None
+
+    @property
+    def form(self) -> Form:
+        """Which kernel it needs."""
+        return Form(
+            self.param.device,
+            self.param.dtype,
+            self.grad.dtype,
+            self.exp_avg.dtype,
+            None if self.main is None else self.main.dtype,
+            self.max_exp_avg_sq is not None,
+            self.is_plain,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether addresses tell the truth: memory of one device, in the dtypes of the form, read as it is."""
+        device, moments = self.param.device, self.exp_avg.dtype
+        for tensor in (*self.tensors, self.step):
+            if tensor is not None and (tensor.device != device or not has_plain_memory(tensor)):
+                return False
+        return (
+            self.step.dtype is torch.float32
+            and self.exp_avg_sq.dtype is moments
+            and (self.max_exp_avg_sq is None or self.max_exp_avg_sq.dtype is moments)
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq and main."""
+        return self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.main
+
+    def addresses(self) -> tuple[int, ...]:
+        """Of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, main and step; 0 for what there is not."""
+        maximum, main = self.max_exp_avg_sq, self.main
+        return (
+            self.param.data_ptr(),
+            self.grad.data_ptr(),
+            self.exp_avg.data_ptr(),
+            self.exp_avg_sq.data_ptr(),
+            0 if maximum is None else maximum.data_ptr(),
+            0 if main is None else main.data_ptr(),
+            self.step.data_ptr(),
+        )
+
+
+class Form(NamedTuple):
+    """What fragments of one launch have in common."""
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    moments: torch.dtype
+    main: torch.dtype | None
+    amsgrad: bool
+    is_plain: bool = True
+
+
+class Tiles(NamedTuple):
+    """The tiles of a list of fragments, in order.
+
+    Attributes:
+        fragment: int32 [num_tiles], which fragment each belongs to.
+        start: int64 [num_tiles], its first element, counted in the fragment.
+        offsets: int64 [num_fragments + 1], the first tile of each fragment, and the end.
+    """
+
+    fragment: Tensor
+    start: Tensor
+    offsets: Tensor
+
+
+@lru_cache(maxsize=16)
+def plan_tiles(numels: Sequence[int], size: int) -> Tiles:
+    """Cut fragments of these sizes (a tuple) into tiles of at most ``size`` elements; on the CPU, not to be changed.
+
+    An empty fragment has no tiles.
+    """
+    counts = -(-torch.tensor(numels, dtype=torch.int64) // size)
+    offsets = torch.zeros(len(numels) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    fragment = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    start = (torch.arange(int(offsets[-1])) - offsets[fragment]) * size
+    return Tiles(fragment.to(torch.int32), start, offsets)
+
+
+class Update(Protocol):
+    """The update of a list of fragments of one form, made ready once and called every step."""
+
+    keeps_tensors: bool
+    """Whether it refers to the operands' tensors, and not to their addresses alone."""
+    measures_in_passing: bool
+    """Whether norms come out of the pass over memory that the update is, and not of passes of their own."""
+
+    def __call__(
+        self,
+        hyper: Hyperparameters,
+        *,
+        grad_divisor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+        with_norms: bool = False,
+    ) -> Tensor | None:
+        """Apply the rule to every fragment, in place; the arguments are those of ``adamw_``.
+
+        Returns:
+            With norms: fp64 [num_fragments, 4], the squared norms :data:`NORMS` of each fragment. Else None.
+        """

@@ -1,0 +1,172 @@
+"""Where a parameter's elements are: its part on this rank, who holds the same part, and who holds others.
+
+                                                same part                     other parts
+    plain parameter                             (what the caller says)        -
+    FSDP1, flat or with original parameters     -                             its process group, unless NO_SHARD
+    DTensor (FSDP2, HSDP, tensor parallel)      mesh axes with Replicate      mesh axes with Shard
+
+State can be spread over ranks that hold the same; norms have to be added up over ranks that hold others.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where one parameter's elements are.
+
+    It refers to groups weakly, as does :class:`sharded_dadamw.comm.collectives.NativeVerbs`.
+
+    Attributes:
+        local_shape: Shape of this rank's part.
+        part: Says which of the elements this rank holds; equal on two ranks that hold the same ones of a parameter.
+        first_element: Number of the part's first element in the flattened whole, or where parts are not contiguous
+            something like it: a key for random numbers.
+        is_borrowed: Whether its memory belongs to something else, which may move it: read it, and write back into it.
+    """
+
+    local_shape: tuple[int, ...]
+    part: str = ""
+    first_element: int = 0
+    is_borrowed: bool = False
+    _same: tuple[ReferenceType[ProcessGroup], ...] = ()
+    _others: tuple[ReferenceType[ProcessGroup], ...] = ()
+
+    @property
+    def local_numel(self) -> int:
+        """Number of elements of this rank's part."""
+        return math.prod(self.local_shape)
+
+    @property
+    def same(self) -> list[ProcessGroup]:
+        """Groups of ranks that hold the same part, one for each axis of a mesh along which it is replicated."""
+        return [group for reference in self._same if (group := reference()) is not None]
+
+    @property
+    def others(self) -> list[ProcessGroup]:
+        """Groups of ranks that hold different parts, one for each axis along which it is sharded."""
+        return [group for reference in self._others if (group := reference()) is not None]
+
+
+def placements_of(params: Sequence[Tensor]) -> list[Placement]:
+    """The placement of each parameter.
+
+    Raises:
+        ValueError: A parameter is part of a flat one of FSDP1, and no FSDP1 module that has it is alive.
+    """
+    handles = _fsdp1_handles() if any(is_of_fsdp1(param) for param in params) else {}
+    return [_of_fsdp1(param, handles) if is_of_fsdp1(param) else _of_tensor(param) for param in params]
+
+
+def is_of_fsdp1(param: Tensor) -> bool:
+    """Whether it is a flat parameter of ``FullyShardedDataParallel``, or a view of one."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter; () where it is not known, of what FSDP1 has flattened."""
+    return () if is_of_fsdp1(param) else tuple(param.shape)
+
+
+def is_fragment(value: Any) -> bool:
+    """Whether it is what the state dict of a sharded optimizer has on one of several ranks."""
+    return hasattr(value, "span")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def local_gradient(param: Tensor) -> Tensor:
+    """This rank's part of a gradient, laid out like its parameter. Collective where that is still unsummed.
+
+    Args:
+        param: Has a gradient.
+    """
+    grad: Any = param.grad
+    placements = getattr(param, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = grad.redistribute(grad.device_mesh, placements)
+    return local(grad)
+
+
+def like_parameter(part: Tensor, param: Any, *, copies: bool = False) -> Tensor:
+    """This rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
+
+    Args:
+        part: Local shape of the parameter.
+        param: The parameter.
+        copies: Whether to copy it; a tensor that is whole goes to host memory then.
+    """
+    if not hasattr(param, "to_local"):
+        return part.to("cpu", copy=True) if copies else part
+    distributed: Tensor = type(param).from_local(
+        part.clone() if copies else part,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+    return distributed
+
+
+def _of_tensor(param: Any) -> Placement:
+    if not hasattr(param, "to_local"):
+        return Placement(tuple(param.shape))
+    mesh = param.device_mesh
+    coordinate = mesh.get_coordinate()
+    sharded = [axis for axis, placement in enumerate(param.placements) if not placement.is_replicate()]
+    index, num_parts = 0, 1
+    for axis in sharded:
+        index = index * mesh.size(axis) + coordinate[axis]
+        num_parts *= mesh.size(axis)
+    return Placement(
+        tuple(param.detach().to_local().shape),
+        part=", ".join(f"{coordinate[axis]} of {mesh.size(axis)} along mesh axis {axis}" for axis in sharded),
+        first_element=index * -(-param.numel() // num_parts),
+        is_borrowed=True,
+        _same=tuple(ref(mesh.get_group(axis)) for axis in range(mesh.ndim) if axis not in sharded),
+        _others=tuple(ref(mesh.get_group(axis)) for axis in sharded),
+    )
+
+
+def _of_fsdp1(param: Tensor, handles: dict[int, Any]) -> Placement:
+    handle = handles.get(id(param))
+    if handle is None:
+        raise ValueError(
+            "expected the parameters of a living FullyShardedDataParallel module, got one whose module cannot be "
+            "found; keep the wrapped model, and do not hide it with gc.freeze()"
+        )
+    group = (ref(handle.process_group),)
+    if not handle.uses_sharded_strategy:
+        return Placement(tuple(param.shape), is_borrowed=True, _same=group)
+    part = f"{handle.rank} of {handle.world_size} of a flat parameter"
+    return Placement(tuple(param.shape), part, is_borrowed=True, _others=group)
+
+
+def _fsdp1_handles() -> dict[int, Any]:
+    """What FSDP1 knows of its parameters, by the parameters' id.
+
+    No way leads from such a parameter to the module that owns it, so we go through everything that is alive.
+    """
+    module = sys.modules["torch.distributed.fsdp._flat_param"]  # imported, since somebody has made one
+    kind = module.FlatParamHandle
+    handles = {}
+    for handle in (thing for thing in gc.get_objects() if type(thing) is kind):
+        for param in (handle.flat_param, *(handle.flat_param._params or ())):
+            handles[id(param)] = handle
+    return handles

@@ -1,0 +1,7 @@
+"""Norms of parameters that are spread over ranks, and what is made of them.
+
+``global_norm`` counts every element once, in every layout; ``clipping`` folds a clip into the update; ``metrics``
+reports the last step, to users and through Composer's protocol.
+
+Nothing here changes a parameter or a gradient.
+"""

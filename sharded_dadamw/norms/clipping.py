@@ -1,0 +1,118 @@
+"""Clipping by the global norm, folded into the update: gradients stay as they are, and a step divides by one number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.layout.placement import local
+
+
+def check_clip(max_norm: float, norm_type: float) -> None:
+    """Refuse what no gradient can be clipped by.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
+    """
+    if not max_norm >= 0.0:
+        raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
+
+
+def require_finite(norm: Tensor, norm_type: float) -> None:
+    """Wait for a norm of gradients.
+
+    Raises:
+        RuntimeError: It is nan or infinite.
+    """
+    if not torch.isfinite(norm):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
+            "error_if_nonfinite=False"
+        )
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by, at most 1; torch's ``clip_grad_norm_`` has the same formula.
+
+    Args:
+        norm: 0-d fp32.
+        max_norm: The norm that must not be exceeded.
+    """
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def fold(
+    norm: Tensor, already: Tensor | None, *, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, Tensor]:
+    """Clip gradients that may have been clipped before, without touching them.
+
+    Args:
+        norm: 0-d fp32, of the gradients as they are.
+        already: 0-d, the coefficient of earlier clips that no step has used; None means 1.
+        max_norm: The norm that must not be exceeded.
+        norm_type: 2 or inf, for the message.
+        error_if_nonfinite: Whether to wait for the norm, and raise if it is nan or infinite.
+
+    Returns:
+        The norm before this clip and after earlier ones, and the coefficient of all of them together.
+
+    Raises:
+        RuntimeError: As :func:`require_finite`.
+    """
+    if already is not None:
+        norm = norm * already
+    if error_if_nonfinite:
+        require_finite(norm, norm_type)
+    coefficient = clip_coefficient(norm, max_norm)
+    return norm, coefficient if already is None else already * coefficient
+
+
+class FoldedClip:
+    """A clip that waits for the step that uses it, and the gradients that it is for.
+
+    Attributes:
+        coefficient: 0-d fp32, what these gradients are to be multiplied by.
+    """
+
+    def __init__(self, coefficient: Tensor, grads: Sequence[Tensor]) -> None:
+        """Fold a clip of these gradients; they are referred to weakly."""
+        self.coefficient = coefficient
+        self._clipped = [(ref(grad), _version(grad)) for grad in grads]
+        self._is_used = False
+
+    def use(self) -> Tensor:
+        """What a step divides the gradients by; it may use them again, as in torch."""
+        self._is_used = True
+        return 1.0 / self.coefficient
+
+    def is_for(self, grads: Sequence[Tensor]) -> bool:
+        """Whether gradients are those that were clipped, or some of them."""
+        clipped = self._those_alive()
+        return all(clipped.get(id(grad)) == _version(grad) for grad in grads)
+
+    def require_unchanged(self, grads: Sequence[Tensor]) -> None:
+        """Make sure before a step that gradients which it would use unclipped are not what is left of the clipped ones.
+
+        Raises:
+            RuntimeError: Some are, and have changed since, and no step has used them yet.
+        """
+        clipped = self._those_alive()
+        if not self._is_used and any(id(grad) in clipped for grad in grads):
+            raise RuntimeError(
+                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or drop "
+                "them with optimizer.zero_grad()"
+            )
+
+    def _those_alive(self) -> dict[int, int]:
+        return {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
+
+
+def _version(grad: Tensor) -> int:
+    """The count of changes to a gradient; FSDP2 accumulates into what is local, which a DTensor does not notice."""
+    return local(grad)._version

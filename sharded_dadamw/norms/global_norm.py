@@ -1,0 +1,126 @@
+"""Norms of what is spread over ranks: each element counted exactly once, one all-reduce, nothing read on the host.
+
+Every rank squares what it holds. Of the ranks that hold the same part of a parameter the first one counts; the others
+add zero. So the sum over ranks, and the norm, is that of the whole, in every layout.
+
+    rank 0    weight, part 0 of 2: counts        bias: counts
+    rank 1    weight, part 1 of 2: counts        bias: held by rank 0 as well
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_dadamw.comm.collectives import Collectives
+
+_CPU_CHUNK = 1 << 15
+"""Elements widened to fp64 at a time on CPU, so that the copy stays in cache. A running fp32 sum would drift."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who counts what, of all parameters of a group of ranks.
+
+    Attributes:
+        collectives: The ranks.
+        names: Of the parameters of all ranks, each once, in the same order on every rank.
+        rows: Per parameter of this rank its place in ``names``.
+        counts: Per parameter of this rank whether this rank counts its part.
+        leads: Per parameter of this rank whether this is the first rank that holds any part of it.
+        trainable: Per name whether it was trainable when the roll was called.
+    """
+
+    collectives: Collectives
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    counts: tuple[bool, ...]
+    leads: tuple[bool, ...]
+    trainable: tuple[bool, ...]
+
+
+def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool, Sequence[int]]]) -> Roll:
+    """Find out who counts what. Collective, and host-blocking.
+
+    Args:
+        collectives: The ranks that hold the parts of the parameters.
+        held: Of each parameter of this rank the name, the part, whether it is trainable, and its shape. One name means
+            one parameter, and one part the same elements.
+
+    Raises:
+        ValueError: Two ranks have parameters of one name and different shapes. On every rank.
+    """
+    first_holder: dict[tuple[str, str], int] = {}
+    leader: dict[str, int] = {}
+    row_of: dict[str, int] = {}
+    trainable: dict[str, bool] = {}
+    shapes: dict[str, list[int]] = {}
+    for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
+        for name, part, is_trainable, shape in json.loads(text):
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"{name}: expected one parameter of this name, got {shapes[name]} on rank {leader[name]} and "
+                    f"{shape} on rank {rank}; give parameters names that tell the stages of a pipeline apart"
+                )
+            first_holder.setdefault((name, part), rank)
+            leader.setdefault(name, rank)
+            row_of.setdefault(name, len(row_of))
+            trainable[name] = is_trainable or trainable.get(name, False)
+    return Roll(
+        collectives,
+        names=tuple(row_of),
+        rows=tuple(row_of[name] for name, *_ in held),
+        counts=tuple(first_holder[name, part] == collectives.rank for name, part, *_ in held),
+        leads=tuple(leader[name] == collectives.rank for name, *_ in held),
+        trainable=tuple(trainable[name] for name in row_of),
+    )
+
+
+def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collectives, device: torch.device) -> Tensor:
+    """The norm over all ranks of what each rank holds.
+
+    Args:
+        runs: Tensors of any shape that no other rank counts; may be empty.
+        norm_type: 2 or inf.
+        collectives: The ranks to add up.
+        device: Where the result goes.
+
+    Returns:
+        0-d fp32, the same bits on every rank. Squares are summed in fp64. A nan anywhere gives nan, and with
+        ``norm_type`` inf, where backends disagree about the larger of nan and a number, it gives inf.
+    """
+    if norm_type == math.inf:
+        largest = [run.abs().amax().to(torch.float64) for run in runs if run.numel()]
+        norm = torch.stack(largest).amax() if largest else torch.zeros((), dtype=torch.float64, device=device)
+        norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+        collectives.all_reduce_(norm, dist.ReduceOp.MAX).wait()
+        return norm.to(torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if filled := [run for run in runs if run.numel()]:
+        total = sums_of_squares(filled).sum()
+    collectives.all_reduce_(total, dist.ReduceOp.SUM).wait()
+    return total.sqrt().to(torch.float32)
+
+
+def sums_of_squares(runs: Sequence[Tensor]) -> Tensor:
+    """Of tensors of any shape on one device, at least one: fp64 [num_runs], in few launches on an accelerator.
+
+    The square of an fp32 is exact in fp64, so only the additions round.
+    """
+    if runs[0].device.type == "cpu":
+        return torch.stack([_sum_of_squares(run.reshape(-1)) for run in runs])
+    return torch.stack(torch._foreach_norm(list(runs), 2.0, dtype=torch.float64)).square()
+
+
+def _sum_of_squares(run: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for chunk in torch.split(run, _CPU_CHUNK):
+        wide = chunk.to(torch.float64)
+        total += torch.dot(wide, wide)
+    return total

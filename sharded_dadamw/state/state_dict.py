@@ -1,0 +1,249 @@
+"""State dicts of a sharded optimizer: one rank's fragments or whole tensors, and back, if they fit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
+from sharded_dadamw.update.precision import takes
+from sharded_dadamw.update.storage import BLOCK_8BIT, is_in_8_bits, widened
+
+_Pairs = list[tuple[Tensor, Tensor]]
+"""Live tensors, each with the saved one that belongs into it; equal in shape, and the live one can hold its values."""
+
+
+def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[int, dict[str, Tensor]]:
+    """This rank's state, each tensor in the shape of the whole. Not collective, and copies nothing.
+
+    Args:
+        buckets: All buckets of the rank.
+        collectives: The ranks that have the other shards.
+
+    Returns:
+        Per parameter index ``step`` and what there is of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
+        ``main_param`` and ``main_remainder``: views of the live state, as
+        :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank, which has all, as plain tensors or
+        as the DTensors that the parameters are. Moments in 8 bits are two tensors, ``exp_avg_codes`` in the
+        parameter's shape and ``exp_avg_scale`` with one element for each block.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    wrap = _as_plain
+    if collectives.num_ranks > 1:
+        # Importing DTensors takes a second, and who never saves can do without.
+        made_of: Any = importlib.import_module("sharded_dadamw.state.fragment_tensor").FragmentTensor.of
+        ranks = collectives.everyone
+        assert isinstance(ranks, NativeVerbs)
+        # Meshes of equal ranks are equal to torch, which then takes the group of one for the other's; but for the name.
+        name = (ranks.group.group_name,)
+        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=name)
+        wrap = partial(made_of, mesh=mesh, ranks=collectives)
+    for bucket in buckets:
+        for slot, member in enumerate(bucket.members):
+            state[member.index] = {
+                key: wrap(
+                    entry.live.view(-1),
+                    name=f"{key} of {member.name}",
+                    shape=entry.shape,
+                    part_shape=entry.part_shape,
+                    start=entry.start,
+                    like=member.param,
+                    writes=not entry.is_replicated or _owns_first(bucket, slot),
+                )
+                for key, entry in _entries(bucket, slot, as_stored=True).items()
+            }
+    return dict(sorted(state.items()))
+
+
+def _as_plain(live: Tensor, *, shape: Sequence[int], part_shape: Sequence[int], like: Tensor, **_: Any) -> Tensor:
+    part = live.view(tuple(part_shape))
+    return like_parameter(part, like) if tuple(shape) == tuple(like.shape) else part
+
+
+def _owns_first(bucket: Bucket, slot: int) -> bool:
+    fragment = bucket.layout.fragment(slot, bucket.rank)
+    numel = bucket.layout.numels[slot]
+    return fragment.param_start == 0 and fragment.numel > 0 if numel else bucket.rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One live tensor of a parameter's state, and which of the whole it is.
+
+    Attributes:
+        live: This rank's elements, 1-D, or ``step``.
+        shape: Of the whole.
+        part_shape: Of what the ranks of the group share of it.
+        start: The first element, counted in that part.
+        is_replicated: Whether every rank has all of it.
+    """
+
+    live: Tensor
+    shape: tuple[int, ...]
+    part_shape: tuple[int, ...]
+    start: int
+    is_replicated: bool = False
+
+
+def _entries(bucket: Bucket, slot: int, *, as_stored: bool) -> dict[str, _Entry]:
+    """A parameter's state.
+
+    Args:
+        bucket: Where it is.
+        slot: Whose it is.
+        as_stored: Whether moments in 8 bits are their codes and scales, which restores every bit, and not their values.
+            Not for DTensors, where scales are those of one part in one mesh.
+    """
+    member, fragment = bucket.members[slot], bucket.layout.fragment(slot, bucket.rank)
+    shape, part_shape, start = tuple(member.param.shape), member.placement.local_shape, fragment.param_start
+    entries = {}
+    for key, live in bucket.state_of(slot).items():
+        if key == "step":
+            entries[key] = _Entry(live, (), (), 0, is_replicated=True)
+        elif as_stored and bucket.storage.in_8_bits and not key.startswith("main_") and not bucket.is_borrowed:
+            quantized: Any = live if fragment.numel else _NOTHING_IN_8_BITS
+            blocks = (member.placement.local_numel // BLOCK_8BIT,)
+            entries[f"{key}_codes"] = _Entry(quantized.codes, shape, part_shape, start)
+            entries[f"{key}_scale"] = _Entry(quantized.scale, blocks, blocks, start // BLOCK_8BIT)
+        else:
+            entries[key] = _Entry(live, shape, part_shape, start)
+    return entries
+
+
+class _Nothing8Bit(NamedTuple):
+    codes: Tensor
+    scale: Tensor
+
+
+_NOTHING_IN_8_BITS = _Nothing8Bit(torch.empty(0, dtype=torch.uint8), torch.empty(0))
+
+
+def gather_state(
+    buckets: Sequence[Bucket], collectives: Collectives, *, keep: bool = True
+) -> dict[int, dict[str, Tensor]]:
+    """The state of whole parameters. Collective; needs memory for one more flat buffer at a time.
+
+    Args:
+        buckets: All buckets of the rank.
+        collectives: The ranks that have the other shards.
+        keep: Whether this rank wants it, or only takes part.
+
+    Returns:
+        Per parameter index ``step`` [] and, in the parameter's shape, what there is of ``exp_avg``, ``exp_avg_sq``,
+        ``max_exp_avg_sq``, ``main_param`` and ``main_remainder``: copies in host memory; DTensors where the parameter
+        is one. Moments in 8 bits become fp32. Empty where this rank does not want it.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for bucket in buckets:
+        layout = bucket.layout
+        if keep:
+            for slot, member in enumerate(bucket.members):
+                state[member.index] = {"step": bucket.steps[slot].to("cpu", copy=True)}
+        for name, shard in bucket.shards.items():
+            values = widened(shard)
+            buffer = torch.empty(layout.numel, dtype=values.dtype, device=bucket.weights.shard.device)
+            buffer[slice(*layout.shard_range(bucket.rank))].copy_(values)
+            collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16
+            if keep:
+                for member, offset in zip(bucket.members, layout.offsets, strict=True):
+                    part = buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
+                    state[member.index][name] = like_parameter(part, member.param, copies=True)
+    return dict(sorted(state.items()))
+
+
+def match_state(
+    state_dict: Mapping[str, Any], buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
+) -> _Pairs:
+    """Pair every live state tensor with the saved one that belongs into it, and write nothing.
+
+    Args:
+        state_dict: What ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since: this
+            rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
+            Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main
+            parameters: where nothing was saved of one, it is taken from the weight.
+        buckets: All buckets of the rank.
+        groups: The optimizer's parameter groups.
+
+    Raises:
+        ValueError: The saved state does not fit; names the first difference.
+    """
+    saved_groups = state_dict["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(f"parameters per group: expected {sizes}, got {saved_sizes}")
+    for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        if group["amsgrad"] != saved_group.get("amsgrad", group["amsgrad"]):
+            raise ValueError(
+                f"param_groups[{index}]['amsgrad']: expected {group['amsgrad']}, got {saved_group['amsgrad']}"
+            )
+    saved_keys = [saved_key for group in saved_groups for saved_key in group["params"]]
+    pairs: _Pairs = []
+    for bucket in buckets:
+        bucket.weights.refresh_()
+        for slot, member in enumerate(bucket.members):
+            saved = state_dict["state"].get(saved_keys[member.index], {})
+            pairs += _match(bucket, slot, saved)
+    return pairs
+
+
+def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
+    name = bucket.members[slot].name
+    entries = _entries(bucket, slot, as_stored=any(key.endswith("_codes") for key in saved))
+    # Whoever saved it may have kept no main parameter: ours is then the weight. Or it was never stepped: all zeros.
+    # What ours was by then is another run's, even where both runs' weights round to the same.
+    missing = [key for key in entries if key not in saved and saved and not key.startswith("main_")]
+    surplus = [key for key in saved if key not in entries and not key.startswith("main_")]
+    if missing or surplus:
+        hint = "; codes are moments in 8 bits: use Moments.INT8, or save whole tensors" * any(
+            "_codes" in k for k in saved
+        )
+        raise ValueError(f"state of {name}: expected entries {sorted(entries)}, got {sorted(saved)}{hint}")
+    mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (entries, saved))
+    if mains and saved_mains and mains != saved_mains:
+        raise ValueError(
+            f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
+            "ShardingConfig that saved it, or use load_checkpoint, which has the weight too and converts"
+        )
+    is_loaded = any(is_fragment(value) and value.loaded is not None for value in saved.values())
+    pairs: _Pairs = []
+    for key, entry in entries.items():
+        matched = _match_entry(f"state of {name}, {key}", entry, saved[key]) if key in saved else []
+        if key.startswith("main_") and not matched and (key not in saved or is_loaded):
+            matched = [(entry.live, bucket.main_of_weight(slot))]
+        elif key not in saved:
+            matched = [(entry.live, torch.zeros(entry.live.shape, dtype=entry.live.dtype))]
+        pairs += matched
+    return pairs
+
+
+def _match_entry(name: str, entry: _Entry, saved: Any) -> _Pairs:
+    """The pair of a live tensor and what was saved; none where that is the live tensor itself."""
+    live, stop = entry.live, entry.start + entry.live.numel()
+    if is_fragment(saved):
+        _, saved_start, saved_stop = saved.span
+        if (tuple(saved.shape), saved_start, saved_stop) != (entry.shape, entry.start, stop):
+            raise ValueError(
+                f"{name}: expected elements [{entry.start}:{stop}] of {list(entry.shape)}, got "
+                f"[{saved_start}:{saved_stop}] of {list(saved.shape)}, another rank's or another layout's; go through "
+                "torch.distributed.checkpoint, or load whole tensors"
+            )
+        values = saved.fragment if saved.loaded is None else saved.loaded
+    else:
+        whole = local(torch.as_tensor(saved))
+        if tuple(whole.shape) != entry.part_shape:
+            raise ValueError(f"{name}: expected {list(entry.part_shape)}, got {list(whole.shape)}")
+        values = whole.reshape(-1)[entry.start : stop]
+    expected = torch.float32 if is_in_8_bits(live) else live.dtype
+    if not takes(expected, values if live.dim() else values.view(())):
+        raise ValueError(f"{name}: expected {expected}, got {values.dtype}, which would be rounded")
+    is_live = not is_in_8_bits(live) and values.numel() > 0 and values.data_ptr() == live.data_ptr()
+    return [] if is_live else [(live, values.view(live.shape))]
