@@ -1,4 +1,4 @@
-"""The README's python blocks run as they stand: in order, in one namespace, on one rank and on several."""
+"""The python blocks of README and docs run as they stand: in order, a namespace a page, on one rank and on several."""
 
 import contextlib
 import os
@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from tests.pool import RankFailure, on_ranks
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -72,22 +74,30 @@ def run_blocks_on_a_rank(_: Any, text: str, file: str, folder: str) -> list[int]
 
 
 def test_the_readme_has_python_blocks() -> None:
-    assert python_blocks(README.read_text()), "README.md shows no python"
+    assert python_blocks(PAGES[0].read_text()), "README.md shows no python"
 
 
-def test_the_readmes_blocks_run_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README.read_text()
+@every_page
+def test_blocks_run_on_one_rank(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text()
     monkeypatch.chdir(tmp_path)
     with environment_of_one_rank():
-        ran = run_blocks(text, str(README))
+        ran = run_blocks(text, str(page))
     assert len(ran) == text.count("\n```python") + text.startswith("```python"), "a block was not recognised"
 
 
-def test_the_readmes_blocks_run_on_several_ranks(tmp_path: Path) -> None:
+@every_page
+def test_blocks_run_on_several_ranks(page: Path, tmp_path: Path) -> None:
     """On all of the pool's ranks, because a block that names no group uses the default one."""
-    text = README.read_text()
-    ran = on_ranks(4, run_blocks_on_a_rank, text, str(README), str(tmp_path))
+    text = page.read_text()
+    ran = on_ranks(4, run_blocks_on_a_rank, text, str(page), str(tmp_path))
     assert ran == [[line for line, _ in python_blocks(text)]] * 4
+
+
+@every_page
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 # --- the extraction itself ---
