@@ -6,7 +6,7 @@
 In every round each rank writes a file as large as its files of the checkpoint and syncs it, saves, reads its file back,
 and loads. Files are dropped from the page cache before they are read, where the system lets us; whatever the disk does
 behind that is in both. Memory is what a rank holds at most during a call over what it held before, largest over rounds.
-Steps are timed without a save under way, then while one is, in a thread and in another process, a new one as soon as
+Steps are timed without a save under way, then while one is, in a thread, a new one as soon as
 one has ended; and so is how long the call itself keeps training waiting.
 """
 
@@ -28,7 +28,6 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
@@ -42,8 +41,8 @@ from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint  # noqa: 
 WIDTH = 1024
 BLOCK = 1 << 22
 
-CALLS = ("plain write", "save", "plain read", "load", "save, returning (thread)", "save, returning (process)")
-STEPS = ("a step alone", "during a save in a thread", "during a save in a process")
+CALLS = ("plain write", "save", "plain read", "load", "save, returning (thread)")
+STEPS = ("a step alone", "during a save in a thread")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Run:
         self.optimizer.zero_grad()
         return time.perf_counter() - start
 
-    def save(self, root: Path, step: int, asynchronous: bool | AsyncCheckpointerType = False) -> Any:
+    def save(self, root: Path, step: int, asynchronous: bool = False) -> Any:
         """Save it, and keep no other."""
         return save_checkpoint(
             root, step=step, model=self.model, optimizer=self.optimizer, keep_last=1, asynchronous=asynchronous
@@ -172,15 +171,15 @@ class Benchmark:
         with self.noted("load"):
             self.run_.load(self.root)
 
-    def beside(self, number: int, kind: bool | AsyncCheckpointerType, call: str, step: str) -> None:
+    def beside(self, number: int) -> None:
         """Steps while saves are under way."""
         saving = None
         for _ in range(self.plan.steps):
             if saving is None or self._ended(saving):
-                with self.noted(call):
-                    saving = self.run_.save(self.root, number, kind)
+                with self.noted(CALLS[4]):
+                    saving = self.run_.save(self.root, number, asynchronous=True)
             dist.barrier()
-            self.seconds[step].append(self.run_.step())
+            self.seconds[STEPS[1]].append(self.run_.step())
         if saving is not None:
             saving.wait()
 
@@ -191,18 +190,15 @@ class Benchmark:
 
     def run(self, console: Console) -> None:
         """Fill `seconds` and `memory`. Collective."""
-        self.run_.save(self.root, 0, AsyncCheckpointerType.PROCESS).wait()  # starts the process, once
         for number in measuring.rounds(self.plan.rounds, console):
             self.calls(number)
             for _ in range(self.plan.steps):
                 dist.barrier()
                 self.seconds[STEPS[0]].append(self.run_.step())
-            self.beside(number, True, CALLS[4], STEPS[1])
-            self.beside(number, AsyncCheckpointerType.PROCESS, CALLS[5], STEPS[2])
+            self.beside(number)
         self.watch("save", lambda: self.run_.save(self.root, 0))
         self.watch("load", lambda: self.run_.load(self.root))
-        self.watch(CALLS[4], lambda: self.run_.save(self.root, 0, True).wait())
-        self.watch(CALLS[5], lambda: self.run_.save(self.root, 0, AsyncCheckpointerType.PROCESS).wait())
+        self.watch(CALLS[4], lambda: self.run_.save(self.root, 0, asynchronous=True).wait())
 
 
 TITLES = (
@@ -213,7 +209,7 @@ TITLES = (
     "/ plain, or a step alone: median [quartiles]",
     "memory at most / its share",
 )
-AGAINST = {"save": "plain write", "load": "plain read", STEPS[1]: STEPS[0], STEPS[2]: STEPS[0]}
+AGAINST = {"save": "plain write", "load": "plain read", STEPS[1]: STEPS[0]}
 
 
 def table_rows(plan: Plan, benchmark: Benchmark) -> list[list[str]]:

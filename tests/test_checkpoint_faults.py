@@ -5,8 +5,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +24,6 @@ from sharded_dadamw.checkpoint.manifest import Manifest
 from sharded_dadamw.interchange import Source, read_state
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
@@ -365,37 +361,6 @@ def in_a_subgroup(group: Any, root: Path) -> str:
 
 def test_only_all_ranks_together_save_behind_training(tmp_path: Path) -> None:
     assert all("expected all 4 ranks" in message for message in on_ranks(2, in_a_subgroup, tmp_path))
-
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
-from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
-from tests.test_checkpoint import build, differences, fit, run, whole
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=0, world_size=1)
-    parts = build("ours", None)
-    fit(*parts, 1)
-    then = whole(*parts[:2])
-    arguments = dict(run(None, *parts), asynchronous=AsyncCheckpointerType.PROCESS, keep_last=1)
-    save_checkpoint(sys.argv[1] + "/root", step=1, **arguments)
-    fit(*parts, 1)
-    print(save_checkpoint(sys.argv[1] + "/root", step=2, **arguments).wait().name)
-    parts = build("ours", None, seed=1)
-    print(load_checkpoint(sys.argv[1] + "/root", **run(None, *parts)).step)
-    dist.destroy_process_group()
-"""
-
-
-def test_another_process_writes_whole_checkpoints_too(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(PROCESS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["step_00000002", "2"], done.stderr
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["step_00000002"]
 
 
 # --- files made up to harm -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,8 +135,7 @@ class _SummedFiles(FileSystem):
 class Writer(FileSystemWriter):
     """Writes one checkpoint into a folder of its own; the last thing that happens is that the folder gets its name.
 
-    On the coordinator that is part of :meth:`finish`, after all ranks have written, wherever it runs: in the training
-    process, a thread of it or another process.
+    On the coordinator that is part of :meth:`finish`, after all ranks have written.
 
     Attributes:
         folder: Where it is being written.
@@ -158,10 +157,6 @@ class Writer(FileSystemWriter):
         self.final = final
         self._manifest = manifest
         self._keep_last = keep_last
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What to write while training goes on: a copy."""
-        return cast(dict[str, Any], on_host(state_dict))
 
     def storage_meta(self) -> StorageMeta:
         """The checkpoint's name: a path would be of this machine, and its class of this Python."""
@@ -245,13 +240,13 @@ def write(state: dict[str, Any], writer: Writer, group: dist.ProcessGroup | None
     try:  # torch's public `save` is this and a warning where torch.distributed is not in use
         _save_state_dict(state, writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise explained(error, writer.final) from error
+        raise _explained(error, writer.final) from error
     finally:
         if tidies_up:
             shutil.rmtree(writer.folder, ignore_errors=True)
 
 
-def explained(error: CheckpointException, final: Path) -> Exception:
+def _explained(error: CheckpointException, final: Path) -> Exception:
     """What torch.distributed.checkpoint says of a failure, of the kind that its first rank's is."""
     rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
     message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"

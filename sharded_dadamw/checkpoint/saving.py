@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.files import Writer, explained, on_host, versions, write
+from sharded_dadamw.checkpoint.files import Writer, on_host, versions, write
 from sharded_dadamw.checkpoint.manifest import FILE_NAME, Manifest, begin, clear, folder_of
 from sharded_dadamw.checkpoint.named_state import model_state, name_of, optimizer_state, refuse_parts, require_plain
 from sharded_dadamw.checkpoint.run_state import RANKS, pack, random_state
@@ -87,7 +84,7 @@ def save_checkpoint(
     data: Any = None,
     process_group: dist.ProcessGroup | DeviceMesh | None = None,
     keep_last: int | None = None,
-    asynchronous: bool | AsyncCheckpointerType = False,
+    asynchronous: bool = False,
 ) -> Saving:
     """Save a run as ``root/step_00000100``, whole or not at all. Collective, with equal arguments but for ``data``.
 
@@ -103,9 +100,8 @@ def save_checkpoint(
         data: This rank's place in the data: numbers, texts, tensors, and containers of them. Small.
         process_group: The ranks that hold the model and the optimizer together; by default all.
         keep_last: Remove older checkpoints, once this one is complete, so that so many are left; by default none.
-        asynchronous: Copy what is to be saved into host memory, return, and write it in a thread beside training (True
-            or ``AsyncCheckpointerType.THREAD``) or another process (``PROCESS``). For all ranks together only; wait for
-            the last one before the process group is destroyed.
+        asynchronous: Copy what is to be saved into host memory, return, and write it in a thread beside training. For
+            all ranks together only; wait for the last one before the process group is destroyed.
 
     Returns:
         A handle. Without ``asynchronous`` the checkpoint is complete.
@@ -121,7 +117,6 @@ def save_checkpoint(
     global _latest
     collectives = connect_model(model, process_group)
     previous = None if _latest is None else _latest._unheard_failure()
-    kind = AsyncCheckpointerType.THREAD if asynchronous is True else asynchronous or None
     claims = {
         "root": str(root),
         "step": str(step),
@@ -132,7 +127,7 @@ def save_checkpoint(
     refusal = previous
     packed = None
     try:
-        refusal = refusal or _refuse(root, step, model, optimizer, keep_last, kind, collectives)
+        refusal = refusal or _refuse(root, step, model, optimizer, keep_last, asynchronous, collectives)
         its = None if scheduler is None else scheduler.state_dict()
         packed = pack("data and scheduler", {"random": random_state(), "data": data, "scheduler": its})
     except Exception as error:  # a scheduler may raise what it likes, and a file system too
@@ -142,7 +137,7 @@ def save_checkpoint(
     final = folder_of(root, step)
     group = None
     if isinstance(collectives, NativeVerbs) and collectives.num_ranks > 1:
-        group = collectives.group if kind is None else group_in_background(collectives)
+        group = group_in_background(collectives) if asynchronous else collectives.group
 
     state: dict[str, Any] = {}
     manifest = None
@@ -158,7 +153,7 @@ def save_checkpoint(
         groups = state["optimizer"]["param_groups"]
         require_plain(state["model"], groups)  # after whatever is collective above
         manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups, name_of(optimizer))
-        if kind is AsyncCheckpointerType.THREAD:
+        if asynchronous:
             state.update(on_host(state))  # here, since memory may run out on one rank
         return begin(root, step).name if collectives.rank == 0 else ""
 
@@ -171,19 +166,17 @@ def save_checkpoint(
     assert manifest is not None
     writer = Writer(folder, final, manifest, keep_last)
 
-    def write_all(state: dict[str, Any]) -> None:
+    def write_all() -> None:
         write(state, writer, group, tidies_up=collectives.rank == 0)
 
-    written: Future[None] = Future()
-    if kind is None:
-        write_all(state)
-        written.set_result(None)
-    elif kind is AsyncCheckpointerType.THREAD:
+    if asynchronous:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        written = executor.submit(write_all, state)
+        written = executor.submit(write_all)
         executor.shutdown(wait=False)
     else:
-        _write_in_process(state, writer, group, written, final, folder if collectives.rank == 0 else None)
+        write_all()
+        written = Future()
+        written.set_result(None)
     _latest = Saving(final, written)
     return _latest
 
@@ -207,7 +200,7 @@ def _refuse(
     model: nn.Module,
     optimizer: Optimizer,
     keep_last: int | None,
-    kind: AsyncCheckpointerType | None,
+    asynchronous: bool,
     collectives: Collectives,
 ) -> Exception | None:
     if not isinstance(root, str | os.PathLike):
@@ -220,38 +213,10 @@ def _refuse(
         return ValueError(f"step: expected a whole number from 0 on, got {step!r}")
     if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
         return ValueError(f"keep_last: expected a whole number from 1 on, or None to keep all, got {keep_last!r}")
-    if kind is not None and not isinstance(kind, AsyncCheckpointerType):
-        return ValueError(f"asynchronous: expected a bool or an AsyncCheckpointerType, got {kind!r}")
-    if kind is AsyncCheckpointerType.PROCESS and not isinstance(collectives, NativeVerbs):
+    if not isinstance(asynchronous, bool):
         return ValueError(
-            "asynchronous: another process needs torch.distributed to be initialised, which it is not; use a thread"
+            f"asynchronous: expected True, to write in a thread beside training, or False, got {asynchronous!r}"
         )
     if collectives.num_ranks > 1 and importlib.util.find_spec("numpy") is None:
         return ImportError("torch.distributed.checkpoint needs NumPy to save from several ranks: pip install numpy")
     return None
-
-
-def _write_in_process(
-    state: dict[str, Any],
-    writer: Writer,
-    group: dist.ProcessGroup | None,
-    written: Future[None],
-    final: Path,
-    folder: Path | None,
-) -> None:
-    """Have another process write, and tidy up after it where ``folder`` is this rank's to remove."""
-    upload = async_save(
-        state, storage_writer=writer, process_group=group, async_checkpointer_type=AsyncCheckpointerType.PROCESS
-    )
-    assert isinstance(upload, Future)
-
-    def end(upload: Future[Any]) -> None:
-        error = upload.exception()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if error is None:
-            written.set_result(None)
-        else:
-            written.set_exception(explained(error, final) if isinstance(error, CheckpointException) else error)
-
-    upload.add_done_callback(end)

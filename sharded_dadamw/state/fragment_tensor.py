@@ -17,7 +17,6 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
 
 import torch
@@ -348,15 +347,3 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 def _spec_of(mesh: DeviceMesh, placements: Any, shape: Sequence[int], dtype: torch.dtype) -> DTensorSpec:
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), tuple(strides), dtype))
-
-
-def _rebuilt(fragment: Tensor, spec: DTensorSpec, attributes: dict[str, Any]) -> FragmentTensor:
-    return FragmentTensor._make(fragment, spec, attributes)
-
-
-def _sent_to_process(tensor: FragmentTensor) -> Any:
-    """What ``dcp.async_save`` in a process of its own sends there: memory that both share."""
-    return _rebuilt, (tensor.fragment, tensor._spec, {**tensor.__dict__, "_ranks": None})
-
-
-ForkingPickler.register(FragmentTensor, _sent_to_process)
