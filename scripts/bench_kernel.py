@@ -37,12 +37,10 @@ sys.path.insert(0, str(CHECKOUT))
 
 from scripts import measuring  # noqa: E402
 from scripts.measuring import Clock, Spread  # noqa: E402
-from sharded_dadamw.config import Moments, ShardingConfig  # noqa: E402
 from sharded_dadamw.kernels import choose as kernels  # noqa: E402
 from sharded_dadamw.kernels.operands import Form, Operands  # noqa: E402
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT  # noqa: E402
 from sharded_dadamw.update.adamw import Hyperparameters  # noqa: E402
-from sharded_dadamw.update.storage import Storage, put_back_, widened  # noqa: E402
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
 HYPER = Hyperparameters(**LAW, reference_lr=1e-5, amsgrad=False)
@@ -54,7 +52,7 @@ PIECES = 1000
 CRUMBS, CRUMB = 10_000, 13
 """A case of its own: so many parameters of so few elements."""
 UNIT = 256
-"""Sizes are multiples of it: moments in 8 bits come in such blocks."""
+"""Sizes are multiples of it: torchao's moments in 8 bits come in such blocks."""
 
 MAX_PLACES = 64
 """Parts of the arena that take turns, at most."""
@@ -263,22 +261,8 @@ def transcribed_adamw(at: Operands) -> None:
     at.param.addcdiv_(at.exp_avg, denom, value=-HYPER.lr / (1 - HYPER.beta1**step))
 
 
-def ours_in_8_bits(at: Operands) -> Callable[[], object]:
-    """Our update of moments in 8 bits: widened, updated, narrowed again, as ShardedDecoupledAdamW does it."""
-    storage = Storage.of(at.param, ShardingConfig(moments=Moments.INT8))
-    exp_avg, exp_avg_sq = (storage.zeros(at.param.numel(), at.param.device, signed=signed) for signed in (True, False))
-
-    def step() -> None:
-        fragment = replace(at, exp_avg=widened(exp_avg), exp_avg_sq=widened(exp_avg_sq))
-        kernels.prepare([fragment])(HYPER)
-        put_back_(exp_avg, fragment.exp_avg, None)
-        put_back_(exp_avg_sq, fragment.exp_avg_sq, None)
-
-    return step
-
-
 class Peer(NamedTuple):
-    """An update of one flat fp32 parameter, by other means than our kernels alone.
+    """An update of one flat fp32 parameter, by other means than our kernels.
 
     Attributes:
         build: Makes it ready to be called, for a place.
@@ -294,7 +278,6 @@ class Peer(NamedTuple):
 
 BYTES_8BIT = 1 + 4 / UNIT
 """A code, and a share of the scale of its block."""
-OURS_8BIT = Peer("fp32, moments 8 bits (several passes)", ours_in_8_bits, "torchao", BYTES_8BIT)
 
 
 def peers() -> list[Peer]:
@@ -359,16 +342,13 @@ class Case:
             self.remarks.append(f"{peer.title}, {millions(self.numel)}: left out, since torchao takes seconds on a CPU")
             return
         places = [fragments[0] for fragments in self._places(FP32)]
-        if peer is OURS_8BIT:
-            del places[1:]  # what is computed in between sweeps the cache
         try:
             calls = [peer.build(at) for at in places]
         except ImportError:
             self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
             return
-        kernel = kernel_name(places[0].form) if peer is OURS_8BIT else ""
         size = 3 * 4 + 2 * 2 * peer.moments
-        self.rows.append(Row(kernel, size, peer.title, fused=FUSED_FP32, in_other_dtypes=in_8_bits))
+        self.rows.append(Row("", size, peer.title, fused=FUSED_FP32, in_other_dtypes=in_8_bits))
         self._time(peer.title, size, calls)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
@@ -387,7 +367,6 @@ def full_case(arena: Arena, numel: int, num_places: int, *, with_peers: bool) ->
         for amsgrad in (False, True):
             case.add(precision, amsgrad=amsgrad)
     case.add(FP32, pieces=PIECES)
-    case.add_peer(OURS_8BIT)
     case.rows += case.fused_rows
     for peer in peers() if with_peers else []:
         case.add_peer(peer)

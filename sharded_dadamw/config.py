@@ -31,7 +31,6 @@ class Moments(_Choice):
     FP32 = "fp32: 4 bytes each"
     BF16 = "bf16, rounded stochastically, so that they are right on average: 2 bytes each"
     LIKE_PARAMETERS = "in the parameter's dtype, rounded to the nearest, as DecoupledAdamW stores them"
-    INT8 = "8 bits and a scale per 256 elements, by torchao; fp32 for small parameters: about 1 byte each"
 
 
 class GradientResidency(_Choice):

@@ -391,11 +391,6 @@ class DecoupledAdamW(Monitored, AdamW):
                 "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "
                 "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
             )
-        if any(key.endswith("_codes") for entries in state_dict["state"].values() for key in entries):
-            raise ValueError(
-                "expected moments in a floating dtype, got codes of 8 bits; save them from ShardingConfig("
-                "whole_state_dict=True), or after consolidate_state_dict()"
-            )
         for group in state_dict["param_groups"]:
             self._check_group(group)
         state = {

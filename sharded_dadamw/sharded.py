@@ -48,7 +48,7 @@ from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
 from sharded_dadamw.update.adamw import Hyperparameters
-from sharded_dadamw.update.storage import Storage, widened
+from sharded_dadamw.update.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -607,7 +607,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
 
     def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
         bucket, slot = self._slots[id(param)]
-        return bucket.value_of(slot), widened(self.state[param]["exp_avg"])
+        return bucket.value_of(slot), self.state[param]["exp_avg"]
 
     @property
     def state_bytes(self) -> int:
@@ -666,7 +666,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         which fills it, and then load it here; or use :func:`sharded_dadamw.checkpoint.load_checkpoint`, which does
         that. Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW
         or Composer's optimizer. Hyperparameters come from ``state_dict``, ``initial_lr`` included, as in torch. State
-        is copied into place, and never rounded, but for moments in 8 bits. A main parameter of which nothing was saved
+        is copied into place, and never rounded. A main parameter of which nothing was saved
         is taken from the weight as it is now; if that is loaded later, from that one at the next step.
 
         Raises:

@@ -822,7 +822,7 @@ def in_8_bits() -> dict[str, Any]:
         (of_adamax, "expected AdamW's .* got none of exp_avg_sq and exp_inf besides"),
         (maximizing, "maximize"),
         (before_it_was_consolidated, "consolidated"),
-        (in_8_bits, "save whole tensors"),
+        (in_8_bits, "got none of exp_avg, exp_avg_sq and exp_avg_codes"),
         (dict, "got something else"),
     ],
 )

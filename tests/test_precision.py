@@ -1,4 +1,4 @@
-"""State in fewer bits: exact remainders, moments in bf16 and in 8 bits, on any number of ranks with the same bits."""
+"""State in fewer bits: exact remainders, moments in bf16, on any number of ranks with the same bits."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.decoupled import _warn_of_freezing
-from sharded_dadamw.update import storage
 from sharded_dadamw.update.precision import (
     holds,
     image,
@@ -198,9 +197,7 @@ def train(
             param.grad = (torch.randn(param.shape, generator=draw) * gradient_size).to(dtype)
         optimizer.step()
         optimizer.zero_grad()
-    state = {
-        name: {key: storage.widened(value).clone() for key, value in optimizer.state[p].items()} for name, p in params
-    }
+    state = {name: {key: value.clone() for key, value in optimizer.state[p].items()} for name, p in params}
     return state, {name: p.detach().clone() for name, p in params}, optimizer.state_bytes
 
 
@@ -235,8 +232,6 @@ def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
 NARROW: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32 with bf16 moments": (F32, dict(moments=Moments.BF16, seed=11)),
     "bf16 with remainder and bf16 moments": (BF16, dict(moments=Moments.BF16, **REMAINDER)),
-    "fp32 with moments in 8 bits": (F32, dict(moments=Moments.INT8)),
-    "bf16 with remainder and moments in 8 bits": (BF16, dict(moments=Moments.INT8, **REMAINDER)),
 }
 
 
@@ -385,45 +380,6 @@ def test_a_remainder_for_fp16_is_refused() -> None:
         ShardedDecoupledAdamW([param], config=ShardingConfig(main_parameter=MainParameter.REMAINDER))
 
 
-# --- 8 bits ---
-
-
-def test_moments_in_8_bits_take_about_a_byte_and_train_like_fp32() -> None:
-    sizes = (256 * 64, 256 * 16)
-    numel = sum(sizes)
-    exact = on_ranks(2, train, F32, sizes, 50, {})
-    coarse = on_ranks(2, train, F32, sizes, 50, dict(moments=Moments.INT8))
-    assert coarse[0][2] == 2 * (numel + numel // 256 * 4) // 2  # two moments, on two ranks
-    for name, param in exact[0][1].items():
-        moved = (param - dict(make_params(F32, sizes))[name].detach()).norm()
-        assert (coarse[0][1][name] - param).norm() < 0.1 * moved
-        assert not torch.equal(coarse[0][1][name], param)
-
-
-def test_only_what_is_large_and_made_of_whole_blocks_is_kept_in_8_bits() -> None:
-    (result,) = on_ranks(1, train, F32, (4096, 4096 + 64, 2048, 256 * 17), 1, dict(moments=Moments.INT8))
-    numel_in_8_bits = 4096 + 256 * 17
-    padded = 64 * -(-(4096 + 64 + 2048) // 64)
-    assert result[2] == 2 * (numel_in_8_bits + numel_in_8_bits // 256 * 4) + 8 * padded
-
-
-def test_a_skipped_step_leaves_moments_in_8_bits_as_they_are() -> None:
-    param = nn.Parameter(torch.randn(8192))
-    optimizer = ShardedDecoupledAdamW([param], config=ShardingConfig(moments=Moments.INT8))
-    for found_inf in (0.0, 1.0):
-        before = {key: value.codes.clone() for key, value in optimizer.state[param].items() if key != "step"}
-        scales = {key: value.scale.clone() for key, value in optimizer.state[param].items() if key != "step"}
-        param.grad = torch.randn(8192)
-        optimizer.found_inf = torch.tensor(found_inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        for key, codes in before.items():
-            now = optimizer.state[param][key]
-            unchanged = torch.equal(now.codes, codes) and torch.equal(now.scale, scales[key])
-            assert unchanged == bool(found_inf)
-    assert optimizer.state[param]["step"] == 1
-
-
 @pytest.mark.parametrize("case", NARROW)
 def test_narrow_state_is_saved_and_resumed_bit_for_bit(case: str) -> None:
     dtype, settings = NARROW[case]
@@ -447,20 +403,3 @@ def test_narrow_state_is_saved_and_resumed_bit_for_bit(case: str) -> None:
     resumed[1].load_state_dict(saved)
     steps(*resumed, range(4, 8))
     assert torch.equal(resumed[0], straight[0])
-    if settings == NARROW["fp32 with moments in 8 bits"][1] and dtype is F32:
-        plain = ShardedDecoupledAdamW([nn.Parameter(torch.zeros(4096))])
-        with pytest.raises(ValueError, match="8 bits"):
-            plain.load_state_dict(saved)
-
-
-def test_without_torchao_moments_in_8_bits_are_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(storage.importlib, "import_module", missing)
-    storage._torchao_8bit.cache_clear()
-    try:
-        with pytest.raises(ImportError, match=r"torchao.*pip install 'sharded_dadamw\[8bit\]'"):
-            ShardedDecoupledAdamW([nn.Parameter(torch.zeros(4096))], config=ShardingConfig(moments=Moments.INT8))
-    finally:
-        storage._torchao_8bit.cache_clear()

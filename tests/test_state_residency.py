@@ -25,7 +25,6 @@ from sharded_dadamw import (
 )
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import torch_kernel
-from sharded_dadamw.update.storage import widened
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
 from tests.models import BF16, F16, F32, F64, draw_gradient
 from tests.pool import on_ranks
@@ -39,7 +38,6 @@ PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (F32, {}),
     "fp64": (F64, {}),
     "fp32, bf16 moments": (F32, dict(moments=Moments.BF16, seed=3)),
-    "fp32, 8-bit moments": (F32, dict(moments=Moments.INT8)),
     "bf16, fp32 main": (BF16, {}),
     "bf16, fp32 main and gradients": (BF16, dict(gradient_dtype=F32)),
     "bf16, remainder": (BF16, dict(main_parameter=MainParameter.REMAINDER)),
@@ -103,7 +101,7 @@ def training(
     assert found["skipped_steps at 5"] == len(SKIPPED)
     for name, p in params.items():
         for key, value in optimizer.state[p].items():
-            found[f"{name}.{key}"] = widened(value).clone()
+            found[f"{name}.{key}"] = value.clone()
     found["state_bytes"] = torch.tensor(optimizer.state_bytes)
     return found
 

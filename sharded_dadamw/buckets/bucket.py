@@ -30,7 +30,7 @@ from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.adamw import Hyperparameters, value_of
 from sharded_dadamw.update.precision import image
-from sharded_dadamw.update.storage import Storage, num_bytes, part_of, put_back_, widened
+from sharded_dadamw.update.storage import Storage
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 _NUM_PLANS = 8
@@ -41,8 +41,7 @@ class _Plan(NamedTuple):
     """What a step needs for one set of present slots, made once.
 
     Attributes:
-        update: The kernel, ready to be called; None where this rank holds nothing of those slots, or where the moments
-            are in 8 bits, and there is a new place for their fp32 values every time.
+        update: The kernel, ready to be called; None where this rank holds nothing of those slots.
         params: The parameters of the fragments that it updates, in their order.
         taken: fp32 [num_slots], 1 where a slot is updated.
         spans: The ranges of the shard that it updates, as few as can be, with padding between slots.
@@ -117,9 +116,10 @@ class Bucket:
         numel, device = layout.shard_numel, workplace.device
         self.main = None if storage.main is None else torch.zeros(numel, dtype=storage.main, device=device)
         self.reset_main_()
-        self.exp_avg = storage.zeros(numel, device, signed=True)
-        self.exp_avg_sq = storage.zeros(numel, device, signed=False)
-        self.max_exp_avg_sq = storage.zeros(numel, device, signed=False) if amsgrad else None
+        self.exp_avg, self.exp_avg_sq, *maximum = (
+            torch.zeros(numel, dtype=storage.moments, device=device) for _ in range(3 if amsgrad else 2)
+        )
+        self.max_exp_avg_sq = maximum[0] if amsgrad else None
         self.steps = torch.zeros(len(members), dtype=torch.float32, device=device)
         self._takes_edits = False
 
@@ -131,9 +131,10 @@ class Bucket:
     @property
     def is_measured(self) -> bool:
         """Whether the norms of its updates come out of the updates; the same on every rank."""
-        moments = torch.float32 if self.storage.in_8_bits else self.storage.moments
-        param, grad = self.workplace.param, self.workplace.grad
-        form = Form(param.device, param.dtype, grad.dtype, moments, self.storage.main, self.max_exp_avg_sq is not None)
+        param, grad, storage = self.workplace.param, self.workplace.grad, self.storage
+        form = Form(
+            param.device, param.dtype, grad.dtype, storage.moments, storage.main, self.max_exp_avg_sq is not None
+        )
         measures: bool = kernels.kernel_for(form).Update.measures_in_passing
         return measures
 
@@ -150,15 +151,12 @@ class Bucket:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state tensors of this rank, as stored."""
-        return sum(num_bytes(shard) for shard in self.shards.values())
+        return sum(shard.nbytes for shard in self.shards.values())
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
-        fragment = self.layout.fragment(slot, self.rank)
-        stop = fragment.shard_start + fragment.numel
-        state = {"step": self.steps[slot]}
-        state.update({name: part_of(shard, fragment.shard_start, stop) for name, shard in self.shards.items()})
-        return state
+        part = _part(self.layout.fragment(slot, self.rank))
+        return {"step": self.steps[slot]} | {name: shard[part] for name, shard in self.shards.items()}
 
     def reset_main_(self) -> None:
         """Take the main parameter from the weights, after those were filled with others."""
@@ -216,13 +214,9 @@ class Bucket:
         if not all(present):
             labels: dict[tuple[int, bool], int] = {}
             self.histories = [labels.setdefault(key, len(labels)) for key in zip(self.histories, present, strict=True)]
-        moments = [widened(moment) for moment in self._moments]
         update = plan.update
         if update is None:
-            operands = self._operands(present, self.histories, moments)
-            if not operands:
-                return [], None
-            update = kernels.prepare(operands)
+            return [], None
         measures = update.measures_in_passing
         squares = update(
             scalars.hyper,
@@ -231,8 +225,6 @@ class Bucket:
             seed=self._seed,
             with_norms=measures,
         )
-        for moment, values in zip(self._moments, moments, strict=True):
-            put_back_(moment, values, found_inf)
         self.workplace.deliver_(plan.spans)
         return plan.params, squares
 
@@ -249,7 +241,7 @@ class Bucket:
         if plan is None:
             if len(self._plans) == _NUM_PLANS:
                 del self._plans[next(iter(self._plans))]
-            operands = [] if self.storage.in_8_bits else self._operands(present, self.histories, self._moments)
+            operands = self._operands(present)
             taken = torch.tensor([float(here) for here in present], dtype=torch.float32)
             taken = taken.to(self.steps.device, non_blocking=True)  # or the host would wait for the device
             update = kernels.prepare(operands) if operands else None
@@ -260,9 +252,8 @@ class Bucket:
 
     def _forget_moved(self) -> None:
         """Forget what was made ready if our tensors have moved, as by Tensor.share_memory_()."""
-        state = () if self.storage.in_8_bits else self._moments
         at_work = (self.workplace.param, self.workplace.grad, self.steps, self.main)
-        tensors = (self.weights.shard, self.gradients.shard, *at_work, *state)
+        tensors = (self.weights.shard, self.gradients.shard, *at_work, *self._moments)
         places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if places != self._places:
             self._plans.clear()
@@ -291,34 +282,29 @@ class Bucket:
             joins = present[fragment.slot]
         return spans
 
-    def _operands(self, present: Sequence[bool], histories: Sequence[int], moments: Sequence[Tensor]) -> list[Operands]:
+    def _operands(self, present: Sequence[bool]) -> list[Operands]:
         """This rank's fragments of the slots that are present, in order."""
         param = self.workplace.param
-        return [
-            self._operands_at(fragment, histories[fragment.slot], param[_part(fragment)], moments)
-            for fragment in self._fragments_of(present)
-        ]
+        return [self._operands_at(fragment, param[_part(fragment)]) for fragment in self._fragments_of(present)]
 
-    def _operands_at(self, fragment: Fragment, history: int, param: Tensor, moments: Sequence[Tensor]) -> Operands:
-        exp_avg, exp_avg_sq, *maximum = moments
+    def _operands_at(self, fragment: Fragment, param: Tensor) -> Operands:
         part = _part(fragment)
         return Operands(
             param=param,
             grad=self.workplace.grad[part],
-            exp_avg=exp_avg[part],
-            exp_avg_sq=exp_avg_sq[part],
-            max_exp_avg_sq=maximum[0][part] if maximum else None,
+            exp_avg=self.exp_avg[part],
+            exp_avg_sq=self.exp_avg_sq[part],
+            max_exp_avg_sq=None if self.max_exp_avg_sq is None else self.max_exp_avg_sq[part],
             main=None if self.main is None else self.main[part],
             step=self.steps[fragment.slot],
             first_element=self.members[fragment.slot].first_element + fragment.param_start,
-            history=history,
+            history=self.histories[fragment.slot],
         )
 
     def operands_of(self, slot: int) -> Operands:
         """This rank's fragment of one parameter, as it is after a step, at the workplace."""
-        moments = [widened(moment) for moment in self._moments]
         fragment = self.layout.fragment(slot, self.rank)
-        return self._operands_at(fragment, self.histories[slot], self.workplace.current_param(_part(fragment)), moments)
+        return self._operands_at(fragment, self.workplace.current_param(_part(fragment)))
 
     def value_of(self, slot: int) -> Tensor:
         """This rank's fragment of what the law acts on, for one parameter; fp32 or wider, at the workplace."""

@@ -64,7 +64,7 @@ class Bucketing:
 
     def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
         numels = tuple(member.placement.local_numel for member in members)
-        layout = BucketLayout(numels, self._collectives.num_ranks, alignment=storage.alignment)
+        layout = BucketLayout(numels, self._collectives.num_ranks)
         weights, gradients = self._weights_of(members, layout), self._gradients_of(members, layout, reduces)
         return Bucket(
             layout,

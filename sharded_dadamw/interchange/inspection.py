@@ -24,7 +24,7 @@ from sharded_dadamw.interchange.deepspeed_folder import DeepSpeedFolder, is_deep
 from sharded_dadamw.interchange.safetensors_file import hyperparameters_of, shapes_of, steps_of
 from sharded_dadamw.interchange.state_dicts import MAIN, MOMENTS, unflattened
 
-STATE = ("step", *MOMENTS, *MAIN, *(f"{moment}_{part}" for moment in MOMENTS for part in ("codes", "scale")))
+STATE = ("step", *MOMENTS, *MAIN)
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64",

@@ -245,10 +245,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     missing, unknown = sorted(needed - set(entries)), sorted(set(entries) - needed - {"max_exp_avg_sq", *MAIN})
     if missing or unknown:
         differences = [f"none of {_few(missing)}"] * bool(missing) + [f"{_few(unknown)} besides"] * bool(unknown)
-        hint = "; codes are moments in 8 bits: save whole tensors" * any(key.endswith("_codes") for key in unknown)
-        raise ValueError(
-            f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}{hint}"
-        )
+        raise ValueError(f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}")
     if not isinstance(entries["step"], Tensor | int | float):
         raise ValueError(f"state of {name}: expected a step >= 0, got {reprlib.repr(entries['step'])}")
     step = torch.as_tensor(entries["step"]).detach().to("cpu", torch.float32).reshape(-1)

@@ -45,12 +45,10 @@ class BucketLayout:
     Attributes:
         numels: Number of elements of each slot's parameter, in slot order.
         num_ranks: Number of equal shards.
-        alignment: Elements on a multiple of which shards are cut.
     """
 
     numels: tuple[int, ...]
     num_ranks: int
-    alignment: int = ALIGNMENT
     offsets: tuple[int, ...] = field(init=False)
     shard_numel: int = field(init=False)
 
@@ -60,9 +58,9 @@ class BucketLayout:
         for numel in self.numels:
             offsets.append(end)
             end += numel
-        unit = self.num_ranks * self.alignment
+        unit = self.num_ranks * ALIGNMENT
         object.__setattr__(self, "offsets", tuple(offsets))
-        object.__setattr__(self, "shard_numel", -(-end // unit) * self.alignment)
+        object.__setattr__(self, "shard_numel", -(-end // unit) * ALIGNMENT)
         self._prove()
 
     def _prove(self) -> None:
@@ -72,8 +70,8 @@ class BucketLayout:
             start + numel == following
             for start, numel, following in zip(self.offsets, self.numels, (*self.offsets[1:], self.used), strict=True)
         ), "slots lie end to end: disjoint, and together they cover the used part"
-        assert self.shard_numel % self.alignment == 0, "shards are cut on the alignment"
-        assert 0 <= self.numel - self.used < self.num_ranks * self.alignment, "padding stays below one unit per rank"
+        assert self.shard_numel % ALIGNMENT == 0, "shards are cut on the alignment"
+        assert 0 <= self.numel - self.used < self.num_ranks * ALIGNMENT, "padding stays below one unit per rank"
 
     @cached_property
     def used(self) -> int:

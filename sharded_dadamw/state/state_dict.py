@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
 from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
 from sharded_dadamw.update.precision import takes
-from sharded_dadamw.update.storage import BLOCK_8BIT, is_in_8_bits, widened
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Live tensors, each with the saved one that belongs into it; equal in shape, and the live one can hold its values."""
@@ -33,8 +32,7 @@ def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[in
         Per parameter index ``step`` and what there is of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
         ``main_param`` and ``main_remainder``: views of the live state, as
         :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank, which has all, as plain tensors or
-        as the DTensors that the parameters are. Moments in 8 bits are two tensors, ``exp_avg_codes`` in the
-        parameter's shape and ``exp_avg_scale`` with one element for each block.
+        as the DTensors that the parameters are.
     """
     state: dict[int, dict[str, Tensor]] = {}
     wrap = _as_plain
@@ -59,7 +57,7 @@ def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[in
                     like=member.param,
                     writes=not entry.is_replicated or _owns_first(bucket, slot),
                 )
-                for key, entry in _entries(bucket, slot, as_stored=True).items()
+                for key, entry in _entries(bucket, slot).items()
             }
     return dict(sorted(state.items()))
 
@@ -94,37 +92,14 @@ class _Entry:
     is_replicated: bool = False
 
 
-def _entries(bucket: Bucket, slot: int, *, as_stored: bool) -> dict[str, _Entry]:
-    """A parameter's state.
-
-    Args:
-        bucket: Where it is.
-        slot: Whose it is.
-        as_stored: Whether moments in 8 bits are their codes and scales, which restores every bit, and not their values.
-            Not for DTensors, where scales are those of one part in one mesh.
-    """
+def _entries(bucket: Bucket, slot: int) -> dict[str, _Entry]:
+    """The state of the parameter in a slot."""
     member, fragment = bucket.members[slot], bucket.layout.fragment(slot, bucket.rank)
     shape, part_shape, start = tuple(member.param.shape), member.placement.local_shape, fragment.param_start
-    entries = {}
-    for key, live in bucket.state_of(slot).items():
-        if key == "step":
-            entries[key] = _Entry(live, (), (), 0, is_replicated=True)
-        elif as_stored and bucket.storage.in_8_bits and not key.startswith("main_") and not bucket.is_borrowed:
-            quantized: Any = live if fragment.numel else _NOTHING_IN_8_BITS
-            blocks = (member.placement.local_numel // BLOCK_8BIT,)
-            entries[f"{key}_codes"] = _Entry(quantized.codes, shape, part_shape, start)
-            entries[f"{key}_scale"] = _Entry(quantized.scale, blocks, blocks, start // BLOCK_8BIT)
-        else:
-            entries[key] = _Entry(live, shape, part_shape, start)
-    return entries
-
-
-class _Nothing8Bit(NamedTuple):
-    codes: Tensor
-    scale: Tensor
-
-
-_NOTHING_IN_8_BITS = _Nothing8Bit(torch.empty(0, dtype=torch.uint8), torch.empty(0))
+    return {
+        key: _Entry(live, (), (), 0, is_replicated=True) if key == "step" else _Entry(live, shape, part_shape, start)
+        for key, live in bucket.state_of(slot).items()
+    }
 
 
 def gather_state(
@@ -140,7 +115,7 @@ def gather_state(
     Returns:
         Per parameter index ``step`` [] and, in the parameter's shape, what there is of ``exp_avg``, ``exp_avg_sq``,
         ``max_exp_avg_sq``, ``main_param`` and ``main_remainder``: copies in host memory; DTensors where the parameter
-        is one. Moments in 8 bits become fp32. Empty where this rank does not want it.
+        is one. Empty where this rank does not want it.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for bucket in buckets:
@@ -149,9 +124,8 @@ def gather_state(
             for slot, member in enumerate(bucket.members):
                 state[member.index] = {"step": bucket.steps[slot].to("cpu", copy=True)}
         for name, shard in bucket.shards.items():
-            values = widened(shard)
-            buffer = torch.empty(layout.numel, dtype=values.dtype, device=bucket.weights.shard.device)
-            buffer[slice(*layout.shard_range(bucket.rank))].copy_(values)
+            buffer = torch.empty(layout.numel, dtype=shard.dtype, device=bucket.weights.shard.device)
+            buffer[slice(*layout.shard_range(bucket.rank))].copy_(shard)
             collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16
             if keep:
                 for member, offset in zip(bucket.members, layout.offsets, strict=True):
@@ -197,16 +171,13 @@ def match_state(
 
 def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     name = bucket.members[slot].name
-    entries = _entries(bucket, slot, as_stored=any(key.endswith("_codes") for key in saved))
+    entries = _entries(bucket, slot)
     # Whoever saved it may have kept no main parameter: ours is then the weight. Or it was never stepped: all zeros.
     # What ours was by then is another run's, even where both runs' weights round to the same.
     missing = [key for key in entries if key not in saved and saved and not key.startswith("main_")]
     surplus = [key for key in saved if key not in entries and not key.startswith("main_")]
     if missing or surplus:
-        hint = "; codes are moments in 8 bits: use Moments.INT8, or save whole tensors" * any(
-            "_codes" in k for k in saved
-        )
-        raise ValueError(f"state of {name}: expected entries {sorted(entries)}, got {sorted(saved)}{hint}")
+        raise ValueError(f"state of {name}: expected entries {sorted(entries)}, got {sorted(saved)}")
     mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (entries, saved))
     if mains and saved_mains and mains != saved_mains:
         raise ValueError(
@@ -242,8 +213,7 @@ def _match_entry(name: str, entry: _Entry, saved: Any) -> _Pairs:
         if tuple(whole.shape) != entry.part_shape:
             raise ValueError(f"{name}: expected {list(entry.part_shape)}, got {list(whole.shape)}")
         values = whole.reshape(-1)[entry.start : stop]
-    expected = torch.float32 if is_in_8_bits(live) else live.dtype
-    if not takes(expected, values if live.dim() else values.view(())):
-        raise ValueError(f"{name}: expected {expected}, got {values.dtype}, which would be rounded")
-    is_live = not is_in_8_bits(live) and values.numel() > 0 and values.data_ptr() == live.data_ptr()
+    if not takes(live.dtype, values if live.dim() else values.view(())):
+        raise ValueError(f"{name}: expected {live.dtype}, got {values.dtype}, which would be rounded")
+    is_live = values.numel() > 0 and values.data_ptr() == live.data_ptr()
     return [] if is_live else [(live, values.view(live.shape))]
