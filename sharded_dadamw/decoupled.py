@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, overload
 
@@ -15,24 +14,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
-from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, log
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.kernels.operands import Operands
 from sharded_dadamw.kernels.ready import ReadyUpdates
 from sharded_dadamw.layout.parameters import named_parameters
-from sharded_dadamw.layout.placement import is_fragment, is_of_fsdp1, local, local_gradient, placements_of
+from sharded_dadamw.layout.placement import (
+    OF_ONE_RANK,
+    is_fragment,
+    is_of_fsdp1,
+    local,
+    local_gradient,
+    placements_of,
+)
 from sharded_dadamw.norms.clipping import FoldedClip, check_clip, fold
-from sharded_dadamw.norms.global_norm import global_norm
-from sharded_dadamw.norms.metrics import Held, Monitored
-from sharded_dadamw.update.adamw import Hyperparameters, check_group, value_of
+from sharded_dadamw.norms.global_norm import Part, global_norm
+from sharded_dadamw.norms.metrics import Snapshot
+from sharded_dadamw.update.adamw import Hyperparameters, value_of
 from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
 
-log = logging.getLogger("sharded_dadamw")
 
-_HIGH_WEIGHT_DECAY = 1e-3
-
-
-class DecoupledAdamW(Monitored, AdamW):
+class DecoupledAdamW(DecoupledOptimizer, AdamW):
     """AdamW whose weight decay does not scale with the learning rate.
 
     Each step multiplies every weight by ``1 - weight_decay * lr / initial_lr``: the decay follows the learning-rate
@@ -55,6 +58,8 @@ class DecoupledAdamW(Monitored, AdamW):
     Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
 
+    _reports_whole = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -76,46 +81,24 @@ class DecoupledAdamW(Monitored, AdamW):
             weight_decay: Fraction of a weight that decays away per step at the schedule's peak; warns from 1e-3 up.
             amsgrad: Use the running maximum of ``exp_avg_sq`` in the denominator.
             norm_group: The ranks over which norms are added up, a group or a 1-D mesh. None: those among which the
-                parameters are sharded. Stages of a pipeline have to say: all ranks of all stages, with parameters whose
-                names differ between stages, and groups added on every stage or on none.
+                parameters are sharded, which FSDP1's do not tell: for those, the group over which it shards. Stages of
+                a pipeline have to say: all ranks of all stages, with parameters whose names differ between stages, and
+                groups added on every stage or on none.
 
         Raises:
             TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
             ValueError: A hyperparameter is out of range, ``params`` is empty, or it has no names and ``norm_group`` is
                 given.
         """
-        self._forget_steps()
+        defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
+        self._start_reporting(needs_names=norm_group is not None)
         self._folded_clip: FoldedClip | None = None
         self._is_fresh = True
-        self._needs_names = norm_group is not None
-        self._norm_ranks: Collectives | None = None
-        check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        _warn_if_high(weight_decay)
-        beta1, beta2 = betas
         self._ready_updates = ReadyUpdates()
-        super().__init__(params, lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
+        super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
         if norm_group is not None:
-            self._norm_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
-
-        Raises:
-            TypeError: As the constructor.
-            ValueError: As the constructor, or a parameter is in a group already.
-        """
-        self._check_group(param_group)
-        self._forget_parameters()
-        # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
-        param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
-        super().add_param_group(param_group)
-        if self._needs_names and "param_names" not in self.param_groups[-1]:
-            del self.param_groups[-1]
-            raise ValueError(
-                "expected (name, parameter) pairs, such as model.named_parameters(), beside norm_group: names tell "
-                "which parameters of two ranks are one"
-            )
+            self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
 
     @staticmethod
     def adamw(
@@ -203,9 +186,10 @@ class DecoupledAdamW(Monitored, AdamW):
         if (scale := getattr(self, "grad_scale", None)) is not None:
             divisor = scale if divisor is None else divisor * scale
         if found_inf is not None:
-            self._call_roll()[0].collectives.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
-        self._begin_step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
-        for index, (group, hyper) in enumerate(zip(self.param_groups, self._last.hypers, strict=True)):
+            self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+        hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
+        self._report = self._report.next(hypers, divisor, found_inf)
+        for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
             fragments = []
             for param in params:
@@ -218,17 +202,10 @@ class DecoupledAdamW(Monitored, AdamW):
                 torch._foreach_add_([fragment.step for fragment in fragments], counted)
             measured = self._ready_updates.apply_(index, fragments, hyper, grad_divisor=divisor, found_inf=found_inf)
             for positions, squares in measured:
-                self._last.note([params[position] for position in positions], squares)
-            self._last.updated += params
+                self._report.add([params[position] for position in positions], squares, hyper)
+            self._report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
-
-    def _scalers_flag(self) -> Tensor | None:
-        """A copy of the loss scaler's non-finite flag, 0-d fp32; it hands over a plain 0 where it saw no gradient."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return None
-        return torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
 
     def _is_dummy_step(self) -> bool:
         """Whether this first step is only to make the state, as torch.distributed.checkpoint takes one before it saves.
@@ -249,7 +226,7 @@ class DecoupledAdamW(Monitored, AdamW):
             return False
         is_real = any(param.grad is None or local(param.grad).any() for param in params)
         answer = torch.tensor(float(is_real), device=self._device)
-        self._call_roll()[0].collectives.all_reduce_(answer, dist.ReduceOp.MAX).wait()
+        self._norm_ranks(for_composer=True).all_reduce_(answer, dist.ReduceOp.MAX).wait()
         return not answer
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, Hyperparameters]]:
@@ -284,11 +261,11 @@ class DecoupledAdamW(Monitored, AdamW):
         max_norm, norm_type = float(max_norm), float(norm_type)
         check_clip(max_norm, norm_type)
         already = self._current_clip()
-        counts, collectives = self._counts(), self._call_roll()[0].collectives
+        owners = self._norm_owners()
         clipped = [(param, grad) for param, grad, _ in self._with_gradients()]
         gradients = [(id(param), local_gradient(param)) for param, _ in clipped]  # all: that may be collective
-        counted = [gradient for param, gradient in gradients if counts[param]]
-        norm = global_norm(counted, norm_type, collectives=collectives, device=self._device)
+        counted = [gradient for param, gradient in gradients if param in owners.counted]
+        norm = global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
         norm, coefficient = fold(
             norm,
             None if already is None else already.coefficient,
@@ -314,39 +291,28 @@ class DecoupledAdamW(Monitored, AdamW):
         super().zero_grad(set_to_none)
         self._folded_clip = None
 
-    def _held_params(self) -> list[Tensor]:
+    def _params_here(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _held(self) -> list[Held]:
+    def _parts(self, collectives: Collectives) -> list[Part]:
+        of_one_rank = {OF_ONE_RANK: f"held by rank {collectives.rank}"}
         members = named_parameters(self.param_groups)
-        return [Held(member.param, member.name, member.placement.part) for member in members]
+        return [Part(m.param, m.name, of_one_rank.get(m.placement.part, m.placement.part)) for m in members]
 
-    def _connect_for_norms(self) -> Collectives:
-        placements = placements_of([param for group in self.param_groups for param in group["params"]])
-        return self._connect_over([group for placement in placements for group in placement.others])
-
-    def _connect_over(self, groups: Sequence[dist.ProcessGroup], *, also: Collectives | None = None) -> Collectives:
-        """The ranks over which norms are added up, given those among which parameters are spread.
-
-        Raises:
-            ValueError: They are not known, or ``norm_group`` is not all of them.
-        """
-        if self._norm_ranks is None:
-            if self._needs_names:
-                raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
-            return connect_over(groups, self._device, also=also)
-        also = None if also is None else also.everyone
-        spread = [*groups, also.group] if isinstance(also, NativeVerbs) else groups
-        if not all(self._norm_ranks.include(group) for group in spread):
+    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
+        if self._needs_names and self._given_ranks is None:
+            raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
+        params = self._params_here()
+        if self._given_ranks is None and any(is_of_fsdp1(param) for param in params):
+            if for_composer:
+                return connect(None, self._device, exchange=None)  # over which Composer's own adds up
             raise ValueError(
-                "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
-                "parameters are spread; pass the default group, or one of all these ranks"
+                "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
+                "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 (fully_shard)"
             )
-        return self._norm_ranks
+        return self._norm_ranks_over([group for placement in placements_of(params) for group in placement.others])
 
     def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
-        if param.grad is None:
-            raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")
         state = self.state[param]
         return Operands(
             param=local(param),
@@ -358,9 +324,13 @@ class DecoupledAdamW(Monitored, AdamW):
             step=state["step"],
         )
 
-    def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
-        exp_avg = self.state.get(param, {}).get("exp_avg")
-        return value_of(local(param), None), None if exp_avg is None else local(exp_avg)
+    def _look(self, param: Tensor) -> Snapshot:
+        state = self.state.get(param, {})
+        exp_avg, exp_avg_sq, maximum = (
+            local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        )
+        grad = None if param.grad is None else local_gradient(param)
+        return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
@@ -370,11 +340,9 @@ class DecoupledAdamW(Monitored, AdamW):
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._ready_updates = ReadyUpdates()
-        if not hasattr(self, "_norm_ranks"):  # torch calls this for a loaded state, too
-            self._is_fresh, self._norm_ranks = True, None
-            self._needs_names = state.get("_needs_names", False)
-            self._folded_clip = None
-            self._forget_steps()
+        if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
+            self._start_reporting(needs_names=state.get("_needs_names", False))
+            self._is_fresh, self._folded_clip = True, None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
@@ -399,13 +367,6 @@ class DecoupledAdamW(Monitored, AdamW):
         }
         super().load_state_dict({**state_dict, "state": state})
         self._is_fresh = False
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse a group that is added or loaded, or warn of it; what it lacks are the constructor's values."""
-        merged = {**self.defaults, **group}
-        check_group(merged)
-        if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
-            _warn_if_high(merged["weight_decay"])
 
     def _make_state(self, param: Tensor, hyper: Hyperparameters) -> None:
         state: dict[str, Tensor] = self.state[param]
@@ -432,13 +393,3 @@ def _warn_of_freezing(dtype: torch.dtype, beta2: float) -> None:
         beta2,
         dtype,
     )
-
-
-def _warn_if_high(weight_decay: float) -> None:
-    if weight_decay >= _HIGH_WEIGHT_DECAY:
-        log.warning(
-            "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the schedule "
-            "multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",
-            weight_decay,
-            1.0 - weight_decay,
-        )

@@ -16,7 +16,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
 from sharded_dadamw.buckets.bucket import Bucket, fetched
 from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.buckets.gradients import Stage
@@ -36,18 +37,16 @@ from sharded_dadamw.comm.agreement import Claims, StepAgreement, require_agreeme
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.decoupled import DecoupledAdamW
-from sharded_dadamw.kernels.operands import Operands
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
 from sharded_dadamw.norms.clipping import check_clip, fold
-from sharded_dadamw.norms.global_norm import global_norm
-from sharded_dadamw.norms.metrics import Held, Table
+from sharded_dadamw.norms.global_norm import Part, global_norm
+from sharded_dadamw.norms.metrics import Snapshot, Table, gone
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Hyperparameters, value_of
 from sharded_dadamw.update.storage import Storage
 
 
@@ -69,8 +68,8 @@ class StepCost:
     wire_bytes: int
 
 
-class ShardedDecoupledAdamW(DecoupledAdamW):
-    """:class:`DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
+class ShardedDecoupledAdamW(DecoupledOptimizer):
+    """:class:`~sharded_dadamw.DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
 
     Every rank holds the same parameters. They are laid end to end in flat buckets; each rank owns one equal slice of
     every bucket, keeps the moments (and the fp32 main parameters of narrower ones) of that slice only, averages
@@ -93,6 +92,10 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
     Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """
 
+    _reports_whole = True
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -111,7 +114,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         Args:
             params: Parameters, (name, parameter) pairs (messages and metrics then use the names), or group dicts of
                 either.
-            lr: As in :class:`DecoupledAdamW`, and so are the next four.
+            lr: As in :class:`~sharded_dadamw.DecoupledAdamW`, and so are the next four.
             betas: Coefficients of the moving averages.
             eps: Added to the denominator.
             weight_decay: Decay per step at the schedule's peak.
@@ -121,7 +124,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 ranks to shard over, and the first the replicas of each shard. Where parameters are DTensors: the ranks
                 that hold the same parts of them, or None for the mesh axis along which they are replicated.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
-            norm_group: As in :class:`DecoupledAdamW`.
+            norm_group: As in :class:`~sharded_dadamw.DecoupledAdamW`.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -149,7 +152,11 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         try:
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
-            super().__init__(params, lr, betas, eps, weight_decay, amsgrad, norm_group=norm_group)
+            self._start_reporting(needs_names=norm_group is not None)
+            super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
+            self.amsgrad = amsgrad
+            if norm_group is not None:
+                self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
             self._check_members()
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
@@ -272,8 +279,8 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
-        if found_inf is not None and self._norm_ranks is not None:
-            self._norm_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+        if found_inf is not None and self._given_ranks is not None:
+            self._given_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
         doing = (
             "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
         )
@@ -287,7 +294,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
             divisor = agreed.grad_scale if divisor is None else divisor * agreed.grad_scale
         found_inf = self._void(agreed.found_inf)
-        self._begin_step(agreed.hypers, divisor, found_inf)
+        self._report = self._report.next(agreed.hypers, divisor, found_inf)
         buckets: Sequence[Bucket] = self._buckets
         if self._gatherer.num_attached:  # what forward reads first goes out first; backward delivers that last
             self._reduced()
@@ -300,7 +307,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
                 for bucket in fetched(reduced_buckets, agreed.hypers, grad_divisor=divisor, found_inf=found_inf):
                     reduced = time.perf_counter()
                     params, squares = bucket.update_(agreed.slots[bucket])
-                    self._last.note(params, squares)
+                    self._report.add(params, squares, agreed.hypers[bucket.group_index])
                     updated = time.perf_counter()
                     self._gatherer.publish(bucket)
                     reduce_s, update_s = reduce_s + reduced - mark, update_s + updated - reduced
@@ -309,7 +316,7 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             self._reducer.consume()
             self._reducer.learn_order()
             for bucket in self._buckets:
-                self._last.updated += bucket.announce_update(agreed.slots[bucket])
+                self._report.updated += bucket.announce_update(agreed.slots[bucket])
         gather_s += time.perf_counter() - mark
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
@@ -524,12 +531,12 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
             refusal = error
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
         agreed = self._agree(doing, to_clip=True, refusal=refusal)
-        counts, collectives = self._counts(), self._call_roll()[0].collectives
+        owners = self._norm_owners()
         runs = []
         for bucket in self._reduced():
             present = zip(bucket.members, agreed.slots[bucket], strict=True)
-            runs += bucket.gradient_runs([here and counts[id(member.param)] for member, here in present])
-        whole = global_norm(runs, norm_type, collectives=collectives, device=self._device)
+            runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
+        whole = global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
         already = None if self._clip is None else self._clip.coefficient
         norm, coefficient = fold(
             whole, already, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
@@ -537,77 +544,41 @@ class ShardedDecoupledAdamW(DecoupledAdamW):
         self._clip = _Clip(coefficient, whole, agreed.are_reduced)
         return norm
 
-    def report_per_parameter_metrics(
-        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Add the metrics of one parameter's last update. Composer's protocol; collective, once after each step.
-
-        The values are final, the same on every rank, so call it on all ranks or on none.
-        ``pre_reduce_metrics`` and ``dist_reduce_metrics`` leave final values as they are.
-
-        Args:
-            param: A parameter.
-            name: What to call it.
-            optimizer_metrics: Gets ``l2_norm/{moment,param,update,grad}/NAME``, 0-d fp32 tensors. Nothing where the
-                last step has not updated the parameter.
-
-        Returns:
-            ``optimizer_metrics``.
-
-        Raises:
-            RuntimeError: As ``metrics``.
-        """
-        return super().report_per_parameter_metrics(param, name, optimizer_metrics)
-
-    def _values_to_report(self) -> Mapping[int, Mapping[str, Tensor]]:
-        if self._values is None:
-            table = self._add_up()
-            updated = [id(param) for param in self._last.updated]
-            self._values = {
-                param: {metric: values[table.place_of[param]] for metric, values in table.values.items()}
-                for param in updated
-            }
-        return self._values
-
-    def _counts_reported(self) -> Mapping[int, bool]:
-        roll, index_of = self._call_roll()
-        return {param: roll.leads[index] for param, index in index_of.items()}
-
-    def _held_params(self) -> list[Tensor]:
+    def _params_here(self) -> list[Tensor]:
         return [member.param for bucket in self._buckets for member in bucket.members]
 
-    def _held(self) -> list[Held]:
-        held = []
+    def _parts(self, collectives: Collectives) -> list[Part]:
+        parts = []
         for bucket in self._buckets:
             for slot, member in enumerate(bucket.members):
                 fragment = bucket.layout.fragment(slot, bucket.rank)
                 stop = fragment.param_start + fragment.numel
                 part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
-                held.append((member.index, Held(member.param, member.name, part)))
-        return [part for _, part in sorted(held, key=lambda pair: pair[0])]
+                parts.append((member.index, Part(member.param, member.name, part)))
+        return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
 
-    def _connect_for_norms(self) -> Collectives:
+    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
         members = [member for bucket in self._buckets for member in bucket.members]
         others = [group for member in members for group in member.placement.others]
-        return self._connect_over(others, also=self._collectives)
+        return self._norm_ranks_over(others, also=self._collectives)
 
     def _add_up(self) -> Table:
-        updated = {id(param) for param in self._last.updated}
+        updated = {id(param) for param in self._report.updated}
         for bucket in self._buckets:
             bucket.weights.refresh_()
-            # All ranks raise, those without a fragment too.
-            if not bucket.is_measured and any(id(member.param) in updated for member in bucket.members):
-                _require_gradients(bucket)
+            are_needed = not bucket.is_measured and any(id(member.param) in updated for member in bucket.members)
+            if are_needed and not bucket.gradients.still_holds_last_step:
+                raise gone()  # on all ranks, those without a fragment too
         return super()._add_up()
 
-    def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
+    def _look(self, param: Tensor) -> Snapshot:
         bucket, slot = self._slots[id(param)]
-        _require_gradients(bucket)
-        return bucket.operands_of(slot)
-
-    def _at_rest(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
-        bucket, slot = self._slots[id(param)]
-        return bucket.value_of(slot), self.state[param]["exp_avg"]
+        if not bucket.gradients.still_holds_last_step:
+            return Snapshot(bucket.value_of(slot), self.state[param]["exp_avg"])
+        now = bucket.operands_of(slot)
+        return Snapshot(
+            value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, now.grad
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -742,8 +713,3 @@ def _refuse_moved(moved: Sequence[NamedParameter]) -> None:
             f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
             "optimizer. Build the optimizer after the model is on its device and in its dtype"
         )
-
-
-def _require_gradients(bucket: Bucket) -> None:
-    if not bucket.gradients.still_holds_last_step:
-        raise RuntimeError("a gradient of the last step is gone; ask for metrics between step() and zero_grad()")

@@ -277,7 +277,8 @@ def under_fsdp1(group: Any, hyper: Hyper, use_orig_params: bool, strategy: Shard
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, and says of each strategy what it thinks of it
         model.block = FullyShardedDataParallel(model.block, **wrapping)  # type: ignore[assignment]
         fsdp = FullyShardedDataParallel(model, **wrapping)
-    return Placed(fsdp, DecoupledAdamW(groups_of(fsdp), **hyper), group.rank(), group.size())
+    optimizer = DecoupledAdamW(groups_of(fsdp), **hyper, norm_group=fsdp.process_group)
+    return Placed(fsdp, optimizer, group.rank(), group.size())
 
 
 def fsdp1_full_shard(group: Any, hyper: Hyper) -> Placed:

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -644,122 +644,22 @@ def test_norms_that_the_caller_adds_are_squared_and_summed_with_ours() -> None:
         assert float(reduced[key]) == pytest.approx(float(value), rel=1e-6)
 
 
-COMPOSERS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "l2_norm/moment": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(optim_state["exp_avg"]),
-    "l2_norm/param": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(param.data),
-    "l2_norm/update": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(step_tensor),
-    "l2_norm/grad": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(param.grad),
-}
-OWN_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "l2_norm/second_moment": lambda param, optim_state, step_tensor: torch.linalg.vector_norm(
-        optim_state["exp_avg_sq"]
-    ),
-    "mean/param": lambda param, optim_state, step_tensor: param.mean(),
-}
-
-
-class WithComposersFunctions(DecoupledAdamW):
-    metric_functions: ClassVar = COMPOSERS_FUNCTIONS
-
-
-class WithOwnFunctions(DecoupledAdamW):
-    metric_functions: ClassVar = {**DecoupledAdamW.metric_functions, **OWN_FUNCTIONS}
-
-
-def reported_by(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) -> dict[str, float]:
-    collected: dict[str, Any] = {}
-    for name, p in params.items():
-        optimizer.report_per_parameter_metrics(p, name, collected)
-    return numbers(collected)
-
-
-def test_composers_own_functions_yield_what_ours_do() -> None:
-    params, optimizer, _ = small("unsharded")
-    theirs = WithComposersFunctions([{**group} for group in optimizer.param_groups], **DEFAULTS)
-    twin = copy.deepcopy(params)
-    for group, theirs_group in zip(optimizer.param_groups, theirs.param_groups, strict=True):
-        theirs_group["params"] = [twin[name] for name in group["param_names"]]
-    for step in range(2):
-        for each, of_each in ((params, optimizer), (twin, theirs)):
-            assign(each, drawn(params, step))
-            of_each.step()
-        assert_close(reported_by(theirs, twin), reported_by(optimizer, params), f"step {step}")
-
-
-@pytest.mark.parametrize("of_instance", [False, True], ids=["of a subclass", "of an instance"])
-def test_metric_functions_can_be_replaced(of_instance: bool) -> None:
-    draw = torch.Generator().manual_seed(5)
-    params = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in SHAPES.items()}
-    if of_instance:
-        optimizer = DecoupledAdamW(params.items(), **DEFAULTS)
-        optimizer.metric_functions = WithOwnFunctions.metric_functions  # type: ignore[misc]
-    else:
-        optimizer = WithOwnFunctions(params.items(), **DEFAULTS)
+@both
+def test_metric_functions_say_what_each_metric_is_and_cannot_be_replaced(kind: str) -> None:
+    params, optimizer, _ = small(kind)
     assign(params, drawn(params, 0))
     optimizer.step()
-    found = reported_by(optimizer, params)
-    for name, p in params.items():
-        second = torch.linalg.vector_norm(optimizer.state[p]["exp_avg_sq"]).item()
-        assert found[f"l2_norm/second_moment/{name}"] == pytest.approx(second, rel=1e-6)
-        assert found[f"mean/param/{name}"] == pytest.approx(p.mean().item(), rel=1e-6)
-    assert len(found) == 6 * len(params)
-    assert "mean/param" not in DecoupledAdamW.metric_functions
-
-
-def test_a_norm_of_ours_may_go_by_another_name() -> None:
-    params, optimizer, _ = small("unsharded")
-    ours = DecoupledAdamW.metric_functions
-    optimizer.metric_functions = {"l2_norm/first_moment": ours["l2_norm/moment"]}  # type: ignore[misc]
-    assign(params, drawn(params, 0))
-    optimizer.step()
-    found = reported_by(optimizer, params)
-    assert list(found) == [f"l2_norm/first_moment/{name}" for name in params]
-    for name, p in params.items():
-        expected = torch.linalg.vector_norm(optimizer.state[p]["exp_avg"]).item()
-        assert found[f"l2_norm/first_moment/{name}"] == pytest.approx(expected, rel=1e-6)
-        assert optimizer.metrics()[f"l2_norm/first_moment/{name}"].item() == pytest.approx(expected, rel=1e-6)
-
-
-def own_functions_on_ranks(group: Any, kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Through the protocol; and what they are of the whole. Sizes divide evenly: a mean of means is the mean."""
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Linear(64, 16, bias=False))
-    model: Any = layers
-    if kind == "FSDP2":
-        model = fully_shard(layers, mesh=line(group))
-        optimizer = WithOwnFunctions(model.named_parameters(), **DEFAULTS)
-    else:
-        optimizer = build("sharded", model.named_parameters(), group)
-        optimizer.metric_functions = WithOwnFunctions.metric_functions  # type: ignore[misc]
-    model(torch.ones(2, 16) + group.rank()).square().mean().backward()
-    optimizer.step()
-    params = dict(model.named_parameters())
-    collected: dict[str, Any] = {}
-    for name, p in params.items():
-        optimizer.report_per_parameter_metrics(p, name, collected)
-    if kind == "FSDP2":
-        collected = optimizer.pre_reduce_metrics(collected)
-        collected = optimizer.dist_reduce_metrics(collected)
-    whole = {}
-    for name, p in params.items():
-        second = optimizer.state[p]["exp_avg_sq"]
-        if isinstance(second, DTensor):
-            second = second.full_tensor()
-        else:  # a fragment of it
-            square = second.double().square().sum()
-            dist.all_reduce(square, group=group)
-            second = square.sqrt()
-        full = p.full_tensor() if isinstance(p, DTensor) else p
-        whole[f"l2_norm/second_moment/{name}"] = torch.linalg.vector_norm(second).item()
-        whole[f"mean/param/{name}"] = full.mean().item()
-    return numbers(collected), whole
-
-
-@pytest.mark.parametrize("kind", ["FSDP2", "sharded"])
-def test_own_norms_are_added_up_over_ranks_and_other_functions_averaged(kind: str) -> None:
-    for found, whole in on_ranks(2, own_functions_on_ranks, kind):
-        assert len(found) == 6 * 2
-        assert_close({key: found[key] for key in whole}, whole, kind, rtol=1e-5)
+    assert list(optimizer.metric_functions) == [f"l2_norm/{norm}" for norm in KINDS]
+    assert type(optimizer).metric_functions is optimizer.metric_functions
+    found = numbers(optimizer.report_per_parameter_metrics(params["bias"], "bias", {}))
+    functions = {norm: optimizer.metric_functions[f"l2_norm/{norm}"] for norm in ("moment", "param", "grad")}
+    for norm, function in functions.items():
+        value = float(function(params["bias"], optimizer.state[params["bias"]], torch.zeros(())))
+        assert found[f"l2_norm/{norm}/bias"] == pytest.approx(value, rel=1e-6)
+    with pytest.raises(AttributeError, match="metric_functions cannot be replaced"):
+        optimizer.metric_functions = {}  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        optimizer.metric_functions["mean/param"] = functions["param"]  # type: ignore[index]
 
 
 # --- clipping ---

@@ -112,34 +112,6 @@ def test_two_parameters_of_one_name_are_two(kind: str, num_ranks: int) -> None:
         assert list(reported.values()) == pytest.approx([*norms, root_sum_square(norms)], rel=1e-6)
 
 
-def with_an_extra_metric(optimizer: DecoupledAdamW) -> None:
-    optimizer.metric_functions = {**optimizer.metric_functions, "mean/param": lambda param, state, step: param.mean()}
-
-
-def test_functions_of_the_user_are_not_called_for_parameters_whose_group_is_gone() -> None:
-    model = Net()
-    optimizer = DecoupledAdamW([{"params": m.named_parameters(prefix=n)} for n, m in model.named_children()])
-    with_an_extra_metric(optimizer)
-    backward(model)
-    optimizer.step()
-    del optimizer.param_groups[1]
-    assert [key for key in optimizer.metrics() if "mean" in key] == ["mean/param/body.weight", "mean/param/body.bias"]
-
-
-def mean_of_parameters(group: Any) -> list[tuple[float, float]]:
-    model, optimizer = placed(group, "unsharded")
-    with_an_extra_metric(optimizer)
-    backward(model)
-    optimizer.step()
-    metrics = numbers(optimizer.metrics())
-    return [(metrics[f"mean/param/{name}"], whole(p).mean().item()) for name, p in model.named_parameters()]
-
-
-def test_functions_of_the_user_are_averaged_over_the_ranks_that_have_a_part() -> None:
-    for means in on_ranks(2, mean_of_parameters):
-        assert all(found == pytest.approx(expected, rel=1e-6) for found, expected in means)
-
-
 # --- stages of a pipeline ---
 
 
@@ -236,7 +208,7 @@ def an_inf_under_fsdp1(group: Any, use_orig_params: bool) -> tuple[list[float], 
         model = FullyShardedDataParallel(
             Net(), process_group=group, use_orig_params=use_orig_params, device_id=torch.device("cpu")
         )
-    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2, norm_group=group)
     scaler = ShardedGradScaler("cpu", init_scale=16.0, process_group=group)
     scales, kept = [], []
     for step in range(2):
@@ -261,6 +233,26 @@ def test_under_fsdp1_with_its_scaler_an_inf_on_one_rank_skips_the_step_and_halve
     for scales, kept, norm, expected in on_ranks(2, an_inf_under_fsdp1, use_orig_params):
         assert scales == [8.0, 8.0] and kept == [True, False]
         assert norm == pytest.approx(expected, rel=1e-5)
+
+
+def norms_under_fsdp1_without_a_group(group: Any) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated
+        model = FullyShardedDataParallel(Net(), process_group=group, device_id=torch.device("cpu"))
+    optimizer = DecoupledAdamW(model.named_parameters())
+    backward(model)
+    optimizer.step()
+    messages = []
+    for ask in (optimizer.metrics, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(ValueError) as refusal:
+            ask()
+        messages.append(str(refusal.value))
+    return messages
+
+
+def test_norms_under_fsdp1_need_to_be_told_the_group() -> None:
+    for messages in on_ranks(2, norms_under_fsdp1_without_a_group):
+        assert all(message.startswith("expected norm_group, since FSDP1's parameters") for message in messages)
 
 
 @both

@@ -2,7 +2,7 @@
 
                                                 same part                     other parts
     plain parameter                             (what the caller says)        -
-    FSDP1, flat or with original parameters     -                             its process group, unless NO_SHARD
+    FSDP1, flat or with original parameters     -                             (what the caller says)
     DTensor (FSDP2, HSDP, tensor parallel)      mesh axes with Replicate      mesh axes with Shard
 
 State can be spread over ranks that hold the same; norms have to be added up over ranks that hold others.
@@ -10,16 +10,17 @@ State can be spread over ranks that hold the same; norms have to be added up ove
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+OF_ONE_RANK = "held by this rank alone"
+"""The part of a parameter that FSDP1 has sharded, on every rank another one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,13 +61,10 @@ class Placement:
 
 
 def placements_of(params: Sequence[Tensor]) -> list[Placement]:
-    """The placement of each parameter.
-
-    Raises:
-        ValueError: A parameter is part of a flat one of FSDP1, and no FSDP1 module that has it is alive.
-    """
-    handles = _fsdp1_handles() if any(is_of_fsdp1(param) for param in params) else {}
-    return [_of_fsdp1(param, handles) if is_of_fsdp1(param) else _of_tensor(param) for param in params]
+    """The placement of each parameter."""
+    flattened = [param for param in params if is_of_fsdp1(param)]
+    unsharded = {param.untyped_storage().data_ptr() for param in flattened if param.ndim != 1}
+    return [_of_fsdp1(param, unsharded) if is_of_fsdp1(param) else _of_tensor(param) for param in params]
 
 
 def is_of_fsdp1(param: Tensor) -> bool:
@@ -144,29 +142,19 @@ def _of_tensor(param: Any) -> Placement:
     )
 
 
-def _of_fsdp1(param: Tensor, handles: dict[int, Any]) -> Placement:
-    handle = handles.get(id(param))
-    if handle is None:
-        raise ValueError(
-            "expected the parameters of a living FullyShardedDataParallel module, got one whose module cannot be "
-            "found; keep the wrapped model, and do not hide it with gc.freeze()"
-        )
-    group = (ref(handle.process_group),)
-    if not handle.uses_sharded_strategy:
-        return Placement(tuple(param.shape), is_borrowed=True, _same=group)
-    part = f"{handle.rank} of {handle.world_size} of a flat parameter"
-    return Placement(tuple(param.shape), part, is_borrowed=True, _others=group)
+def _of_fsdp1(param: Any, unsharded: Collection[int]) -> Placement:
+    """The placement of a flat parameter, or of a view of one; no way leads from there to the ranks that have others.
 
+    FSDP1 says how large a flat parameter is in all. Where it shards, the views are 1-D; under NO_SHARD they have the
+    shapes of the originals, which tells unless all parameters of its unit are vectors.
 
-def _fsdp1_handles() -> dict[int, Any]:
-    """What FSDP1 knows of its parameters, by the parameters' id.
-
-    No way leads from such a parameter to the module that owns it, so we go through everything that is alive.
+    Args:
+        param: The parameter.
+        unsharded: Addresses of the memory of those units that NO_SHARD has left whole.
     """
-    module = sys.modules["torch.distributed.fsdp._flat_param"]  # imported, since somebody has made one
-    kind = module.FlatParamHandle
-    handles = {}
-    for handle in (thing for thing in gc.get_objects() if type(thing) is kind):
-        for param in (handle.flat_param, *(handle.flat_param._params or ())):
-            handles[id(param)] = handle
-    return handles
+    whole_size = getattr(param, "_unpadded_unsharded_size", None)
+    if whole_size is None:
+        is_whole = param.untyped_storage().data_ptr() in unsharded
+    else:
+        is_whole = param.numel() >= whole_size.numel()
+    return Placement(tuple(param.shape), part="" if is_whole else OF_ONE_RANK, is_borrowed=True)

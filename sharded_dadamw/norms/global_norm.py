@@ -11,74 +11,90 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.layout.placement import shape_of
 
 _CPU_CHUNK = 1 << 15
 """Elements widened to fp64 at a time on CPU, so that the copy stays in cache. A running fp32 sum would drift."""
 
 
+class Part(NamedTuple):
+    """What one rank holds of a parameter.
+
+    Attributes:
+        param: The parameter.
+        name: One name means one parameter, on all ranks.
+        part: One part means the same elements of it.
+    """
+
+    param: Tensor
+    name: str
+    part: str
+
+
 @dataclass(frozen=True, slots=True)
-class Roll:
-    """Who counts what, of all parameters of a group of ranks.
+class NormOwners:
+    """Which rank counts what, of all parameters of a group of ranks: of equal parts the first one's.
 
     Attributes:
         collectives: The ranks.
         names: Of the parameters of all ranks, each once, in the same order on every rank.
-        rows: Per parameter of this rank its place in ``names``.
-        counts: Per parameter of this rank whether this rank counts its part.
-        leads: Per parameter of this rank whether this is the first rank that holds any part of it.
-        trainable: Per name whether it was trainable when the roll was called.
+        trainable: Per name whether it was trainable on any rank when names were exchanged.
+        row_of: The row in ``names`` of each parameter of this rank, by its id.
+        counted: The ids of the parameters of which this rank counts its part.
+        first_here: The ids of the parameters of which no rank before this one holds any part.
     """
 
     collectives: Collectives
     names: tuple[str, ...]
-    rows: tuple[int, ...]
-    counts: tuple[bool, ...]
-    leads: tuple[bool, ...]
     trainable: tuple[bool, ...]
+    row_of: Mapping[int, int]
+    counted: frozenset[int]
+    first_here: frozenset[int]
 
 
-def call_roll(collectives: Collectives, held: Sequence[tuple[str, str, bool, Sequence[int]]]) -> Roll:
-    """Find out who counts what. Collective, and host-blocking.
+def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwners:
+    """Exchange what every rank holds. Collective, and host-blocking.
 
     Args:
         collectives: The ranks that hold the parts of the parameters.
-        held: Of each parameter of this rank the name, the part, whether it is trainable, and its shape. One name means
-            one parameter, and one part the same elements.
+        parts: Those of this rank.
 
     Raises:
         ValueError: Two ranks have parameters of one name and different shapes. On every rank.
     """
-    first_holder: dict[tuple[str, str], int] = {}
-    leader: dict[str, int] = {}
-    row_of: dict[str, int] = {}
+    held = [(part.name, part.part, part.param.requires_grad, shape_of(part.param)) for part in parts]
+    owner: dict[tuple[str, str], int] = {}
+    first: dict[str, int] = {}
     trainable: dict[str, bool] = {}
     shapes: dict[str, list[int]] = {}
     for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
         for name, part, is_trainable, shape in json.loads(text):
             if shapes.setdefault(name, shape) != shape:
                 raise ValueError(
-                    f"{name}: expected one parameter of this name, got {shapes[name]} on rank {leader[name]} and "
+                    f"{name}: expected one parameter of this name, got {shapes[name]} on rank {first[name]} and "
                     f"{shape} on rank {rank}; give parameters names that tell the stages of a pipeline apart"
                 )
-            first_holder.setdefault((name, part), rank)
-            leader.setdefault(name, rank)
-            row_of.setdefault(name, len(row_of))
+            owner.setdefault((name, part), rank)
+            first.setdefault(name, rank)
             trainable[name] = is_trainable or trainable.get(name, False)
-    return Roll(
+    rows = {name: row for row, name in enumerate(first)}
+    here = collectives.rank
+    return NormOwners(
         collectives,
-        names=tuple(row_of),
-        rows=tuple(row_of[name] for name, *_ in held),
-        counts=tuple(first_holder[name, part] == collectives.rank for name, part, *_ in held),
-        leads=tuple(leader[name] == collectives.rank for name, *_ in held),
-        trainable=tuple(trainable[name] for name in row_of),
+        names=tuple(first),
+        trainable=tuple(trainable[name] for name in first),
+        row_of={id(part.param): rows[part.name] for part in parts},
+        counted=frozenset(id(part.param) for part in parts if owner[part.name, part.part] == here),
+        first_here=frozenset(id(part.param) for part in parts if first[part.name] == here),
     )
 
 

@@ -1,0 +1,255 @@
+"""What both optimizers share: groups that are checked, a loss scaler's flag, and the report of the last step."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.connect import connect_over
+from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions
+from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
+from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, spell_out
+from sharded_dadamw.update.adamw import check_group
+
+log = logging.getLogger("sharded_dadamw")
+
+_HIGH_WEIGHT_DECAY = 1e-3
+
+
+def checked_defaults(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, amsgrad: bool
+) -> dict[str, Any]:
+    """Return what a parameter group has by default, with the entries of torch's AdamW; warns of a high decay.
+
+    Raises:
+        TypeError: ``lr`` is a tensor of several elements.
+        ValueError: A value is out of range.
+    """
+    check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    _warn_if_high(weight_decay)
+    beta1, beta2 = betas
+    model = AdamW([torch.empty(0)], lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
+    return model.defaults
+
+
+class DecoupledOptimizer(Optimizer):
+    """The part of the contract that does not depend on where parameters and state are.
+
+    Attributes:
+        metric_functions: Per metric what it is, as in Composer's optimizer; read only.
+    """
+
+    metric_functions = MetricFunctions()
+    _reports_whole: ClassVar[bool]
+    """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
+
+    def _start_reporting(self, *, needs_names: bool) -> None:
+        """Begin before the first step; with ``norm_group``, parameters need names."""
+        self._needs_names = needs_names
+        self._report = StepReport()
+        self._composer = ComposerProtocol()
+        self._given_ranks: Collectives | None = None
+        self._ranks: Collectives | None = None
+        self._owners: NormOwners | None = None
+        self._ranked: list[Tensor] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
+
+        Raises:
+            TypeError: As the constructor.
+            ValueError: As the constructor, or a parameter is in a group already.
+        """
+        self._check_group(param_group)
+        # Who clears groups and adds others wants the parameters freed that the report refers to.
+        self._report = StepReport(num_skipped=self._report.num_skipped)
+        self._ranks, self._owners, self._ranked = None, None, []
+        # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
+        param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
+        super().add_param_group(param_group)
+        if self._needs_names and "param_names" not in self.param_groups[-1]:
+            del self.param_groups[-1]
+            raise ValueError(
+                "expected (name, parameter) pairs, such as model.named_parameters(), beside norm_group: names tell "
+                "which parameters of two ranks are one"
+            )
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuse a group that is added or loaded, or warn of it; what it lacks are the constructor's values."""
+        merged = {**self.defaults, **group}
+        check_group(merged)
+        if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
+            _warn_if_high(merged["weight_decay"])
+
+    @property
+    def _device(self) -> torch.device:
+        """Where norms are computed."""
+        return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
+
+    def _scalers_flag(self) -> Tensor | None:
+        """A copy of the loss scaler's non-finite flag, 0-d fp32; it hands over a plain 0 where it saw no gradient."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return None
+        return torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
+
+    @abstractmethod
+    def _params_here(self) -> list[Tensor]:
+        """Return the parameters of which this rank counts parts, in any order; cheap."""
+
+    @abstractmethod
+    def _parts(self, collectives: Collectives) -> list[Part]:
+        """Return this rank's parts of those parameters, in the order of their groups."""
+
+    @abstractmethod
+    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
+        """Return the ranks over which norms are added up."""
+
+    @abstractmethod
+    def _look(self, param: Tensor) -> Snapshot:
+        """Return this rank's part of a parameter as it is now."""
+
+    def _norm_ranks_over(self, groups: Sequence[dist.ProcessGroup], *, also: Collectives | None = None) -> Collectives:
+        """Return the ranks over which norms are added up, given those among which parameters are spread.
+
+        Raises:
+            ValueError: They are not known, or ``norm_group`` is not all of them.
+        """
+        if self._given_ranks is None:
+            return connect_over(groups, self._device, also=also)
+        also = None if also is None else also.everyone
+        spread = [*groups, also.group] if isinstance(also, NativeVerbs) else groups
+        if not all(self._given_ranks.include(group) for group in spread):
+            raise ValueError(
+                "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
+                "parameters are spread; pass the default group, or one of all these ranks"
+            )
+        return self._given_ranks
+
+    def _norm_ranks(self, *, for_composer: bool = False) -> Collectives:
+        """Return the ranks over which norms are added up, found anew where parameters have changed."""
+        params = self._params_here()
+        if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
+            self._ranks, self._owners, self._ranked = None, None, params
+        if self._ranks is None:
+            self._ranks = self._find_norm_ranks(for_composer=for_composer)
+        return self._ranks
+
+    def _norm_owners(self, *, for_composer: bool = False) -> NormOwners:
+        """Return who counts what. Collective where parameters have changed."""
+        ranks = self._norm_ranks(for_composer=for_composer)
+        if self._owners is None:
+            self._owners = find_norm_owners(ranks, self._parts(ranks))
+        return self._owners
+
+    def _add_up(self) -> Table:
+        """Return the norms of all parameters of all ranks. Collective."""
+        return add_up(self._report, self._norm_owners(), self._params_here(), self._look, self._device)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Everything about the most recent step. Collective: one all-reduce, and an exchange of names the first time.
+
+        Call it on every rank, after ``step`` and before ``zero_grad``. A parameter that had no gradient in that step
+        has gradient and update 0, and before the first step all have.
+
+        Returns:
+            0-d fp32 tensors on the parameters' device, the same keys in the same order on every rank:
+            ``l2_norm/{moment,param,update,grad}/NAME`` for every trainable parameter of any rank, and the same with
+            ``global`` for NAME over all of them; ``effective_decay/group_I``, the fraction by which the step shrank the
+            weights of a group; ``skipped_steps``, the number of steps so far that a non-finite gradient made void.
+
+        Raises:
+            RuntimeError: The update was made by a kernel that does not measure (in fp64, or without numba or Triton),
+                and a gradient that would have to be measured now is gone.
+            ValueError: The ranks over which to add up are not known; pass ``norm_group``.
+        """
+        table = self._add_up()
+        return spell_out(self._report, self._norm_owners(), table, len(self.param_groups))
+
+    @torch.no_grad()
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Add the metrics of one parameter's last update. Composer's protocol.
+
+        :class:`~sharded_dadamw.DecoupledAdamW` reports norms of what this rank holds of the parameter, which is all of
+        it unless that is sharded. :class:`~sharded_dadamw.ShardedDecoupledAdamW` reports final values, the same on
+        every rank; so call it there on all ranks or on none: the first call after a step is collective.
+
+        Args:
+            param: A parameter.
+            name: What to call it.
+            optimizer_metrics: Gets ``l2_norm/{moment,param,update,grad}/NAME``, 0-d fp32 tensors. Nothing where the
+                last step has not updated the parameter.
+
+        Returns:
+            ``optimizer_metrics``.
+
+        Raises:
+            RuntimeError: As ``metrics``.
+        """
+        if self._report.values is None:
+            if self._reports_whole:
+                table, row_of = self._add_up(), self._norm_owners().row_of
+                squares = table.squares
+                places = {id(updated): row_of[id(updated)] for updated in self._report.updated}
+            else:
+                here = self._report.updated_here()
+                here, squares = self._report.squares_of(here, self._look, self._device)
+                places = {id(updated): place for place, updated in enumerate(here)}
+            norms = squares.sqrt().to(torch.float32).unbind()
+            self._report.values = {key: norms[place] for key, place in places.items()}
+        return self._composer.report(self._report, param, name, optimizer_metrics)
+
+    @torch.no_grad()
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Turn norms that were reported into squares that can be added up. Composer's protocol.
+
+        Collective the first time: ranks find out who holds the same elements, of which one counts them.
+
+        Args:
+            optimizer_metrics: What was reported; changed. Norms (``l2_norm...``) are squared, in fp64, and 0 where
+                another rank counts the same elements; others stay as they are.
+
+        Returns:
+            ``optimizer_metrics``.
+        """
+        owners = self._norm_owners(for_composer=True)
+        counted = owners.first_here if self._reports_whole else owners.counted
+        return self._composer.pre_reduce(self._report, counted, optimizer_metrics)
+
+    @torch.no_grad()
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Add up over ranks what ``pre_reduce_metrics`` returned. Composer's protocol.
+
+        Collective: one all-reduce for everything, and an exchange of names where some are new. Waits for the device.
+
+        Args:
+            optimizer_metrics: May lack what other ranks have; changed.
+
+        Returns:
+            ``optimizer_metrics``, 0-d fp32, sorted, with the same keys on every rank: norms, and of what is not called
+            ``l2_norm...`` the mean over the ranks that had it.
+        """
+        collectives = self._norm_ranks(for_composer=True)
+        return self._composer.dist_reduce(collectives, self._device, optimizer_metrics)
+
+
+def _warn_if_high(weight_decay: float) -> None:
+    if weight_decay >= _HIGH_WEIGHT_DECAY:
+        log.warning(
+            "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the schedule "
+            "multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",
+            weight_decay,
+            1.0 - weight_decay,
+        )
