@@ -77,9 +77,9 @@ class Scenario:
     is_saved: bool = False
 
 
-REMAINDER = sharded(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16, seed=3)
+REMAINDER = sharded(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)
 SHARDED_GRADIENTS = sharded(gradient_residency=GradientResidency.SHARDED, exchange=Exchange.RANK_ORDER)
-NARROW_WIRE = sharded(gradient_dtype=torch.float32, wire_dtype=torch.bfloat16, skip_nonfinite=True)
+NARROW_WIRE = sharded(wire_dtype=torch.bfloat16, skip_nonfinite=True)
 AS_PARAMETERS = sharded(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
 SCENARIOS = {
     "fp32": Scenario(sharded()),
@@ -100,7 +100,7 @@ SCENARIOS = {
     "uneven-sharded-gradients": Scenario(SHARDED_GRADIENTS, torch.bfloat16, is_uneven=True),
     "rank-order": Scenario(sharded(exchange=Exchange.RANK_ORDER)),
     "backend": Scenario(sharded(exchange=Exchange.BACKEND)),
-    "narrow-wire": Scenario(NARROW_WIRE, torch.bfloat16),
+    "narrow-wire": Scenario(NARROW_WIRE),
     "fp64": Scenario(sharded(skip_nonfinite=True), torch.float64, clips=True),
     "fp16": Scenario(sharded(moments=Moments.BF16), torch.float16, amsgrad=True),
     "as-parameters": Scenario(AS_PARAMETERS, torch.bfloat16),
