@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint import files as checkpoint_files
@@ -452,6 +454,76 @@ def test_metadata_that_torch_would_not_have_written_are_one_clear_error(kind: st
     if "another" not in kind:
         with pytest.raises(ValueError, match=FAKES[kind]):
             read_state(folder, Source.OURS)
+
+
+def nested(pair: Callable[[Any], Any]) -> Any:
+    """60 deep, and each twice in the next: whoever follows every way down takes 2 ** 60 steps."""
+    value: Any = pair(1)
+    for _ in range(60):
+        value = pair(value)
+    return value
+
+
+def nested_place(value: Any) -> MetadataIndex:
+    place = MetadataIndex.__new__(MetadataIndex)
+    vars(place).update(fqn=value, offset=value, index=None)
+    return place
+
+
+def named(name: str) -> bytes:
+    return b"c" + name.encode() + b"\n"
+
+
+TUPLES = pickle.dumps(nested(lambda value: (value, value)), 2)[2:-1]
+LISTS = pickle.dumps(nested(lambda value: [value, value]), 2)[2:-1]
+PLACES = pickle.dumps(nested(nested_place), 2)[2:-1]
+ENUM = named("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING")
+PROPERTIES = named("torch.distributed.checkpoint.metadata\nTensorProperties")
+
+HOSTILE = {
+    "a tuple as a key": b"}" + TUPLES + b"K\x00s",
+    "tuples among keys": b"}(" + TUPLES + b"K\x00u",
+    "a place as a key": b"}" + PLACES + b"K\x00s",
+    "a set": b"\x8f(" + TUPLES + b"\x90",
+    "an argument": ENUM + LISTS + b"\x85R",
+    "a state": PROPERTIES + b")\x81(NN\x89" + LISTS + b"\x89tb",
+    "a class set up": PROPERTIES + b"N}X\x08\0\0\0__init__Ns\x86b",
+    "a class of protocol 0": b"(i" + named("torch\nSize")[1:],
+    "an extension": b"\x82\x01",
+    "a reference": b"Pelsewhere\n",
+    "a text of no memory": b"\x8d" + struct.pack("<Q", 1 << 62) + b"x",
+    "a memo of no memory": b"K\x01r" + struct.pack("<I", 0xFFFFFFFF),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_metadata_made_up_to_harm_are_refused_at_once(kind: str, tmp_path: Path) -> None:
+    parts, _ = saved(tmp_path, 1)
+    (tmp_path / "step_00000001" / ".metadata").write_bytes(b"\x80\x02" + HOSTILE[kind] + b".")
+    sign(tmp_path / "step_00000001")
+    with pytest.raises(ValueError, match=r"\.metadata: expected"):
+        load_checkpoint(tmp_path, **run(None, *parts))
+
+
+@pytest.mark.parametrize("where", ["a path", "a path of nothing", "a file", "a shape"])
+def test_metadata_with_values_that_have_no_end_are_refused_at_once(where: str, tmp_path: Path) -> None:
+    parts, then = saved(tmp_path, 1)
+    folder, endless = tmp_path / "step_00000001", nested(lambda value: (value, value))
+    metadata: Any = dcp.FileSystemReader(folder).read_metadata()
+    if where.startswith("a path"):
+        metadata.planner_data["nothing" if where.endswith("nothing") else "model.embedding.weight"] = endless
+    elif where == "a file":
+        next(iter(metadata.storage_data.values())).relative_path = endless
+    else:
+        metadata.state_dict_metadata["model.embedding.weight"].size = endless
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(folder)
+    if where == "a path of nothing":
+        load_checkpoint(tmp_path, **run(None, *parts))
+        assert differences(whole(*parts[:2]), then[1]) == []
+    else:
+        with pytest.raises(ValueError, match=r"\.metadata: .*expected"):
+            load_checkpoint(tmp_path, **run(None, *parts))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -40,41 +35,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import sharded_dadamw
-from sharded_dadamw.checkpoint import safe_pickle
 from sharded_dadamw.checkpoint.manifest import FileSum, Manifest, keep, publish
-
-METADATA = ".metadata"
-_MOST_KEYS = 64  # that lead to an entry; those who follow them go one call deeper for each
+from sharded_dadamw.checkpoint.metadata import METADATA
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
-
-
-def _layout(name: object) -> torch.layout:
-    """How a layout is pickled; anything but the usual one has no chunks."""
-    if name != "torch.strided":
-        raise ValueError(f"expected strided tensors, got {name}")
-    return torch.strided
-
-
-_KNOWN: dict[str, object] = {
-    **{
-        f"torch.distributed.checkpoint.metadata.{known.__qualname__}": known
-        for known in (
-            _MEM_FORMAT_ENCODING,
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-    },
-    "torch.distributed.checkpoint.filesystem._StorageInfo": _StorageInfo,
-    "torch.serialization._get_layout": _layout,
-    **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # in what others wrote
-    **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
-}
 
 
 def versions() -> dict[str, str]:
@@ -281,72 +245,6 @@ class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Unpickle an entry that is no tensor, if nothing but data is in it."""
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
-
-
-def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
-    """What entries a checkpoint has: their names, shapes and dtypes, and where they are.
-
-    Args:
-        folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
-        manifest: What files it consists of; None where nobody says, as in folders that are not ours.
-
-    Raises:
-        ValueError: The file is damaged, would do more than hold data, or points outside of the checkpoint.
-    """
-    path = folder / METADATA
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: expected a file, got something else")
-    try:
-        with path.open("rb") as file:
-            metadata = safe_pickle.load(file, allowed=_KNOWN)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path}: expected the metadata of a checkpoint, got {type(metadata).__name__}")
-    try:
-        if manifest is None and metadata.planner_data is None:  # of planners that do not flatten
-            metadata.planner_data = {}
-        for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
-            if not isinstance(entries, dict):
-                raise ValueError(f"expected tables of entries, got {type(entries).__name__}")
-        for entry, known in metadata.state_dict_metadata.items():
-            _check_entry(entry, known, metadata.planner_data.get(entry, (entry,)))
-        for info in metadata.storage_data.values():
-            name = info.relative_path if isinstance(info, _StorageInfo) and not info.transform_descriptors else ""
-            if (Path(name).name != name or not name) if manifest is None else name not in manifest.files:
-                raise ValueError(f"expected entries in the files of the checkpoint, got {info}")
-            if not 0 <= info.offset <= info.offset + info.length:
-                raise ValueError(f"expected a place in a file, got {info}")
-    except (ValueError, TypeError, AttributeError) as error:  # attributes are what the file makes them
-        raise ValueError(f"{path}: {error}") from error
-    return metadata
-
-
-def _check_entry(entry: object, known: object, path: object) -> None:
-    """Look whether an entry is made as torch makes them, so that nobody else has to.
-
-    Raises:
-        ValueError: It is not, and neither are those whose attributes are missing (AttributeError) or of other types
-            (TypeError).
-    """
-    if not isinstance(entry, str) or not isinstance(path, tuple | list) or not 0 < len(path) <= _MOST_KEYS:
-        raise ValueError(f"expected names of entries, and the keys that lead to them, got {entry!r:.80}")
-    if not all(isinstance(key, str | int) for key in path):
-        raise ValueError(f"{entry}: expected keys that are texts or numbers, got others")
-    if isinstance(known, BytesStorageMetadata):
-        return
-    if not isinstance(known, TensorStorageMetadata) or not isinstance(known.properties.dtype, torch.dtype):
-        raise ValueError(f"{entry}: expected what a tensor is like, got {type(known).__name__}")
-    if not isinstance(known.size, torch.Size):
-        raise ValueError(f"{entry}: expected a shape, got {type(known.size).__name__}")
-    for chunk in known.chunks:
-        if not isinstance(chunk.offsets, torch.Size) or not isinstance(chunk.sizes, torch.Size):
-            raise ValueError(f"{entry}: expected chunks, got others")
-        reach = zip(chunk.offsets, chunk.sizes, known.size, strict=True)
-        if not all(0 <= first <= first + length <= size for first, length, size in reach):
-            raise ValueError(f"{entry}: a chunk reaches beyond its tensor")
 
 
 def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:

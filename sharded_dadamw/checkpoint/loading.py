@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.files import read_entries, read_metadata
+from sharded_dadamw.checkpoint.files import read_entries
 from sharded_dadamw.checkpoint.manifest import FILE_NAME, Manifest, checkpoints, folders, step_of
 from sharded_dadamw.checkpoint.matching import collect_optimizer, match_model, match_optimizer
+from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.checkpoint.named_state import optimizer_state, refuse_parts
 from sharded_dadamw.checkpoint.run_state import RANKS, pack, seed_from, set_random_state, unpack
 from sharded_dadamw.checkpoint.saved_entries import SavedEntries

@@ -41,8 +41,8 @@ class SavedEntries:
         self._metadata = metadata
         self._num_bytes = sum(known.size for known in manifest.files.values())
         self._tree: dict[Any, Any] = {}
-        for entry, path in metadata.planner_data.items():
-            node = self._tree
+        for entry in metadata.state_dict_metadata:
+            node, path = self._tree, metadata.planner_data.get(entry, (entry,))
             for key in path[:-1]:
                 node = node.setdefault(key, {})
                 if isinstance(node, str):

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.files import METADATA, Writer, read_metadata, versions, write
+from sharded_dadamw.checkpoint.files import Writer, versions, write
 from sharded_dadamw.checkpoint.manifest import Manifest, begin_beside
+from sharded_dadamw.checkpoint.metadata import METADATA, read_metadata
 from sharded_dadamw.checkpoint.safe_pickle import load_torch
 
 

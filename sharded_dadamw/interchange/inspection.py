@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.files import read_metadata
 from sharded_dadamw.checkpoint.manifest import Manifest, folders, newest
+from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.interchange.convert import models_in, optimizers_in
