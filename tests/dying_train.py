@@ -14,8 +14,8 @@ from typing import Any
 import launch.train
 from launch.train import Training
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.checkpoint import files as checkpoint_files
-from sharded_dadamw.checkpoint.saving import wait_for_latest
+from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
+from sharded_dadamw.checkpoint.save_load import wait_for_latest
 from sharded_dadamw.comm import exchange
 from sharded_dadamw.schedule.reducer import Reducer
 
@@ -69,8 +69,8 @@ POINTS: dict[str, tuple[Callable[[Any, str, Callable[[], None]], None], Any, str
     "reduction": (after, exchange.MemoryExchange, "reduce_scatter_mean", die_alone),  # it has begun
     "update": (after, Bucket, "update_", die_alone),  # of the first bucket; nobody else knows of it
     "gather": (after, exchange.MemoryExchange, "all_gather_", die_alone),  # it has begun
-    "save": (after, checkpoint_files._SummedFile, "write", die),  # part of a file is there
-    "rename": (before, checkpoint_files, "publish", die),  # everything is there but the name
+    "save": (after, checkpoint_dcp._SummedFile, "write", die),  # part of a file is there
+    "rename": (before, checkpoint_dcp, "publish", die),  # everything is there but the name
     "step": (before, Training, "train_step", die_alone),
     "disk is full": (before, Training, "train_step", fill_disk),
     "disk has room": (before, Training, "train_step", empty_disk),

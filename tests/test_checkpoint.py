@@ -30,9 +30,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, S
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.metadata import read_metadata
-from sharded_dadamw.checkpoint.run_state import random_state, seed_from, set_random_state
+from sharded_dadamw.checkpoint.run import random_state, seed_from, set_random_state
 from sharded_dadamw.update.precision import join
 from tests.pool import on_ranks
 

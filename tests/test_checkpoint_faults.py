@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.checkpoint import files as checkpoint_files
-from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
+from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.interchange import Source, read_state
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
@@ -31,7 +31,7 @@ from tests.test_checkpoint import build, differences, fit, run, whole
 @contextmanager
 def writing(before_each: Callable[[int], None]) -> Iterator[None]:
     """Calls `before_each(bytes written so far)` before anything is written to a file of a checkpoint."""
-    kind = checkpoint_files._SummedFile
+    kind = checkpoint_dcp._SummedFile
     original = kind.write
 
     def write(self: Any, data: Any) -> int:
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_at_the_metadata_or_the_manifest_leaves_nothing(
 ) -> None:
     parts, _ = saved(tmp_path, 1)
     before = contents(tmp_path)
-    for target, name in ((checkpoint_files._SummedFiles, "rename"), (Manifest, "write")):
+    for target, name in ((checkpoint_dcp._SummedFiles, "rename"), (Manifest, "write")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *_: no_space(0))
             with pytest.raises(OSError, match=r"step_00000002 was not written.*No space left"):
@@ -382,7 +382,7 @@ def sign(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     sums = {}
     for name in manifest.files:
-        file = checkpoint_files._SummedFile(folder / "sum")
+        file = checkpoint_dcp._SummedFile(folder / "sum")
         file.write((folder / name).read_bytes())
         file.close()
         (folder / "sum").unlink()
@@ -528,7 +528,7 @@ def test_metadata_with_values_that_have_no_end_are_refused_at_once(where: str, t
 
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
-        later.setattr("sharded_dadamw.checkpoint.manifest.FORMAT", 2)
+        later.setattr("sharded_dadamw.checkpoint.folder.FORMAT", 2)
         parts, _ = saved(tmp_path, 1)
     with pytest.raises(ValueError, match="expected format 1; load it with the version that wrote it"):
         load_checkpoint(tmp_path, **run(None, *parts))

@@ -1,7 +1,15 @@
-"""Checkpoints of a whole run, whole or not at all, at any number of ranks; see :func:`save_checkpoint`."""
+"""Checkpoints of a whole run, whole or not at all, at any number of ranks.
 
-from sharded_dadamw.checkpoint.loading import Resumed, load_checkpoint
-from sharded_dadamw.checkpoint.manifest import checkpoints
-from sharded_dadamw.checkpoint.saving import Saving, save_checkpoint
+    folder     where checkpoints are, whether one is all there, and how one appears
+    dcp        entries in torch.distributed.checkpoint's format; metadata: its `.metadata`, read safely
+    run        what there is to save of a run
+    matching   whether what was saved fits a run
+    save_load  the calls, which sequence the rest on all ranks
+
+This room knows optimizers by their state dicts alone, and no other library's files: those are `interchange`'s.
+"""
+
+from sharded_dadamw.checkpoint.folder import checkpoints
+from sharded_dadamw.checkpoint.save_load import Resumed, Saving, load_checkpoint, save_checkpoint
 
 __all__ = ["Resumed", "Saving", "checkpoints", "load_checkpoint", "save_checkpoint"]

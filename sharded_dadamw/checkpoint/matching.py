@@ -6,6 +6,8 @@ them, are found by name, in whatever order they were saved; a main parameter cha
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,51 +16,150 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED
-from sharded_dadamw.checkpoint.named_state import name_of, tied
-from sharded_dadamw.checkpoint.names import canonical_name
-from sharded_dadamw.checkpoint.saved_entries import SavedEntries, part_of, placeholders
+from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.layout.placement import like_parameter, local
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
-from sharded_dadamw.update.precision import join, remainder_of
+from sharded_dadamw.update.precision import holds, join, remainder_of
+
+_OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
+"""The forms of a main parameter: which one is the other, and the dtype of this one."""
+
+_DECAYS = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
 
 
-def _holds_nothing(value: Any) -> bool:
-    """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
-    return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
+class SavedEntries:
+    """The entries of a checkpoint, by where they stood in the nested state dict.
+
+    Attributes:
+        folder: The checkpoint.
+        manifest: What it says that it is.
+        metadata: What entries it has.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, metadata: Metadata) -> None:
+        """Take what ``metadata`` tells.
+
+        Raises:
+            ValueError: An entry stands where another one does, or below it.
+        """
+        self.folder = folder
+        self.manifest = manifest
+        self.metadata = metadata
+        self._first = {name: names[0] for names in manifest.aliases for name in names}
+        self._twins: list[tuple[str, str]] = []
+        self._num_bytes = sum(known.size for known in manifest.files.values())
+        self._tree: dict[Any, Any] = {}
+        for entry in metadata.state_dict_metadata:
+            path = metadata.planner_data.get(entry, (entry,))
+            node = self._tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+                if isinstance(node, str):
+                    break
+            if isinstance(node, str) or path[-1] in node:
+                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
+            node[path[-1]] = entry
+
+    def under(self, *path: Any) -> dict[Any, Any]:
+        """Return what stands under a path: entries' flat names, or tables of them."""
+        node = self._tree
+        for key in path:
+            node = node.get(key, {})
+        return node
+
+    def first(self, name: str) -> str:
+        """Return the name under which a weight was stored first, of those that are tied to it."""
+        return self._first.get(name, name)
+
+    def tie(self, names: list[str]) -> None:
+        """Take weights that were stored apart, under ``names``, for one.
+
+        They have to turn out as one when they are read; see :meth:`require_ties`.
+        """
+        has_state = self.under("optimizer", "state")
+        first, *others = sorted(names, key=lambda name: name not in has_state)
+        self._first |= {name: first for name in self._first if self._first[name] in others}
+        self._first |= dict.fromkeys(others, first)
+        self._twins += [(first, other) for other in others]
+
+    def require_ties(self, entries: Mapping[str, Any]) -> None:
+        """Check that weights that are one here are equal there.
+
+        Raises:
+            ValueError: They are not; names them.
+        """
+        for one, other in self._twins:
+            nodes = self.under("model")
+            if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
+                raise ValueError(f"model: {one} and {other} are tied, and two different weights in {self.folder}")
+
+    def target(self, entry: str, live: Tensor) -> Tensor:
+        """Make room for an entry in host memory, like a live tensor, if it fits.
+
+        Raises:
+            ValueError: It does not, or would be rounded; names the entry.
+        """
+        known = self.metadata.state_dict_metadata[entry]
+        size = live.size()  # the shape of an FSDP1 shard is its own
+        expected = f"{live.dtype} {list(size)}"
+        if not isinstance(known, TensorStorageMetadata):
+            raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
+        dtype = known.properties.dtype
+        if known.size != size or not holds(live.dtype, dtype):
+            raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
+        if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
+            raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
+        if isinstance(live, FragmentTensor):
+            return live  # what is read goes into memory of its own
+        if isinstance(live, ShardedTensor):
+            return copy.deepcopy(live)
+        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
+
+    def whole(self, entry: str) -> Tensor | None:
+        """Make room for all of an entry in host memory; None where it is no tensor.
+
+        Raises:
+            ValueError: It is larger than the files.
+        """
+        known = self.metadata.state_dict_metadata[entry]
+        if not isinstance(known, TensorStorageMetadata):
+            return None
+        num_bytes = known.size.numel() * known.properties.dtype.itemsize
+        if num_bytes > self._num_bytes:
+            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
+        return torch.empty(known.size, dtype=known.properties.dtype)
+
+    def wholes(self, node: Any) -> dict[str, Any]:
+        """Make room for all entries at or below what :meth:`under` returned; by flat name."""
+        if isinstance(node, str):
+            return {node: self.whole(node)}
+        return {entry: value for item in node.values() for entry, value in self.wholes(item).items()}
+
+    def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:
+        """Put what was read under a path together again."""
+
+        def build(node: Any) -> Any:
+            if isinstance(node, str):
+                return entries[node]
+            if all(isinstance(key, int) for key in node):
+                return [build(node[key]) for key in sorted(node)]
+            return {key: build(item) for key, item in node.items()}
+
+        *parents, last = path
+        return build(self.under(*parents)[last])
 
 
-def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
-    """Which saved name every live one has: the same, or the same without what wrappers add."""
-    saved = dict.fromkeys(saved)
-    canonical = {canonical_name(name): name for name in saved}
-    names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
-    missing = [name for name, found in names.items() if found is None]
-    left_over = sorted(saved.keys() - set(names.values()))
-    doubled = [name for name, found in names.items() if name != found and found in names]
-    if doubled and not missing:
-        raise ValueError(
-            f"model: expected {folder} to have {doubled[0]} and {names[doubled[0]]}, got one weight of that name; "
-            "rename one of them"
-        )
-    if missing or left_over:
-        raise ValueError(
-            f"model: expected {folder} to have what the model has; "
-            + "; ".join(
-                f"{len(some)} {what}, the first is {some[0]}"
-                for some, what in ((missing, "missing"), (left_over, "left over"))
-                if some
-            )
-        )
-    return {name: found for name, found in names.items() if found is not None}
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def match_model(
     saved: SavedEntries, model: nn.Module, state: Mapping[str, Any], entries: dict[str, Any]
 ) -> dict[str, str]:
-    """Add what to read of a model to ``entries``; returns by live name the one under which it is stored.
+    """Add what to read of a model to ``entries``, and return under which name each live one is stored.
 
     Args:
         saved: What there is.
@@ -75,7 +176,7 @@ def match_model(
     for live in held:
         value, node = state[live], saved.under("model")[names[live]]
         if not isinstance(value, Tensor):
-            entries.update(placeholders(saved, node))
+            entries.update(saved.wholes(node))
         elif not isinstance(node, str):
             raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
         elif node not in entries:
@@ -87,83 +188,35 @@ def match_model(
     return {live: saved.first(name) for live, name in names.items()}
 
 
-_OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
-"""The forms of a main parameter: which one is the other, and the dtype of this one."""
+def _holds_nothing(value: Any) -> bool:
+    """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
+    return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
 
 
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """Values of this rank's part of a tensor as that is: a fragment, a DTensor or whole."""
-    if isinstance(tensor, FragmentTensor):
-        return tensor.holding(values)
-    return like_parameter(values.view(local(tensor).shape), tensor)
+def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
+    """Return which saved name every live one has: the same, or the same without what wrappers add."""
+    saved = dict.fromkeys(saved)
+    canonical = {canonical_name(name): name for name in saved}
+    names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
+    missing = [name for name, found in names.items() if found is None]
+    left_over = sorted(saved.keys() - set(names.values()))
+    doubled = [name for name, found in names.items() if name != found and found in names]
+    if doubled and not missing:
+        raise ValueError(
+            f"model: expected {folder} to have {doubled[0]} and {names[doubled[0]]}, got one weight of that name; "
+            "rename one of them"
+        )
+    if missing or left_over:
+        differences = [
+            f"{len(some)} {what}, the first is {some[0]}"
+            for some, what in ((missing, "missing"), (left_over, "left over"))
+            if some
+        ]
+        raise ValueError(f"model: expected {folder} to have what the model has; {'; '.join(differences)}")
+    return {name: found for name, found in names.items() if found is not None}
 
 
-def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Host memory for values of another dtype of this rank's part of a tensor."""
-    return _like(tensor, torch.empty_like(part_of(tensor), dtype=dtype, device="cpu"))
-
-
-def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
-    """A main parameter that was saved in the other form or, where none was, as the weight is; no bit is lost.
-
-    Args:
-        live: The live one.
-        saved: What was read.
-        weight: The weight that was read.
-    """
-    part = part_of(weight)
-    if isinstance(live, FragmentTensor):
-        _, start, stop = live.span
-        part = part[start:stop]
-    if live.dtype is not torch.int16:
-        return _like(live, part.to(live.dtype) if saved is None else join(part, part_of(saved)))
-    return _like(
-        live, torch.zeros_like(part, dtype=live.dtype) if saved is None else remainder_of(part_of(saved), part)
-    )
-
-
-def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
-    """A main parameter as the fp32 weight that it is; ``weight`` is the saved bf16 one, widened."""
-    return saved if saved.dtype is torch.float32 else _like(weight, join(part_of(weight).bfloat16(), part_of(saved)))
-
-
-_SCALES = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
-
-
-def _match_laws(saved: SavedEntries, live: str) -> None:
-    """Look whether weight decay means the same: the entry has one name and the numbers differ by a factor of lr."""
-    was, now = IS_DECOUPLED.get(saved.optimizer), IS_DECOUPLED.get(live)
-    if not saved.decays or saved.optimizer in ("", live) or was == now:
-        return
-    if was is not None and now is not None:
-        target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
-        hint = f"convert it: sharded-dadamw convert {saved.folder} {target}"
-    else:
-        hint = "nothing is known of how these compare, so pass optimizer=None to load the rest"
-    raise ValueError(
-        f"weight_decay: expected that of {live}{_SCALES[now]}, got that of {saved.optimizer}{_SCALES[was]} in "
-        f"{saved.folder}; {hint}"
-    )
-
-
-def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[int]:
-    """Which saved group every live one is: that with the same parameters."""
-    ours = [{names[name] for name in group["params"]} for group in groups]
-    theirs = [{saved.first(name) for name in group} for group in saved.groups]
-    if len(ours) != len(theirs):
-        raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
-    left, numbers = list(range(len(theirs))), []
-    for index, group in enumerate(ours):
-        number = max(left, key=lambda number: (theirs[number] == group, len(group & theirs[number]), number == index))
-        if differing := sorted(group ^ theirs[number]):
-            is_ours = differing[0] in group
-            raise ValueError(
-                f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
-                f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
-            )
-        left.remove(number)
-        numbers.append(number)
-    return numbers
+# --- optimizer state -------------------------------------------------------------------------------------------------
 
 
 def match_optimizer(
@@ -174,7 +227,7 @@ def match_optimizer(
     names: Mapping[str, str],
     entries: dict[str, Any],
 ) -> list[int]:
-    """Add what to read of an optimizer to ``entries``; returns for every live group the number of the saved one.
+    """Add what to read of an optimizer to ``entries``, and return the number of the saved group for each live one.
 
     Args:
         saved: What there is.
@@ -188,12 +241,11 @@ def match_optimizer(
         ValueError: Groups or the entries of a parameter differ, weight decay means something else, or a tensor does not
             fit; names it.
     """
-    _match_laws(saved, name_of(optimizer))
+    _require_same_decay(saved, name_of(optimizer))
     groups: list[dict[str, Any]] = live["param_groups"]
     numbers = _match_groups(saved, groups, names)
     for number in numbers:
-        for node in saved.under("optimizer", "param_groups", number).values():
-            entries.update(placeholders(saved, node))
+        entries.update(saved.wholes(saved.under("optimizer", "param_groups", number)))
     without_main = []
     for name in (name for group in groups for name in group["params"]):
         known, own, weight = saved.under("optimizer", "state", names[name]), live["state"].get(name, {}), weights[name]
@@ -212,8 +264,8 @@ def match_optimizer(
                 if like is None:
                     without_main.append(name)
                     continue
-                value = _empty(like, dtype)
-            elif value is None and isinstance(empty := saved.placeholder(entry), Tensor):
+                value = _like(like, torch.empty_like(_part_of(like), dtype=dtype, device="cpu"))
+            elif value is None and isinstance(empty := saved.whole(entry), Tensor):
                 is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
                 value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty
             entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
@@ -233,7 +285,7 @@ def collect_optimizer(
     names: Mapping[str, str],
     entries: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What was read, as it is taken.
+    """Return what was read of an optimizer, as it is taken.
 
     Args:
         saved: What there was.
@@ -263,3 +315,84 @@ def collect_optimizer(
                     wide[names[name]] = _as_weight(read.pop(key), weight)
             state[name] = read
     return {"state": state, "param_groups": merged}, wide
+
+
+def _require_same_decay(saved: SavedEntries, live: str) -> None:
+    """Check that weight decay means the same: its entry has one name, and the numbers differ by a factor of lr."""
+    name = saved.manifest.optimizer
+    was, now = IS_DECOUPLED.get(name), IS_DECOUPLED.get(live)
+    decays = any(group.get("weight_decay") for group in saved.manifest.param_groups)
+    if not decays or name in ("", live) or was == now:
+        return
+    if was is not None and now is not None:
+        target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
+        hint = f"convert it: sharded-dadamw convert {saved.folder} {target}"
+    else:
+        hint = "nothing is known of how these compare, so pass optimizer=None to load the rest"
+    raise ValueError(
+        f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {saved.folder}; "
+        f"{hint}"
+    )
+
+
+def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[int]:
+    """Return which saved group every live one is: that with the same parameters."""
+    ours = [{names[name] for name in group["params"]} for group in groups]
+    theirs = [{saved.first(name) for name in group["params"]} for group in saved.manifest.param_groups]
+    if len(ours) != len(theirs):
+        raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
+    left, numbers = list(range(len(theirs))), []
+    for index, group in enumerate(ours):
+        number = max(left, key=lambda number: (theirs[number] == group, len(group & theirs[number]), number == index))
+        if differing := sorted(group ^ theirs[number]):
+            is_ours = differing[0] in group
+            raise ValueError(
+                f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
+                f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
+            )
+        left.remove(number)
+        numbers.append(number)
+    return numbers
+
+
+# --- forms of a tensor -----------------------------------------------------------------------------------------------
+
+
+def _part_of(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, 1-D; of a fragment that was read, what was read."""
+    if isinstance(tensor, FragmentTensor):
+        return tensor.fragment if tensor.loaded is None else tensor.loaded
+    if isinstance(tensor, ShardedTensor):
+        return torch.cat([shard.tensor.reshape(-1) for shard in tensor.local_shards()] or [torch.empty(0)])
+    return local(tensor).reshape(-1)
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """Return values of this rank's part of a tensor as that is: a fragment, a DTensor or whole."""
+    if isinstance(tensor, FragmentTensor):
+        return tensor.holding(values)
+    return like_parameter(values.view(local(tensor).shape), tensor)
+
+
+def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
+    """Return a main parameter that was saved in the other form or, where none was, as the weight is; no bit is lost.
+
+    Args:
+        live: The live one.
+        saved: What was read.
+        weight: The weight that was read.
+    """
+    part = _part_of(weight)
+    if isinstance(live, FragmentTensor):
+        _, start, stop = live.span
+        part = part[start:stop]
+    if live.dtype is not torch.int16:
+        values = part.to(live.dtype) if saved is None else join(part, _part_of(saved))
+    else:
+        values = torch.zeros_like(part, dtype=live.dtype) if saved is None else remainder_of(_part_of(saved), part)
+    return _like(live, values)
+
+
+def _as_weight(saved: Tensor, weight: Tensor) -> Tensor:
+    """Return a main parameter as the fp32 weight that it is; ``weight`` is the saved bf16 one, widened."""
+    return saved if saved.dtype is torch.float32 else _like(weight, join(_part_of(weight).bfloat16(), _part_of(saved)))

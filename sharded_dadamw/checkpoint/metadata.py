@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from sharded_dadamw.checkpoint.manifest import Manifest
+from sharded_dadamw.checkpoint.folder import Manifest
 
 METADATA = ".metadata"
 _MOST_KEYS = 64  # in the path of an entry; whoever follows a path recurses once for each

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.manifest import IS_DECOUPLED, Manifest, newest, step_of
-from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.folder import Manifest, newest, step_of
+from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import load_torch
 from sharded_dadamw.interchange.dcp_folder import read_folder, write_folder
 from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed

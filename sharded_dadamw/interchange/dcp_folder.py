@@ -2,7 +2,7 @@
 
 `.metadata` says for every key what it is, and for every chunk of a tensor where it lies: in which file, from which byte
 on. It is a pickle of a handful of dataclasses, and every chunk a file of `torch.save` in small; see `safe_pickle`, and
-`checkpoint.files`, which serves ranks that read only their parts.
+`checkpoint.dcp`, which serves ranks that read only their parts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.files import Writer, versions, write
-from sharded_dadamw.checkpoint.manifest import Manifest, begin_beside
+from sharded_dadamw.checkpoint.dcp import Writer, versions, write
+from sharded_dadamw.checkpoint.folder import Manifest, begin_beside
 from sharded_dadamw.checkpoint.metadata import METADATA, read_metadata
 from sharded_dadamw.checkpoint.safe_pickle import load_torch
 
@@ -74,7 +74,7 @@ def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
         Dicts and lists of values; whole tensors, on the CPU. What is neither tensor nor plain data is a `Placeholder`.
 
     Raises:
-        ValueError: As in `checkpoint.files.read_metadata` and `read_values`.
+        ValueError: As in `checkpoint.metadata.read_metadata` and `read_values`.
     """
     found = read_metadata(Path(path))
     values = read_values(path, found, list(found.state_dict_metadata))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import load_torch
 from sharded_dadamw.interchange.state_dicts import MOMENTS, State, checked_entries, imported_group, unstepped
 

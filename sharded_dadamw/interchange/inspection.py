@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.manifest import Manifest, folders, newest
+from sharded_dadamw.checkpoint.folder import Manifest, folders, newest
 from sharded_dadamw.checkpoint.metadata import read_metadata
-from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.checkpoint.safe_pickle import DTYPES, Placeholder, load_torch
 from sharded_dadamw.interchange.convert import models_in, optimizers_in
 from sharded_dadamw.interchange.dcp_folder import is_dcp_folder, nested, path_of, read_values
@@ -269,7 +269,7 @@ def _inspect_dcp(path: Path) -> Contents:
         aliases=aliases,
         versions=dict(manifest.versions) if manifest else {},
         optimizer=manifest.optimizer if manifest else "",
-        damage=manifest.damage(path) if manifest else None,
+        damage=list(manifest.damage(path)) if manifest else None,
     )
 
 

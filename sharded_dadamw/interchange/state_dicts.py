@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.update.adamw import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")

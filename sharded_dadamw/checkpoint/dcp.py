@@ -1,13 +1,12 @@
-"""torch.distributed.checkpoint's files, written whole or not at all, and read without running anything in them.
+"""Entries in torch.distributed.checkpoint's format, written whole or not at all and read without running anything.
 
-The format is torch's own, and torch's own `load` reads it. Writing adds checksums, taken from the very bytes on their
-way to the file, one manifest, and the new folder's name as the last act. Reading takes away what could run code: the
-`.metadata` file is a pickle, and entries that are no tensors are pickles too.
+torch's own `load` reads what is written here. Writing adds checksums, taken from the very bytes on their way to a file,
+a manifest, and the new folder's name as the last act. Reading takes metadata that have been read already (see
+`checkpoint.metadata`), and entries that are no tensors, which are pickles, as plain data alone.
 """
 
 from __future__ import annotations
 
-import copy
 import io
 import shutil
 import zlib
@@ -19,15 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
@@ -35,26 +29,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import sharded_dadamw
-from sharded_dadamw.checkpoint.manifest import FileSum, Manifest, keep, publish
+from sharded_dadamw.checkpoint.folder import FileSum, Manifest, keep, publish
 from sharded_dadamw.checkpoint.metadata import METADATA
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
 
 def versions() -> dict[str, str]:
-    """Of what writes a checkpoint."""
+    """Return the versions of what writes a checkpoint."""
     return {"torch": torch.__version__, "sharded_dadamw": sharded_dadamw.__version__}
-
-
-def on_host(value: Any) -> Any:
-    """A copy of a state dict, or of a part of one, that shares no memory with it; tensors in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(on_host(item) for item in value)
-    return copy.deepcopy(value)
 
 
 class _SummedFile(io.FileIO):
@@ -80,11 +63,7 @@ class _SummedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
-        """Open a file; where it is for writing, ``sums`` has its checksum after it is closed."""
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
+        """Open a file to write, whose checksum ``sums`` has after it is closed."""
         file = _SummedFile(Path(path))
         with io.BufferedWriter(file, 1 << 20) as stream:
             yield stream
@@ -97,9 +76,9 @@ class _SummedFiles(FileSystem):
 
 
 class Writer(FileSystemWriter):
-    """Writes one checkpoint into a folder of its own; the last thing that happens is that the folder gets its name.
+    """Writes one checkpoint into a folder of its own.
 
-    On the coordinator that is part of :meth:`finish`, after all ranks have written.
+    After all ranks have written, the coordinator gives the folder its name; see :meth:`finish`.
 
     Attributes:
         folder: Where it is being written.
@@ -107,7 +86,7 @@ class Writer(FileSystemWriter):
     """
 
     def __init__(self, folder: Path, final: Path, manifest: Manifest, keep_last: int | None) -> None:
-        """About to write.
+        """Write nothing yet.
 
         Args:
             folder: Exists, is empty, and is seen by every rank.
@@ -123,11 +102,11 @@ class Writer(FileSystemWriter):
         self._keep_last = keep_last
 
     def storage_meta(self) -> StorageMeta:
-        """The checkpoint's name: a path would be of this machine, and its class of this Python."""
+        """Return the checkpoint's name: a path would be of this machine, and its class of this Python."""
         return StorageMeta(checkpoint_id=self.final.name, save_id=self.save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Look for the folder that the coordinator made.
+        """Check that this rank sees the folder that the coordinator made.
 
         Raises:
             FileNotFoundError: It is not there: this rank has storage of its own.
@@ -147,23 +126,30 @@ class Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write metadata and manifest, publish the folder, and remove old checkpoints. On the coordinator alone."""
-        sums = {
-            name: known
-            for result in results
-            for item in result
-            if item.index == _SUMS
-            for name, known in item.storage_data.items()
-        }
-        written = [[item for item in result if item.index != _SUMS] for result in results]
-        super().finish(metadata, self._under_all_names(metadata, written))
+        items = [item for result in results for item in result]
+        sums: dict[str, FileSum] = {}
+        for item in items:
+            if item.index == _SUMS:
+                sums |= item.storage_data
+        others = self._enter_tied(metadata)
+        written = [
+            named
+            for item in items
+            if item.index != _SUMS
+            for named in (
+                item,
+                *(replace(item, index=replace(item.index, fqn=name)) for name in others.get(item.index.fqn, ())),
+            )
+        ]
+        super().finish(metadata, [written])
         files = {**sums, METADATA: self._files.sums[METADATA]}
         replace(self._manifest, files=files).write(self.folder)
         publish(self.folder, self.final)
         if self._keep_last is not None:
-            keep(self.final.parent, self.final, self._keep_last)
+            keep(self.final, self._keep_last)
 
-    def _under_all_names(self, metadata: Metadata, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
-        """Enter tied weights, and their state, under their other names as well: more names for the same bytes."""
+    def _enter_tied(self, metadata: Metadata) -> dict[str, list[str]]:
+        """Enter tied weights, and their state, into ``metadata`` under their other names; returns these by entry."""
         others = {names[0]: names[1:] for names in self._manifest.aliases}
         also: dict[str, list[str]] = {}
         for entry, path in list(metadata.planner_data.items()):
@@ -172,20 +158,11 @@ class Writer(FileSystemWriter):
                 continue
             for name in others.get(path[at], []):
                 other = (*path[:at], name, *path[at + 1 :])
-                also.setdefault(entry, []).append(".".join(map(str, other)))
-                metadata.planner_data[also[entry][-1]] = other
-                metadata.state_dict_metadata[also[entry][-1]] = metadata.state_dict_metadata[entry]
-        return [
-            [
-                named
-                for item in result
-                for named in (
-                    item,
-                    *(replace(item, index=replace_name(item.index, name)) for name in also.get(item.index.fqn, [])),
-                )
-            ]
-            for result in results
-        ]
+                key = ".".join(map(str, other))
+                also.setdefault(entry, []).append(key)
+                metadata.planner_data[key] = other
+                metadata.state_dict_metadata[key] = metadata.state_dict_metadata[entry]
+        return also
 
 
 def write(state: dict[str, Any], writer: Writer, group: dist.ProcessGroup | None, *, tidies_up: bool) -> None:
@@ -211,7 +188,7 @@ def write(state: dict[str, Any], writer: Writer, group: dist.ProcessGroup | None
 
 
 def _explained(error: CheckpointException, final: Path) -> Exception:
-    """What torch.distributed.checkpoint says of a failure, of the kind that its first rank's is."""
+    """Return what torch.distributed.checkpoint says of a failure, as the kind of error that the first rank had."""
     rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
     message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
     if isinstance(failure, OSError) and failure.errno is not None:
@@ -219,20 +196,15 @@ def _explained(error: CheckpointException, final: Path) -> Exception:
     return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)
 
 
-def replace_name(index: MetadataIndex, name: str) -> MetadataIndex:
-    """The same place of an entry of another name."""
-    return MetadataIndex(name, index.offset, index.index)
-
-
 class _Reader(FileSystemReader):
-    """Reads what is known already to be metadata, and no file that the manifest does not list."""
+    """Reads entries by metadata that are known to be sound."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
         self._metadata = metadata
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """What was read before, so that no rank can fail here and go its own way."""
+        """Return what was read before, so that no rank can fail here and go its own way."""
         return self._metadata
 
 
@@ -252,7 +224,7 @@ def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None
 
     Args:
         folder: The checkpoint.
-        metadata: What :func:`read_metadata` says is in it.
+        metadata: What ``read_metadata`` says is in it.
         into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the entry
             is no tensor, replaced.
 

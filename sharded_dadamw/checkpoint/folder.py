@@ -6,7 +6,7 @@
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
 Checksums are CRC-32: three times as fast as the fastest hash of Python's and sure to notice every flipped bit and
-every burst of up to 32. They guard against accidents. What is made up to harm is the business of `checkpoint.files`.
+every burst of up to 32. They guard against accidents. What is made up to harm is the business of the readers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "manifest.json"
+MANIFEST = "manifest.json"
 FORMAT = 1
-
-IS_DECOUPLED = {"DecoupledAdamW": True, "ShardedDecoupledAdamW": True, "AdamW": False}
-"""Optimizers, ours, Composer's and torch's, and whether their weight decay is free of lr."""
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"\.step_\d{8,}\.[0-9a-f]+")
@@ -48,20 +45,19 @@ class FileSum:
     crc32: int
 
     def wrong_size(self, path: Path) -> str | None:
-        """What is wrong with the size of a file that should be this one; None if nothing is."""
+        """Return what is wrong with the size of a file that should be this one; None if nothing is."""
         try:
             found = path.stat()
         except OSError as error:
             return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
-        if not stat.S_ISREG(found.st_mode):  # of a pipe, say, reading would never end
+        if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
             return f"{path}: expected a file, got something else"
-        size = found.st_size
-        return (
-            None if size == self.size else f"{path}: expected {self.size} bytes, got {size}; the file has been damaged"
-        )
+        if found.st_size == self.size:
+            return None
+        return f"{path}: expected {self.size} bytes, got {found.st_size}; the file has been damaged"
 
     def wrong_sum(self, path: Path) -> str | None:
-        """What is wrong with the bytes of a file that should be this one, all of which are read; None if nothing is."""
+        """Read a file that should be this one and return what is wrong with its bytes; None if nothing is."""
         crc = 0
         try:
             with path.open("rb", buffering=0) as file:
@@ -85,8 +81,7 @@ class Manifest:
         versions: Of what wrote it: `torch` and `sharded_dadamw`.
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
-        optimizer: Which one of ``IS_DECOUPLED`` the optimizer was or descended from; else its class; empty where the
-            manifest does not say.
+        optimizer: What ``name_of`` calls the optimizer; empty where the manifest does not say.
         files: By name, all files but this one.
     """
 
@@ -101,19 +96,19 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it to the disk, into a folder that has no manifest."""
         body: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(asdict(self), default=str))}
-        with (folder / FILE_NAME).open("x") as file:
+        with (folder / MANIFEST).open("x") as file:
             json.dump({"checksum": _checksum(body), **body}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """What a checkpoint says that it is.
+        """Read what a checkpoint says that it is.
 
         Raises:
             ValueError: There is no manifest, it is damaged, of another format, or of another folder; names the file.
         """
-        path = folder / FILE_NAME
+        path = folder / MANIFEST
         if path.exists() and not path.is_file():
             raise ValueError(f"{path}: expected a file, got something else")
         try:
@@ -121,7 +116,7 @@ class Manifest:
             checksum = body.pop("checksum")
             is_sound = checksum == _checksum(body)
         except FileNotFoundError:
-            raise ValueError(f"{folder}: expected a complete checkpoint, got one without {FILE_NAME}") from None
+            raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}") from None
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
@@ -142,37 +137,30 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:
-        """The same, or None where a folder has no manifest, as those of others have not.
+        """Read the manifest of a folder; None where it has none, as those of others have not.
 
         Raises:
             ValueError: As in :meth:`read`.
         """
-        return cls.read(folder) if (folder / FILE_NAME).exists() else None
+        return cls.read(folder) if (folder / MANIFEST).exists() else None
 
-    def require_sizes(self, folder: Path) -> None:
-        """Look whether all files are there and as long as they were.
+    def wrong_sizes(self, folder: Path) -> Iterator[str]:
+        """Yield what is wrong with the sizes of the files, a sentence for each that is missing or of another size."""
+        return (wrong for name, known in self.files.items() if (wrong := known.wrong_size(folder / name)))
 
-        Raises:
-            ValueError: One is not; names it.
+    def damage(self, folder: Path, *, part: int = 0, num_parts: int = 1) -> Iterator[str]:
+        """Yield what is wrong with the files: with the sizes of all, then with the bytes of a part of them.
+
+        Args:
+            folder: Where they are.
+            part: Read every ``num_parts``-th file, from this one on.
+            num_parts: How many callers share the work.
         """
-        for name, known in self.files.items():
-            if wrong := known.wrong_size(folder / name):
-                raise ValueError(wrong)
-
-    def require_sums(self, folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
-        """Read every ``num_parts``-th file from the ``part``-th on and compare its checksum.
-
-        Raises:
-            ValueError: One differs; names the file.
-        """
+        yield from self.wrong_sizes(folder)
         for name in sorted(self.files)[part::num_parts]:
-            if wrong := self.files[name].wrong_sum(folder / name):
-                raise ValueError(wrong)
-
-    def damage(self, folder: Path) -> list[str]:
-        """What is wrong with its files, a sentence for each; all of them are read."""
-        pairs = [(known, folder / name) for name, known in self.files.items()]
-        return [wrong for known, path in pairs if (wrong := known.wrong_size(path) or known.wrong_sum(path))]
+            known, path = self.files[name], folder / name
+            if not known.wrong_size(path) and (wrong := known.wrong_sum(path)):
+                yield wrong
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -180,40 +168,47 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or is going to be."""
+    """Return where the checkpoint of a step is, or is going to be."""
     return root / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name, or None where it is no checkpoint's."""
+    """Return the step in a folder's name; None where it is no checkpoint's."""
     match = _COMPLETE.fullmatch(folder.name)
     return None if match is None else int(match[1])
 
 
 def folders(root: Path) -> list[Path]:
-    """Everything under ``root`` that has the name of a complete checkpoint, in the order of steps."""
+    """Return everything under ``root`` that has the name of a complete checkpoint, in the order of steps."""
     if not root.is_dir():
         return []
     found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 
+def older(folder: Path) -> list[Path]:
+    """Return the checkpoints beside one that are of earlier steps, in the order of steps."""
+    return [path for path in folders(folder.parent) if (step_of(path) or 0) < (step_of(folder) or 0)]
+
+
 def newest(path: Path) -> Path:
-    """Of a root of checkpoints the newest, be it damaged or not; any other path as it is."""
+    """Return of a root of checkpoints the newest, be it damaged or not; any other path as it is."""
     return (folders(path) or [path])[-1]
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is sound and all files are there, as long as they were. Their bytes are not read."""
     try:
-        Manifest.read(folder).require_sizes(folder)
+        return not any(Manifest.read(folder).wrong_sizes(folder))
     except ValueError:
         return False
-    return True
 
 
 def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
-    """The complete checkpoints under a folder, newest last. Their files are there and long enough; nothing is read."""
+    """Return the complete checkpoints under a folder, newest last.
+
+    A checkpoint is complete if its manifest is sound and its files are as long as they were. Their bytes are not read.
+    """
     return [folder for folder in folders(Path(root)) if is_complete(folder)]
 
 
@@ -240,18 +235,18 @@ def clear(root: Path) -> None:
 
 def publish(folder: Path, final: Path) -> None:
     """Give a folder, in which everything is on the disk, its final name. What had that name is removed."""
-    sync(folder)
+    _sync(folder)
     discarded = _set_aside(final) if final.exists() else None
     folder.rename(final)
-    sync(final.parent)
+    _sync(final.parent)
     if discarded is not None:
         _remove(discarded)
 
 
-def keep(root: Path, newest: Path, count: int) -> None:
-    """Remove older checkpoints than ``newest``, so that with it ``count`` are left. Later ones stay."""
-    older = [path for path in folders(root) if (step_of(path) or 0) < (step_of(newest) or 0)]
-    for path in older[: max(0, len(older) - (count - 1))]:
+def keep(newest: Path, count: int) -> None:
+    """Remove checkpoints that are older than ``newest``, so that with it ``count`` are left. Later ones stay."""
+    before = older(newest)
+    for path in before[: max(0, len(before) - (count - 1))]:
         with contextlib.suppress(OSError):  # the new checkpoint is complete whatever becomes of old ones
             _remove(_set_aside(path))
 
@@ -264,7 +259,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """As far as that can be done; of a link the link alone."""
+    """Remove a folder as far as that can be done; of a link the link alone."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     else:
@@ -275,7 +270,7 @@ def _hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
 
 
-def sync(folder: Path) -> None:
+def _sync(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

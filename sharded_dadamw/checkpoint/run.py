@@ -1,0 +1,216 @@
+"""What there is to save of a run: state by the names of the bare model, and what each rank has beside it.
+
+A weight that several names share is stored under the first of them. What is neither weight nor optimizer state, such as
+the random generators and the place in the data, each rank packs into one tensor of bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
+from torch.optim import Optimizer
+
+RANKS = "ranks"
+"""The entry of a checkpoint under which every rank's own state is, by rank."""
+
+IS_DECOUPLED = {"DecoupledAdamW": True, "ShardedDecoupledAdamW": True, "AdamW": False}
+"""Optimizers, ours, Composer's and torch's, and whether their weight decay is free of lr."""
+
+_KNOWN = {
+    "sharded_dadamw.sharded.ShardedDecoupledAdamW": "ShardedDecoupledAdamW",
+    "sharded_dadamw.decoupled.DecoupledAdamW": "DecoupledAdamW",
+    "composer.optim.decoupled_weight_decay.DecoupledAdamW": "DecoupledAdamW",
+    "torch.optim.adamw.AdamW": "AdamW",
+}
+"""The names in ``IS_DECOUPLED`` of what an optimizer may descend from."""
+
+# What DistributedDataParallel and other wrappers, torch.compile, activation checkpointing and FSDP1 add to a name.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+_MASK = (1 << 63) - 1
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without the components that wrappers add, wherever they stand.
+
+    Args:
+        name: As ``named_parameters()`` gives it, such as `module._orig_mod.layers.0.weight`.
+
+    Returns:
+        The name in the bare model, `layers.0.weight`. The last component is the parameter's own and always stays.
+    """
+    *modules, own = name.split(".")
+    return ".".join([component for component in modules if component not in _WRAPPERS] + [own])
+
+
+def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
+    """Return what is wrong with a model and optimizers of its parameters; None if nothing is."""
+    if not isinstance(model, nn.Module):
+        return TypeError(f"model: expected a torch.nn.Module, got {model!r:.80}")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
+        known = {id(param) for param in model.parameters()}
+        strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
+        if strange:
+            return ValueError(
+                f"optimizer: expected parameters of the model, got {len(strange)} that it does not have, the first of "
+                f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
+            )
+    return None
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """Return what a manifest calls an optimizer: a name in ``IS_DECOUPLED``, or its class with its module."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__]
+    return next((_KNOWN[name] for name in names if name in _KNOWN), names[0])
+
+
+def tied(model: nn.Module) -> list[list[str]]:
+    """Return the names of parameters and buffers that are the same tensor, in the order of the model."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        of_it = _get_fqns(model, name)
+        if len(of_it) == 1:  # or it is a flat parameter of FSDP1, and they are those of its parts
+            names.setdefault(id(tensor), []).extend(of_it)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def model_state(model: nn.Module) -> tuple[dict[str, Any], list[list[str]]]:
+    """Return what to save of a model, tied weights under their first name alone, and which names are tied."""
+    state = get_model_state_dict(model)
+    aliases = [same for same in ([name for name in names if name in state] for names in tied(model)) if len(same) > 1]
+    for _, *others in aliases:
+        for name in others:
+            del state[name]
+    return state, aliases
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], bool]:
+    """Return an optimizer's state by names, and whether it has ever stepped. The optimizer is left as it is.
+
+    torch's function has an optimizer without state take a step with zero gradients. Its first real step would then be
+    corrected for the bias of a second, so what that leaves behind in the optimizer is removed.
+    """
+    has_stepped = bool(optimizer.state)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    if not has_stepped:
+        optimizer.state.clear()
+    return state, has_stepped
+
+
+def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that what is saved beside tensors could be read back.
+
+    Raises:
+        ValueError: It could not, without running code; names it.
+    """
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            pack(f"model, {name}", value)
+            _require_texts_as_keys(f"model, {name}", value)
+    for index, group in enumerate(groups):
+        for key, value in group.items():
+            if not isinstance(value, Tensor):
+                pack(f"param_groups[{index}][{key!r}]", value)
+
+
+def _require_texts_as_keys(label: str, value: Any) -> None:
+    """Check that no key would come back as another: torch.distributed.checkpoint makes texts of all of them."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(value, Mapping) and not isinstance(key, str):
+            raise ValueError(f"{label}: expected texts as keys of dicts, got {key!r}, which would come back as a text")
+        _require_texts_as_keys(label, item)
+
+
+def on_host(value: Any) -> Any:
+    """Copy a state dict, or a part of one, into host memory that it shares with nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def pack(label: str, value: Any) -> Tensor:
+    """Serialise plain data: numbers, texts, None, tensors, and containers of them.
+
+    Args:
+        label: What it is called in messages.
+        value: To be serialised.
+
+    Returns:
+        [n] uint8.
+
+    Raises:
+        ValueError: It is not plain data, so that reading it back could run code.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # anything in it may object to being pickled, in its own way
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{label}: expected numbers, texts, tensors, and lists, tuples and dicts of them, got "
+            f"{type(value).__name__} that torch.load(weights_only=True) would refuse ({reason}); leave out or convert "
+            "what is none of these"
+        ) from error
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """Return what :func:`pack` was given; nothing in it is run."""
+    return torch.load(io.BytesIO(bytes(packed.tolist())), map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, torch's and, if it has been imported, NumPy's global generators, as plain data."""
+    state: dict[str, Any] = {
+        "seed": torch.initial_seed() & _MASK,
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current device, which is this rank's
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, key, position, has_gauss, gauss = numpy.random.get_state()
+        state["numpy"] = (str(kind), key.tolist(), int(position), int(has_gauss), float(gauss))
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators where they were; those that were not there then, or are not now, are left alone."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
+        kind, key, position, has_gauss, gauss = state["numpy"]
+        numpy.random.set_state((kind, numpy.array(key, dtype=numpy.uint32), position, has_gauss, gauss))
+
+
+def seed_from(state: dict[str, Any], step: int, rank: int) -> None:
+    """Seed the generators of a rank that the saved run did not have: from rank 0's seed, the step and the rank."""
+    text = f"{state['seed']} {step} {rank}".encode()
+    seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") & _MASK
+    random.seed(seed)
+    torch.manual_seed(seed)  # of CUDA's generators too
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
