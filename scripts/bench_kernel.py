@@ -40,7 +40,7 @@ from scripts.measuring import Clock, Spread  # noqa: E402
 from sharded_dadamw.kernels import choose as kernels  # noqa: E402
 from sharded_dadamw.kernels.operands import Form, Operands  # noqa: E402
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT  # noqa: E402
-from sharded_dadamw.update.adamw import Hyperparameters  # noqa: E402
+from sharded_dadamw.update.adamw import Hyperparameters, Step  # noqa: E402
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
 HYPER = Hyperparameters(**LAW, reference_lr=1e-5, amsgrad=False)
@@ -139,7 +139,8 @@ class Arena:
         fragments = []
         for number, (begin, end) in enumerate(pairwise(bounds)):
             parts = (None if tensor is None else tensor[start + begin : start + end] for tensor in tensors)
-            fragments.append(Operands(*parts, self._steps[number], first_element=start + begin))
+            first_element = start + begin if precision.is_stochastic else None
+            fragments.append(Operands(*parts, self._steps[number], first_element))
         return fragments
 
     def copies(self) -> dict[str, "Task"]:
@@ -170,21 +171,17 @@ class Row:
     Attributes:
         kernel: Which of ours runs, if it is about ours.
         plain: The task that it is about, by name; also the line's title.
-        norms: The same with norms.
         fused: Torch's fused kernel on the same fragments, in the same dtypes if it has them.
         in_other_dtypes: Whether it has not, and ``fused`` is the one in fp32.
         flat: The same on one flat tensor, where ``plain`` is about many.
-        flat_norms: The same with norms.
     """
 
     kernel: str
     bytes_per_element: float
     plain: str
-    norms: str | None = None
     fused: str | None = None
     in_other_dtypes: bool = False
     flat: str | None = None
-    flat_norms: str | None = None
 
 
 def bytes_per_element(form: Form) -> int:
@@ -315,25 +312,23 @@ class Case:
         self._num_places = num_places
 
     def add(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> None:
-        """Our update, without and with norms, and beside it torch's fused one where it has these dtypes."""
+        """Our update, and beside it torch's fused one where it has these dtypes."""
         places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
         form = places[0][0].form
         size = bytes_per_element(form)
         variant = ", amsgrad" if amsgrad else ""
         cut = f", {pieces:,} pieces" if pieces > 1 else ""
         flat, flat_fused = f"{precision.title}{variant}", f"{precision.fused or FUSED_FP32}{variant}"
-        plain, norms, yardstick = f"{flat}{cut}", f"{flat}{cut}, norms", f"{flat_fused}{cut}"
-        row = Row(kernel_name(form), size, plain, norms, yardstick, in_other_dtypes=precision.fused is None)
-        self.rows.append(replace(row, flat=flat, flat_norms=f"{flat}, norms") if cut else row)
+        plain, yardstick = f"{flat}{cut}", f"{flat_fused}{cut}"
+        row = Row(kernel_name(form), size, plain, yardstick, in_other_dtypes=precision.fused is None)
+        self.rows.append(replace(row, flat=flat) if cut else row)
 
         updates = [kernels.prepare(fragments) for fragments in places]
-        hyper = replace(HYPER, amsgrad=amsgrad)
-        seed = SEED if precision.is_stochastic else None
-        self._time(plain, size, [partial(update, hyper, seed=seed) for update in updates])
+        step = Step([replace(HYPER, amsgrad=amsgrad)])
+        self._time(plain, size, [partial(update, step, 0) for update in updates])
         if precision.fused is not None:
             self._time(yardstick, size, [fused(fragments) for fragments in places])
             self.fused_rows.append(Row("", size, yardstick, flat=flat_fused if cut else None))
-        self._time(norms, size, [partial(update, hyper, seed=seed, with_norms=True) for update in updates])
 
     def add_peer(self, peer: Peer) -> None:
         """An update of fp32 parameters, if it is installed."""
@@ -429,11 +424,10 @@ def measure(case: Case, meter: Meter, rounds: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Result:
-    """A row's figures; those with norms and those relative to others are None where there is nothing of the kind.
+    """A row's figures; those relative to others are None where there is nothing of the kind.
 
     Attributes:
         ratio: To torch's fused kernel, in time.
-        norms_cost: What norms add to the time, as a share of it.
         ratio_to_flat: Of many fragments to one, in time.
     """
 
@@ -444,11 +438,7 @@ class Result:
     gb_per_s: float
     percent_of_copy: Spread
     ratio: Spread | None
-    norms_percent_of_copy: Spread | None
-    norms_ratio: Spread | None
-    norms_cost: Spread | None
     ratio_to_flat: Spread | None
-    norms_ratio_to_flat: Spread | None
 
     @property
     def cells(self) -> dict[str, str]:
@@ -464,23 +454,17 @@ class Result:
             "GB/s": f"{self.gb_per_s:.3g}",
             "% of copy": f"{self.percent_of_copy.median:.0f}",
             "time / torch fused": f"{self.ratio}{mark}" if self.ratio else "",
-            "norms: % of copy": f"{self.norms_percent_of_copy.median:.0f}" if self.norms_percent_of_copy else "",
-            "norms: time / torch fused": f"{self.norms_ratio}{mark}" if self.norms_ratio else "",
-            "norms' cost": f"{100 * self.norms_cost.median:+.1f} %" if self.norms_cost else "",
             "time / one flat tensor": str(self.ratio_to_flat or ""),
-            "norms: time / one flat tensor": str(self.norms_ratio_to_flat or ""),
         }
 
 
 def results_of(case: Case, samples: dict[str, Tensor], threads: int | None) -> list[Result]:
     """One per row of what could be run; ratios are taken within rounds."""
 
-    def ratio(name: str | None, to: str | None, less: float = 0) -> Spread | None:
-        return Spread.of(samples[name] / samples[to] - less) if name in samples and to in samples else None
+    def ratio(name: str | None, to: str | None) -> Spread | None:
+        return Spread.of(samples[name] / samples[to]) if name in samples and to in samples else None
 
-    def percent_of_copy(name: str | None) -> Spread | None:
-        if name not in samples:
-            return None
+    def percent_of_copy(name: str) -> Spread:
         rates = {task: case.tasks[task].num_bytes / samples[task] for task in (name, "copy")}
         return Spread.of(100 * rates[name] / rates["copy"])
 
@@ -498,11 +482,7 @@ def results_of(case: Case, samples: dict[str, Tensor], threads: int | None) -> l
                 gb_per_s=case.tasks[row.plain].num_bytes / seconds.median / 1e9,
                 percent_of_copy=percent_of_copy(row.plain),
                 ratio=ratio(row.plain, row.fused),
-                norms_percent_of_copy=percent_of_copy(row.norms),
-                norms_ratio=ratio(row.norms, row.fused),
-                norms_cost=ratio(row.norms, row.plain, less=1),
                 ratio_to_flat=ratio(row.plain, row.flat),
-                norms_ratio_to_flat=ratio(row.norms, row.flat_norms),
             )
         )
     return results
@@ -543,8 +523,8 @@ def heading(around: dict[str, Any], rounds: int) -> list[str]:
 NOTES = (
     "GB/s and % of copy count what one pass has to read and write (B/element), however many passes were made. "
     "torch's copy_ of fp32, counted in the same way, is the 100 %.",
-    "Peers do the update alone, without norms; torch fused is torch's kernel on the same fragments in the same dtypes, "
-    "or, where it has none in these, in fp32, and then marked (fp32).",
+    "Our updates yield squared norms, which peers do not. Torch fused is torch's kernel on the same fragments in the "
+    "same dtypes, or, where it has none in these, in fp32, and then marked (fp32).",
 )
 CPU_NOTE = (
     "A processor may first fetch the lines that a copy is about to overwrite, which nobody counts; an update has read "

@@ -31,7 +31,7 @@ from launch.model import GPT  # noqa: E402
 from launch.options import PRESETS, GPTConfig, Preset  # noqa: E402
 from scripts import measuring  # noqa: E402
 from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, numba_kernel  # noqa: E402
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW  # noqa: E402
 
 LAW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 3e-5}
 
@@ -137,19 +137,15 @@ class Benchmark:
         self._corpus = Corpus(None, plan.context)
 
     def run(self, console: Any) -> Tensor:
-        """Seconds [rounds, contenders, (plain, unmeasured, reporting)], the slower rank's. Collective.
-
-        An unmeasured step is one whose kernel is told to leave out the norms, which otherwise come out of every update.
-        """
+        """Seconds [rounds, contenders, (plain, reporting)], the slower rank's. Collective."""
         rounds = self.plan.warmup + self.plan.rounds
-        seconds = torch.zeros(rounds, len(self.contenders), 3, dtype=torch.float64)
+        seconds = torch.zeros(rounds, len(self.contenders), 2, dtype=torch.float64)
         for index in measuring.rounds(rounds, console):
             rank, ranks = dist.get_rank(), self.plan.ranks
             batch = self._corpus.batch(0, index, range(rank, rank + 1), ranks, self.plan.context, torch.device("cpu"))
             for column, contender in enumerate(self.contenders.values()):
-                for kind in measuring.in_turn(range(3), index):
-                    numba_kernel.Update.measures_in_passing = kind != 1
-                    seconds[index, column, kind] = self._step(contender, batch, reports=kind == 2)
+                for kind in measuring.in_turn(range(2), index):
+                    seconds[index, column, kind] = self._step(contender, batch, reports=kind == 1)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[self.plan.warmup :]
 
@@ -168,15 +164,12 @@ def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> Non
     """Report what was measured."""
     model = GPT(plan.model)
     params = list(model.parameters())
-    titles = ("contender", "step ms", "reporting / plain: median [quartiles]", "plain / without norms in the kernel")
+    titles = ("contender", "step ms", "reporting / plain: median [quartiles]")
     rows = []
     for column, name in enumerate(benchmark.contenders):
-        plain, unmeasured, reporting = seconds[:, column].unbind(1)
-        ratios = [str(Spread.of(reporting / plain)), str(Spread.of(plain / unmeasured))]
-        if "Composer" in name:
-            ratios[1] = "-"
-        rows.append([name, f"{1e3 * float(plain.median()):.0f}", *ratios])
-    rows += [[name, "not installed", reason, ""] for name, reason in benchmark.missing.items()]
+        plain, reporting = seconds[:, column].unbind(1)
+        rows.append([name, f"{1e3 * float(plain.median()):.0f}", str(Spread.of(reporting / plain))])
+    rows += [[name, "not installed", reason] for name, reason in benchmark.missing.items()]
     around = measuring.surroundings("numba", "mosaicml")
     lines = [
         f"{sum(p.numel() for p in params) / 1e6:.1f} M fp32 parameters in {len(params)} tensors, {plan.ranks} ranks "

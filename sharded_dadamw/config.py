@@ -79,8 +79,6 @@ class ShardingConfig:
             costs a pass over the gradient shard and an all-reduce, unless the step was clipped.
         main_parameter: What is kept beside bf16 and fp16 parameters; nothing is kept beside wider ones.
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
-        seed: Key of the stochastic rounding of ``Moments.BF16``, in [0, 2**32). The random bits for an element follow
-            from this, its step and its number alone, so they are the same on any number of ranks and on any device.
         whole_state_dict: False: each tensor of ``state_dict()`` has the shape of the whole and holds what this rank has
             of it, for ``torch.distributed.checkpoint``. True: it is whole, as from
             :class:`~sharded_dadamw.DecoupledAdamW`: on every rank, in host memory, or DTensors where parameters are.
@@ -88,8 +86,7 @@ class ShardingConfig:
 
     Raises:
         TypeError: A value is not of the type it has here.
-        ValueError: ``bucket_cap_mb`` is not a finite number > 0, a dtype is none of those above, or ``seed`` is out of
-            range.
+        ValueError: ``bucket_cap_mb`` is not a finite number > 0, or a dtype is none of those above.
     """
 
     bucket_cap_mb: float = 16.0
@@ -103,7 +100,6 @@ class ShardingConfig:
     skip_nonfinite: bool = False
     main_parameter: MainParameter = MainParameter.FP32
     moments: Moments = Moments.FP32
-    seed: int = 0
     whole_state_dict: bool = False
 
     def __post_init__(self) -> None:
@@ -134,7 +130,3 @@ class ShardingConfig:
                 raise TypeError(f"{name}: expected a torch.dtype or None, got {value!r}")
             if value is not None and value not in known:
                 raise ValueError(f"{name}: expected {' or '.join(map(str, known))} or None, got {value}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected an integer in [0, 2**32), got {self.seed}")

@@ -31,7 +31,7 @@ from sharded_dadamw.layout.placement import (
 from sharded_dadamw.norms.clipping import FoldedClip, check_clip, fold
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot
-from sharded_dadamw.update.adamw import Hyperparameters, value_of
+from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
 from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
 
 
@@ -141,7 +141,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
         ]
         hyper = Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad)
-        ReadyUpdates().apply_(0, fragments, hyper)
+        ReadyUpdates().apply_(fragments, Step([hyper]), 0)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -187,9 +187,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             divisor = scale if divisor is None else divisor * scale
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
-        hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
-        self._report = self._report.next(hypers, divisor, found_inf)
-        for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+        step = Step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
+        self._report = self._report.next(step)
+        for index, (group, hyper) in enumerate(zip(self.param_groups, step.hypers, strict=True)):
             params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
             fragments = []
             for param in params:
@@ -200,8 +200,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             if fragments:
                 counted = 1 if found_inf is None else (found_inf == 0).to(torch.float32)
                 torch._foreach_add_([fragment.step for fragment in fragments], counted)
-            measured = self._ready_updates.apply_(index, fragments, hyper, grad_divisor=divisor, found_inf=found_inf)
-            for positions, squares in measured:
+            for positions, squares in self._ready_updates.apply_(fragments, step, index):
                 self._report.add([params[position] for position in positions], squares, hyper)
             self._report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail

@@ -30,6 +30,7 @@ from torch.optim.optimizer import ParamsT
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
 from sharded_dadamw.buckets.bucket import Bucket, fetched
 from sharded_dadamw.buckets.build import Bucketing
+from sharded_dadamw.buckets.gradients import Stage
 from sharded_dadamw.buckets.offload import check_residency
 from sharded_dadamw.buckets.sharing import check_sharing, claims_of, group_of_replicas, listed
 from sharded_dadamw.comm.agreement import Claims, StepAgreement, require_agreement
@@ -45,7 +46,7 @@ from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
-from sharded_dadamw.update.adamw import Hyperparameters, value_of
+from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
 from sharded_dadamw.update.storage import Storage
 
 
@@ -293,19 +294,21 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
             divisor = agreed.grad_scale if divisor is None else divisor * agreed.grad_scale
         found_inf = self._void(agreed.found_inf)
-        self._report = self._report.next(agreed.hypers, divisor, found_inf)
+        step = Step(agreed.hypers, divisor, found_inf)
+        self._report = self._report.next(step)
         buckets: Sequence[Bucket] = self._buckets
         if self._gatherer.num_attached:  # what forward reads first goes out first; backward delivers that last
             self._reduced()
-            buckets = self._reducer.buckets()[::-1]
+        if all(bucket.gradients.stage is Stage.REDUCED for bucket in buckets):
+            buckets = self._gatherer.in_order_of_reading(buckets)
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, self._gatherer.take_wait_s()
         mark = time.perf_counter()
         with self._gatherer.publishing():
             with closing(self._reducer.drain(buckets)) as reduced_buckets:
-                for bucket in fetched(reduced_buckets, agreed.hypers, grad_divisor=divisor, found_inf=found_inf):
+                for bucket in fetched(reduced_buckets, step):
                     reduced = time.perf_counter()
                     params, squares = bucket.update_(agreed.slots[bucket])
-                    self._report.add(params, squares, agreed.hypers[bucket.group_index])
+                    self._report.add(params, squares, step.hypers[bucket.group_index])
                     updated = time.perf_counter()
                     self._gatherer.publish(bucket)
                     reduce_s, update_s = reduce_s + reduced - mark, update_s + updated - reduced
@@ -449,9 +452,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
 
-        From then on a module's forward first waits for the buckets of the module's own parameters, and whoever else
-        reads a parameter waits for everything in flight. Results are the same. Call it on all ranks or on none, after
-        ``model`` was compiled where it is to be, with the module that training calls. It puts hooks on the modules.
+        From then on whoever reads a parameter, a layer in forward or anybody else, first waits for that parameter's
+        bucket, and only for that one. Results are the same. Call it on all ranks or on none, after ``model`` was
+        compiled where it is to be, with the module that training calls. It puts hooks on the modules.
 
         What shares a parameter's memory without being it cannot be made to wait: a ``p.detach()`` or ``state_dict()``
         taken before ``step``, a CUDA graph. Nor can C++ that is given a parameter outside the module it belongs to,
@@ -564,7 +567,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         updated = {id(param) for param in self._report.updated}
         for bucket in self._buckets:
             bucket.weights.refresh_()
-            are_needed = not bucket.is_measured and any(id(member.param) in updated for member in bucket.members)
+            are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
             if are_needed and not bucket.gradients.still_holds_last_step:
                 raise gone()  # on all ranks, those without a fragment too
         return super()._add_up()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import Operands
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
 from sharded_dadamw.update.precision import join, split
 
 F32, F16, BF16, I16 = torch.float32, torch.float16, torch.bfloat16, torch.int16
@@ -36,17 +36,17 @@ class Kind:
     grad: torch.dtype
     moments: torch.dtype
     main: torch.dtype | None = None
-    seed: int | None = None
+    stochastic: bool = False
 
 
 KINDS = {
     "fp32": Kind(F32, F32, F32),
-    "fp32, bf16 moments": Kind(F32, F32, BF16, seed=7),
+    "fp32, bf16 moments": Kind(F32, F32, BF16, stochastic=True),
     "bf16, fp32 main": Kind(BF16, BF16, F32, F32),
     "bf16, fp32 main and gradients": Kind(BF16, F32, F32, F32),
-    "bf16, fp32 main, bf16 moments": Kind(BF16, BF16, BF16, F32, seed=0),
+    "bf16, fp32 main, bf16 moments": Kind(BF16, BF16, BF16, F32, stochastic=True),
     "bf16, remainder": Kind(BF16, BF16, F32, I16),
-    "bf16, remainder, bf16 moments": Kind(BF16, BF16, BF16, I16, seed=2**32 - 1),
+    "bf16, remainder, bf16 moments": Kind(BF16, BF16, BF16, I16, stochastic=True),
     "bf16 alone": Kind(BF16, BF16, BF16),
     "bf16, fp32 moments": Kind(BF16, BF16, F32),
     "fp16, fp32 main": Kind(F16, F16, F32, F32),
@@ -97,7 +97,8 @@ def make_operands(
     for index, numel in enumerate(numels):
         parts = [None if tensor is None else tensor[start : start + numel] for tensor in flat]
         step = torch.tensor(float((1, 2, 17, 1000, 123_456)[index % 5]), device=device)
-        fragments.append(Operands(*parts, step, first_element=2**32 - 50 + start))  # type: ignore[arg-type]
+        first_element = 2**32 - 50 + start if kind.stochastic else None
+        fragments.append(Operands(*parts, step, first_element))  # type: ignore[arg-type]
         start += numel
     return fragments
 
@@ -122,7 +123,7 @@ def cut(fragment: Operands, *at: int) -> list[Operands]:
         Operands(
             *(None if tensor is None else tensor[start:stop] for tensor in fragment.tensors),  # type: ignore[arg-type]
             fragment.step,
-            fragment.first_element + start,
+            None if fragment.first_element is None else fragment.first_element + start,
         )
         for start, stop in pairwise(edges)
     ]
@@ -210,7 +211,7 @@ def assert_obeys(fragment: Operands, expected: Expected, kind: Kind, *, decays_a
             slack = slack + 2 * UNIT * exact.abs()
         if tensor.dtype in (BF16, F16):
             half_a_digit = {BF16: 2.0**-8, F16: 2.0**-11}[tensor.dtype]
-            stochastic = kind.seed is not None and name != "param"
+            stochastic = kind.stochastic and name != "param"
             # Half a last digit to the nearest, a whole one stochastically; fp16 has denormals from 2**-14 on down.
             slack = slack + (2 if stochastic else 1) * half_a_digit * exact.abs() * 1.001
             slack = slack + (2.0**-24 if tensor.dtype is F16 else 2.0**-133)
@@ -228,19 +229,28 @@ def run(
     kernel: ModuleType,
     fragments: Sequence[Operands],
     hyper: Hyperparameters,
-    kind: Kind,
     *,
     divisor: float | None = None,
     found_inf: float | None = None,
-    with_norms: bool = False,
 ) -> Tensor | None:
-    """One update by a kernel's module."""
+    """One update by a kernel's module; the norms if it fuses them."""
     device = fragments[0].param.device
-    norms: Tensor | None = kernel.Update(fragments)(
-        hyper,
-        grad_divisor=None if divisor is None else torch.tensor(divisor, device=device),
-        found_inf=None if found_inf is None else torch.tensor(found_inf, device=device),
-        seed=kind.seed,
-        with_norms=with_norms,
-    )
+    scalars = (None if value is None else torch.tensor(value, device=device) for value in (divisor, found_inf))
+    norms: Tensor | None = kernel.Update(fragments)(Step([hyper], *scalars), 0)
     return norms
+
+
+def apply_reference_(fragment: Operands, step: Step, group: int = 0) -> None:
+    """One update by the reference."""
+    adamw_(
+        fragment.param,
+        fragment.grad,
+        fragment.exp_avg,
+        fragment.exp_avg_sq,
+        fragment.max_exp_avg_sq,
+        fragment.step,
+        step,
+        group,
+        main=fragment.main,
+        first_element=fragment.first_element,
+    )

@@ -41,7 +41,7 @@ from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
 from sharded_dadamw.interchange.inspection import inspect
 from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
 from tests.deepspeed_client import RUNS, Tied
 from tests.pool import on_ranks
 
@@ -91,7 +91,7 @@ def by_the_law(state: State, weights: Tensors, grads: Tensors) -> Tensors:
             param = entries.pop("main_param", weights[name]).clone()
             step = entries.pop("step") + 1
             hyper = Hyperparameters.from_group(group)
-            adamw_(param, grads[name], **{"max_exp_avg_sq": None, **entries}, step=step, hyper=hyper)
+            adamw_(param, grads[name], **{"max_exp_avg_sq": None, **entries}, count=step, step=Step([hyper]))
             after[name] = param
     return after
 

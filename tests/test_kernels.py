@@ -1,4 +1,4 @@
-"""Every kernel against the law in fp64, and against itself: cut anywhere, on any threads, with and without norms.
+"""Every kernel against the law in fp64, and against itself: cut anywhere, on any threads.
 
 Triton's kernel runs under its interpreter here, on CPU tensors; ``tests/gpu`` runs it on a GPU. The bounds on rounding
 are derived in ``tests/forms.py``; everything else is compared bit by bit.
@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import numba_kernel, torch_kernel, triton_kernel
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, Step
 from sharded_dadamw.update.precision import split
 from tests.forms import (
     BF16,
@@ -35,6 +35,7 @@ from tests.forms import (
     UNIT,
     Expected,
     Kind,
+    apply_reference_,
     assert_obeys,
     bits_of,
     copied,
@@ -66,6 +67,15 @@ every_kernel_and_kind = pytest.mark.parametrize(
         for name in KERNELS
         for label, kind in KINDS.items()
         if supported(name, kind)
+    ],
+)
+fusing_norms = pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        pytest.param(KERNELS[name], kind, id=f"{name}: {label}")
+        for name in KERNELS
+        for label, kind in KINDS.items()
+        if supported(name, kind) and KERNELS[name].Update.fuses_norms
     ],
 )
 every_amsgrad = pytest.mark.parametrize("hyper", [HYPER, HYPER_AMSGRAD], ids=["plain", "amsgrad"])
@@ -102,13 +112,13 @@ def interpreter_that_prepares_once() -> Iterator[None]:
 @every_kernel_and_kind
 def test_a_kernel_obeys_the_law_within_fp32s_rounding(kernel: ModuleType, kind: Kind, hyper: Hyperparameters) -> None:
     for divisor, betas in ((None, (0.9, 0.95)), (3.7, (0.95, 0.9999)), (0.25, (0.0, 0.0))):
-        if kind.seed is None and kind.moments in (BF16, F16) and betas[1] > 0.995:
+        if not kind.stochastic and kind.moments in (BF16, F16) and betas[1] > 0.995:
             continue
         now = replace(hyper, beta1=betas[0], beta2=betas[1])
         fragments = make_operands(kind, ODD_SIZES, amsgrad=hyper.amsgrad)
         expected = [law_in_fp64(fragment, now, divisor or 1.0) for fragment in fragments]
         gradients = [fragment.grad.clone() for fragment in fragments]
-        run(kernel, fragments, now, kind, divisor=divisor)
+        run(kernel, fragments, now, divisor=divisor)
         assert all(torch.equal(fragment.grad, grad) for fragment, grad in zip(fragments, gradients, strict=True))
         for fragment, one in zip(fragments, expected, strict=True):
             assert_obeys(fragment, one, kind, decays_apart=kernel is torch_kernel)
@@ -119,7 +129,7 @@ def test_without_a_reference_lr_the_whole_decay_applies(kernel: ModuleType, kind
     hyper = replace(HYPER, lr=0.0, reference_lr=0.0, weight_decay=0.25)
     fragments = make_operands(kind, (100, 1), amsgrad=False)
     expected = [law_in_fp64(fragment, hyper) for fragment in fragments]
-    run(kernel, fragments, hyper, kind)
+    run(kernel, fragments, hyper)
     for fragment, one in zip(fragments, expected, strict=True):
         assert_obeys(fragment, one, kind)
 
@@ -132,7 +142,7 @@ def test_moments_rounded_to_the_nearest_go_to_even_from_a_tie(kernel: ModuleType
     (fragment,) = make_operands(kind, [70], amsgrad=False)
     fragment.exp_avg.copy_(1.0 + digit * (torch.arange(70) % 4))
     fragment.grad.copy_(fragment.exp_avg.float() + digit)
-    run(kernel, [fragment], replace(HYPER, beta1=0.5), kind)
+    run(kernel, [fragment], replace(HYPER, beta1=0.5))
     half_way = torch.tensor([0.0, 2.0, 2.0, 4.0])[torch.arange(70) % 4]
     assert torch.equal(fragment.exp_avg.float(), 1.0 + digit * half_way)
 
@@ -156,19 +166,8 @@ def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_t
         fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
     (reference,) = copied([fragment])
     moments_are_finite = (fragment.exp_avg * 2).isfinite() & fragment.grad.isfinite()
-    run(kernel, [fragment], hyper, kind)
-    adamw_(
-        reference.param,
-        reference.grad,
-        reference.exp_avg,
-        reference.exp_avg_sq,
-        reference.max_exp_avg_sq,
-        reference.step,
-        hyper=hyper,
-        main=reference.main,
-        seed=kind.seed,
-        first_element=reference.first_element,
-    )
+    run(kernel, [fragment], hyper)
+    apply_reference_(reference, Step([hyper]))
     for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         got, wanted = getattr(fragment, name), getattr(reference, name)
         if wanted is None:
@@ -190,40 +189,31 @@ def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
     numel = 2 * 4096 + 77 if kernel is not triton_kernel else triton_kernel._TILE + 77
     cuts = [1, 3, 7, 13, 100, 1001, numel - 1]
     if kernel is triton_kernel:
-        cuts += list(range(64, numel, 64))[:: 8 if kind.seed is None else 16]  # interpreted, each takes some time
+        cuts += list(range(64, numel, 64))[:: 16 if kind.stochastic else 8]  # interpreted, each takes some time
     else:
         cuts += list(range(64, numel, 64))
     for amsgrad, hyper in ((False, HYPER), (True, HYPER_AMSGRAD)):
         whole = make_operands(kind, [numel], amsgrad=amsgrad)
         start = copied(whole)
-        run(kernel, whole, hyper, kind, divisor=1.7)
+        run(kernel, whole, hyper, divisor=1.7)
         for at in cuts if not amsgrad else cuts[:7]:
             sliced = copied(start)
-            run(kernel, cut(sliced[0], at), hyper, kind, divisor=1.7)
+            run(kernel, cut(sliced[0], at), hyper, divisor=1.7)
             assert same_bits(sliced, whole), f"cut at {at}"
 
 
 @every_kernel_and_kind
 def test_where_memory_begins_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
     control = make_operands(kind, [333], amsgrad=True)
-    run(kernel, control, HYPER_AMSGRAD, kind)
+    run(kernel, control, HYPER_AMSGRAD)
     for offset in (1, 2, 3, 5, 8):
         shifted = make_operands(kind, [333], amsgrad=True, offset=offset)
         for tensor, source in zip(shifted[0].tensors, make_operands(kind, [333], amsgrad=True)[0].tensors, strict=True):
             if tensor is not None and source is not None:
                 tensor.copy_(source)
-        shifted = [replace(shifted[0], first_element=2**32 - 50)]
-        run(kernel, shifted, HYPER_AMSGRAD, kind)
+        shifted = [replace(shifted[0], first_element=control[0].first_element)]
+        run(kernel, shifted, HYPER_AMSGRAD)
         assert same_bits(shifted, control), f"{offset} elements off"
-
-
-@every_kernel_and_kind
-def test_asking_for_norms_changes_no_bit_of_the_update(kernel: ModuleType, kind: Kind) -> None:
-    with_norms = make_operands(kind, ODD_SIZES, amsgrad=True)
-    without = copied(with_norms)
-    run(kernel, with_norms, HYPER_AMSGRAD, kind, with_norms=True)
-    run(kernel, without, HYPER_AMSGRAD, kind)
-    assert same_bits(with_norms, without)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS.values() if supported("numba", k)], ids=str)
@@ -233,7 +223,7 @@ def test_the_number_of_threads_changes_no_bit_on_a_cpu(kind: Kind) -> None:
         torch.set_num_threads(num_threads)
         try:
             fragments = make_operands(kind, (200_003, 13, 70_000), amsgrad=True)
-            norms = run(numba_kernel, fragments, HYPER_AMSGRAD, kind, with_norms=True)
+            norms = run(numba_kernel, fragments, HYPER_AMSGRAD)
         finally:
             torch.set_num_threads(1)
         results.append((fragments, norms))
@@ -248,7 +238,7 @@ def test_the_number_of_threads_changes_no_bit_on_a_cpu(kind: Kind) -> None:
         pytest.param(kernel, kind, id=f"{name}: {label}")
         for name, kernel in KERNELS.items()
         for label, kind in KINDS.items()
-        if kind.seed is not None and supported(name, kind)
+        if kind.stochastic and supported(name, kind)
     ],
 )
 def test_every_kernel_rounds_stochastically_with_the_same_bits(kernel: ModuleType, kind: Kind) -> None:
@@ -264,53 +254,23 @@ def test_every_kernel_rounds_stochastically_with_the_same_bits(kernel: ModuleTyp
             tensor.copy_(torch.randint(1, 120, (1500,), generator=draw))
         fragment.step.fill_(step)
         reference = copied([fragment])
-        run(kernel, [fragment], hyper, kind)
-        run(_reference, reference, hyper, kind)
+        run(kernel, [fragment], hyper)
+        apply_reference_(reference[0], Step([hyper]))
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             assert torch.equal(getattr(fragment, name), getattr(reference[0], name)), name
-
-
-class _Reference:
-    """The law of ``update`` behind the interface of a kernel."""
-
-    def __init__(self, operands: list[Operands]) -> None:
-        self.operands = operands
-
-    def __call__(self, hyper: Hyperparameters, *, with_norms: bool, **rest: Any) -> torch.Tensor:
-        return torch.stack(
-            [
-                adamw_(
-                    each.param,
-                    each.grad,
-                    each.exp_avg,
-                    each.exp_avg_sq,
-                    each.max_exp_avg_sq,
-                    each.step,
-                    hyper=hyper,
-                    main=each.main,
-                    first_element=each.first_element,
-                    **rest,
-                )
-                for each in self.operands
-            ]
-        )
-
-
-_reference = ModuleType("reference")
-_reference.Update = _Reference  # type: ignore[attr-defined]
 
 
 # --- norms ---
 
 
 @every_amsgrad
-@every_kernel_and_kind
+@fusing_norms
 def test_norms_are_those_of_what_is_stored_and_of_the_update_applied(
     kernel: ModuleType, kind: Kind, hyper: Hyperparameters
 ) -> None:
     fragments = make_operands(kind, ODD_SIZES, amsgrad=hyper.amsgrad)
     laws: list[Expected] = [law_in_fp64(fragment, hyper, 1.7) for fragment in fragments]
-    norms = run(kernel, fragments, hyper, kind, divisor=1.7, with_norms=True)
+    norms = run(kernel, fragments, hyper, divisor=1.7)
     assert norms is not None and norms.shape == (len(fragments), len(NORMS)) and norms.dtype == torch.float64
     for row, fragment, law in zip(norms, fragments, laws, strict=True):
         stored = (law.values["g"], value_of(fragment), fragment.exp_avg.double(), law.values["update"])
@@ -319,9 +279,6 @@ def test_norms_are_those_of_what_is_stored_and_of_the_update_applied(
         slack = torch.zeros(4, dtype=torch.float64)
         slack[0] = 2 * UNIT * expected[0]
         slack[3] = (2 * law.values["update"].abs() * law.slack["update"]).sum()
-        if kernel is torch_kernel:  # where its norms are those of the reference, which rounds in another order
-            slack[1] = (2 * law.values["param"].abs() * (law.slack["param"] + 2**-8 * law.values["param"].abs())).sum()
-            slack[2] = 2**-7 * expected[2]
         error = (row - expected).abs()
         assert (error <= 2e-6 * expected + slack).all(), (
             f"{row} instead of {expected}, {fragment.param.numel()} elements"
@@ -334,7 +291,7 @@ def test_norms_of_a_hundred_million_elements_are_right_to_1e6_and_the_same_bits_
     columns = [None if tensor is None else tensor.repeat(100) for tensor in block.tensors]
     fragment = Operands(*columns, block.step)  # type: ignore[arg-type]
     law = law_in_fp64(block, HYPER)
-    norms = run(numba_kernel, [fragment], HYPER, KINDS["fp32"], with_norms=True)
+    norms = run(numba_kernel, [fragment], HYPER)
     truth = [law.values["g"], fragment.param[:1_000_003].double(), fragment.exp_avg[:1_000_003].double()]
     expected = torch.stack([100 * tensor.square().sum() for tensor in (*truth, law.values["update"])])
     assert norms is not None
@@ -342,7 +299,7 @@ def test_norms_of_a_hundred_million_elements_are_right_to_1e6_and_the_same_bits_
     for tensor, before in zip(fragment.tensors[:4], block.tensors[:4], strict=True):
         assert tensor is not None and before is not None
         tensor.view(100, -1).copy_(before)
-    again = run(numba_kernel, [fragment], HYPER, KINDS["fp32"], with_norms=True)
+    again = run(numba_kernel, [fragment], HYPER)
     assert again is not None and torch.equal(norms, again)
 
 
@@ -350,21 +307,22 @@ def test_norms_of_a_hundred_million_elements_are_right_to_1e6_and_the_same_bits_
 
 
 @every_kernel_and_kind
-def test_a_skipped_update_leaves_every_byte_and_still_has_norms(kernel: ModuleType, kind: Kind) -> None:
+def test_a_skipped_update_leaves_every_byte_and_its_norms_say_so(kernel: ModuleType, kind: Kind) -> None:
     fragments = make_operands(kind, (13, 1, 200, 5000), amsgrad=True)
     fragments[2].grad[17] = float("nan")
     fragments[3].exp_avg[9] = float("nan")  # what must not be laundered into another nan either
     before = copied(fragments)
-    norms = run(kernel, fragments, HYPER_AMSGRAD, kind, found_inf=1.0, with_norms=True)
+    norms = run(kernel, fragments, HYPER_AMSGRAD, found_inf=1.0)
     assert same_bits(fragments, before)
-    assert norms is not None
-    assert norms[2, 0].isnan() and norms[3, 2].isnan() and norms[:2].isfinite().all()
-    assert not norms[:, 3].any(), "nothing was subtracted"
-    expected = torch.stack([value_of(fragment).square().sum() for fragment in fragments])
-    torch.testing.assert_close(norms[:, 1], expected, rtol=1e-6, atol=0.0)
+    assert (norms is not None) == kernel.Update.fuses_norms
+    if norms is not None:
+        assert norms[2, 0].isnan() and norms[3, 2].isnan() and norms[:2].isfinite().all()
+        assert not norms[:, 3].any(), "nothing was subtracted"
+        expected = torch.stack([value_of(fragment).square().sum() for fragment in fragments])
+        torch.testing.assert_close(norms[:, 1], expected, rtol=1e-6, atol=0.0)
     control = copied(before)
-    run(kernel, fragments[:2], HYPER_AMSGRAD, kind, found_inf=0.0)
-    run(kernel, control[:2], HYPER_AMSGRAD, kind)
+    run(kernel, fragments[:2], HYPER_AMSGRAD, found_inf=0.0)
+    run(kernel, control[:2], HYPER_AMSGRAD)
     assert same_bits(fragments[:2], control[:2]), "a flag of 0 is no skip"
 
 
@@ -403,7 +361,7 @@ def test_a_remainder_gives_the_bits_of_an_fp32_main_parameter_for_a_thousand_ste
             grad = torch.randn(517, generator=draw).to(BF16)
             for one, update in zip(pairs, updates, strict=True):
                 one.grad.copy_(grad)
-                update(hyper, seed=kind.seed)
+                update(Step([hyper]), 0)
         assert torch.equal(value_of(pairs[0]), value_of(pairs[1]))
         assert torch.equal(pairs[0].param, pairs[1].param)
         assert torch.equal(pairs[0].exp_avg, pairs[1].exp_avg)
@@ -471,8 +429,9 @@ def test_tiles_cover_every_element_once_and_never_two_fragments() -> None:
 def test_an_update_of_nothing_is_nothing() -> None:
     for kernel in KERNELS.values():
         fragments = make_operands(KINDS["fp32"], (0, 0), amsgrad=False)
-        norms = run(kernel, fragments, HYPER, KINDS["fp32"], with_norms=True)
-        assert norms is not None and norms.shape == (2, 4) and not norms.any()
+        norms = run(kernel, fragments, HYPER)
+        assert (norms is not None) == kernel.Update.fuses_norms
+        assert norms is None or (norms.shape == (2, 4) and not norms.any())
     assert bits_of(make_operands(KINDS["fp32"], (0,), amsgrad=False))[0].numel() == 0
 
 
@@ -483,7 +442,7 @@ def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() 
     """A kernel that goes by addresses would read what is not there."""
     (plain,) = make_operands(KINDS["fp32"], [100], amsgrad=False)
     (control,) = copied([plain])
-    run(kernels.kernel_for(control.form), [control], HYPER, KINDS["fp32"])
+    run(kernels.kernel_for(control.form), [control], HYPER)
     grad, half = plain.grad, plain.exp_avg_sq.bfloat16()
     disguised = {
         "negated": replace(plain, grad=torch._neg_view(-grad)),
@@ -497,7 +456,7 @@ def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() 
             (fragment,) = [
                 replace(fragment, **{k: getattr(plain, k).clone() for k in ("param", "exp_avg", "exp_avg_sq")})
             ]
-            run(torch_kernel, [fragment], HYPER, KINDS["fp32"])
+            run(torch_kernel, [fragment], HYPER)
             torch.testing.assert_close(fragment.param, control.param, rtol=1e-6, atol=1e-7)
 
 
@@ -508,7 +467,7 @@ def test_a_damaged_or_missing_cache_only_costs_time(tmp_path: Path, monkeypatch:
     for keep_bytes in (20, 0, None):
         updated.append(copied(control))
         numba_kernel._compile.cache_clear()
-        run(numba_kernel, updated[-1], HYPER, KINDS["fp32"])
+        run(numba_kernel, updated[-1], HYPER)
         kept = [file for file in tmp_path.rglob("*") if file.suffix in (".nbi", ".nbc")]
         assert kept, "nothing was kept"
         for file in kept:

@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR
 
 from sharded_dadamw import DecoupledAdamW
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-13, atol=1e-14),
@@ -539,9 +539,7 @@ def test_the_reference_function_is_the_law_too(reference_lr: float, amsgrad: boo
                 v,
                 vmax if amsgrad else None,
                 torch.tensor(float(t)),
-                hyper=hyper,
-                grad_divisor=torch.tensor(divisor),
-                found_inf=torch.tensor(found_inf),
+                Step([hyper], torch.tensor(divisor), torch.tensor(found_inf)),
             )
             if found_inf:
                 assert equal((param, m, v, vmax), skipped)

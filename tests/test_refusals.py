@@ -228,9 +228,6 @@ def test_a_bad_argument_on_one_rank_alone_is_refused_by_all_quoting_that_rank(ca
         (dict(reduce_gradients=1), TypeError, r"reduce_gradients.*1"),
         (dict(main_parameter=BF16), TypeError, r"main_parameter.*MainParameter\.FP32.*bfloat16"),
         (dict(moments="bf16"), TypeError, r"moments.*Moments\.BF16.*'bf16'"),
-        (dict(seed=0.5), TypeError, r"seed.*0\.5"),
-        (dict(seed=-1), ValueError, r"seed.*-1"),
-        (dict(seed=2**32), ValueError, r"seed.*4294967296"),
     ],
 )
 def test_a_setting_without_a_meaning_is_refused(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -437,11 +434,6 @@ DIFFERENT_BUILDS: dict[str, tuple[Callable[[], Build], Callable[[], Build], tupl
         lambda: (rebuilt(), {}),
         lambda: (rebuilt(), dict(config=ShardingConfig(moments=Moments.BF16))),
         ("moments", "FP32", "BF16"),
-    ),
-    "another seed": (
-        lambda: (rebuilt(), {}),
-        lambda: (rebuilt(), dict(config=ShardingConfig(seed=1))),
-        ("seed", "0", "1"),
     ),
     "reduction by others": (
         lambda: (rebuilt(), {}),

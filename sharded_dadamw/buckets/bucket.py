@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sharded_dadamw.buckets.gradients import Gradients
-from sharded_dadamw.buckets.offload import Scalars, Workplace
+from sharded_dadamw.buckets.offload import Workplace
 from sharded_dadamw.buckets.weights import BorrowedWeights, Weights
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Form, Operands, Update
 from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
-from sharded_dadamw.update.adamw import Hyperparameters, value_of
+from sharded_dadamw.update.adamw import Step, value_of
 from sharded_dadamw.update.precision import image
 from sharded_dadamw.update.storage import Storage
 
@@ -67,7 +67,7 @@ class Bucket:
         histories: Per slot a number that is equal for slots with equal step counts; known without asking the device.
         weights: The parameters' elements.
         gradients: Their gradients.
-        workplace: Where state lives and the law is applied.
+        workplace: Where state lives and updates are made.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class Bucket:
         gradients: Gradients,
         workplace: Workplace,
         amsgrad: bool,
-        seed: int,
     ) -> None:
         """Allocate the state.
 
@@ -96,7 +95,6 @@ class Bucket:
             gradients: Those of ``members``.
             workplace: For these weights and gradients.
             amsgrad: Whether to hold ``max_exp_avg_sq``.
-            seed: Key of stochastic rounding.
         """
         self.layout = layout
         self.storage = storage
@@ -105,7 +103,6 @@ class Bucket:
         self.members = tuple(members)
         self._params = [member.param for member in members]
         self.histories = [0] * len(members)
-        self._seed = seed if storage.is_stochastic else None
         self._plans: dict[tuple[object, ...], _Plan] = {}
         self._runs: dict[tuple[bool, ...], list[Tensor]] = {}
         self._places: list[int] = []
@@ -129,14 +126,14 @@ class Bucket:
         return isinstance(self.weights, BorrowedWeights)
 
     @property
-    def is_measured(self) -> bool:
+    def fuses_norms(self) -> bool:
         """Whether the norms of its updates come out of the updates; the same on every rank."""
         param, grad, storage = self.workplace.param, self.workplace.grad, self.storage
         form = Form(
             param.device, param.dtype, grad.dtype, storage.moments, storage.main, self.max_exp_avg_sq is not None
         )
-        measures: bool = kernels.kernel_for(form).Update.measures_in_passing
-        return measures
+        fuses_norms: bool = kernels.kernel_for(form).Update.fuses_norms
+        return fuses_norms
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -185,18 +182,18 @@ class Bucket:
             self._runs[key] = self._runs_of(self.gradients.shard, key)
         return self._runs[key]
 
-    def fetch_(self, scalars: Scalars) -> None:
+    def fetch_(self, step: Step) -> None:
         """Begin to bring to the workplace what ``update_`` needs, once gradients are reduced.
 
         Args:
-            scalars: Of the step, on the parameters' device.
+            step: With its tensors on the parameters' device.
         """
         self.weights.refresh_()
         self._takes_edits = self._absorbs_edits and self.weights.may_be_edited()
-        self.workplace.fetch_(scalars, with_param=self._takes_edits or not self._absorbs_edits)
+        self.workplace.fetch_(step, self.group_index, with_param=self._takes_edits or not self._absorbs_edits)
 
     def update_(self, present: Sequence[bool]) -> tuple[list[Tensor], Tensor | None]:
-        """Apply the law to this rank's shard, with the scalars that ``fetch_`` was given.
+        """Apply the update rule to this rank's shard, as the step has it that ``fetch_`` was given.
 
         Args:
             present: Per slot whether its parameter has a gradient; the others, and their state, stay as they are.
@@ -205,26 +202,17 @@ class Bucket:
             The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
             norms of those, fp64 [num_params, 4] in the order of NORMS, at the workplace.
         """
-        scalars = self.workplace.arrive()
-        found_inf = scalars.found_inf
+        step = self.workplace.arrive()
         if self._takes_edits:
             self._absorb_edits_()
         plan = self._plan(tuple(present))
-        self.steps.add_(plan.taken if found_inf is None else plan.taken * (1 - found_inf))
+        self.steps.add_(plan.taken if step.found_inf is None else plan.taken * (1 - step.found_inf))
         if not all(present):
             labels: dict[tuple[int, bool], int] = {}
             self.histories = [labels.setdefault(key, len(labels)) for key in zip(self.histories, present, strict=True)]
-        update = plan.update
-        if update is None:
+        if plan.update is None:
             return [], None
-        measures = update.measures_in_passing
-        squares = update(
-            scalars.hyper,
-            grad_divisor=scalars.grad_divisor,
-            found_inf=found_inf,
-            seed=self._seed,
-            with_norms=measures,
-        )
+        squares = plan.update(step, self.group_index)
         self.workplace.deliver_(plan.spans)
         return plan.params, squares
 
@@ -297,9 +285,12 @@ class Bucket:
             max_exp_avg_sq=None if self.max_exp_avg_sq is None else self.max_exp_avg_sq[part],
             main=None if self.main is None else self.main[part],
             step=self.steps[fragment.slot],
-            first_element=self.members[fragment.slot].first_element + fragment.param_start,
+            first_element=self._first_element(fragment) if self.storage.is_stochastic else None,
             history=self.histories[fragment.slot],
         )
+
+    def _first_element(self, fragment: Fragment) -> int:
+        return self.members[fragment.slot].first_element + fragment.param_start
 
     def operands_of(self, slot: int) -> Operands:
         """This rank's fragment of one parameter, as it is after a step, at the workplace."""
@@ -307,7 +298,7 @@ class Bucket:
         return self._operands_at(fragment, self.workplace.current_param(_part(fragment)))
 
     def value_of(self, slot: int) -> Tensor:
-        """This rank's fragment of what the law acts on, for one parameter; fp32 or wider, at the workplace."""
+        """This rank's fragment of what the rule acts on, for one parameter; fp32 or wider, at the workplace."""
         part = _part(self.layout.fragment(slot, self.rank))
         return value_of(self.workplace.current_param(part), None if self.main is None else self.main[part])
 
@@ -348,24 +339,16 @@ class Bucket:
         self.histories = [int(step) for step in self.steps.tolist()]
 
 
-def fetched(
-    buckets: Iterable[Bucket],
-    hypers: Sequence[Hyperparameters],
-    *,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-) -> Iterator[Bucket]:
+def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
     """Begin to bring to their workplaces what buckets need, and yield them in order, to be updated.
 
     Args:
         buckets: With their gradients reduced as they come; where copies take time, the next one is asked for first.
-        hypers: Per group its scalars.
-        grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
-        found_inf: 0-d fp32; where it is 1 nothing changes and no step is counted. None means 0.
+        step: What to do to them; where ``found_inf`` is 1 no step is counted either.
     """
     waiting: deque[Bucket] = deque()
     for bucket in buckets:
-        bucket.fetch_(Scalars(hypers[bucket.group_index], grad_divisor, found_inf))
+        bucket.fetch_(step)
         waiting.append(bucket)
         if len(waiting) > bucket.workplace.num_ahead:
             yield waiting.popleft()

@@ -76,7 +76,6 @@ class Bucketing:
             gradients=gradients,
             workplace=workplace_for(self._config.state_residency, weights, gradients),
             amsgrad=amsgrad,
-            seed=self._config.seed,
         )
 
     def _weights_of(self, members: Sequence[NamedParameter], layout: BucketLayout) -> Weights:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,22 +28,7 @@ from torch import Tensor
 from sharded_dadamw.buckets.gradients import Gradients
 from sharded_dadamw.buckets.weights import Weights
 from sharded_dadamw.config import StateResidency
-from sharded_dadamw.update.adamw import Hyperparameters
-
-
-@dataclass(frozen=True, slots=True)
-class Scalars:
-    """What an update is told beside its tensors.
-
-    Attributes:
-        hyper: The group's scalars.
-        grad_divisor: 0-d fp32 by which gradients are divided; None means 1.
-        found_inf: 0-d fp32; where it is not 0 nothing changes. None means 0.
-    """
-
-    hyper: Hyperparameters
-    grad_divisor: Tensor | None = None
-    found_inf: Tensor | None = None
+from sharded_dadamw.update.adamw import Step
 
 
 class Workplace(ABC):
@@ -80,17 +65,18 @@ class Workplace(ABC):
         """A range of this rank's shard of the parameters as it is now, on ``device``; only to be read. May block."""
 
     @abstractmethod
-    def fetch_(self, scalars: Scalars, *, with_param: bool) -> None:
+    def fetch_(self, step: Step, group: int, *, with_param: bool) -> None:
         """Begin to bring here what an update needs, once gradients are reduced.
 
         Args:
-            scalars: On the device of the parameters.
+            step: With its tensors on the device of the parameters.
+            group: Position of the group of which it takes the scalars.
             with_param: Whether the update reads the parameters, and not only writes them.
         """
 
     @abstractmethod
-    def arrive(self) -> Scalars:
-        """Wait for what ``fetch_`` has begun, and return the scalars as they can be used here."""
+    def arrive(self) -> Step:
+        """Wait for what ``fetch_`` has begun, and return the step as it can be used here."""
 
     @abstractmethod
     def deliver_(self, spans: Sequence[slice]) -> None:
@@ -124,13 +110,13 @@ class BesideParameters(Workplace):
         """See :meth:`Workplace.current_param`; a view."""
         return self._weights.shard[part]
 
-    def fetch_(self, scalars: Scalars, *, with_param: bool) -> None:
+    def fetch_(self, step: Step, group: int, *, with_param: bool) -> None:
         """See :meth:`Workplace.fetch_`."""
-        self._scalars = scalars
+        self._step = step
 
-    def arrive(self) -> Scalars:
+    def arrive(self) -> Step:
         """See :meth:`Workplace.arrive`."""
-        return self._scalars
+        return self._step
 
     def deliver_(self, spans: Sequence[slice]) -> None:
         """See :meth:`Workplace.deliver_`."""
@@ -170,7 +156,7 @@ class InHostMemory(Workplace):
         """See :meth:`Workplace.current_param`; a copy."""
         return self._weights.shard[part].to(self.device, copy=True)
 
-    def fetch_(self, scalars: Scalars, *, with_param: bool) -> None:
+    def fetch_(self, step: Step, group: int, *, with_param: bool) -> None:
         """See :meth:`Workplace.fetch_`."""
         pairs = [(self._grad, self._gradients.shard)]
         if with_param:
@@ -181,23 +167,26 @@ class InHostMemory(Workplace):
             pairs.append((here, scalar))
             return here
 
-        hyper, divisor, found_inf = scalars.hyper, scalars.grad_divisor, scalars.found_inf
-        self._scalars = Scalars(
-            replace(hyper, lr=bring(hyper.lr)) if isinstance(hyper.lr, Tensor) else hyper,
-            None if divisor is None else bring(divisor),
-            None if found_inf is None else bring(found_inf),
+        self._hypers, self._group, hyper = list(step.hypers), group, step.hypers[group]
+        if isinstance(hyper.lr, Tensor):
+            self._hypers[group] = replace(hyper, lr=bring(hyper.lr))
+        self._step = Step(
+            self._hypers,
+            None if step.divisor is None else bring(step.divisor),
+            None if step.found_inf is None else bring(step.found_inf),
         )
         self._down.follow_device()
         self._arrival = self._down.copy_(pairs)
 
-    def arrive(self) -> Scalars:
+    def arrive(self) -> Step:
         """See :meth:`Workplace.arrive`."""
         self._arrival.synchronize()
-        return replace(self._scalars, hyper=self._scalars.hyper.on(self.device))
+        self._hypers[self._group] = self._hypers[self._group].on(self.device)
+        return self._step
 
     def deliver_(self, spans: Sequence[slice]) -> None:
         """See :meth:`Workplace.deliver_`."""
-        if self._scalars.found_inf is not None and bool(self._scalars.found_inf):
+        if self._step.found_inf is not None and bool(self._step.found_inf):
             return  # then it need not be what the parameters are
         self._up.hold_device_until(self._up.copy_([(self._weights.shard[span], self._param[span]) for span in spans]))
 

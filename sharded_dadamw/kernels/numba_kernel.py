@@ -1,4 +1,4 @@
-"""The law on the CPU as one compiled loop: every byte is read once and written once, the norms come along for free.
+"""The update rule on the CPU as one compiled loop: every byte is read once and written once.
 
 Invariant: an element's result has the same bits wherever it lies, at any cut, alignment and number of threads. Nothing
 has to be arranged for that, as the compiler may not change how an element is computed: no contraction to fused
@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Step
 
 _TILE = 4096
 """Elements whose squares are summed in fp32."""
@@ -56,7 +56,7 @@ _STORAGES = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16, 
 
 
 class _Call(ctypes.Structure):
-    """All that a kernel is told: addresses of arrays, numbers of things, and the scalars of the law."""
+    """All that a kernel is told: addresses of arrays, numbers of things, and the scalars of the rule."""
 
     _fields_ = (
         ("claimed", ctypes.c_int64),
@@ -66,7 +66,6 @@ class _Call(ctypes.Structure):
         ("tile_starts", ctypes.c_int64),
         ("tiles", ctypes.c_int64),
         ("squares", ctypes.c_int64),
-        ("seed", ctypes.c_int64),
         ("skip", ctypes.c_int64),
         ("decay", ctypes.c_double),
         ("lr", ctypes.c_double),
@@ -110,11 +109,11 @@ class Update:
     """
 
     keeps_tensors = False
-    measures_in_passing = True
+    fuses_norms = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         self._form = operands[0].form
-        rows = [(*each.addresses(), each.param.numel(), each.first_element) for each in operands]
+        rows = [(*each.addresses(), each.param.numel(), each.first_element or 0) for each in operands]
         self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _FIRST_ELEMENT + 1)
         tiles = plan_tiles(tuple(self._table[:, _NUMEL].tolist()), _TILE)
         self._tile_fragments, self._tile_starts, offsets = (column.numpy() for column in tiles)
@@ -125,25 +124,15 @@ class Update:
         self._addresses = tuple(array.ctypes.data for array in arrays)
         self._max_threads = max(1, (int(self._table[:, _NUMEL].sum()) + self._num_tiles * _TILE_OVERHEAD) // _GRAIN)
 
-    def __call__(
-        self,
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        with_norms: bool = False,
-    ) -> Tensor | None:
+    def __call__(self, step: Step, group: int) -> Tensor:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
-        skip = found_inf is not None and bool(found_inf)
-        if skip and not with_norms:
-            return None
+        hyper = step.hypers[group]
         squares = np.empty((self._num_tiles, len(NORMS)))
         if self._num_tiles:
-            divisor = 1.0 if grad_divisor is None else float(grad_divisor)
+            divisor = 1.0 if step.divisor is None else float(step.divisor)
             # Division costs a quarter of the arithmetic, and by a power of two it is a multiplication, bit for bit.
             is_power_of_two = math.frexp(divisor)[0] == 0.5 and divisor >= 2.0**-126
-            kernel = _compile(self._form, stochastic=seed is not None, divide=not is_power_of_two)
+            kernel = _compile(self._form, divide=not is_power_of_two)
             table, tile_fragments, tile_starts = self._addresses
             call = _Call(
                 claimed=0,
@@ -153,8 +142,7 @@ class Update:
                 tile_starts=tile_starts,
                 tiles=self._num_tiles,
                 squares=squares.ctypes.data,
-                seed=seed or 0,
-                skip=skip,
+                skip=step.found_inf is not None and bool(step.found_inf),
                 decay=hyper.decay,
                 lr=hyper.lr,
                 beta1=hyper.beta1,
@@ -163,8 +151,6 @@ class Update:
                 factor=1.0 / divisor if is_power_of_two else divisor,
             )
             _run(kernel, call, min(self._max_threads, torch.get_num_threads()))
-        if not with_norms:
-            return None
         norms = np.zeros((len(self._table), len(NORMS)))
         if self._num_tiles:
             norms[self._filled] = np.add.reduceat(squares, self._first_tiles)
@@ -397,8 +383,8 @@ def _mix(word: Any) -> Any:
 
 
 @cache
-def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
-    """The kernel of a form: a C function that claims tiles and applies the law to them, until there are none.
+def _compile(form: Form, *, divide: bool) -> Any:
+    """The kernel of a form: a C function that claims tiles and applies the rule to them, until there are none.
 
     Compiled once per machine, where there is a folder to keep the result in.
     """
@@ -407,7 +393,7 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
     )
     value_column, value_as = (_MAIN, _FP32) if main_as == _FP32 else (_PARAM, param_as)
     amsgrad = form.amsgrad
-    stochastic = stochastic and moments_as == _BF16
+    stochastic = form.is_stochastic
 
     def run(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
@@ -444,7 +430,7 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
                     step = new_step
                     rate = float32(call.lr / (1.0 - call.beta1**step))
                     scale = float32(1.0 / math.sqrt(1.0 - call.beta2**step))
-                    key0 = _mix(uint32(_mix(uint32(int64(step) + 0x9E3779B9)) ^ uint32(call.seed)))
+                    key0 = _mix(_mix(uint32(int64(step) + 0x9E3779B9)))
                     key1 = _mix(uint32(key0 + uint32(0x85EBCA6B)))
                 for block in range(start, stop, _BLOCK):
                     ahead = block + _AHEAD
@@ -515,7 +501,7 @@ def _compile(form: Form, *, stochastic: bool, divide: bool) -> Any:
             first_tile = _claim(pointer, _CLAIM)
 
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
-    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:6], stochastic, divide))
+    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))
     signature = types.void(types.CPointer(from_dtype(np.dtype(_Call))))
     try:
         return cfunc(signature, error_model="numpy", cache=True)(run)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.layout.parameters import has_plain_memory
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Step
 
 NORMS = ("grad", "param", "moment", "update")
 """The squared norms that an update yields per fragment, in this order."""
@@ -37,7 +37,8 @@ class Operands:
         main: fp32: the value of which ``param`` is the image; int16: what ``param``, in bf16, lacks of its fp32 value.
             Updated. None where ``param`` is all there is.
         step: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
-        first_element: Number of the first element, counted over all parameters: the key of stochastic rounding.
+        first_element: Number of the first element, counted over all parameters: the key of stochastic rounding of bf16
+            moments. None: moments are rounded to the nearest.
         history: A number that is equal for fragments whose step counts are known to be equal; None if nothing is known.
     """
 
@@ -48,7 +49,7 @@ class Operands:
     max_exp_avg_sq: Tensor | None
     main: Tensor | None
     step: Tensor
-    first_element: int = 0
+    first_element: int | None = None
     history: int | None = None
 
     @property
@@ -61,6 +62,7 @@ class Operands:
             self.exp_avg.dtype,
             None if self.main is None else self.main.dtype,
             self.max_exp_avg_sq is not None,
+            self.first_element is not None,
             self.is_plain,
         )
 
@@ -105,6 +107,7 @@ class Form(NamedTuple):
     moments: torch.dtype
     main: torch.dtype | None
     amsgrad: bool
+    is_stochastic: bool = False
     is_plain: bool = True
 
 
@@ -141,20 +144,18 @@ class Update(Protocol):
 
     keeps_tensors: bool
     """Whether it refers to the operands' tensors, and not to their addresses alone."""
-    measures_in_passing: bool
-    """Whether norms come out of the pass over memory that the update is, and not of passes of their own."""
+    fuses_norms: bool
+    """Whether norms come out of the pass over memory that the update is."""
 
-    def __call__(
-        self,
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        with_norms: bool = False,
-    ) -> Tensor | None:
-        """Apply the rule to every fragment, in place; the arguments are those of ``adamw_``.
+    def __call__(self, step: Step, group: int) -> Tensor | None:
+        """Apply the rule to every fragment, in place.
+
+        Args:
+            step: As for ``adamw_``.
+            group: Position of the parameter group that the fragments are of.
 
         Returns:
-            With norms: fp64 [num_fragments, 4], the squared norms :data:`NORMS` of each fragment. Else None.
+            fp64 [num_fragments, 4], the squared norms :data:`NORMS` of each fragment: of the gradient (divided), of the
+            parameter and of ``exp_avg`` as they are afterwards, and of what was subtracted from the parameter, decay
+            included. None where the kernel does not fuse them.
         """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Form, Operands, Update
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Step
 
 _Place = tuple[Any, ...]
 """The form of tensors, their size and where they lie: an update made ready for some does for others in their place."""
@@ -30,22 +30,14 @@ class ReadyUpdates:
         self._captured: list[list[_Ready]] = []
 
     def apply_(
-        self,
-        group_index: int,
-        fragments: Sequence[Operands],
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        self, fragments: Sequence[Operands], step: Step, group: int
     ) -> list[tuple[Sequence[int], Tensor | None]]:
-        """Apply the law to the fragments of a group, in any forms and memory layouts.
+        """Apply the update rule to the fragments of a group, in any forms and memory layouts.
 
         Args:
-            group_index: Which group.
             fragments: Tensors of any shape; updated as :func:`sharded_dadamw.update.adamw.adamw_` does.
-            hyper: The group's scalars.
-            grad_divisor: As there.
-            found_inf: As there.
+            step: As there.
+            group: As there.
 
         Returns:
             Positions of fragments, with their squared norms fp64 [num_positions, 4] in the order of NORMS if those came
@@ -56,16 +48,13 @@ class ReadyUpdates:
         """
         alike = [_alike_in_memory(fragment) for fragment in fragments]
         places = [_place(fragment) for fragment, _ in alike]
-        ready_places, updates = self._ready.get(group_index, ([], []))
+        ready_places, updates = self._ready.get(group, ([], []))
         if ready_places != places:
             updates = _prepare([fragment for fragment, _ in alike], places)
             # What refers to tensors would keep gradients in memory that zero_grad() is to free.
             if not any(update.keeps_tensors for update, _ in updates):
-                self._ready[group_index] = places, updates
-        squares = [
-            update(hyper, grad_divisor=grad_divisor, found_inf=found_inf, with_norms=update.measures_in_passing)
-            for update, _ in updates
-        ]
+                self._ready[group] = places, updates
+        squares = [update(step, group) for update, _ in updates]
         for _, copies in alike:
             for original, copy in copies:
                 original.copy_(copy)

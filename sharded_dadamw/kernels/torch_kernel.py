@@ -1,6 +1,6 @@
-"""The law by torch's own means: its fused kernel where it can do a form, the reference elsewhere.
+"""The update rule by torch's own means: its fused kernel where it can do a form, the reference elsewhere.
 
-This is what runs where neither numba nor Triton is at hand, and for fp64. Norms cost passes of their own here.
+This is what runs where neither numba nor Triton is at hand, and for fp64. It yields no norms.
 
 Invariant: the result for an element does not depend on where in a tensor it lies. torch's vectorised CPU kernel keeps
 that only up to the last few elements of a tensor, which go through a scalar loop that rounds differently; so the ragged
@@ -10,14 +10,13 @@ end of a tensor is updated in a padded scratch block instead, and every element 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Step, adamw_
 from sharded_dadamw.update.precision import image
 
 _Row = tuple[Tensor, ...]
@@ -31,72 +30,31 @@ class Update:
     """See :class:`sharded_dadamw.kernels.operands.Update`."""
 
     keeps_tensors = True
-    measures_in_passing = False
+    fuses_norms = False
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         """Take at least one fragment, all of one form, and find those that can be updated as one."""
         self._operands = list(operands)
         self._runs = _merge_adjacent(operands)
 
-    def __call__(
-        self,
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        with_norms: bool = False,
-    ) -> Tensor | None:
+    def __call__(self, step: Step, group: int) -> None:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
-        fusible = _is_fusible(self._operands[0].form, seed)
-        norms = None
-        if with_norms:
-            # Where torch's kernel makes the update, the reference makes it a second time, on copies.
-            fragments = [_copied(fragment) for fragment in self._operands] if fusible else self._operands
-            by_fragment = [_reference_(each, hyper, grad_divisor, found_inf, seed) for each in fragments]
-            norms = torch.stack(by_fragment)
-        if fusible:
-            _fused_adamw_(self._runs, hyper, grad_divisor, found_inf)
-        elif not with_norms:
-            for run in self._runs:
-                _reference_(run, hyper, grad_divisor, found_inf, seed)
-        return norms
-
-
-def _reference_(
-    fragment: Operands,
-    hyper: Hyperparameters,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int | None,
-) -> Tensor:
-    return adamw_(
-        fragment.param,
-        fragment.grad,
-        fragment.exp_avg,
-        fragment.exp_avg_sq,
-        fragment.max_exp_avg_sq,
-        fragment.step,
-        hyper=hyper,
-        main=fragment.main,
-        grad_divisor=grad_divisor,
-        found_inf=found_inf,
-        seed=seed,
-        first_element=fragment.first_element,
-    )
-
-
-def _copied(fragment: Operands) -> Operands:
-    """With copies of what an update changes."""
-    maximum, main = fragment.max_exp_avg_sq, fragment.main
-    return replace(
-        fragment,
-        param=fragment.param.clone(),
-        exp_avg=fragment.exp_avg.clone(),
-        exp_avg_sq=fragment.exp_avg_sq.clone(),
-        max_exp_avg_sq=None if maximum is None else maximum.clone(),
-        main=None if main is None else main.clone(),
-    )
+        if _is_fusible(self._operands[0].form):
+            _fused_adamw_(self._runs, step, group)
+            return
+        for run in self._runs:
+            adamw_(
+                run.param,
+                run.grad,
+                run.exp_avg,
+                run.exp_avg_sq,
+                run.max_exp_avg_sq,
+                run.step,
+                step,
+                group,
+                main=run.main,
+                first_element=run.first_element,
+            )
 
 
 def _merge_adjacent(operands: Sequence[Operands]) -> list[Operands]:
@@ -119,10 +77,7 @@ def _follows(before: Operands, after: Operands) -> bool:
         before.history is not None
         and before.history == after.history
         # Stochastic rounding goes by the number of an element; nothing else does.
-        and (
-            before.exp_avg.dtype is not torch.bfloat16
-            or before.first_element + before.param.numel() == after.first_element
-        )
+        and (before.first_element is None or before.first_element + before.param.numel() == after.first_element)
         and all(
             one is None
             or two is None
@@ -158,29 +113,27 @@ def _merge(run: Sequence[Operands]) -> Operands:
 
 
 def _value(fragment: Operands) -> Tensor:
-    """What the law acts on."""
+    """What the rule acts on."""
     return fragment.param if fragment.main is None else fragment.main
 
 
-def _is_fusible(form: Form, seed: int | None) -> bool:
+def _is_fusible(form: Form) -> bool:
     """Torch's fused kernel wants one dtype for value and moments (gradients can be cast), and rounds to the nearest."""
     value = form.param if form.main is None else form.main
-    stochastic = seed is not None and form.moments is torch.bfloat16
-    return form.is_plain and form.device.type in _FUSED_DEVICES and form.moments == value and not stochastic
+    is_one_dtype = form.moments == value and not form.is_stochastic
+    return form.is_plain and form.device.type in _FUSED_DEVICES and is_one_dtype
 
 
-def _fused_adamw_(
-    fragments: Sequence[Operands], hyper: Hyperparameters, grad_divisor: Tensor | None, found_inf: Tensor | None
-) -> None:
+def _fused_adamw_(fragments: Sequence[Operands], step: Step, group: int) -> None:
     """Cut ragged ends off, update everything in one call, and put back what was worked on as a copy."""
     aligned: list[_Row] = []
-    aligned_steps: list[Tensor] = []
+    aligned_counts: list[Tensor] = []
     tails: list[_Row] = []
-    tail_steps: list[Tensor] = []
+    tail_counts: list[Tensor] = []
     for fragment in fragments:
         value = _value(fragment)
         grad = fragment.grad.to(value.dtype)
-        if grad_divisor is not None and grad is fragment.grad:
+        if step.divisor is not None and grad is fragment.grad:
             grad = grad.clone()  # torch's kernel divides gradients in place
         columns = (value, grad, fragment.exp_avg, fragment.exp_avg_sq, fragment.max_exp_avg_sq)
         numel = value.numel()
@@ -188,12 +141,12 @@ def _fused_adamw_(
         body = numel - numel % ALIGNMENT
         if body:
             aligned.append(tuple(column[:body] for column in flat))
-            aligned_steps.append(fragment.step)
+            aligned_counts.append(fragment.step)
         if body < numel:
             tails.append(tuple(column[body:] for column in flat))
-            tail_steps.append(fragment.step)
+            tail_counts.append(fragment.step)
     blocks = _padded(tails)
-    _call_fused_(aligned + blocks, aligned_steps + tail_steps, hyper, grad_divisor, found_inf)
+    _call_fused_(aligned + blocks, aligned_counts + tail_counts, step, group)
     for column, targets in enumerate(zip(*tails, strict=True)):
         if column != _GRAD:
             _copy_(targets, [block[column][: t.numel()] for block, t in zip(blocks, targets, strict=True)])
@@ -217,15 +170,10 @@ def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
-def _call_fused_(
-    rows: Sequence[_Row],
-    steps: Sequence[Tensor],
-    hyper: Hyperparameters,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def _call_fused_(rows: Sequence[_Row], counts: Sequence[Tensor], step: Step, group: int) -> None:
     if not rows:
         return
+    hyper, found_inf = step.hypers[group], step.found_inf
     columns = [list(column) for column in zip(*rows, strict=True)]
     if hyper.reference_lr:
         # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / reference_lr, that is our decay.
@@ -241,7 +189,7 @@ def _call_fused_(
         columns[2],
         columns[3],
         columns[4] if len(columns) > 4 else [],
-        [step.to(row[0].device) for row, step in zip(rows, steps, strict=True)],
+        [count.to(row[0].device) for row, count in zip(rows, counts, strict=True)],
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -249,6 +197,6 @@ def _call_fused_(
         eps=hyper.eps,
         amsgrad=len(columns) > 4,
         maximize=False,
-        grad_scale=grad_divisor,
+        grad_scale=step.divisor,
         found_inf=found_inf,
     )

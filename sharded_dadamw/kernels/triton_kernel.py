@@ -1,10 +1,10 @@
-"""The law on CUDA in one launch of one Triton kernel: every byte is read once and written once.
+"""The update rule on CUDA in one launch of one Triton kernel: every byte is read once and written once.
 
     table      one row per fragment: where its tensors lie, how many elements, how they lie to vectors of elements
     tiles      each program updates one; it looks up which fragment that belongs to
     partials   fp32 [num_tiles, 4]: squared norms of each tile; further launches add up those of a fragment in fp64
 
-Invariant: an element's result has the same bits wherever it lies, at any cut and alignment, with and without norms.
+Invariant: an element's result has the same bits wherever it lies, at any cut and alignment.
 Elements of vectors and the others around them go through the same lines, and the compiler may not contract products
 and sums, which it might do for the ones and not for the others; nothing else could tell them apart.
 
@@ -12,7 +12,7 @@ Moments are those of the reference to the bit. The update differs by a few units
 its quotient are the GPU's own, which are that much off, because exact ones made the kernel wait for arithmetic.
 
 No value of a step makes the host wait or the compiler run: it is passed as a number, or lies on the device. In a
-captured CUDA graph numbers stay what they were at capture; step counts, ``found_inf``, ``grad_divisor`` and an ``lr``
+captured CUDA graph numbers stay what they were at capture; step counts, ``found_inf``, ``divisor`` and an ``lr``
 that is a tensor are read anew in each replay.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors. What Triton's interpreter lacks or gets
@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Step
 
 _DEVICE_TYPE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -91,7 +91,7 @@ class Update:
     """See :class:`sharded_dadamw.kernels.operands.Update`."""
 
     keeps_tensors = False
-    measures_in_passing = True
+    fuses_norms = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         """Put the addresses of fragments on their device, without waiting for it.
@@ -106,7 +106,7 @@ class Update:
         shifts, is_aligned = _alignment(addresses, operands[0])
         shifted_numels = (torch.tensor(numels) + shifts).tolist()
         first_tiles = plan_tiles(tuple(shifted_numels), _TILE).offsets
-        first_elements = torch.tensor([each.first_element for each in operands])
+        first_elements = torch.tensor([each.first_element or 0 for each in operands])
         columns = [torch.tensor(numels), first_elements, first_tiles[:-1], shifts, is_aligned]
         table = torch.cat([addresses, torch.stack(columns, dim=1)], dim=1)
         levels = _levels_of_sums(first_tiles)
@@ -123,26 +123,18 @@ class Update:
         self._num_tiles = int(first_tiles[-1])
         self._fragment_of_tile = torch.repeat_interleave(num_tiles_each, output_size=self._num_tiles)
 
-    def __call__(
-        self,
-        hyper: Hyperparameters,
-        *,
-        grad_divisor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        with_norms: bool = False,
-    ) -> Tensor | None:
+    def __call__(self, step: Step, group: int) -> Tensor:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
-        form = self._form
+        form, hyper = self._form, step.hypers[group]
         with torch.cuda.device_of(self._table):
-            sums = self._table.new_empty(self._num_tiles, len(NORMS), dtype=torch.float32) if with_norms else None
+            sums = self._table.new_empty(self._num_tiles, len(NORMS), dtype=torch.float32)
             if self._num_tiles:
                 _update_kernel[(self._num_tiles,)](
                     self._table,
                     self._fragment_of_tile,
                     sums,
-                    grad_divisor,
-                    found_inf,
+                    step.divisor,
+                    step.found_inf,
                     hyper.lr,
                     hyper.weight_decay / hyper.reference_lr if hyper.reference_lr else 0.0,
                     0.0 if hyper.reference_lr else hyper.weight_decay,
@@ -153,9 +145,8 @@ class Update:
                     hyper.beta2,
                     1 - hyper.beta2,
                     _log(hyper.beta2),
-                    0 if seed is None else seed,
                     lr_is_tensor=isinstance(hyper.lr, Tensor),
-                    is_stochastic=seed is not None and form.moments is torch.bfloat16,
+                    is_stochastic=form.is_stochastic,
                     param_dtype=_TRITON_DTYPES[form.param],
                     grad_dtype=_TRITON_DTYPES[form.grad],
                     moments_dtype=_TRITON_DTYPES[form.moments],
@@ -168,8 +159,6 @@ class Update:
                     maxnreg=_MAX_REGISTERS,
                     enable_fp_fusion=False,
                 )
-            if sums is None:
-                return None
             for bounds in self._levels:
                 summands, sums = sums, sums.new_empty(len(bounds) - 1, len(NORMS), dtype=torch.float64)
                 _sum_kernel[(len(sums),)](summands, bounds, sums, num_summands=_SUMMANDS, num_warps=1)
@@ -217,13 +206,13 @@ def _levels_of_sums(first_rows: Tensor) -> list[Tensor]:
     return [torch.cat([first_of_chunks, first_rows[-1:]]), *_levels_of_sums(chunks.offsets)]
 
 
-@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["grad_divisor", "found_inf", "lr"])
+@triton.jit(do_not_specialize_on_alignment=["divisor", "found_inf", "lr"])
 def _update_kernel(
     table: tl.tensor,
     fragment_of_tile: tl.tensor,
-    partials: tl.tensor,  # None without norms, as the next two without what they are
-    grad_divisor: tl.tensor,
-    found_inf: tl.tensor,
+    partials: tl.tensor,
+    divisor: tl.tensor,  # or None
+    found_inf: tl.tensor,  # or None
     lr: tl.tensor,  # or a number
     decay_per_lr: tl.float32,
     constant_decay: tl.float32,
@@ -234,7 +223,6 @@ def _update_kernel(
     beta2: tl.float32,
     one_minus_beta2: tl.float32,
     log_beta2: tl.float32,
-    seed: tl.uint32,
     lr_is_tensor: tl.constexpr,
     is_stochastic: tl.constexpr,
     param_dtype: tl.constexpr,
@@ -270,26 +258,24 @@ def _update_kernel(
     decay = decay_per_lr * rate + constant_decay
     step_size = rate / _bias_correction(step, log_beta1)
     root_scale = tl.rsqrt(_bias_correction(step, log_beta2))
-    if grad_divisor is not None:
-        divisor = tl.load(grad_divisor)
+    if divisor is not None:
+        divided_by = tl.load(divisor)
     if found_inf is not None:
         goes_on = tl.load(found_inf) == 0
     if is_stochastic:
-        key = _mix(_mix(step.to(tl.int64).to(tl.uint32) + 0x9E3779B9) ^ seed.to(tl.uint32))
+        key = _mix(_mix(step.to(tl.int64).to(tl.uint32) + 0x9E3779B9))
         first_element = tl.load(row + _FIRST_ELEMENT) + start
-    if partials is not None:
-        norms = tl.zeros([2, 2], tl.float32)
+    norms = tl.zeros([2, 2], tl.float32)
 
     for width in tl.static_range(vector_size, 0, 1 - vector_size):  # vector_size, then 1
         lanes = tl.arange(0, num_threads * width)
         done = 0
         end = in_vectors if width > 1 else count - in_vectors
         written_end = tl.where(goes_on, end, 0) if found_inf is not None else end
-        if partials is not None:
-            grad_squares = tl.zeros([num_threads * width], tl.float32)
-            value_squares = tl.zeros([num_threads * width], tl.float32)
-            exp_avg_squares = tl.zeros([num_threads * width], tl.float32)
-            update_squares = tl.zeros([num_threads * width], tl.float32)
+        grad_squares = tl.zeros([num_threads * width], tl.float32)
+        value_squares = tl.zeros([num_threads * width], tl.float32)
+        exp_avg_squares = tl.zeros([num_threads * width], tl.float32)
+        update_squares = tl.zeros([num_threads * width], tl.float32)
         while done < end:
             inside = done + lanes < end
             is_written = done + lanes < written_end
@@ -311,19 +297,15 @@ def _update_kernel(
             if amsgrad:
                 max_exp_avg_sq = _widen(_load(max_exp_avg_sq_at, first, places, inside, width), moments_dtype)
 
-            if grad_divisor is not None:
-                grad = tl.div_rn(grad, divisor)
-                if partials is not None:
-                    grad = tl.where(inside, grad, 0.0)
+            if divisor is not None:
+                grad = tl.where(inside, tl.div_rn(grad, divided_by), 0.0)
             new_exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
             new_exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
             second_moment = new_exp_avg_sq
             if amsgrad:
                 second_moment = tl.maximum(max_exp_avg_sq, new_exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
             denom = _sqrt(second_moment) * root_scale + eps
-            update = decay * value + step_size * (new_exp_avg / denom)
-            if partials is not None:
-                update = tl.where(is_written, update, 0.0)
+            update = tl.where(is_written, decay * value + step_size * (new_exp_avg / denom), 0.0)
             new_value = value - update
 
             if is_stochastic:
@@ -353,23 +335,20 @@ def _update_kernel(
                 _store(param_at, first, places, image, is_written, width)
                 _store(main_at, first, places, new_value, is_written, width)
 
-            if partials is not None:
-                new_exp_avg = _widen(stored_exp_avg, moments_dtype)
-                if found_inf is not None:
-                    new_exp_avg = tl.where(goes_on, new_exp_avg, exp_avg)
-                grad_squares = tl.fma(grad, grad, grad_squares)
-                value_squares = tl.fma(new_value, new_value, value_squares)
-                exp_avg_squares = tl.fma(new_exp_avg, new_exp_avg, exp_avg_squares)
-                update_squares = tl.fma(update, update, update_squares)
+            new_exp_avg = _widen(stored_exp_avg, moments_dtype)
+            if found_inf is not None:
+                new_exp_avg = tl.where(goes_on, new_exp_avg, exp_avg)
+            grad_squares = tl.fma(grad, grad, grad_squares)
+            value_squares = tl.fma(new_value, new_value, value_squares)
+            exp_avg_squares = tl.fma(new_exp_avg, new_exp_avg, exp_avg_squares)
+            update_squares = tl.fma(update, update, update_squares)
             done += num_threads * width
-        if partials is not None:  # noqa: SIM102 - known when compiling, unlike what follows
-            if (width > 1) | (in_vectors < count):
-                # All four in one reduction.
-                squares = tl.join(tl.join(grad_squares, exp_avg_squares), tl.join(value_squares, update_squares))
-                norms += tl.sum(squares, axis=0)
-    if partials is not None:
-        places = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(partials + 4 * tile + places, norms)
+        if (width > 1) | (in_vectors < count):
+            # All four in one reduction.
+            squares = tl.join(tl.join(grad_squares, exp_avg_squares), tl.join(value_squares, update_squares))
+            norms += tl.sum(squares, axis=0)
+    places = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(partials + 4 * tile + places, norms)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.norms.global_norm import NormOwners, sums_of_squares
-from sharded_dadamw.update.adamw import Hyperparameters, applied_update
+from sharded_dadamw.update.adamw import Hyperparameters, Step, applied_update
 
 METRICS = {f"l2_norm/{norm}": NORMS.index(norm) for norm in ("moment", "param", "update", "grad")}
 """Every metric of a parameter, in the order of reporting, and where in NORMS it is."""
@@ -55,23 +55,22 @@ Look = Callable[[Tensor], Snapshot]
 """Returns this rank's part of a parameter as it is now."""
 
 
+_NO_STEP = Step(())
+
+
 @dataclass(slots=True)
 class StepReport:
     """What is known of the most recent step; a step fills it, and nothing is computed until somebody asks.
 
     Attributes:
-        hypers: Per group its scalars in that step.
-        divisor: 0-d, by which gradients were divided; None means 1.
-        found_inf: 0-d; where it is not 0 nothing was changed. None means 0.
+        step: What its updates were told.
         num_skipped: 0-d fp64, the number of steps so far that changed nothing; None means 0.
         updated: The parameters that had a gradient, on any rank.
         values: Per updated parameter, by its id, fp32 [4] in the order of NORMS, once they were asked for.
         names: What somebody called the parameters that were reported to him; their ids.
     """
 
-    hypers: Sequence[Hyperparameters] = ()
-    divisor: Tensor | None = None
-    found_inf: Tensor | None = None
+    step: Step = _NO_STEP
     num_skipped: Tensor | None = None
     updated: list[Tensor] = field(default_factory=list)
     values: Mapping[int, Tensor] | None = None
@@ -79,15 +78,13 @@ class StepReport:
     _measured: list[tuple[Sequence[Tensor], Tensor]] = field(default_factory=list)
     _unmeasured: list[tuple[Tensor, Hyperparameters]] = field(default_factory=list)
 
-    def next(
-        self, hypers: Sequence[Hyperparameters], divisor: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> StepReport:
+    def next(self, step: Step) -> StepReport:
         """Begin the report of the step after this one."""
         skipped = self.num_skipped
-        if found_inf is not None:
-            void = (found_inf != 0).to(torch.float64)
+        if step.found_inf is not None:
+            void = (step.found_inf != 0).to(torch.float64)
             skipped = void if skipped is None else skipped + void
-        return StepReport(hypers, divisor, found_inf, skipped)
+        return StepReport(step, skipped)
 
     def add(self, params: Sequence[Tensor], squares: Tensor | None, hyper: Hyperparameters) -> None:
         """Take what an update of one group has yielded.
@@ -145,7 +142,7 @@ class StepReport:
             second_moment = now.max_exp_avg_sq if hyper.amsgrad else now.exp_avg_sq
             assert now.exp_avg is not None and second_moment is not None and now.step is not None
             grad = now.grad.to(torch.promote_types(now.grad.dtype, torch.float32))
-            tensors["grad"] = grad if self.divisor is None else grad / self.divisor.to(grad.device)
+            tensors["grad"] = grad if self.step.divisor is None else grad / self.step.divisor.to(grad.device)
             hyper = hyper.on(now.value.device)
             update = applied_update(now.value, now.exp_avg, second_moment, now.step, hyper=hyper)
             tensors["update"] = self.unless_skipped(update)
@@ -155,7 +152,7 @@ class StepReport:
 
     def unless_skipped(self, values: Tensor) -> Tensor:
         """Return the values, or zeros where the step has changed nothing."""
-        found_inf = self.found_inf
+        found_inf = self.step.found_inf
         return values if found_inf is None else torch.where(found_inf.to(values.device) != 0, 0, values)
 
 
@@ -203,7 +200,7 @@ def spell_out(report: StepReport, owners: NormOwners, table: Table, num_groups: 
     found = {f"{key}/{owners.names[row]}": norms[row][column] for row in table.rows for key, column in METRICS.items()}
     totals = table.squares.sum(0).sqrt().to(torch.float32)
     found.update({f"{key}/global": totals[column] for key, column in METRICS.items()})
-    decays = [hyper.decay for hyper in report.hypers] or [0.0] * num_groups
+    decays = [hyper.decay for hyper in report.step.hypers] or [0.0] * num_groups
     for index, value in enumerate(decays):
         decay = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True)
         found[f"effective_decay/group_{index}"] = report.unless_skipped(decay)

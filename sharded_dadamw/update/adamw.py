@@ -1,4 +1,4 @@
-"""The law: decoupled AdamW as one pure function over tensors, and the scalars it needs.
+"""The update rule: decoupled AdamW as one pure function over tensors, and the scalars it needs.
 
     decay   = weight_decay * lr / reference_lr        (weight_decay where reference_lr is 0)
     param  *= 1 - decay
@@ -15,7 +15,7 @@ that training runs, and falls back to this one where no fused kernel exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,12 +82,28 @@ class Hyperparameters:
         return self.weight_decay * (self.lr / self.reference_lr) if self.reference_lr else self.weight_decay
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an update is told beside its tensors; the same for everything that one step updates.
+
+    Attributes:
+        hypers: Per parameter group its scalars.
+        divisor: 0-d fp32 by which gradients are divided (number of ranks, loss scale, inverse clip coefficient). None
+            means 1.
+        found_inf: 0-d fp32; where it is not 0 nothing changes. None means 0.
+    """
+
+    hypers: Sequence[Hyperparameters]
+    divisor: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse hyperparameters outside the law's domain. Waits for the device where ``lr`` is a tensor on one.
+    """Refuse hyperparameters outside the rule's domain. Waits for the device where ``lr`` is a tensor on one.
 
     Raises:
         TypeError: ``lr`` is a tensor of more than one element.
-        ValueError: A value is outside its range, or a switch of torch's AdamW is on that this law does not have.
+        ValueError: A value is outside its range, or a switch of torch's AdamW is on that this rule does not have.
     """
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -115,16 +131,14 @@ def adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    step: Tensor,
+    count: Tensor,
+    step: Step,
+    group: int = 0,
     *,
-    hyper: Hyperparameters,
     main: Tensor | None = None,
-    grad_divisor: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: int | None = None,
-    first_element: int = 0,
-) -> Tensor:
-    """Apply the law to one tensor, in place, in fp32 (fp64 where ``param`` is).
+    first_element: int | None = None,
+) -> None:
+    """Apply the update rule to one tensor, in place, in fp32 (fp64 where ``param`` is).
 
     Args:
         param: Any shape; decayed and updated in place.
@@ -132,37 +146,33 @@ def adamw_(
         exp_avg: Shape of ``param``, any floating dtype; updated in place.
         exp_avg_sq: Shape and dtype of ``exp_avg``; updated in place.
         max_exp_avg_sq: Shape and dtype of ``exp_avg``; updated in place. None without amsgrad.
-        step: 0-d; the number of this update, counted from 1.
-        hyper: The group's scalars.
-        main: Shape of ``param``; updated in place. fp32: the value that the law acts on, of which ``param`` becomes
-            the image. int16: what a bf16 ``param`` lacks of that value. None: the law acts on ``param``.
-        grad_divisor: 0-d fp32; the gradient is divided by it (number of ranks, loss scale, inverse clip coefficient).
-            None means 1.
-        found_inf: 0-d fp32; where it is not 0 nothing changes. Selected, not multiplied: 0 * nan is nan.
-        seed: Key of the stochastic rounding of bf16 moments; None rounds to the nearest.
-        first_element: Number of the first element, counted over all parameters; part of that key.
-
-    Returns:
-        fp64 [4]: squared norms of the gradient (divided), of the parameter and of ``exp_avg`` as they are afterwards,
-        and of the update, which is what was subtracted from the parameter, decay included.
+        count: 0-d; the number of this update, counted from 1.
+        step: Scalars of the groups, and what holds for all of them.
+        group: Position of the parameter's group.
+        main: Shape of ``param``; updated in place. fp32: the value that the rule acts on, which ``param`` becomes
+            rounded. int16: what a bf16 ``param`` lacks of that value. None: the rule acts on ``param``.
+        first_element: Number of the first element, counted over all parameters: the key of the stochastic rounding of
+            bf16 moments. None: moments are rounded to the nearest.
     """
+    hyper = step.hypers[group]
     wide = torch.promote_types(param.dtype, torch.float32)
     value = value_of(param, main)
     grad = grad.to(wide)
-    if grad_divisor is not None:
-        grad = grad / grad_divisor
+    if step.divisor is not None:
+        grad = grad / step.divisor
     new_exp_avg = hyper.beta1 * exp_avg.to(wide) + (1 - hyper.beta1) * grad
     new_exp_avg_sq = hyper.beta2 * exp_avg_sq.to(wide) + (1 - hyper.beta2) * (grad * grad)
     second_moment = new_exp_avg_sq
     if max_exp_avg_sq is not None:
         second_moment = torch.maximum(max_exp_avg_sq.to(wide), new_exp_avg_sq)
-    update = hyper.decay * value + _descent(new_exp_avg, second_moment, step, hyper)
+    update = hyper.decay * value + _descent(new_exp_avg, second_moment, count, hyper)
     value = value - update
 
-    keep = torch.zeros((), dtype=torch.bool, device=param.device) if found_inf is None else found_inf != 0
-    if seed is not None and exp_avg.dtype is torch.bfloat16:
+    # Selected, not multiplied: 0 * nan is nan.
+    keep = torch.zeros((), dtype=torch.bool, device=param.device) if step.found_inf is None else step.found_inf != 0
+    if first_element is not None:
         elements = torch.arange(first_element, first_element + param.numel(), device=param.device).view(param.shape)
-        bits1, bits2 = random_bits(seed, step, elements)
+        bits1, bits2 = random_bits(count, elements)
         new_exp_avg = round_stochastically(new_exp_avg, bits1)
         new_exp_avg_sq = round_stochastically(new_exp_avg_sq, bits2)
     _select_(exp_avg, new_exp_avg, keep)
@@ -171,53 +181,48 @@ def adamw_(
         _select_(max_exp_avg_sq, torch.maximum(max_exp_avg_sq, new_exp_avg_sq.to(max_exp_avg_sq.dtype)), keep)
     if main is None:
         _select_(param, value.to(param.dtype), keep)
-        value = param
     elif main.dtype is torch.int16:
         new_param, new_main = split(value)
         _select_(param, new_param, keep)
         _select_(main, new_main, keep)
-        value = join(param, main)
     else:
         _select_(main, value, keep)
         _select_(param, image(value, param.dtype), keep)
-        value = main
-    update = torch.where(keep, torch.zeros_like(update), update)
-    return torch.stack([tensor.to(torch.float64).square().sum() for tensor in (grad, value, exp_avg, update)])
 
 
 def value_of(param: Tensor, main: Tensor | None) -> Tensor:
-    """What the law acts on, in fp32 or wider, given what :func:`adamw_` is given."""
+    """Return what the rule acts on, in fp32 or wider, given what :func:`adamw_` is given."""
     if main is None:
         return param.to(torch.promote_types(param.dtype, torch.float32))
     return join(param, main) if main.dtype is torch.int16 else main
 
 
 def applied_update(
-    value: Tensor, exp_avg: Tensor, second_moment: Tensor, step: Tensor, *, hyper: Hyperparameters
+    value: Tensor, exp_avg: Tensor, second_moment: Tensor, count: Tensor, *, hyper: Hyperparameters
 ) -> Tensor:
-    """What the last update subtracted, told from what it left: ``(decay * value + descent) / (1 - decay)``.
+    """Return what the last update subtracted, told from what it left: ``(decay * value + descent) / (1 - decay)``.
 
     It is ``decay * before + descent`` with ``before = (value + descent) / (1 - decay)``.
 
     Args:
-        value: What the law acted on, as it is after that update.
+        value: What the rule acted on, as it is after that update.
         exp_avg: Shape of ``value``, after the update.
         second_moment: Shape of ``value``: ``exp_avg_sq``, or with amsgrad ``max_exp_avg_sq``, after the update.
-        step: 0-d; the number of that update, counted from 1.
+        count: 0-d; the number of that update, counted from 1.
         hyper: The scalars that it had; nothing can be told where they made it forget the value (decay 1).
 
     Returns:
         Shape of ``value``, fp32 or wider.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
-    descent = _descent(exp_avg.to(wide), second_moment.to(wide), step, hyper)
+    descent = _descent(exp_avg.to(wide), second_moment.to(wide), count, hyper)
     return (hyper.decay * value + descent) / (1 - hyper.decay)
 
 
-def _descent(exp_avg: Tensor, second_moment: Tensor, step: Tensor, hyper: Hyperparameters) -> Tensor:
+def _descent(exp_avg: Tensor, second_moment: Tensor, count: Tensor, hyper: Hyperparameters) -> Tensor:
     """What the moments take off a value, decay apart."""
-    bias_correction1 = 1 - hyper.beta1 ** step.double()
-    bias_correction2 = 1 - hyper.beta2 ** step.double()
+    bias_correction1 = 1 - hyper.beta1 ** count.double()
+    bias_correction2 = 1 - hyper.beta2 ** count.double()
     denom = second_moment.sqrt() / bias_correction2.sqrt() + hyper.eps
     descent: Tensor = (hyper.lr / bias_correction1) * (exp_avg / denom)
     return descent

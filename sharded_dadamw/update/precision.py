@@ -8,7 +8,7 @@ left over always fits a signed 16-bit integer. (Ties to even would need a 17th b
 
 Rounding bf16 moments to the nearest freezes them, once an update is smaller than half a step of the format: at
 beta2 > 0.995 a second moment never falls again. Rounding up with a probability equal to the fraction cut off is right
-on average. Its random bits are a pure function of (seed, step, element), with ``element`` counted over all parameters,
+on average. Its random bits are a pure function of (step, element), with ``element`` counted over all parameters,
 and integer arithmetic only; so they do not depend on the number of ranks, the buckets, the kernel or the device.
 """
 
@@ -69,18 +69,17 @@ def round_stochastically(value: Tensor, random_bits: Tensor) -> Tensor:
     return torch.where(value.isfinite(), finite, value.to(torch.bfloat16))
 
 
-def random_bits(seed: int, step: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent 16-bit numbers per element: a hash of (seed, step, element).
+def random_bits(count: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent 16-bit numbers per element: a hash of (step, element).
 
     Args:
-        seed: In [0, 2**32).
-        step: 0-d, the number of the update, counted from 1.
+        count: 0-d, the number of the update, counted from 1.
         elements: int64, numbers of elements counted over all parameters.
 
     Returns:
         For ``exp_avg`` and for ``exp_avg_sq``: int64 in [0, 65536), shape of ``elements``.
     """
-    key0 = _mix(_mix((step.to(torch.int64) + 0x9E3779B9) & _WORD) ^ seed)
+    key0 = _mix(_mix((count.to(torch.int64) + 0x9E3779B9) & _WORD))
     key1 = _mix((key0 + 0x85EBCA6B) & _WORD)
     low, high = elements & _WORD, elements >> 32
     bits = _mix(((_mix((low + key0) & _WORD) ^ ((high * 0xC2B2AE35) & _WORD)) + key1) & _WORD)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import NORMS, Operands, Update
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, Step
 from sharded_dadamw.update.precision import image, join, random_bits, round_stochastically, split
 from tests.forms import (
     BF16,
@@ -26,6 +26,7 @@ from tests.forms import (
     KINDS,
     Expected,
     Kind,
+    apply_reference_,
     assert_obeys,
     copied,
     cut,
@@ -68,15 +69,12 @@ def scalar(value: float) -> Tensor:
 def run(
     fragments: Sequence[Operands],
     hyper: Hyperparameters,
-    kind: Kind,
     *,
     divisor: float = 1.0,
     found_inf: float = 0.0,
 ) -> Tensor:
-    """One update, with everything that can be asked of it: so each kind is compiled once for most of this module."""
-    norms = prepared(fragments)(
-        hyper, grad_divisor=scalar(divisor), found_inf=scalar(found_inf), seed=kind.seed, with_norms=True
-    )
+    """One update, with everything that it can be told: so each kind is compiled once for most of this module."""
+    norms = prepared(fragments)(Step([hyper], scalar(divisor), scalar(found_inf)), 0)
     assert norms is not None and norms.shape == (len(fragments), len(NORMS)) and norms.dtype is torch.float64
     return norms
 
@@ -92,33 +90,13 @@ def widened(fragment: Operands, dtype: torch.dtype) -> Operands:
         None if maximum is None else maximum.to(dtype, copy=True),
         None,
         fragment.step,
-        fragment.first_element,
-    )
-
-
-def apply_reference_(
-    fragment: Operands, hyper: Hyperparameters, divisor: float = 1.0, seed: int | None = None
-) -> Tensor:
-    """The law as ``update`` has it, in torch's own operations; the squared norms."""
-    return adamw_(
-        fragment.param,
-        fragment.grad,
-        fragment.exp_avg,
-        fragment.exp_avg_sq,
-        fragment.max_exp_avg_sq,
-        fragment.step,
-        hyper=hyper,
-        main=fragment.main,
-        grad_divisor=scalar(divisor),
-        seed=seed,
-        first_element=fragment.first_element,
     )
 
 
 def law_of(fragment: Operands, hyper: Hyperparameters, divisor: float) -> Expected:
     """What ``update`` makes of it in fp64, and how far fp32 may be from that."""
     wide = widened(fragment, torch.float64)
-    apply_reference_(wide, hyper, divisor)
+    apply_reference_(wide, Step([hyper], scalar(divisor)))
     values = {"param": wide.param, "exp_avg": wide.exp_avg, "exp_avg_sq": wide.exp_avg_sq}
     if wide.max_exp_avg_sq is not None:
         values["max_exp_avg_sq"] = wide.max_exp_avg_sq
@@ -135,7 +113,7 @@ def test_the_kernel_obeys_the_law_within_fp32s_rounding(kind: Kind, hyper: Hyper
         now = replace(hyper, beta1=betas[0], beta2=betas[1])
         fragments = on_device(kind, ODD_SIZES, now)
         expected = [law_of(fragment, now, divisor) for fragment in fragments]
-        run(fragments, now, kind, divisor=divisor)
+        run(fragments, now, divisor=divisor)
         for fragment, one in zip(fragments, expected, strict=True):
             assert_obeys(fragment, one, kind)
 
@@ -149,7 +127,7 @@ def test_a_learning_rate_of_zero_decays_fully_without_a_reference_and_not_at_all
     fragments = on_device(kind, (100, 1, 1024), hyper)
     expected = [law_of(fragment, hyper, 1.0) for fragment in fragments]
     before = copied(fragments)
-    run(fragments, hyper, kind)
+    run(fragments, hyper)
     for fragment, one, old in zip(fragments, expected, before, strict=True):
         assert_obeys(fragment, one, kind)
         if reference_lr:
@@ -179,8 +157,8 @@ def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_t
         fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
     (reference,) = copied([fragment])
     before = value_of(fragment)
-    run([fragment], hyper, kind)
-    apply_reference_(reference, hyper, seed=kind.seed)
+    run([fragment], hyper)
+    apply_reference_(reference, Step([hyper]))
     for got, wanted in zip(moments_of(fragment), moments_of(reference), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0.0, atol=0.0, equal_nan=True)
     got, wanted = value_of(fragment), value_of(reference)
@@ -205,11 +183,12 @@ def test_every_kind_stores_the_bits_of_fp32_arithmetic_rounded_as_on_the_cpu(
 ) -> None:
     """The kernel's own fp32 results for the same numbers, rounded by ``precision`` on the CPU, are what it stores."""
     fragments = on_device(kind, ODD_SIZES, hyper)
-    fragments += [replace(fragment, first_element=2**40 + 3) for fragment in on_device(kind, (3000,), hyper)]
+    if kind.stochastic:
+        fragments += [replace(fragment, first_element=2**40 + 3) for fragment in on_device(kind, (3000,), hyper)]
     before = copied(fragments)
     wide = [widened(fragment, F32) for fragment in fragments]
-    run(wide, hyper, KINDS["fp32"], divisor=1.7)
-    run(fragments, hyper, kind, divisor=1.7)
+    run(wide, hyper, divisor=1.7)
+    run(fragments, hyper, divisor=1.7)
     for fragment, old, new in zip(fragments, before, wide, strict=True):
         value = new.param.cpu()
         if kind.main is I16:
@@ -223,9 +202,9 @@ def test_every_kind_stores_the_bits_of_fp32_arithmetic_rounded_as_on_the_cpu(
         else:
             assert torch.equal(fragment.param.cpu(), value.to(kind.param))
         rounded = [new.exp_avg.cpu().to(kind.moments), new.exp_avg_sq.cpu().to(kind.moments)]
-        if kind.seed is not None:
+        if fragment.first_element is not None:
             elements = torch.arange(fragment.first_element, fragment.first_element + len(value))
-            bits = random_bits(kind.seed, fragment.step.cpu(), elements)
+            bits = random_bits(fragment.step.cpu(), elements)
             rounded = [
                 round_stochastically(moment.cpu(), of_moment)
                 for moment, of_moment in zip((new.exp_avg, new.exp_avg_sq), bits, strict=True)
@@ -245,10 +224,10 @@ def test_a_cut_anywhere_changes_no_bit(kind: Kind, hyper: Hyperparameters) -> No
     even = list(range(64, numel, 64))
     whole = on_device(kind, [numel], hyper)
     start = copied(whole)
-    run(whole, hyper, kind, divisor=1.7)
+    run(whole, hyper, divisor=1.7)
     for at in [*([each] for each in odd + even), odd, even, sorted(odd + even)]:
         pieces = copied(start)
-        run(cut(pieces[0], *at), hyper, kind, divisor=1.7)
+        run(cut(pieces[0], *at), hyper, divisor=1.7)
         assert same_bits(pieces, whole), f"cut at {at}"
 
 
@@ -256,36 +235,30 @@ def test_a_cut_anywhere_changes_no_bit(kind: Kind, hyper: Hyperparameters) -> No
 def test_where_memory_begins_changes_no_bit(kind: Kind) -> None:
     (control,) = on_device(kind, [2500], HYPER_AMSGRAD)
     start = copied([control])[0]
-    run([control], HYPER_AMSGRAD, kind)
+    run([control], HYPER_AMSGRAD)
     for offset in (1, 2, 3, 5, 8):
         (shifted,) = on_device(kind, [2500], HYPER_AMSGRAD, offset=offset)
         for tensor, source in zip(shifted.tensors, start.tensors, strict=True):
             if tensor is not None and source is not None:
                 tensor.copy_(source)
         shifted = replace(shifted, first_element=start.first_element)
-        run([shifted], HYPER_AMSGRAD, kind)
+        run([shifted], HYPER_AMSGRAD)
         assert same_bits([shifted], [control]), f"{offset} elements off"
 
 
 @pytest.mark.parametrize("label", ["fp32", "bf16, remainder, bf16 moments"])
 @every_amsgrad
 def test_what_is_not_asked_for_changes_no_bit(label: str, hyper: Hyperparameters) -> None:
-    """Norms, a divisor of 1 and a flag that is not set may as well be left out."""
+    """A divisor of 1 and a flag that is not set may as well be left out."""
     kind = KINDS[label]
     start = on_device(kind, ODD_SIZES, hyper)
     asked = copied(start)
-    norms = run(asked, hyper, kind)
-    for arguments in (
-        {"with_norms": False},
-        {"with_norms": True},
-        {"with_norms": False, "grad_divisor": scalar(1.0)},
-        {"with_norms": False, "found_inf": scalar(0.0)},
-    ):
+    norms = run(asked, hyper)
+    for told in (Step([hyper]), Step([hyper], scalar(1.0)), Step([hyper], found_inf=scalar(0.0))):
         plain = copied(start)
-        result = prepared(plain)(hyper, seed=kind.seed, **arguments)
-        assert same_bits(plain, asked), arguments
-        assert (result is not None) == arguments["with_norms"]
-        assert result is None or torch.equal(result, norms)
+        result = prepared(plain)(told, 0)
+        assert same_bits(plain, asked), told
+        assert result is not None and torch.equal(result, norms)
 
 
 @pytest.mark.parametrize("label", ["fp32", "bf16, remainder"])
@@ -294,8 +267,8 @@ def test_a_learning_rate_on_the_device_gives_the_bits_of_a_number(label: str) ->
     for lr in (0.0, 2.0**-9, 3e-3):
         numbers = on_device(kind, ODD_SIZES, HYPER)
         tensors = copied(numbers)
-        run(numbers, replace(HYPER, lr=lr), kind)
-        run(tensors, replace(HYPER, lr=scalar(lr)), kind)
+        run(numbers, replace(HYPER, lr=lr))
+        run(tensors, replace(HYPER, lr=scalar(lr)))
         assert same_bits(tensors, numbers), lr
 
 
@@ -308,7 +281,7 @@ def test_a_skipped_update_leaves_every_byte(kind: Kind, hyper: Hyperparameters) 
         fragment.grad[::3] = float("nan")
         fragment.grad[1::3] = float("inf")
     before = copied(fragments)
-    norms = run(fragments, hyper, kind, found_inf=1.0)
+    norms = run(fragments, hyper, found_inf=1.0)
     assert same_bits(fragments, before)
     for fragment, old, norm in zip(fragments, before, norms, strict=True):
         assert torch.equal(fragment.grad.nan_to_num(1.0, 2.0), old.grad.nan_to_num(1.0, 2.0))
@@ -329,7 +302,7 @@ def assert_norm(square: Tensor, tensor: Tensor, slack: float = 0.0) -> None:
 def test_norms_are_those_of_what_is_stored(kind: Kind, hyper: Hyperparameters) -> None:
     fragments = on_device(kind, (*ODD_SIZES, 300_001), hyper)
     before = copied(fragments)
-    norms = run(fragments, hyper, kind, divisor=3.7)
+    norms = run(fragments, hyper, divisor=3.7)
     for fragment, old, norm in zip(fragments, before, norms, strict=True):
         of = dict(zip(NORMS, norm, strict=True))
         assert_norm(of["grad"], old.grad.double() / 3.7)
@@ -353,13 +326,16 @@ def test_norms_of_a_hundred_million_elements_are_exact_to_a_millionth_and_the_sa
 
     whole = Operands(normal(0.1), normal(1.0), normal(0.01), normal(0.02).square(), None, None, scalar(17.0))
     wide = widened(whole, torch.float64)
-    expected = apply_reference_(wide, HYPER, 3.7)
-    del wide
+    before = wide.param.clone()
+    apply_reference_(wide, Step([HYPER], scalar(3.7)))
+    after = (wide.grad / 3.7, wide.param, wide.exp_avg, before - wide.param)
+    expected = torch.stack([tensor.square().sum() for tensor in after])
+    del wide, before, after
     edges = range(numel // num_fragments + 1, numel, numel // num_fragments + 1)
     results = []
     for _ in range(2):
         again = copied([whole])
-        results.append(run(cut(again[0], *edges), HYPER, KINDS["fp32"], divisor=3.7))
+        results.append(run(cut(again[0], *edges), HYPER, divisor=3.7))
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0].sum(0).sqrt(), expected.sqrt(), rtol=RELATIVE_ERROR_OF_NORMS, atol=0.0)
 
@@ -375,27 +351,20 @@ def test_no_value_of_a_step_makes_triton_compile_again(label: str) -> None:
     flags = torch.zeros(9, device=DEVICE)
     divisors = torch.arange(1.0, 10.0, device=DEVICE)
 
-    def step(hyper: Hyperparameters, index: int, seed: int) -> None:
+    def step(hyper: Hyperparameters, index: int) -> None:
         for fragment in fragments:
             fragment.step.add_(index)
-        update(
-            hyper,
-            grad_divisor=divisors[index],
-            found_inf=flags[index],
-            seed=None if kind.seed is None else seed,
-            with_norms=index % 2 == 0,
-        )
+        update(Step([hyper], divisors[index], flags[index]), 0)
 
     for lr in (3e-3, scalar(3e-3)):
-        step(replace(HYPER, lr=lr), 0, seed=7)
-        step(replace(HYPER, lr=lr), 1, seed=7)
+        step(replace(HYPER, lr=lr), 0)
+        step(replace(HYPER, lr=lr), 1)
     with compilations() as compiled:
         for index, lr in enumerate((0.0, 1.0, 1e-3, 16.0, 1e-30, 2.0)):
             for rate in (lr, scalar(lr)):
                 now = replace(HYPER, lr=rate, reference_lr=lr, weight_decay=lr, beta1=0.1 * index, eps=10.0**-index)
-                for seed in (0, 1, 16, 2**31, 2**32 - 1):
-                    step(now, index, seed)
-                    step(now, index + 1, seed)
+                step(now, index)
+                step(now, index + 1)
     assert compiled == []
 
 
@@ -403,7 +372,7 @@ def test_compilations_are_noticed() -> None:
     """Else the test above would prove nothing."""
     fragments = on_device(replace(KINDS["fp32"], grad=F16), [5], HYPER)  # which no other test here has
     with compilations() as compiled:
-        prepared(fragments)(HYPER)
+        prepared(fragments)(Step([HYPER]), 0)
     assert len(compiled) == 1
 
 
@@ -411,7 +380,7 @@ def test_an_update_keeps_no_tensor_alive() -> None:
     (fragment,) = on_device(KINDS["bf16, remainder"], [100], HYPER_AMSGRAD)
     update = prepared([fragment])
     references = [weakref.ref(tensor) for tensor in (*fragment.tensors, fragment.step) if tensor is not None]
-    update(HYPER_AMSGRAD, with_norms=True)
+    update(Step([HYPER_AMSGRAD]), 0)
     del fragment
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.update.adamw import Hyperparameters, adamw_
+from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
 from sharded_dadamw.update.precision import image, join
 from tests.gpu.probes import DEVICE, no_host_sync
 from tests.models import BF16, F32, Groups, draw_gradient, mains_of, make_groups, mean_in_rank_order, named
@@ -322,7 +322,7 @@ def test_stochastic_rounding_draws_the_same_bits_on_one_rank_on_two_and_on_a_cpu
 
     Parameters are compared between numbers of ranks only: the reference divides where the kernel multiplies.
     """
-    config = ShardingConfig(bucket_cap_mb=cap, main_parameter=main_parameter, moments=Moments.BF16, seed=2**31 + 5)
+    config = ShardingConfig(bucket_cap_mb=cap, main_parameter=main_parameter, moments=Moments.BF16)
     (alone,) = on_ranks(1, train_with_bf16_moments, True, config, timeout_s=FIRST_CASE_TIMEOUT_S)
     first, second = on_ranks(2, train_with_bf16_moments, False, config, timeout_s=FIRST_CASE_TIMEOUT_S)
     for key, whole in alone.items():
@@ -345,8 +345,7 @@ def test_stochastic_rounding_draws_the_same_bits_on_one_rank_on_two_and_on_a_cpu
                 moments[1],
                 moments[2],
                 torch.tensor(step + 1.0),
-                hyper=hyper,
-                seed=config.seed,
+                Step([hyper]),
                 first_element=first_element,
             )
         first_element += p.numel()
