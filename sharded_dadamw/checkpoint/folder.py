@@ -235,10 +235,10 @@ def clear(root: Path) -> None:
 
 def publish(folder: Path, final: Path) -> None:
     """Give a folder, in which everything is on the disk, its final name. What had that name is removed."""
-    _sync(folder)
+    sync(folder)
     discarded = _set_aside(final) if final.exists() else None
     folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if discarded is not None:
         _remove(discarded)
 
@@ -270,7 +270,7 @@ def _hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
