@@ -67,12 +67,7 @@ class _SummedFiles(FileSystem):
         file = _SummedFile(Path(path))
         with io.BufferedWriter(file, 1 << 20) as stream:
             yield stream
-        self.sums[Path(path).name] = file.known
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        """Rename a file, and what is known of it."""
-        super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+        self.sums[Path(path).name.removesuffix(".tmp")] = file.known  # torch gives metadata their name later
 
 
 class Writer(FileSystemWriter):

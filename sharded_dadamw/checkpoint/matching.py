@@ -49,8 +49,6 @@ class SavedEntries:
         self.folder = folder
         self.manifest = manifest
         self.metadata = metadata
-        self._first = {name: names[0] for names in manifest.aliases for name in names}
-        self._twins: list[tuple[str, str]] = []
         self._num_bytes = sum(known.size for known in manifest.files.values())
         self._tree: dict[Any, Any] = {}
         for entry in metadata.state_dict_metadata:
@@ -70,32 +68,6 @@ class SavedEntries:
         for key in path:
             node = node.get(key, {})
         return node
-
-    def first(self, name: str) -> str:
-        """Return the name under which a weight was stored first, of those that are tied to it."""
-        return self._first.get(name, name)
-
-    def tie(self, names: list[str]) -> None:
-        """Take weights that were stored apart, under ``names``, for one.
-
-        They have to turn out as one when they are read; see :meth:`require_ties`.
-        """
-        has_state = self.under("optimizer", "state")
-        first, *others = sorted(names, key=lambda name: name not in has_state)
-        self._first |= {name: first for name in self._first if self._first[name] in others}
-        self._first |= dict.fromkeys(others, first)
-        self._twins += [(first, other) for other in others]
-
-    def require_ties(self, entries: Mapping[str, Any]) -> None:
-        """Check that weights that are one here are equal there.
-
-        Raises:
-            ValueError: They are not; names them.
-        """
-        for one, other in self._twins:
-            nodes = self.under("model")
-            if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
-                raise ValueError(f"model: {one} and {other} are tied, and two different weights in {self.folder}")
 
     def target(self, entry: str, live: Tensor) -> Tensor:
         """Make room for an entry in host memory, like a live tensor, if it fits.
@@ -153,39 +125,164 @@ class SavedEntries:
         return build(self.under(*parents)[last])
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+class Match:
+    """What a run takes of a checkpoint: which entries, into what they are read, and what becomes of them.
 
+    Making one compares everything by name and reads nothing. Live tensors are left as they are.
 
-def match_model(
-    saved: SavedEntries, model: nn.Module, state: Mapping[str, Any], entries: dict[str, Any]
-) -> dict[str, str]:
-    """Add what to read of a model to ``entries``, and return under which name each live one is stored.
-
-    Args:
-        saved: What there is.
-        model: Whose ties count.
-        state: Its live state, by name.
-        entries: By flat name, what to read each entry into.
-
-    Raises:
-        ValueError: A name is missing or left over, a tensor does not fit, or ties differ; names it.
+    Attributes:
+        entries: By flat name, what to read each entry into: host memory, or None for what is no tensor.
+        group_numbers: For each live group the number of the saved one.
     """
-    held = [name for name, value in state.items() if name in saved.under("model") or not _holds_nothing(value)]
-    names = _match_names(held, saved.under("model"), saved.folder)
-    names = {live: saved.first(name) for live, name in names.items()}
-    for live in held:
-        value, node = state[live], saved.under("model")[names[live]]
-        if not isinstance(value, Tensor):
-            entries.update(saved.wholes(node))
-        elif not isinstance(node, str):
-            raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
-        elif node not in entries:
-            entries[node] = saved.target(node, value)
-    for same in tied(model):
-        stored = dict.fromkeys(names[name] for name in same if name in names)
-        if len(stored) > 1:
-            saved.tie(list(stored))
-    return {live: saved.first(name) for live, name in names.items()}
+
+    def __init__(
+        self,
+        saved: SavedEntries,
+        model: nn.Module,
+        weights: Mapping[str, Any],
+        optimizer: Optimizer | None,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Compare what was saved with what is there.
+
+        Args:
+            saved: What there is.
+            model: Whose ties count.
+            weights: Its live state, by name.
+            optimizer: Which one takes the state; None to leave that alone.
+            state: Its live state and groups, by name; None without an optimizer.
+
+        Raises:
+            ValueError: A name is missing or left over, a tensor does not fit or would be rounded, groups or the entries
+                of a parameter differ, or weight decay means something else; names it.
+        """
+        self.entries: dict[str, Any] = {}
+        self.group_numbers: list[int] = []
+        self._saved = saved
+        self._weights = weights
+        self._state = state
+        self._first = {name: names[0] for names in saved.manifest.aliases for name in names}
+        self._twins: list[tuple[str, str]] = []
+        self._stored: dict[str, str] = {}  # by live name the one under which a weight is stored
+        self._match_weights()
+        self._tie(tied(model))
+        if optimizer is not None and state is not None:
+            _require_same_decay(saved, name_of(optimizer))
+            self._match_groups(state["param_groups"])
+            self._match_state(state)
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what has been read into ``entries`` as the run takes it.
+
+        Returns:
+            The model's state dict; and the optimizer's, by names, for ``set_optimizer_state_dict``.
+
+        Raises:
+            ValueError: Weights that are tied here are different there; names them.
+        """
+        saved, entries, nodes = self._saved, self.entries, self._saved.under("model")
+        for one, other in self._twins:
+            if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
+                raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
+        weights = {live: saved.collect(entries, "model", stored) for live, stored in self._stored.items()}
+        state, groups, wide = {}, [], {}
+        for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
+            kept = {key: group[key] for key in ("params", "param_names") if key in group}
+            groups.append({**group, **saved.collect(entries, "optimizer", "param_groups", number), **kept})
+            for name in group["params"]:
+                known, own = self._state_of(name)
+                if not known:
+                    continue
+                read = {key: entries[entry] for key, entry in known.items() if entry in entries}
+                weight = entries[nodes[self._stored[name]]]
+                for key, (other, _) in _OTHER_FORM.items():
+                    if key in own and key not in read:
+                        read[key] = _in_own_form(own[key], read.pop(other, None), weight)
+                    elif key in read and not own.keys() & _OTHER_FORM.keys():
+                        wide[self._stored[name]] = _as_weight(read.pop(key), weight)
+                state[name] = read
+        weights |= {live: wide[stored] for live, stored in self._stored.items() if stored in wide}
+        return {**self._weights, **weights}, {"state": state, "param_groups": groups}
+
+    def _state_of(self, name: str) -> tuple[dict[str, str], Mapping[str, Any]]:
+        """Return what is saved and what is live of a parameter's state, by kind."""
+        assert self._state is not None
+        return self._saved.under("optimizer", "state", self._stored[name]), self._state["state"].get(name, {})
+
+    def _match_weights(self) -> None:
+        saved, nodes = self._saved, self._saved.under("model")
+        held = [name for name, value in self._weights.items() if name in nodes or not _holds_nothing(value)]
+        for live, name in _match_names(held, nodes, saved.folder).items():
+            self._stored[live] = self._first.get(name, name)
+            value, node = self._weights[live], nodes[self._stored[live]]
+            if not isinstance(value, Tensor):
+                self.entries.update(saved.wholes(node))
+            elif not isinstance(node, str):
+                raise ValueError(f"model.{live}: expected a tensor, got something else in {saved.folder}")
+            elif node not in self.entries:
+                self.entries[node] = saved.target(node, value)
+
+    def _tie(self, ties: Iterable[Iterable[str]]) -> None:
+        """Take weights that are tied here and were stored apart for one, as which they have to turn out when read."""
+        has_state = self._saved.under("optimizer", "state")
+        for same in ties:
+            stored = dict.fromkeys(self._stored[name] for name in same if name in self._stored)
+            first, *others = sorted(stored, key=lambda name: name not in has_state) or [""]
+            self._first |= {name: first for name in self._first if self._first[name] in others}
+            self._first |= dict.fromkeys(others, first)
+            self._twins += [(first, other) for other in others]
+        self._stored = {live: self._first.get(name, name) for live, name in self._stored.items()}
+
+    def _match_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Find for every live group the saved one with the same parameters."""
+        saved, numbers = self._saved, self.group_numbers
+        ours = [{self._stored[name] for name in group["params"]} for group in groups]
+        theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
+        if len(ours) != len(theirs):
+            raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
+        left = list(range(len(theirs)))
+        for index, group in enumerate(ours):
+            number = max(left, key=lambda each: (theirs[each] == group, len(group & theirs[each]), each == index))
+            if differing := sorted(group ^ theirs[number]):
+                is_ours = differing[0] in group
+                raise ValueError(
+                    f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
+                    f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
+                )
+            left.remove(number)
+            numbers.append(number)
+            self.entries.update(saved.wholes(saved.under("optimizer", "param_groups", number)))
+
+    def _match_state(self, live: Mapping[str, Any]) -> None:
+        saved, without_main = self._saved, []
+        for name in (name for group in live["param_groups"] for name in group["params"]):
+            (known, own), weight = self._state_of(name), self._weights[name]
+            mains = known.keys() & _OTHER_FORM.keys()
+            needed = own.keys() - _OTHER_FORM.keys()  # the weight itself will do for a main parameter
+            if known and own and needed != known.keys() - mains:
+                raise ValueError(
+                    f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
+                )
+            for key, entry in known.items():
+                value = own.get(key)
+                if value is None and key in mains:
+                    other, dtype = _OTHER_FORM[key]
+                    is_wide = weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor)
+                    like = own.get(other, weight if is_wide else None)
+                    if like is None:
+                        without_main.append(name)
+                        continue
+                    value = _like(like, torch.empty_like(_part_of(like), dtype=dtype, device="cpu"))
+                elif value is None and isinstance(empty := saved.whole(entry), Tensor):
+                    is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
+                    value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty
+                self.entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
+        if without_main:
+            warnings.warn(
+                f"the main parameters of {len(without_main)} parameters, such as {without_main[0]}, are left out, "
+                "since this optimizer keeps none: it goes on from weights that were rounded",
+                stacklevel=2,
+            )
 
 
 def _holds_nothing(value: Any) -> bool:
@@ -216,107 +313,6 @@ def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dic
     return {name: found for name, found in names.items() if found is not None}
 
 
-# --- optimizer state -------------------------------------------------------------------------------------------------
-
-
-def match_optimizer(
-    saved: SavedEntries,
-    optimizer: Optimizer,
-    weights: Mapping[str, Any],
-    live: Mapping[str, Any],
-    names: Mapping[str, str],
-    entries: dict[str, Any],
-) -> list[int]:
-    """Add what to read of an optimizer to ``entries``, and return the number of the saved group for each live one.
-
-    Args:
-        saved: What there is.
-        optimizer: Which one takes it.
-        weights: The live weights it updates, by name.
-        live: Its live state and groups, by names.
-        names: What :func:`match_model` returned.
-        entries: By flat name, what to read each entry into.
-
-    Raises:
-        ValueError: Groups or the entries of a parameter differ, weight decay means something else, or a tensor does not
-            fit; names it.
-    """
-    _require_same_decay(saved, name_of(optimizer))
-    groups: list[dict[str, Any]] = live["param_groups"]
-    numbers = _match_groups(saved, groups, names)
-    for number in numbers:
-        entries.update(saved.wholes(saved.under("optimizer", "param_groups", number)))
-    without_main = []
-    for name in (name for group in groups for name in group["params"]):
-        known, own, weight = saved.under("optimizer", "state", names[name]), live["state"].get(name, {}), weights[name]
-        mains = known.keys() & _OTHER_FORM.keys()
-        needed = own.keys() - _OTHER_FORM.keys()  # the weight itself will do for a main parameter
-        if known and own and needed != known.keys() - mains:
-            raise ValueError(
-                f"optimizer state of {name}: expected entries {sorted(own)}, got {sorted(known)} in {saved.folder}"
-            )
-        for key, entry in known.items():
-            value = own.get(key)
-            if value is None and key in mains:
-                other, dtype = _OTHER_FORM[key]
-                is_wide = weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor)
-                like = own.get(other, weight if is_wide else None)
-                if like is None:
-                    without_main.append(name)
-                    continue
-                value = _like(like, torch.empty_like(_part_of(like), dtype=dtype, device="cpu"))
-            elif value is None and isinstance(empty := saved.whole(entry), Tensor):
-                is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
-                value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty
-            entries[entry] = saved.target(entry, value) if isinstance(value, Tensor) else None
-    if without_main:
-        warnings.warn(
-            f"the main parameters of {len(without_main)} parameters, such as {without_main[0]}, are left out, since "
-            "this optimizer keeps none: it goes on from weights that were rounded",
-            stacklevel=2,
-        )
-    return numbers
-
-
-def collect_optimizer(
-    saved: SavedEntries,
-    live: Mapping[str, Any],
-    numbers: Iterable[int],
-    names: Mapping[str, str],
-    entries: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what was read of an optimizer, as it is taken.
-
-    Args:
-        saved: What there was.
-        live: The optimizer's live state and groups, by names.
-        numbers: What :func:`match_optimizer` returned.
-        names: What :func:`match_model` returned.
-        entries: By flat name, what each entry was read into.
-
-    Returns:
-        The state dict for ``set_optimizer_state_dict``; and, by the name under which they are stored, fp32 weights of
-        which bf16 ones and main parameters were saved.
-    """
-    state, merged, wide = {}, [], {}
-    for number, group in zip(numbers, live["param_groups"], strict=True):
-        kept = {key: group[key] for key in ("params", "param_names") if key in group}
-        merged.append({**group, **saved.collect(entries, "optimizer", "param_groups", number), **kept})
-        for name in group["params"]:
-            known, own = saved.under("optimizer", "state", names[name]), live["state"].get(name, {})
-            if not known:
-                continue
-            read = {key: entries[entry] for key, entry in known.items() if entry in entries}
-            weight = entries[saved.under("model")[names[name]]]
-            for key, (other, _) in _OTHER_FORM.items():
-                if key in own and key not in read:
-                    read[key] = _in_own_form(own[key], read.pop(other, None), weight)
-                elif key in read and not own.keys() & _OTHER_FORM.keys():
-                    wide[names[name]] = _as_weight(read.pop(key), weight)
-            state[name] = read
-    return {"state": state, "param_groups": merged}, wide
-
-
 def _require_same_decay(saved: SavedEntries, live: str) -> None:
     """Check that weight decay means the same: its entry has one name, and the numbers differ by a factor of lr."""
     name = saved.manifest.optimizer
@@ -333,26 +329,6 @@ def _require_same_decay(saved: SavedEntries, live: str) -> None:
         f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {saved.folder}; "
         f"{hint}"
     )
-
-
-def _match_groups(saved: SavedEntries, groups: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[int]:
-    """Return which saved group every live one is: that with the same parameters."""
-    ours = [{names[name] for name in group["params"]} for group in groups]
-    theirs = [{saved.first(name) for name in group["params"]} for group in saved.manifest.param_groups]
-    if len(ours) != len(theirs):
-        raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
-    left, numbers = list(range(len(theirs))), []
-    for index, group in enumerate(ours):
-        number = max(left, key=lambda number: (theirs[number] == group, len(group & theirs[number]), number == index))
-        if differing := sorted(group ^ theirs[number]):
-            is_ours = differing[0] in group
-            raise ValueError(
-                f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
-                f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
-            )
-        left.remove(number)
-        numbers.append(number)
-    return numbers
 
 
 # --- forms of a tensor -----------------------------------------------------------------------------------------------

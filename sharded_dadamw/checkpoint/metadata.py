@@ -40,18 +40,26 @@ _CLASSES = (
 
 def _layout(name: object) -> torch.layout:
     if name != "torch.strided":
-        raise ValueError(f"expected strided tensors, got {name}")
+        raise ValueError("expected strided tensors, got others")
     return torch.strided
 
 
+def _memory_format(number: object) -> _MEM_FORMAT_ENCODING:
+    if type(number) is not int:
+        raise ValueError("expected the number of a memory format, got something else")
+    return _MEM_FORMAT_ENCODING(number)
+
+
 _KNOWN: dict[str, Any] = {
-    **{f"{known.__module__}.{known.__qualname__}": known for known in (*_CLASSES, _MEM_FORMAT_ENCODING)},
+    **{f"{known.__module__}.{known.__qualname__}": known for known in _CLASSES},
+    f"{_MEM_FORMAT_ENCODING.__module__}.{_MEM_FORMAT_ENCODING.__qualname__}": _memory_format,
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": _layout,
     **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
     **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # the folder, as stock torch saves it
     **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
 }
+"""What a pickle may name. Nothing here hashes what it is given, or puts it into a message; see the unpickler."""
 
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
@@ -59,18 +67,8 @@ _OPCODES = (
     *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST),
     *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
     *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.APPEND, pickle.APPENDS),
 )
-
-_PLAIN = (type(None), bool, int, str, torch.dtype, torch.layout, _MEM_FORMAT_ENCODING)
-
-
-def _is_plain(items: object) -> bool:
-    """Whether this is a tuple of values, of which none holds others but tuples of numbers."""
-    return isinstance(items, tuple) and all(
-        type(item) in _PLAIN or (type(item) is tuple and all(type(number) is int for number in item)) for item in items
-    )
-
 
 _PythonsUnpickler: Any = pickle._Unpickler  # the one in C makes room for as many objects as a pickle says it has
 
@@ -78,8 +76,8 @@ _PythonsUnpickler: Any = pickle._Unpickler  # the one in C makes room for as man
 class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
     """Reads torch's data classes, and ends in a time that the size of the file bounds.
 
-    Of tuples nested 60 deep, each twice in the next, a hash or a text takes 2**60 steps. So what becomes a key or an
-    argument is looked at first: it holds no containers. Neither are there instructions that torch does not write.
+    Of tuples nested 60 deep, each twice in the next, a hash or a text takes 2**60 steps. So there are no instructions
+    that torch does not write, keys are looked at before they are hashed, and so is what a message may hold.
     """
 
     dispatch: ClassVar[dict[int, Any]] = {code[0]: _PythonsUnpickler.dispatch[code[0]] for code in _OPCODES}
@@ -90,21 +88,9 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no data")
         return _KNOWN[f"{module}.{name}"]
 
-    def _call(self) -> None:
-        args = self.stack.pop()
-        if not _is_plain(args):
-            raise pickle.UnpicklingError("it calls something with more than numbers and texts")
-        self.stack[-1] = self.stack[-1](*args)
-
-    def _make(self) -> None:
-        args, kind = self.stack.pop(), self.stack[-1]
-        if args != () or kind not in _CLASSES:
-            raise pickle.UnpicklingError("it makes something that is no data class")
-        self.stack[-1] = object.__new__(kind)
-
-    def _fill(self) -> None:
+    def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is TensorProperties and _is_plain(state):
+        if type(target) is TensorProperties and type(state) is tuple and type(state[3]) is _MEM_FORMAT_ENCODING:
             target.__setstate__(state)
         elif type(target) in _CLASSES and type(state) is dict:
             vars(target).update(state)
@@ -125,23 +111,7 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
                 raise pickle.UnpicklingError(f"it has {type(key).__name__} as a key")
         dict.update(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
-    def _append(self) -> None:
-        item = self.stack.pop()
-        list.append(self.stack[-1], item)
-
-    def _extend(self) -> None:
-        items = self.pop_mark()
-        list.extend(self.stack[-1], items)
-
-    dispatch |= {
-        pickle.REDUCE[0]: _call,
-        pickle.NEWOBJ[0]: _make,
-        pickle.BUILD[0]: _fill,
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
-        pickle.APPEND[0]: _append,
-        pickle.APPENDS[0]: _extend,
-    }
+    dispatch |= {pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
 
 
 def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:

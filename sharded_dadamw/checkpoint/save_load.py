@@ -45,7 +45,7 @@ from sharded_dadamw.checkpoint.folder import (
     older,
     step_of,
 )
-from sharded_dadamw.checkpoint.matching import SavedEntries, collect_optimizer, match_model, match_optimizer
+from sharded_dadamw.checkpoint.matching import Match, SavedEntries
 from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.comm.agreement import everyone, require_agreement
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
@@ -341,27 +341,20 @@ def load_checkpoint(
         live["optimizer"] = None if optimizer is None else run.optimizer_state(model, optimizer)[0]
 
     def read() -> None:
-        entries: dict[str, Any] = {}
-        names = match_model(saved, model, live["model"], entries)
-        numbers: list[int] = []
-        if optimizer is not None:
-            numbers = match_optimizer(saved, optimizer, live["model"], live["optimizer"], names, entries)
+        match = Match(saved, model, live["model"], optimizer, live["optimizer"])
+        numbers = match.group_numbers
         if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
             raise ValueError(
                 f"scheduler: expected groups in the order of {saved.folder}, by which it knows them, got them in the "
                 f"order {numbers}; build the optimizer in that order, or pass scheduler=None"
             )
         of_ranks = saved.under(run.RANKS)
-        entries.update(saved.wholes(of_ranks))
-        read_entries(saved.folder, saved.metadata, entries)
-        saved.require_ties(entries)
-        weights.update(live["model"])  # some of which may hold nothing that could be read
-        weights.update({name: saved.collect(entries, "model", stored) for name, stored in names.items()})
-        if optimizer is not None:
-            read_state, wide = collect_optimizer(saved, live["optimizer"], numbers, names, entries)
-            state.update(read_state)
-            weights.update({name: wide[stored] for name, stored in names.items() if stored in wide})
-        ranks.extend(run.unpack(entries[of_ranks[str(rank)]]) for rank in range(len(of_ranks)))
+        match.entries.update(saved.wholes(of_ranks))
+        read_entries(saved.folder, saved.metadata, match.entries)
+        read_weights, read_state = match.collect()
+        weights.update(read_weights)
+        state.update(read_state)
+        ranks.extend(run.unpack(match.entries[of_ranks[str(rank)]]) for rank in range(len(of_ranks)))
         if scheduler is not None and (not ranks or ranks[0]["scheduler"] is None):
             raise ValueError(
                 f"scheduler: expected {saved.folder} to hold the state of one, got none; pass scheduler=None"
