@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
-from sharded_dadamw.buckets.bucket import Bucket, fetched
+from sharded_dadamw.buckets.bucket import Bucket, started
 from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.buckets.gradients import Stage
 from sharded_dadamw.buckets.offload import check_residency
@@ -305,9 +305,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         mark = time.perf_counter()
         with self._gatherer.publishing():
             with closing(self._reducer.drain(buckets)) as reduced_buckets:
-                for bucket in fetched(reduced_buckets, step):
+                for bucket in started(reduced_buckets, step):
                     reduced = time.perf_counter()
-                    params, squares = bucket.update_(agreed.slots[bucket])
+                    params, squares = bucket.update_(step, agreed.slots[bucket])
                     self._report.add(params, squares, step.hypers[bucket.group_index])
                     updated = time.perf_counter()
                     self._gatherer.publish(bucket)
@@ -574,12 +574,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
     def _look(self, param: Tensor) -> Snapshot:
         bucket, slot = self._slots[id(param)]
-        if not bucket.gradients.still_holds_last_step:
-            return Snapshot(bucket.value_of(slot), self.state[param]["exp_avg"])
         now = bucket.operands_of(slot)
-        return Snapshot(
-            value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, now.grad
-        )
+        grad = now.grad if bucket.gradients.still_holds_last_step else None
+        return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)
 
     @property
     def state_bytes(self) -> int:
@@ -669,8 +666,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             for key, value in saved_group.items():
                 if key not in ("params", "param_names"):
                     group[key] = copy.deepcopy(value)
-        for bucket in self._buckets:
-            bucket.reread_histories()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sharded_dadamw.buckets import offload as workplace
+from sharded_dadamw.buckets import offload
 from sharded_dadamw.comm.collectives import OneRank
 
 ELSEWHERE = torch.device("cuda", 0)
@@ -184,7 +184,7 @@ def pretended_device() -> Iterator[_Pretence]:
         stream=pretence.in_stream,
         current_stream=lambda device: pretence.own_stream,
     )
-    workplace._lanes.cache_clear()
+    offload._copiers.cache_clear()
     try:
         with (
             ExitStack() as verbs,
@@ -196,7 +196,7 @@ def pretended_device() -> Iterator[_Pretence]:
                 verbs.enter_context(mock.patch.object(OneRank, name, _on_the_device(getattr(OneRank, name))))
             yield pretence
     finally:
-        workplace._lanes.cache_clear()
+        offload._copiers.cache_clear()
 
 
 @contextmanager

@@ -110,7 +110,6 @@ def copied(fragments: Sequence[Operands]) -> list[Operands]:
             *(None if tensor is None else tensor.clone() for tensor in fragment.tensors),  # type: ignore[arg-type]
             fragment.step.clone(),
             fragment.first_element,
-            fragment.history,
         )
         for fragment in fragments
     ]

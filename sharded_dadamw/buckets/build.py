@@ -9,13 +9,13 @@ from typing import Any
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.foreign_gradients import CopiedGradients, ForeignGradients
 from sharded_dadamw.buckets.gradients import Gradients
-from sharded_dadamw.buckets.offload import workplace_for
+from sharded_dadamw.buckets.offload import OffloadedBucket
 from sharded_dadamw.buckets.own_gradients import OwnGradients
 from sharded_dadamw.buckets.sharded_gradients import ShardedGradients, SpareBuffers
 from sharded_dadamw.buckets.sharing import is_reduced_by_others
 from sharded_dadamw.buckets.weights import BorrowedWeights, OwnWeights, Weights
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.config import GradientResidency, ShardingConfig
+from sharded_dadamw.config import GradientResidency, ShardingConfig, StateResidency
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Storage
@@ -65,16 +65,15 @@ class Bucketing:
     def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
         numels = tuple(member.placement.local_numel for member in members)
         layout = BucketLayout(numels, self._collectives.num_ranks)
-        weights, gradients = self._weights_of(members, layout), self._gradients_of(members, layout, reduces)
-        return Bucket(
+        kind = OffloadedBucket if self._config.state_residency is StateResidency.HOST else Bucket
+        return kind(
             layout,
             members,
             storage,
             rank=self._collectives.rank,
             group_index=members[0].group_index,
-            weights=weights,
-            gradients=gradients,
-            workplace=workplace_for(self._config.state_residency, weights, gradients),
+            weights=self._weights_of(members, layout),
+            gradients=self._gradients_of(members, layout, reduces),
             amsgrad=amsgrad,
         )
 

@@ -39,7 +39,6 @@ class Operands:
         step: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
         first_element: Number of the first element, counted over all parameters: the key of stochastic rounding of bf16
             moments. None: moments are rounded to the nearest.
-        history: A number that is equal for fragments whose step counts are known to be equal; None if nothing is known.
     """
 
     param: Tensor
@@ -50,7 +49,6 @@ class Operands:
     main: Tensor | None
     step: Tensor
     first_element: int | None = None
-    history: int | None = None
 
     @property
     def form(self) -> Form:

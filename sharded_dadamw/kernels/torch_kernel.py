@@ -19,11 +19,10 @@ from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Step, adamw_
 from sharded_dadamw.update.precision import image
 
-_Row = tuple[Tensor, ...]
-"""What torch's kernel takes per tensor: value, gradient, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq."""
+_Columns = list[list[Tensor]]
+"""Per argument of torch's kernel a tensor of each fragment: value, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq (none
+without amsgrad), and the number of the update."""
 _GRAD = 1
-
-_FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class Update:
@@ -33,136 +32,79 @@ class Update:
     fuses_norms = False
 
     def __init__(self, operands: Sequence[Operands]) -> None:
-        """Take at least one fragment, all of one form, and find those that can be updated as one."""
+        """Take at least one fragment, all of one form."""
         self._operands = list(operands)
-        self._runs = _merge_adjacent(operands)
+        self._is_fusible = _is_fusible(operands[0].form)
+        if self._is_fusible:
+            self._bodies, self._ends = _split(operands)
 
     def __call__(self, step: Step, group: int) -> None:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
-        if _is_fusible(self._operands[0].form):
-            _fused_adamw_(self._runs, step, group)
+        if self._is_fusible:
+            self._call_fused(step, group)
             return
-        for run in self._runs:
+        for each in self._operands:
             adamw_(
-                run.param,
-                run.grad,
-                run.exp_avg,
-                run.exp_avg_sq,
-                run.max_exp_avg_sq,
-                run.step,
+                each.param,
+                each.grad,
+                each.exp_avg,
+                each.exp_avg_sq,
+                each.max_exp_avg_sq,
+                each.step,
                 step,
                 group,
-                main=run.main,
-                first_element=run.first_element,
+                main=each.main,
+                first_element=each.first_element,
             )
 
-
-def _merge_adjacent(operands: Sequence[Operands]) -> list[Operands]:
-    """The fewest fragments that cover the same memory: neighbours with equal step counts become one.
-
-    Args:
-        operands: Fragments of one form; those with a ``history`` are 1-D views of flat tensors.
-    """
-    runs: list[list[Operands]] = []
-    for fragment in operands:
-        if runs and _follows(runs[-1][-1], fragment):
-            runs[-1].append(fragment)
-        else:
-            runs.append([fragment])
-    return [_merge(run) for run in runs]
-
-
-def _follows(before: Operands, after: Operands) -> bool:
-    return (
-        before.history is not None
-        and before.history == after.history
-        # Stochastic rounding goes by the number of an element; nothing else does.
-        and (before.first_element is None or before.first_element + before.param.numel() == after.first_element)
-        and all(
-            one is None
-            or two is None
-            or (
-                one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
-                and one.storage_offset() + one.numel() == two.storage_offset()
-            )
-            for one, two in zip(before.tensors, after.tensors, strict=True)
-        )
-    )
-
-
-def _merge(run: Sequence[Operands]) -> Operands:
-    if len(run) == 1:
-        return run[0]
-    numel = sum(fragment.param.numel() for fragment in run)
-    first = run[0]
-
-    def joined(tensor: Tensor) -> Tensor:
-        return tensor.as_strided((numel,), (1,))
-
-    return Operands(
-        param=joined(first.param),
-        grad=joined(first.grad),
-        exp_avg=joined(first.exp_avg),
-        exp_avg_sq=joined(first.exp_avg_sq),
-        max_exp_avg_sq=None if first.max_exp_avg_sq is None else joined(first.max_exp_avg_sq),
-        main=None if first.main is None else joined(first.main),
-        step=first.step,
-        first_element=first.first_element,
-        history=first.history,
-    )
-
-
-def _value(fragment: Operands) -> Tensor:
-    """What the rule acts on."""
-    return fragment.param if fragment.main is None else fragment.main
+    def _call_fused(self, step: Step, group: int) -> None:
+        """Update everything in one call, and put back what was worked on as a copy."""
+        *ends, counts = self._ends
+        dtype = self._operands[0].exp_avg.dtype
+        blocks = [_padded(column, dtype) for column in ends]
+        bodies = list(self._bodies)
+        # torch's kernel divides gradients in place.
+        bodies[_GRAD] = [grad.to(dtype, copy=step.divisor is not None) for grad in bodies[_GRAD]]
+        _fused_adamw_([body + end for body, end in zip(bodies, [*blocks, counts], strict=True)], step, group)
+        for column, (targets, updated) in enumerate(zip(ends, blocks, strict=True)):
+            if column != _GRAD:
+                _copy_(targets, [block[: t.numel()] for block, t in zip(updated, targets, strict=True)])
+        for each in self._operands:
+            if each.main is not None:
+                each.param.copy_(image(each.main, each.param.dtype))
 
 
 def _is_fusible(form: Form) -> bool:
     """Torch's fused kernel wants one dtype for value and moments (gradients can be cast), and rounds to the nearest."""
     value = form.param if form.main is None else form.main
     is_one_dtype = form.moments == value and not form.is_stochastic
-    return form.is_plain and form.device.type in _FUSED_DEVICES and is_one_dtype
+    return form.is_plain and form.device.type in ("cpu", "cuda") and is_one_dtype
 
 
-def _fused_adamw_(fragments: Sequence[Operands], step: Step, group: int) -> None:
-    """Cut ragged ends off, update everything in one call, and put back what was worked on as a copy."""
-    aligned: list[_Row] = []
-    aligned_counts: list[Tensor] = []
-    tails: list[_Row] = []
-    tail_counts: list[Tensor] = []
-    for fragment in fragments:
-        value = _value(fragment)
-        grad = fragment.grad.to(value.dtype)
-        if step.divisor is not None and grad is fragment.grad:
-            grad = grad.clone()  # torch's kernel divides gradients in place
-        columns = (value, grad, fragment.exp_avg, fragment.exp_avg_sq, fragment.max_exp_avg_sq)
-        numel = value.numel()
-        flat = tuple(column.as_strided((numel,), (1,)) for column in columns if column is not None)
-        body = numel - numel % ALIGNMENT
-        if body:
-            aligned.append(tuple(column[:body] for column in flat))
-            aligned_counts.append(fragment.step)
-        if body < numel:
-            tails.append(tuple(column[body:] for column in flat))
-            tail_counts.append(fragment.step)
-    blocks = _padded(tails)
-    _call_fused_(aligned + blocks, aligned_counts + tail_counts, step, group)
-    for column, targets in enumerate(zip(*tails, strict=True)):
-        if column != _GRAD:
-            _copy_(targets, [block[column][: t.numel()] for block, t in zip(blocks, targets, strict=True)])
-    for fragment in fragments:
-        if fragment.main is not None:
-            fragment.param.copy_(image(fragment.main, fragment.param.dtype))
+def _split(operands: Sequence[Operands]) -> tuple[_Columns, _Columns]:
+    """Cut fragments into what fills whole vectors, and their ragged ends; views, and nothing of what is empty."""
+    bodies: list[list[Tensor]] = []
+    ends: list[list[Tensor]] = []
+    for each in operands:
+        value = each.param if each.main is None else each.main
+        tensors = (value, each.grad, each.exp_avg, each.exp_avg_sq, each.max_exp_avg_sq)
+        flat = [tensor.as_strided((value.numel(),), (1,)) for tensor in tensors if tensor is not None]
+        body = value.numel() // ALIGNMENT * ALIGNMENT
+        for rows, part in ((bodies, slice(body)), (ends, slice(body, None))):
+            if flat[0][part].numel():
+                rows.append([*(tensor[part] for tensor in flat), each.step])
+    num_columns = 6 if operands[0].max_exp_avg_sq is not None else 5
+    of_bodies, of_ends = ([[row[i] for row in rows] for i in range(num_columns)] for rows in (bodies, ends))
+    return of_bodies, of_ends
 
 
-def _padded(tails: Sequence[_Row]) -> list[_Row]:
+def _padded(ends: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies of ragged ends, each in a block of its own that a vectorised loop covers whole."""
-    columns = []
-    for column in zip(*tails, strict=True):
-        blocks = column[0].new_zeros(len(column), ALIGNMENT).unbind()
-        _copy_([block[: t.numel()] for block, t in zip(blocks, column, strict=True)], column)
-        columns.append(blocks)
-    return list(zip(*columns, strict=True))
+    if not ends:
+        return []
+    blocks = ends[0].new_zeros(len(ends), ALIGNMENT, dtype=dtype).unbind()
+    _copy_([block[: end.numel()] for block, end in zip(blocks, ends, strict=True)], ends)
+    return list(blocks)
 
 
 def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -170,11 +112,11 @@ def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
-def _call_fused_(rows: Sequence[_Row], counts: Sequence[Tensor], step: Step, group: int) -> None:
-    if not rows:
+def _fused_adamw_(columns: _Columns, step: Step, group: int) -> None:
+    values, grads, exp_avgs, exp_avg_sqs, *maxima, counts = columns
+    if not values:
         return
     hyper, found_inf = step.hypers[group], step.found_inf
-    columns = [list(column) for column in zip(*rows, strict=True)]
     if hyper.reference_lr:
         # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / reference_lr, that is our decay.
         coupled_weight_decay = hyper.weight_decay / hyper.reference_lr
@@ -182,20 +124,20 @@ def _call_fused_(rows: Sequence[_Row], counts: Sequence[Tensor], step: Step, gro
         # Full decay whatever lr is: no coupled value expresses that.
         coupled_weight_decay = 0.0
         factor = torch.tensor(1 - hyper.weight_decay, dtype=torch.float64)
-        torch._foreach_mul_(columns[0], factor if found_inf is None else torch.where(found_inf != 0, 1.0, factor))
+        torch._foreach_mul_(values, factor if found_inf is None else torch.where(found_inf != 0, 1.0, factor))
     torch._fused_adamw_(
-        columns[0],
-        columns[1],
-        columns[2],
-        columns[3],
-        columns[4] if len(columns) > 4 else [],
-        [count.to(row[0].device) for row, count in zip(rows, counts, strict=True)],
+        values,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        maxima[0] if maxima else [],
+        counts,
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         weight_decay=coupled_weight_decay,
         eps=hyper.eps,
-        amsgrad=len(columns) > 4,
+        amsgrad=bool(maxima),
         maximize=False,
         grad_scale=step.divisor,
         found_inf=found_inf,
