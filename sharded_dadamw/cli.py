@@ -1,4 +1,4 @@
-"""The command `sharded-dadamw`: convert checkpoints, and look into them."""
+"""The command `sharded-dadamw`: convert checkpoints, and look into ours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
-from sharded_dadamw.interchange.inspection import Contents
+from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.inspection import inspect as look_into
 
 if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
@@ -23,7 +23,7 @@ else:
     sys.exit("error: sharded-dadamw needs typer and rich; install them with: pip install 'sharded_dadamw[cli]'")
 
 app = typer.Typer(
-    help="Checkpoints of optimizer state: convert them from and to other optimizers', and see what they hold.",
+    help="Checkpoints of optimizer state: convert them from and to other optimizers', and see what ours hold.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,7 +49,8 @@ def convert(
         Path | None, typer.Option(help="The model's state dict, if it is not in the same file or folder.")
     ] = None,
     names: Annotated[
-        Path | None, typer.Option(help="The parameters' names, one a line, in the order of the optimizer's groups.")
+        Path | None,
+        typer.Option(help="The parameters' names, one a line, in the order of the optimizer's groups."),
     ] = None,
     peak_lr: Annotated[
         float | None,
@@ -60,30 +61,30 @@ def convert(
 ) -> None:
     """Convert optimizer state from another optimizer, or to another."""
     with _errors():
-        listed = names.read_text().split() if names is not None else None
+        lines = read_text(names).split("\n") if names is not None else None
+        listed = [line.strip() for line in lines if line.strip()] if lines is not None else None
         state, held = read_state(source, written_by, weights=weights, names=listed, peak_lr=peak_lr)
         write_state(target, state, held)
-    console = Console(highlight=False)
-    console.print(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
+    typer.echo(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
     for index, group in enumerate(state["param_groups"]):
-        console.print(
+        typer.echo(
             f"  group {index}: decays by {group['weight_decay']:g} a step at the peak lr, {group['initial_lr']:g}"
         )
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint: a folder or a file.")],
+    path: Annotated[Path, typer.Argument(help="One of our checkpoints, or a folder of them: then the newest.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint holds, without reading its tensors and without running anything in it."""
+    """Show what one of our checkpoints holds, and whether its checksums hold."""
     with _errors():
         contents = look_into(path)
     if as_json:
-        typer.echo(json.dumps(contents.as_json(), indent=1))
+        typer.echo(json.dumps(contents, indent=1))
     else:
-        _print(contents, Console(highlight=False))
-    if contents.damage:
+        _print(contents, Console(highlight=False, markup=False, emoji=False))
+    if contents["damage"]:
         raise typer.Exit(1)
 
 
@@ -95,7 +96,7 @@ def main() -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What a user can do something about is one sentence, and no traceback."""
+    """Print as one sentence, without a traceback, what a user can do something about."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -103,35 +104,33 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _print(contents: Contents, console: Console) -> None:
-    console.print(f"{contents.path}: {contents.format}", style="bold", soft_wrap=True)
-    written = [f"{name} {version}" for name, version in contents.versions.items()]
+def _print(contents: dict[str, Any], console: Console) -> None:
+    console.print(contents["path"], style="bold", soft_wrap=True)
     facts = {
-        "step": "none" if contents.step is None else f"{contents.step:g}",
-        "parameters": f"{contents.num_parameters:,} with {contents.num_elements:,} elements",
-        "ranks": "not known" if contents.num_ranks is None else str(contents.num_ranks),
-        "optimizer": contents.optimizer or "not known",
-        "written by": ", ".join(written) or "not known",
-        "checksums": "none" if contents.damage is None else "; ".join(contents.damage) or "hold",
+        "step": str(contents["step"]),
+        "parameters": f"{contents['num_parameters']:,} with {contents['num_elements']:,} elements",
+        "ranks": str(contents["num_ranks"]),
+        "optimizer": contents["optimizer"] or "not known",
+        "written by": ", ".join(f"{name} {version}" for name, version in contents["versions"].items()),
+        "checksums": "; ".join(contents["damage"]) or "hold",
     }
     for name, fact in facts.items():
         console.print(f"  {name:11} {fact}", soft_wrap=True)
-    for names in contents.aliases:
+    for names in contents["aliases"]:
         console.print(f"  {'tied':11} {', '.join(names)}", soft_wrap=True)
-    for index, group in enumerate(contents.groups):
+    for index, group in enumerate(contents["param_groups"]):
         known = ", ".join(f"{key} {_text(group[key])}" for key in _HYPERPARAMETERS if key in group)
         console.print(f"  {f'group {index}':11} {_text(group['params'])} parameters: {known}", soft_wrap=True)
-    console.print(_table(["kind", "dtype", "tensors", "bytes"], [[*map(_text, row)] for row in contents.sizes()]))
-    console.print(_table(["largest", "shape", "bytes"], [[*map(_text, row)] for row in contents.largest(5)]))
-
-
-def _table(header: list[str], rows: list[list[str]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for name in header:
-        table.add_column(name, justify="right" if name in ("tensors", "bytes") else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    for rows, header in (
+        (contents["sizes"], ("kind", "dtype", "tensors", "bytes")),
+        (contents["largest"], ("largest", "shape", "bytes")),
+    ):
+        table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+        for name in header:
+            table.add_column(name, justify="right" if name in ("tensors", "bytes") else "left")
+        for row in rows:
+            table.add_row(*map(_text, row.values()))
+        console.print(table)
 
 
 def _text(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW
-from sharded_dadamw.interchange import dcp_folder
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.inspection import inspect
 from tests.test_interchange import FakeDeepSpeed, Runs
@@ -59,30 +59,27 @@ def files(tmp_path: Path) -> dict[str, Path]:
     write_state(paths["sharded_dadamw"], state, model.state_dict())
     dcp_save({"optim": state, "model": model.state_dict()}, checkpoint_id=tmp_path / "folder", no_dist=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, paths["torch.save"])
-    if importlib.util.find_spec("safetensors"):
-        paths["safetensors"] = tmp_path / "x.safetensors"
-        write_state(paths["safetensors"], state)
     return paths
 
 
-def test_inspect_tells_the_same_of_every_form(files: dict[str, Path]) -> None:
-    for form, path in files.items():
-        told = json.loads(run("inspect", path, "--json"))
-        assert told["format"] == form
-        assert (told["step"], told["num_parameters"], told["num_elements"]) == (1.0, 4, 103)
-        sizes = {(size["kind"], size["dtype"]): (size["num_tensors"], size["num_bytes"]) for size in told["sizes"]}
-        weights = {} if form == "safetensors" else {("weight", "float32"): (4, 412)}
-        moments = {("exp_avg", "float32"): (4, 412), ("exp_avg_sq", "float32"): (4, 412), ("step", "float32"): (4, 16)}
-        assert sizes == weights | moments
-        assert told["largest"][0] == {"name": "0.weight", "shape": [10, 6], "num_bytes": 240 * (2 + bool(weights)) + 4}
-        (group,) = told["param_groups"]
-        assert (group["lr"], group["initial_lr"], group["weight_decay"], group["params"]) == (1e-2, 1e-2, 1e-4, 4)
-        assert group["betas"] == [0.9, 0.95]
-        assert told["damage"] == ([] if form == "sharded_dadamw" else None)
+def test_inspect_tells_what_a_checkpoint_holds(files: dict[str, Path]) -> None:
+    told = json.loads(run("inspect", files["sharded_dadamw"], "--json"))
+    assert (told["step"], told["num_parameters"], told["num_elements"]) == (1, 4, 103)
+    assert {(size["kind"], size["dtype"]): (size["num_tensors"], size["num_bytes"]) for size in told["sizes"]} == {
+        ("weight", "float32"): (4, 412),
+        ("exp_avg", "float32"): (4, 412),
+        ("exp_avg_sq", "float32"): (4, 412),
+        ("step", "float32"): (4, 16),
+    }
+    assert told["largest"][0] == {"name": "0.weight", "shape": [10, 6], "num_bytes": 724}
+    (group,) = told["param_groups"]
+    assert (group["lr"], group["initial_lr"], group["weight_decay"], group["params"]) == (1e-2, 1e-2, 1e-4, 4)
+    assert group["betas"] == [0.9, 0.95]
+    assert told["damage"] == []
 
 
 def test_inspect_shows_it_to_people(files: dict[str, Path]) -> None:
-    shown = run("inspect", files["torch.distributed.checkpoint"])
+    shown = run("inspect", files["sharded_dadamw"])
     for part in (
         "step 1",
         "4 with 103 elements",
@@ -93,42 +90,25 @@ def test_inspect_shows_it_to_people(files: dict[str, Path]) -> None:
         assert part in shown, part
 
 
+def test_inspect_of_what_is_not_ours_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+    for path in (files["torch.distributed.checkpoint"], files["torch.save"], tmp_path / "gone"):
+        said = run("inspect", path, code=1)
+        assert said.startswith(f"error: expected a checkpoint of ours, a folder with manifest.json, got {path}")
+    assert "does not exist" in said
+    (files["sharded_dadamw"] / "manifest.json").unlink()
+    assert "a folder with manifest.json" in run("inspect", files["sharded_dadamw"], code=1)
+
+
 def test_inspect_of_a_runs_folder_says_where_its_checkpoints_are(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     assert f"there are some in {tmp_path}/run/checkpoints" in run("inspect", tmp_path / "run", code=1)
 
 
-def test_inspect_knows_what_deepspeed_and_ties_are(tmp_path: Path) -> None:
-    contents = inspect(FakeDeepSpeed(tmp_path / "x", 3).write())
-    assert contents.format == "DeepSpeed, ZeRO stage 2" and contents.num_ranks == 3 and contents.step == 4
-    assert contents.aliases == [["a.weight", "tied.weight"]]
-    assert {(kind, dtype): count for kind, dtype, count, _ in contents.sizes()} == {
-        ("weight", "bfloat16"): 3,
-        ("weight", "float32"): 1,  # frozen
-        ("main_param", "float32"): 3,
-        ("exp_avg", "float32"): 3,
-        ("exp_avg_sq", "float32"): 3,
-    }
-    tied = nn.Linear(3, 3)
-    both = nn.ModuleDict({"a": tied, "b": tied})
-    torch.save(both.state_dict(), tmp_path / "tied.pt")
-    contents = inspect(tmp_path / "tied.pt")
-    assert contents.aliases == [["a.weight", "b.weight"], ["a.bias", "b.bias"]] and contents.num_elements == 12
-
-
-def test_inspect_of_a_folder_reads_no_tensors_but_steps(
-    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    real = dcp_folder._read_item
-
-    def spied(path: Any, found: Any, index: Any, **how: bool) -> object:
-        read.append(index.fqn)
-        return real(path, found, index, **how)
-
-    monkeypatch.setattr(dcp_folder, "_read_item", spied)
-    inspect(files["torch.distributed.checkpoint"])
-    assert read and all("param_groups" in key or key.endswith(".step") for key in read)
+def test_what_looks_like_markup_is_printed_as_it_was_typed(files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("run[lr=3e-4]", "run[/c]", "run:smile:"):
+        said = run("convert", files["torch.save"], tmp_path / name, "--from", "sharded-dadamw")
+        assert f"{tmp_path / name}: state of 4 parameters" in said
+        assert str(tmp_path / name) in run("inspect", tmp_path / name)
 
 
 @pytest.fixture
@@ -145,7 +125,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_inspect_reads_a_manifest_and_compares_checksums(run_folder: Path) -> None:
     told = json.loads(run("inspect", run_folder, "--json"))
-    assert told["path"].endswith("step_00000010") and told["format"] == "sharded_dadamw"
+    assert told["path"].endswith("step_00000010") and told["step"] == 10
     assert told["optimizer"] == "DecoupledAdamW"
     assert told["num_ranks"] == 1 and told["aliases"] == [["0.weight", "tied.weight"]] and told["damage"] == []
     assert (told["num_parameters"], told["num_elements"]) == (4, 103)
@@ -162,7 +142,7 @@ def test_inspect_reads_a_manifest_and_compares_checksums(run_folder: Path) -> No
 def test_convert_takes_the_state_of_tied_weights_once(run_folder: Path) -> None:
     said = run("convert", run_folder, run_folder / "x.pt", "--from", "sharded-dadamw")
     assert "state of 4 parameters" in said
-    assert inspect(run_folder / "x.pt").num_parameters == 4
+    assert len(read_state(run_folder / "x.pt", Source.TORCH)[0]["state"]) == 4
 
 
 def test_convert_asks_who_wrote_it(files: dict[str, Path], tmp_path: Path) -> None:
@@ -175,10 +155,52 @@ def test_convert_writes_what_the_name_says(files: dict[str, Path], target: str, 
         pytest.importorskip("safetensors")
     said = run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw")
     assert "state of 4 parameters in 1 groups" in said and "decays by 0.0001 a step at the peak lr, 0.01" in said
-    found = inspect(tmp_path / target)
-    assert found.num_parameters == 4 and found.step == 1
-    decay = 1e-4 / 1e-2 if target == "out.pt" else 1e-4
-    assert found.groups[0]["weight_decay"] == pytest.approx(decay)
+    if target == "out.pt":
+        held = torch.load(tmp_path / target)
+        assert held["param_groups"][0]["weight_decay"] == pytest.approx(1e-4 / 1e-2)
+        assert len(held["state"]) == 4 and held["state"][0]["step"] == 1
+    else:
+        state, _ = read_state(tmp_path / target, Source.OURS)
+        assert state["param_groups"][0]["weight_decay"] == 1e-4
+        assert len(state["state"]) == 4 and state["state"]["0.weight"]["step"] == 1
+
+
+@pytest.mark.parametrize("target", ["x.pt", "link.pt", "sub/../x.pt"])
+def test_convert_onto_the_file_itself_replaces_it_when_all_is_written(
+    files: dict[str, Path], target: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.pt").symlink_to("x.pt")
+    before = torch.load(files["torch.save"])["optimizer"]["state"]
+    run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw")
+    after = torch.load(files["torch.save"])["state"]
+    assert all(torch.equal(after[key]["exp_avg"], before[key]["exp_avg"]) for key in before)
+    assert (tmp_path / "link.pt").is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("target", ["x.pt", "full.safetensors", "new.pt", "folder/x.pt"])
+def test_a_disk_that_is_full_damages_nothing(files: dict[str, Path], target: str, tmp_path: Path) -> None:
+    if target.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+        run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        said = run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said.startswith(f"error: {tmp_path / target} cannot be written: ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("target", ["nowhere/out.pt", "nowhere/out.safetensors", "x.pt/out.pt", "x.pt/out"])
+def test_a_target_that_cannot_be_written_is_one_sentence(files: dict[str, Path], target: str, tmp_path: Path) -> None:
+    if target.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    said = run("convert", files["torch.save"], tmp_path / target, "--from", "sharded-dadamw", code=1)
+    assert said.startswith("error: ") and "Traceback" not in said
 
 
 def test_convert_multiplies_torchs_decay_by_the_peak(tmp_path: Path) -> None:
@@ -187,7 +209,7 @@ def test_convert_multiplies_torchs_decay_by_the_peak(tmp_path: Path) -> None:
     run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch")
     run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "zero-redundancy", "--peak-lr", "0.5")
     run("convert", tmp_path / "x.pt", tmp_path / "c", "--from", "composer")
-    decays = [inspect(tmp_path / name).groups[0]["weight_decay"] for name in "abc"]
+    decays = [inspect(tmp_path / name)["param_groups"][0]["weight_decay"] for name in "abc"]
     assert decays == [pytest.approx(1e-6), pytest.approx(5e-5), 1e-4]
 
 
@@ -201,9 +223,24 @@ def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path)
     run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch", "--weights", tmp_path / "model.pt")
     (tmp_path / "names.txt").write_text("\n".join(f"module.{name}" for name, _ in model.named_parameters()))
     run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "torch", "--names", tmp_path / "names.txt")
-    one, other = (inspect(tmp_path / name) for name in "ab")
-    assert {held.kind for held in one.tensors} - {held.kind for held in other.tensors} == {"weight"}
-    assert {held.name for held in one.tensors} == {held.name for held in other.tensors} == set(model.state_dict())
+    (one, weights), (other, nothing) = (read_state(tmp_path / name, Source.OURS) for name in "ab")
+    assert weights.keys() == model.state_dict().keys() and nothing == {}
+    assert one["state"].keys() == other["state"].keys() == model.state_dict().keys()
+
+
+def test_names_are_split_at_newlines_only(tmp_path: Path) -> None:
+    names = ["layer one.weight", "layer\u2028two.bias"]
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    optimizer = AdamW(params, **HYPER)
+    sum(p.sum() for p in params).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "x.pt")
+    (tmp_path / "names.txt").write_bytes("\r\n".join([*names, ""]).encode())
+    command = ("convert", tmp_path / "x.pt", tmp_path / "out.pt", "--from", "torch", "--names", tmp_path / "names.txt")
+    run(*command)
+    assert torch.load(tmp_path / "out.pt")["param_groups"][0]["param_names"] == names
+    (tmp_path / "names.txt").write_bytes(b"\x80\xff")
+    assert "names.txt: expected text, got" in run(*command, code=1)
 
 
 def test_a_folder_with_a_file_missing_or_cut_short_names_it(files: dict[str, Path], tmp_path: Path) -> None:
@@ -245,18 +282,16 @@ def test_names_are_not_taken_from_a_file_that_sorts_them(tmp_path: Path) -> None
 def test_convert_reads_deepspeed(tmp_path: Path) -> None:
     run("convert", FakeDeepSpeed(tmp_path / "ds", 2).write(), tmp_path / "out", "--from", "deepspeed")
     found = inspect(tmp_path / "out")
-    assert found.num_parameters == 4 and found.aliases == [["a.weight", "tied.weight"]]  # the frozen one as well
+    assert found["num_parameters"] == 4 and found["aliases"] == [["a.weight", "tied.weight"]]  # the frozen one as well
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("convert", "--from", "torch", "out")])
-def test_what_cannot_be_read_is_one_sentence(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     torch.save({"optimizer": Runs(tmp_path / "marker")}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("no archive")
     (tmp_path / "text.safetensors").write_text("no header")
     others = [("text.safetensors", "safetensors")] if importlib.util.find_spec("safetensors") else []
-    first, *rest = command
     for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got"), *others):
-        said = run(first, tmp_path / name, *rest, code=1)
+        said = run("convert", tmp_path / name, "--from", "torch", "out", code=1)
         assert said.startswith("error: ") and why in said and "Traceback" not in said
     assert not (tmp_path / "marker").exists()
 

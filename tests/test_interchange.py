@@ -38,9 +38,9 @@ from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.interchange import from_composer, from_torch, renamed, to_torch
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
-from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange.deepspeed import from_deepspeed
+from sharded_dadamw.interchange.files import from_safetensors, to_safetensors
 from sharded_dadamw.interchange.inspection import inspect
-from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
 from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
 from tests.deepspeed_client import RUNS, Tied
 from tests.pool import on_ranks
@@ -532,6 +532,9 @@ def test_files_of_deepspeed_that_are_missing_or_left_over_are_named(tmp_path: Pa
         from_deepspeed(tmp_path)
     with pytest.raises(ValueError, match="folder of DeepSpeed"):
         from_deepspeed(tmp_path / "nowhere")
+    (tmp_path / "latest").write_bytes(b"\x80\xff")
+    with pytest.raises(ValueError, match="latest: expected text, got"):
+        from_deepspeed(tmp_path)
 
 
 def test_a_deepspeed_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
@@ -602,7 +605,7 @@ def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
     optimizer = derived(model.named_parameters(), lr=1e-2, weight_decay=5e-4)
     trained(optimizer, model, 1)
     save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
-    assert inspect(tmp_path).optimizer == optimizer_class.__name__
+    assert inspect(tmp_path)["optimizer"] == optimizer_class.__name__
     with pytest.raises(ValueError, match=f"got one of {optimizer_class.__name__}, whose weight decay"):
         read_state(tmp_path, source)
     other = Source.OURS if source is Source.TORCH else Source.TORCH
@@ -776,6 +779,84 @@ def test_names_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
         read_state(tmp_path / "x.pt", Source.TORCH, names=split[0])
 
 
+def stepped(model: nn.Module, *, named: bool) -> dict[str, Any]:
+    optimizer = AdamW(model.named_parameters() if named else model.parameters(), **THEIRS)
+    trained(optimizer, model, 1)
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_are_those_that_belong_to_the_state(named: bool, tmp_path: Path) -> None:
+    model = build_model()
+    state, weights = stepped(model, named=named), model.state_dict()
+    average = {f"module.{name}": torch.full_like(tensor, 7.0) for name, tensor in weights.items()}
+    wrong_shape = {name: torch.zeros(100, 100) for name in weights}
+    metrics = {"histogram": torch.zeros(1 << 12)}
+    for contents in (
+        {"model": weights, "metrics": metrics},
+        {"metrics": metrics, "model": weights, "same": dict(weights), "other": wrong_shape},
+    ):
+        torch.save({**contents, "optimizer": state}, tmp_path / "x.pt")
+        _, found = read_state(tmp_path / "x.pt", Source.TORCH)
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    for contents in ({"model": weights, "ema": average}, {"ema": average, "model": weights}):
+        torch.save({**contents, "optimizer": state}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"x\.pt: expected one set of weights .* at (model, ema|ema, model); save"):
+            read_state(tmp_path / "x.pt", Source.TORCH)
+        torch.save(weights, tmp_path / "model.pt")
+        _, found = read_state(tmp_path / "x.pt", Source.TORCH, weights=tmp_path / "model.pt")
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    torch.save({"epoch": 3}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: expected a model's state dict, got none|names for the 6"):
+        read_state(tmp_path / "x.pt", Source.TORCH, weights=tmp_path / "model.pt")
+
+
+def test_state_dicts_in_lists_and_tuples_are_found(tmp_path: Path) -> None:
+    model = build_model()
+    state, weights = stepped(model, named=False), model.state_dict()
+    lightning = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
+        "optimizer_states": [state],
+        "lr_schedulers": [{"base_lrs": [1e-2], "last_epoch": 3}],
+    }
+    for contents in (lightning, [weights, state], {"model": weights, "all": ({"optimizers": (state,)}, 3)}):
+        torch.save(contents, tmp_path / "x.pt")
+        found, held = read_state(tmp_path / "x.pt", Source.TORCH)
+        prefix = "model." if contents is lightning else ""
+        for index, (name, tensor) in enumerate(weights.items()):
+            assert torch.equal(found["state"][prefix + name]["exp_avg"], state["state"][index]["exp_avg"])
+            assert torch.equal(held[prefix + name], tensor)
+    torch.save({"optimizer_states": [state, dict(state)]}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"got those at optimizer_states\.0, optimizer_states\.1"):
+        read_state(tmp_path / "x.pt", Source.TORCH)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_numbers_of_numpy_and_in_tensors_are_numbers(in_file: bool, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    state = stepped(build_model(), named=True)
+    expected = from_torch(state, peak_lr=0.25)
+    (group,) = state["param_groups"]
+    group |= {"lr": numpy.float64(group["lr"]), "betas": tuple(map(numpy.float64, group["betas"]))}
+    group |= {
+        "initial_lr": numpy.float32(0.25),
+        "max_lr": torch.tensor(0.25),
+        "weight_decay": torch.tensor(0.1).double(),
+    }
+    for entries in state["state"].values():
+        entries["step"] = numpy.int64(entries["step"].item())
+    if in_file:
+        torch.save(state, tmp_path / "x.pt")
+        found, _ = read_state(tmp_path / "x.pt", Source.TORCH)
+    else:
+        found = from_torch(state)
+    (group,) = found["param_groups"]
+    assert {type(group[key]) for key in ("lr", "initial_lr", "max_lr", "weight_decay")} == {float}
+    assert group["weight_decay"] == pytest.approx(0.1 * 0.25)
+    expected["param_groups"][0]["weight_decay"] = group["weight_decay"]
+    assert_same_state(found, expected)
+
+
 def of_sgd() -> dict[str, Any]:
     model = build_model()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
@@ -868,9 +949,6 @@ def test_a_torch_checkpoint_folder_goes_on_here(flat: bool, tmp_path: Path) -> N
     state, weights = read_state(tmp_path / "x", Source.TORCH)
     assert_same_state(state, expected)
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
-    contents = inspect(tmp_path / "x")
-    assert contents.num_parameters == 6 and contents.step == 3
-    assert [(group["params"], group["weight_decay"]) for group in contents.groups] == [(2, 0.1), (4, 0.0)]
 
 
 def test_a_torch_checkpoint_folder_has_all_its_elements_in_its_files(tmp_path: Path) -> None:

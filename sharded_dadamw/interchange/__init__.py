@@ -1,9 +1,9 @@
 """State of other optimizers as ours, and back; in files, in folders and in memory."""
 
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
-from sharded_dadamw.interchange.deepspeed_folder import from_deepspeed
+from sharded_dadamw.interchange.deepspeed import from_deepspeed
+from sharded_dadamw.interchange.files import from_safetensors, to_safetensors
 from sharded_dadamw.interchange.inspection import inspect
-from sharded_dadamw.interchange.safetensors_file import from_safetensors, to_safetensors
 from sharded_dadamw.interchange.state_dicts import from_composer, from_torch, renamed, to_torch
 
 __all__ = [

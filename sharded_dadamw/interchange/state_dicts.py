@@ -1,4 +1,4 @@
-"""Optimizer state of others, as ours and back. Functions from dicts to dicts; tensors pass through as they are.
+"""State dicts of other optimizers as ours, and back. Functions from dicts to dicts; tensors pass through as they are.
 
 The form in the middle is what `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` gives with
 `full_state_dict=True`:
@@ -6,9 +6,9 @@ The form in the middle is what `torch.distributed.checkpoint.state_dict.get_opti
     {"state": {name: {"step", "exp_avg", "exp_avg_sq" [, "max_exp_avg_sq"] [, "main_param"]}},
      "param_groups": [{"lr", "betas", ..., "params": [name, ...] [, "param_names"]}, ...]}
 
-with canonical names, tensors in the parameter's shape, and `weight_decay` as our law reads it: independent of the
-learning rate. torch's AdamW, fairscale's and DeepSpeed's shrink a weight by `lr * weight_decay` per step, and ours by
-`weight_decay * lr / reference_lr`, where the reference is the larger of a group's `initial_lr` and `max_lr`. So
+with canonical names, tensors in the parameter's shape, and `weight_decay` as our update rule reads it: independent of
+the learning rate. torch's AdamW, fairscale's and DeepSpeed's shrink a weight by `lr * weight_decay` per step, and ours
+by `weight_decay * lr / reference_lr`, where the reference is the larger of a group's `initial_lr` and `max_lr`. So
 
     ours = reference_lr * theirs
 
@@ -21,7 +21,8 @@ import logging
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ _SWITCHES: dict[str, Any] = {
 def from_torch(
     state_dict: Mapping[str, Any], parameters: Parameters | None = None, *, peak_lr: float | None = None
 ) -> State:
-    """State of torch's AdamW, and of what keeps its format: ZeroRedundancyOptimizer and fairscale's OSS, consolidated.
+    """Convert state of torch's AdamW, or of ZeroRedundancyOptimizer or fairscale's OSS over it, consolidated.
 
     Args:
         state_dict: What `optimizer.state_dict()` returned, by index, or `get_optimizer_state_dict`, by name. Only read.
@@ -76,7 +77,7 @@ def from_torch(
 
 
 def from_composer(state_dict: Mapping[str, Any], parameters: Parameters | None = None) -> State:
-    """State of Composer's DecoupledAdamW, whose law is ours: nothing is converted but names and `step`.
+    """Convert state of Composer's DecoupledAdamW. Its update rule is ours, so `weight_decay` stays as it is.
 
     Args:
         state_dict: What a checkpoint of Composer's trainer has under `state`, `optimizers`, `DecoupledAdamW`, or the
@@ -84,7 +85,7 @@ def from_composer(state_dict: Mapping[str, Any], parameters: Parameters | None =
         parameters: As in `from_torch`.
 
     Returns:
-        The form in the middle, with the same tensors.
+        The form in the middle, with the same tensors and `step` 0-d fp32.
 
     Raises:
         ValueError: If the state is not AdamW's or does not fit `parameters`.
@@ -93,14 +94,14 @@ def from_composer(state_dict: Mapping[str, Any], parameters: Parameters | None =
 
 
 def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
-    """State for torch's AdamW: what its `load_state_dict` takes.
+    """Convert state into what `load_state_dict` of torch's AdamW takes.
 
     Args:
         state: The form in the middle. Only read.
 
     Returns:
-        By index, in the order of the groups, with the same tensors; `param_names` say which is which. Main parameters
-        are left out, since AdamW has none: weights are then what the model holds.
+        State by index, in the order of the groups, with the same tensors; `param_names` tell which is which. Main
+        parameters are left out, since AdamW has none: weights are then what the model holds.
 
     Raises:
         ValueError: If a group decays but has a peak of 0, which no coupled weight decay equals.
@@ -124,32 +125,8 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": indexed, "param_groups": groups}
 
 
-def unflattened(flat: Mapping[str, Any]) -> State:
-    """State that was saved with `flatten_optimizer_state_dict=True`, as torchtitan does, by parameter and group again.
-
-    Args:
-        flat: `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on, for every parameter. Only read.
-
-    Returns:
-        The form in the middle. Parameters with the same hyperparameters are one group.
-    """
-    state: dict[str, dict[str, Any]] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        part, _, rest = key.partition(".")
-        name, _, what = rest.rpartition(".")
-        (state if part == "state" else options).setdefault(name, {})[what] = value
-    groups: list[State] = []
-    for name, group in options.items():
-        same = next((other for other in groups if all(other[key] == value for key, value in group.items())), None)
-        if same is None:
-            groups.append(same := {**group, "params": []})
-        same["params"].append(name)
-    return {"state": state, "param_groups": groups}
-
-
 def renamed(state: Mapping[str, Any], names: Iterable[str]) -> State:
-    """The same state under the names that a model uses, if its wrappers' components are all that is different.
+    """Rename a state's parameters as a model calls them whose wrappers add components to the names.
 
     Args:
         state: The form in the middle. Only read.
@@ -178,10 +155,71 @@ def renamed(state: Mapping[str, Any], names: Iterable[str]) -> State:
     }
 
 
+def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
+    """Find optimizers' state dicts in what was saved.
+
+    Args:
+        contents: Dicts, lists and tuples, nested in any way.
+
+    Returns:
+        Each with the keys that lead to it, joined with dots.
+    """
+    found = [(at, inner) for at, inner in _dicts_in(contents) if _is_optimizer(inner)]
+    return [(at, _unflattened(inner) if _is_flat(inner) else inner) for at, inner in found]
+
+
+def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:
+    """Find models' state dicts in what was saved: dicts of nothing but tensors, floating-point ones among them.
+
+    Args:
+        contents: As in `optimizers_in`.
+
+    Returns:
+        Each, under canonical names, with the keys that lead to it, joined with dots.
+    """
+    return [
+        (at, {canonical_name(name): tensor for name, tensor in found.items()})
+        for at, found in _dicts_in(contents)
+        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+        and any(tensor.is_floating_point() for tensor in found.values())
+        and not _is_optimizer(found)
+    ]
+
+
+def is_named(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether an optimizer's state dict names its parameters, and does not only number them."""
+    groups = state_dict["param_groups"]
+    return all("param_names" in group or all(isinstance(key, str) for key in group["params"]) for group in groups)
+
+
+def names_by_shape(state_dict: Mapping[str, Any], weights: dict[str, Tensor]) -> list[str] | None:
+    """Name the parameters of an optimizer's only group after a model's weights, which come in the same order.
+
+    Args:
+        state_dict: An optimizer's, by index.
+        weights: A model's, by name; tied ones count once.
+
+    Returns:
+        Names in the order of the group; None if there are more groups, or numbers or shapes of parameters differ.
+    """
+    distinct = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}
+    names = [name for name in reversed(distinct.values()) if weights[name].is_floating_point()]
+    groups = state_dict["param_groups"]
+    if len(groups) != 1 or len(names) != len(groups[0]["params"]):
+        return None
+    state = _by_key(state_dict)
+    for key, name in zip(groups[0]["params"], names, strict=True):
+        entries = state.get(key)
+        moment = entries.get("exp_avg") if isinstance(entries, Mapping) else None
+        if isinstance(moment, Tensor) and moment.shape != weights[name].shape:
+            return None
+    return names
+
+
 def imported_group(
     group: Mapping[str, Any], where: str, names: Sequence[str], *, coupled: bool, peak_lr: float | None
 ) -> State:
-    """One parameter group of others as ours.
+    """Convert one parameter group of another optimizer.
 
     Args:
         group: Its hyperparameters. Only read.
@@ -191,16 +229,17 @@ def imported_group(
         peak_lr: As in `from_torch`.
 
     Raises:
-        ValueError: If it asks for a law that is not AdamW's, or the peak cannot be told.
+        ValueError: If it asks for another update rule than AdamW's, or the peak cannot be told.
     """
     missing = [key for key in _NEEDED if key not in group]
     if missing:
         raise ValueError(f"{where}: expected the hyperparameters of AdamW, got a group without {_few(missing)}")
-    ours = {key: value for key, value in group.items() if key not in _OF_THEIR_OWN and _is_plain(value)}
+    own = {key: _plain(value) for key, value in group.items() if key not in _OF_THEIR_OWN}
+    ours: State = {key: value for key, value in own.items() if isinstance(value, Number | str | None)}
     try:
-        ours |= {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        ours |= {key: float(own[key]) for key in ("lr", "eps", "weight_decay")}
         ours |= {"betas": tuple(float(beta) for beta in group["betas"]), "amsgrad": bool(group.get("amsgrad", False))}
-        check_group({**group, **ours})
+        check_group(ours)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     if group.get("bias_correction", True) is False:
@@ -228,7 +267,7 @@ def imported_group(
 
 
 def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dict[str, Tensor]:
-    """What there is of one parameter's state, if it is AdamW's.
+    """Check that one parameter's state is AdamW's.
 
     Args:
         name: What to call the parameter in an error.
@@ -241,16 +280,17 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     Raises:
         ValueError: If an entry is missing, unknown, not floating point, or of another shape.
     """
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"state of {name}: expected a dict of tensors, got {type(entries).__name__}")
     needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
-    missing, unknown = sorted(needed - set(entries)), sorted(set(entries) - needed - {"max_exp_avg_sq", *MAIN})
+    missing = sorted(needed - set(entries))
+    unknown = sorted(set(entries) - needed - {"max_exp_avg_sq", *MAIN}, key=str)
     if missing or unknown:
         differences = [f"none of {_few(missing)}"] * bool(missing) + [f"{_few(unknown)} besides"] * bool(unknown)
         raise ValueError(f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}")
-    if not isinstance(entries["step"], Tensor | int | float):
+    step = _plain(entries["step"])
+    if not isinstance(step, int | float) or not (math.isfinite(step) and step >= 0):
         raise ValueError(f"state of {name}: expected a step >= 0, got {reprlib.repr(entries['step'])}")
-    step = torch.as_tensor(entries["step"]).detach().to("cpu", torch.float32).reshape(-1)
-    if step.numel() != 1 or not (math.isfinite(step.item()) and step.item() >= 0):
-        raise ValueError(f"state of {name}: expected a step >= 0, got {entries['step']}")
     tensors = {key: value for key, value in entries.items() if key != "step"}
     if not amsgrad:
         tensors.pop("max_exp_avg_sq", None)
@@ -260,18 +300,27 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
             raise ValueError(f"state of {name}, {key}: expected a tensor of numbers, got {reprlib.repr(value)}")
         if value.shape != shape:
             raise ValueError(f"state of {name}, {key}: expected shape {list(shape or ())}, got {list(value.shape)}")
-    return {"step": step[0].clone(), **tensors}
+    return {"step": torch.tensor(step, dtype=torch.float32), **tensors}
+
+
+def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step: zeros of its shape and dtype, on the CPU.
+
+    Args:
+        like: The parameter, or what has its shape and dtype.
+        amsgrad: Whether there is a `max_exp_avg_sq`.
+    """
+    zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
+    return {"step": torch.zeros(()), **zeros}
 
 
 def _imported(
     state_dict: Mapping[str, Any], parameters: Parameters | None, *, coupled: bool, peak_lr: float | None
 ) -> State:
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+    if not isinstance(state_dict, Mapping) or not _is_optimizer(state_dict):
         raise ValueError("expected the state dict of an optimizer, with 'state' and 'param_groups', got something else")
     groups = state_dict["param_groups"]
-    saved = state_dict["state"]
-    if isinstance(saved, list):  # what torch.distributed.checkpoint makes of a dict with numbers for keys
-        saved = dict(enumerate(saved))
+    saved = _by_key(state_dict)
     keys = [key for group in groups for key in group["params"]]
     given = [(item, None) if isinstance(item, str) else item for item in parameters] if parameters is not None else None
     names = dict(zip(keys, _names(keys, groups, given), strict=True))
@@ -302,17 +351,6 @@ def _imported(
     return {"state": state, "param_groups": ours}
 
 
-def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-    """State of a parameter before its first step: zeros of its shape and dtype, on the CPU.
-
-    Args:
-        like: The parameter, or what has its shape and dtype.
-        amsgrad: Whether there is a `max_exp_avg_sq`.
-    """
-    zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
-    return {"step": torch.zeros(()), **zeros}
-
-
 def _names(
     keys: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Sequence[tuple[str, Tensor | None]] | None
 ) -> list[str]:
@@ -330,8 +368,86 @@ def _names(
     )
 
 
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+def _by_key(state_dict: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """Return the state by the keys of `params`; torch.distributed.checkpoint makes a list of a dict with numbers."""
+    state = state_dict["state"]
+    return dict(enumerate(state)) if isinstance(state, list) else state
+
+
+def _is_optimizer(found: Mapping[Any, Any]) -> bool:
+    if _is_flat(found):
+        return True
+    groups, state = found.get("param_groups"), found.get("state")
+    return isinstance(groups, list) and isinstance(state, Mapping | list) and all(map(_is_group, groups))
+
+
+def _is_group(group: object) -> bool:
+    """Return whether this is a parameter group. What a file holds may be anything, so keys and names are looked at."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        return False
+    names = group.get("param_names", [])
+    return (
+        all(isinstance(key, int | str) for key in group["params"])
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+    )
+
+
+def _is_flat(found: Mapping[Any, Any]) -> bool:
+    """Return whether each entry of an optimizer's state dict has a name of its own, as torchtitan saves it."""
+    parts = {key.partition(".")[0] for key in found if isinstance(key, str) and "." in key}
+    return len(found) > 0 and "param_groups" in parts <= {"state", "param_groups"}
+
+
+def _unflattened(flat: Mapping[str, Any]) -> State:
+    """Put state that was saved with `flatten_optimizer_state_dict=True` into the form in the middle.
+
+    Args:
+        flat: `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on, for every parameter. Only read.
+
+    Returns:
+        The form in the middle. Parameters with the same hyperparameters are one group.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        part, _, rest = str(key).partition(".")
+        name, _, what = rest.rpartition(".")
+        (state if part == "state" else options).setdefault(name, {})[what] = value
+    groups: list[State] = []
+    for name, group in options.items():
+        plain = {k: tuple(map(_plain, v)) if isinstance(v, list | tuple) else (_plain(v),) for k, v in group.items()}
+        known = [key for key, parts in plain.items() if all(isinstance(part, Number | str | None) for part in parts)]
+        kept = {key: plain[key] if key == "betas" else plain[key][0] for key in known if plain[key]}
+        same = next((other for other in groups if {**kept, "params": other["params"]} == other), None)
+        if same is None:
+            groups.append(same := {**kept, "params": []})
+        same["params"].append(name)
+    return {"state": state, "param_groups": groups}
+
+
+def _dicts_in(contents: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield each dict in what was saved, with the keys that lead to it; of an optimizer's, none that are inside."""
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str, ...], object]] = [((), contents)]
+    while waiting:
+        at, found = waiting.pop()
+        if not isinstance(found, Mapping | list | tuple) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, Mapping):
+            yield ".".join(at), found
+            if _is_optimizer(found):
+                continue
+        inner = found.items() if isinstance(found, Mapping) else enumerate(found)
+        held = [((*at, str(key)), value) for key, value in inner if isinstance(value, Mapping | list | tuple)]
+        waiting.extend(reversed(held))
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy's, or in a tensor, as Python's; anything else as it is."""
+    is_number = isinstance(value, Number) if not isinstance(value, Tensor) else value.numel() == 1
+    return value.item() if is_number and hasattr(value, "item") else value
 
 
 def _few(names: Sequence[object], most: int = 5) -> str:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.run import canonical_name
-from sharded_dadamw.checkpoint.safe_pickle import load_torch
+from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.state_dicts import MOMENTS, State, checked_entries, imported_group, unstepped
+from sharded_dadamw.interchange.torch_file import load_torch
 
 _PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
-_ALLOWED = {"deepspeed.runtime.zero.config.ZeroStageEnum": int}
 _FP32 = "single_partition_of_fp32_groups"
 _STAGE_3 = (
     "expected ZeRO stage 1 or 2, got stage 3, whose weights are spread over ranks as well; load it in DeepSpeed and "
@@ -37,97 +37,8 @@ _STAGE_3 = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DeepSpeedFolder:
-    """A folder of DeepSpeed's, opened: what is large in it is mapped, not read.
-
-    Attributes:
-        path: The folder with the files, which is named for its tag.
-        model: Contents of the model's file.
-        partitions: Each rank's `optimizer_state_dict`, in the order of ranks.
-    """
-
-    path: Path
-    model: Mapping[str, Any]
-    partitions: Sequence[Mapping[str, Any]]
-
-    @property
-    def stage(self) -> int:
-        """ZeRO's stage, 1 or 2."""
-        stage = self.partitions[0].get(
-            "zero_stage", 1
-        )  # the optimizer that is bf16's alone does not say, and is stage 1
-        return int(stage)
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """Hyperparameters of every group, as the optimizer inside has them."""
-        return list(self.partitions[0]["base_optimizer_state"]["param_groups"])
-
-    @property
-    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Of every group the names, DeepSpeed's own, and shapes of its parameters, in the order of the flat group."""
-        return [{name: tuple(shape) for name, shape in group.items()} for group in self.model["param_shapes"]]
-
-    def entries(self, group: int, rank: int = 0) -> dict[str, Any]:
-        """`step` and flat tensors of a rank's part of a group, [padded]; empty before the first step."""
-        base = self.partitions[rank]["base_optimizer_state"]
-        options = base["param_groups"][group]
-        entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
-        return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
-
-
-def is_deepspeed_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one of DeepSpeed's, by the names of its files."""
-    folder = _tagged(Path(path))
-    return folder.is_dir() and any(_MODEL.fullmatch(entry.name) for entry in folder.iterdir())
-
-
-def open_deepspeed(path: str | os.PathLike[str]) -> DeepSpeedFolder:
-    """Open a checkpoint of ZeRO stage 1 or 2 and see whether it is whole.
-
-    Args:
-        path: The folder that was given to `save_checkpoint`, of which the newest tag is taken, or that of a tag.
-
-    Raises:
-        ValueError: If it is no such folder, ranks' files are missing, or it is of stage 3, of a model that is itself
-            spread over ranks, or of another optimizer than AdamW.
-    """
-    folder = _tagged(Path(path))
-    if not is_deepspeed_folder(folder):
-        raise ValueError(f"expected a checkpoint folder of DeepSpeed's, with a file *_model_states.pt, got {folder}")
-    names = sorted(entry.name for entry in folder.iterdir())
-    found = {match.group(0): match for name in names if (match := _PARTITION.fullmatch(name))}
-    pieces = {int(match.group(2)) for match in found.values()}
-    pieces |= {int(match.group(1)) for name in names if (match := _MODEL.fullmatch(name))}
-    if any("expert" in name for name in names) or pieces != {0}:
-        raise ValueError(
-            f"{folder}: expected a whole model on every rank, got one that is spread over ranks (tensor or pipeline "
-            "parallel, or experts)"
-        )
-    if "mp_rank_00_model_states.pt" not in names:
-        raise ValueError(f"{folder}: {_STAGE_3}")
-    if not found:
-        raise ValueError(f"{folder}: expected partitions of the optimizer's state, *_optim_states.pt, got none of them")
-    by_rank = {int(match.group(1)): folder / name for name, match in found.items()}
-    first = _partition(by_rank[min(by_rank)])
-    counts = first["partition_count"]
-    num_ranks = max(counts) if isinstance(counts, Sequence) else int(counts)
-    if set(by_rank) != set(range(num_ranks)):
-        missing = ", ".join(map(str, sorted(set(range(num_ranks)) - set(by_rank))))
-        got = f"none of rank {missing}" if missing else f"{len(by_rank)}, of which some are left from another save"
-        raise ValueError(f"{folder}: expected files of {num_ranks} ranks, one of each, got {got}")
-    partitions = [_partition(by_rank[rank]) for rank in range(num_ranks)]
-    model = load_torch(folder / "mp_rank_00_model_states.pt", placeholders=True)
-    if not isinstance(model, Mapping) or not isinstance(model.get("param_shapes"), list) or not model.get("module"):
-        raise ValueError(f"{folder}: expected names and shapes of the parameters in the model's file, got none")
-    opened = DeepSpeedFolder(folder, model, partitions)
-    _check_law(opened)
-    return opened
-
-
 def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None) -> tuple[State, dict[str, Tensor]]:
-    """The state and the weights of a checkpoint of DeepSpeed's ZeRO stage 1 or 2 over AdamW.
+    """Read state and weights from a checkpoint of DeepSpeed's ZeRO stage 1 or 2 over AdamW.
 
     Needs memory for the state, and for one kind of state of one group again.
 
@@ -141,10 +52,11 @@ def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None
         tied parameters one has the state, as in DeepSpeed, and all are among the weights.
 
     Raises:
-        ValueError: As in `open_deepspeed`, or a partition is shorter than its parameters.
+        ValueError: If it is no such folder, is not whole, holds more than data, or is of stage 3, of a model that is
+            itself spread over ranks, or of another optimizer than AdamW.
     """
-    folder = open_deepspeed(path)
-    weights = {canonical_name(name): t for name, t in folder.model["module"].items() if isinstance(t, Tensor)}
+    folder = _opened(path)
+    weights = {canonical_name(n): t for n, t in folder.model["module"].items() if isinstance(t, Tensor)}
     order = {name: index for index, name in enumerate(weights)}
     state: dict[str, dict[str, Tensor]] = {}
     groups = []
@@ -160,30 +72,86 @@ def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None
         main = _unflattened(folder, index, _FP32)
         step = _step(folder, index)
         for name in names:
-            narrow = weights[name].dtype.itemsize < torch.float32.itemsize
             entries: dict[str, Any] = {key: tensors[name] for key, tensors in flat.items()}
             moments = checked_entries(name, {"step": step, **entries}, ours["amsgrad"]) if entries else None
             state[name] = moments or unstepped(main[name], ours["amsgrad"])
-            if narrow:
+            if weights[name].dtype.itemsize < torch.float32.itemsize:
                 state[name]["main_param"] = main[name]
     return {"state": dict(sorted(state.items(), key=lambda item: order[item[0]])), "param_groups": groups}, weights
 
 
-def _tagged(folder: Path) -> Path:
-    latest = folder / "latest"
-    return folder / latest.read_text().strip() if latest.is_file() else folder
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder of DeepSpeed's, opened: what is large in it is mapped, not read.
+
+    Attributes:
+        path: The folder with the files, which is named for its tag.
+        model: Contents of the model's file.
+        partitions: Each rank's `optimizer_state_dict`, in the order of ranks.
+    """
+
+    path: Path
+    model: Mapping[str, Any]
+    partitions: Sequence[Mapping[str, Any]]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Hyperparameters of every group, as the optimizer inside has them."""
+        return list(self.partitions[0]["base_optimizer_state"]["param_groups"])
+
+    @property
+    def shapes(self) -> list[dict[str, torch.Size]]:
+        """Of every group the names, DeepSpeed's own, and shapes of its parameters, in the order of the flat group."""
+        return [{str(name): torch.Size(shape) for name, shape in group.items()} for group in self.model["param_shapes"]]
+
+    def entries(self, group: int, rank: int = 0) -> dict[str, Any]:
+        """Return `step` and flat tensors of a rank's part of a group, [padded]; nothing before the first step."""
+        base = self.partitions[rank]["base_optimizer_state"]
+        options = base["param_groups"][group]
+        entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
+        return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
+
+
+def _opened(path: str | os.PathLike[str]) -> _Folder:
+    folder = Path(path)
+    if (folder / "latest").is_file():
+        folder = folder / read_text(folder / "latest").strip()
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not any(_MODEL.fullmatch(name) for name in names):
+        raise ValueError(f"expected a checkpoint folder of DeepSpeed's, with a file *_model_states.pt, got {folder}")
+    found = {match.group(0): match for name in names if (match := _PARTITION.fullmatch(name))}
+    pieces = {int(match.group(2)) for match in found.values()}
+    pieces |= {int(match.group(1)) for name in names if (match := _MODEL.fullmatch(name))}
+    if any("expert" in name for name in names) or pieces != {0}:
+        raise ValueError(
+            f"{folder}: expected a whole model on every rank, got one that is spread over ranks (tensor or pipeline "
+            "parallel, or experts)"
+        )
+    if "mp_rank_00_model_states.pt" not in names:
+        raise ValueError(f"{folder}: {_STAGE_3}")
+    if not found:
+        raise ValueError(f"{folder}: expected partitions of the optimizer's state, *_optim_states.pt, got none of them")
+    by_rank = {int(match.group(1)): folder / name for name, match in found.items()}
+    counts = _partition(by_rank[min(by_rank)])["partition_count"]
+    num_ranks = max(counts) if isinstance(counts, Sequence) else int(counts)
+    if set(by_rank) != set(range(num_ranks)):
+        missing = ", ".join(map(str, sorted(set(range(num_ranks)) - set(by_rank))))
+        got = f"none of rank {missing}" if missing else f"{len(by_rank)}, of which some are left from another save"
+        raise ValueError(f"{folder}: expected files of {num_ranks} ranks, one of each, got {got}")
+    model = load_torch(folder / "mp_rank_00_model_states.pt")
+    if not isinstance(model, Mapping) or not isinstance(model.get("param_shapes"), list) or not model.get("module"):
+        raise ValueError(f"{folder}: expected names and shapes of the parameters in the model's file, got none")
+    opened = _Folder(folder, model, [_partition(by_rank[rank]) for rank in range(num_ranks)])
+    _check_update_rule(opened)
+    return opened
 
 
 def _partition(path: Path) -> Mapping[str, Any]:
-    contents = load_torch(path, allowed=_ALLOWED, placeholders=True)
+    contents = load_torch(path)
     state = contents.get("optimizer_state_dict") if isinstance(contents, Mapping) else None
     if isinstance(state, Mapping) and (state.get("zero_stage", 1) == 3 or "fp32_flat_groups" in state):
         raise ValueError(f"{path}: {_STAGE_3}")
-    if (
-        not isinstance(state, Mapping)
-        or not isinstance(state.get("zero_stage", 1), int)
-        or not {_FP32, "partition_count", "base_optimizer_state"} <= state.keys()
-    ):
+    if not isinstance(state, Mapping) or not {_FP32, "partition_count", "base_optimizer_state"} <= state.keys():
         raise ValueError(f"{path}: expected a partition of DeepSpeed's optimizer state, got something else")
     if not isinstance(state["base_optimizer_state"], Mapping):
         raise ValueError(
@@ -193,35 +161,30 @@ def _partition(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _check_law(folder: DeepSpeedFolder) -> None:
-    """DeepSpeed's own Adam says only in the configuration that it is not AdamW."""
-    config = folder.model.get("ds_config")
-    optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
-    asked = optimizer.get("params") if isinstance(optimizer, Mapping) else None
-    if (
-        isinstance(asked, Mapping)
-        and asked.get("adam_w_mode") is False
-        and any(g["weight_decay"] for g in folder.groups)
-    ):
+def _check_update_rule(folder: _Folder) -> None:
+    """Refuse Adam. DeepSpeed's own says only in the configuration that it is not AdamW."""
+    found: Any = folder.model
+    for key in ("ds_config", "optimizer", "params", "adam_w_mode"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if found is False and any(group["weight_decay"] for group in folder.groups):
         raise ValueError(f"{folder.path}: expected AdamW's weight decay, got Adam's (adam_w_mode is off)")
     if len(folder.groups) != len(folder.shapes):
         raise ValueError(f"{folder.path}: expected {len(folder.shapes)} parameter groups, got {len(folder.groups)}")
 
 
-def _kinds(folder: DeepSpeedFolder, group: int) -> list[str]:
-    """Which kinds of state there are besides `step`; anything that is not AdamW's is refused."""
+def _kinds(folder: _Folder, group: int) -> list[str]:
+    """Return which kinds of state there are besides `step`, if they are AdamW's."""
     kinds = [key for key in folder.entries(group) if key != "step"]
-    unknown = sorted(set(kinds) - set(MOMENTS))
-    if unknown or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
+    if set(kinds) - set(MOMENTS) or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
         raise ValueError(
             f"{folder.path}, param_groups[{group}]: expected AdamW's exp_avg and exp_avg_sq, got another "
-            f"optimizer's {', '.join(kinds)}"
+            f"optimizer's {', '.join(map(str, kinds))}"
         )
     return kinds
 
 
-def _step(folder: DeepSpeedFolder, group: int) -> float:
-    """The number of updates, which some optimizers keep beside each tensor and others in the group."""
+def _step(folder: _Folder, group: int) -> float:
+    """Return the number of updates, which some optimizers keep beside each tensor and others in the group."""
     steps = [folder.entries(group, rank).get("step") for rank in range(len(folder.partitions))]
     known = [float(step) for step in steps if step is not None]
     if len(set(known)) > 1:
@@ -229,8 +192,8 @@ def _step(folder: DeepSpeedFolder, group: int) -> float:
     return known[0] if known else 0.0
 
 
-def _unflattened(folder: DeepSpeedFolder, group: int, kind: str) -> dict[str, Tensor]:
-    """The parameters of one kind of one group, each [shape], cut out of all ranks' parts."""
+def _unflattened(folder: _Folder, group: int, kind: str) -> dict[str, Tensor]:
+    """Return the parameters of one kind of one group, each [shape], cut out of all ranks' parts."""
     parts: list[Any] = [
         partition[_FP32][group] if kind == _FP32 else folder.entries(group, rank).get(kind)
         for rank, partition in enumerate(folder.partitions)
@@ -244,7 +207,7 @@ def _unflattened(folder: DeepSpeedFolder, group: int, kind: str) -> dict[str, Te
     cut = {}
     offset = 0
     for (name, shape), padding in zip(shapes.items(), after, strict=True):
-        numel = torch.Size(shape).numel()
+        numel = shape.numel()
         if offset + numel > flat.numel():
             raise ValueError(
                 f"{folder.path}, {kind} of {name}: expected {numel} elements from {offset} on, got {flat.numel()} in "

@@ -1,0 +1,262 @@
+"""Files and folders of the formats that optimizer state is kept in: read whole, and written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from sharded_dadamw.checkpoint.dcp import Writer, versions, write
+from sharded_dadamw.checkpoint.folder import Manifest, begin_beside, sync
+from sharded_dadamw.checkpoint.metadata import read_metadata
+from sharded_dadamw.interchange.state_dicts import State
+from sharded_dadamw.interchange.torch_file import load_torch
+
+if importlib.util.find_spec("safetensors"):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+HYPERPARAMETERS = "sharded_dadamw.param_groups"
+"""Under this key the metadata of a `.safetensors` file hold the parameter groups, in JSON."""
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a file of text in UTF-8.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text, got {error}") from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a file to write beside `path`, whose name it gets once it is on the disk.
+
+    Raises:
+        OSError: If it cannot be written. What had the name is then as it was.
+    """
+    final = Path(path).resolve()  # of a link, what it leads to
+    beside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(final)
+        sync(final.parent)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # those who write have types of their own
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_torch(path: str | os.PathLike[str], contents: object) -> None:
+    """Write one file by `torch.save`.
+
+    Raises:
+        OSError: If it cannot be written. What had the name is then as it was.
+    """
+    with replacing(path) as beside, beside.open("wb") as file:
+        torch.save(contents, file)
+
+
+def to_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write state into one `.safetensors` file: tensors as `PARAM.exp_avg`, hyperparameters as JSON beside them.
+
+    Args:
+        path: The file; replaced if there is one.
+        state: The form in the middle (see `interchange`). Only read.
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+        OSError: If it cannot be written. What had the name is then as it was.
+    """
+    _require_safetensors()
+    tensors = {
+        f"{name}.{key}": tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for name, entries in state["state"].items()
+        for key, tensor in entries.items()
+    }
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", HYPERPARAMETERS: json.dumps(state["param_groups"])})
+
+
+def from_safetensors(path: str | os.PathLike[str]) -> State:
+    """Read what `to_safetensors` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The form in the middle (see `interchange`).
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+        ValueError: If the file holds something else.
+    """
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(HYPERPARAMETERS)
+    if text is None:
+        raise ValueError(f"expected a file of optimizer state, got {path} without hyperparameters in its metadata")
+    try:
+        groups = [{**group, "betas": tuple(group["betas"])} for group in json.loads(text)]
+        order = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: expected parameter groups in its metadata, got {text:.80}") from error
+    state: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in read_safetensors(path).items():
+        name, _, key = full.rpartition(".")
+        state.setdefault(name, {})[key] = tensor
+    return {
+        "state": dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order)))),
+        "param_groups": groups,
+    }
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read all tensors of any `.safetensors` file, on the CPU.
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+        ValueError: If it is no file of this format.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read everything in a folder of torch.distributed.checkpoint, in one process, and run nothing in it.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Values nested as they were saved: dicts, lists, and whole tensors on the CPU. What is neither tensor nor plain
+        data is a `Placeholder`.
+
+    Raises:
+        ValueError: If a file is missing, damaged or holds more than data, or a part of a tensor is missing.
+    """
+    folder = Path(path)
+    metadata = read_metadata(folder)
+    values: dict[tuple[str | int, ...], Any] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        at = tuple(metadata.planner_data.get(key, (key,)))
+        if isinstance(entry, TensorStorageMetadata):
+            values[at] = _read_tensor(folder, metadata, key, entry)
+        else:
+            values[at] = _read_item(folder, metadata, MetadataIndex(key))
+    return _nested(values)
+
+
+def write_folder(
+    path: str | os.PathLike[str], contents: dict[str, Any], aliases: Sequence[Sequence[str]], step: int
+) -> None:
+    """Write a folder that `load_checkpoint` and stock torch.distributed.checkpoint load, in one process.
+
+    Args:
+        path: The folder, which appears whole or not at all; those above it are made.
+        contents: The form in the middle (see `interchange`) under `optimizer`, and perhaps weights under `model`.
+        aliases: Names of weights that are tied to each other, of which `contents` have the first: all get it.
+        step: What step its manifest tells.
+
+    Raises:
+        ValueError: If there is something in the folder already.
+        OSError: If it cannot be written.
+    """
+    final = Path(path).resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"expected a folder that is new or empty, got {path}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    groups = contents["optimizer"]["param_groups"]
+    manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
+    write(contents, Writer(begin_beside(final), final, manifest, None), None, tidies_up=True)
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    _require_safetensors()
+    if not os.path.isfile(path):
+        raise ValueError(f"expected a .safetensors file, got {path}, which is not there")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # its own type, which is none of Python's
+        raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
+
+
+def _require_safetensors() -> None:
+    if not importlib.util.find_spec("safetensors"):
+        raise ModuleNotFoundError(
+            "safetensors is not installed; install it with: pip install 'sharded_dadamw[safetensors]'"
+        )
+
+
+def _read_tensor(folder: Path, metadata: Metadata, key: str, entry: TensorStorageMetadata) -> Tensor:
+    covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
+    if covered != entry.size.numel():
+        raise ValueError(f"{folder}, {key}: expected {entry.size.numel()} elements in chunks, got {covered}")
+    try:
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+    except RuntimeError as error:  # of more elements than there is memory
+        raise ValueError(f"{folder}, {key}: {error}") from error
+    for chunk in entry.chunks:
+        part = _read_item(folder, metadata, MetadataIndex(key, chunk.offsets))
+        if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
+            raise ValueError(f"{folder}, {key}: expected a tensor of {list(chunk.sizes)} in a chunk, got another")
+        box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        whole[box].copy_(part)
+    return whole
+
+
+def _read_item(folder: Path, metadata: Metadata, index: MetadataIndex) -> Any:
+    """Read one chunk or value, which is a small file of `torch.save` inside of a file."""
+    info = metadata.storage_data.get(index)
+    if info is None:
+        raise ValueError(f"{folder}, {index.fqn}: expected to be told in which file it lies, got nothing")
+    where = f"{folder}, {index.fqn} in {info.relative_path}"
+    file_path = folder / info.relative_path
+    if file_path.exists() and not file_path.is_file():  # of a pipe, say, reading would never end
+        raise ValueError(f"{where}: expected a file, got something else")
+    try:
+        with file_path.open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(min(info.length, os.fstat(file.fileno()).st_size))
+    except OSError as error:
+        raise ValueError(f"{folder}, {index.fqn}: {info.relative_path} cannot be read: {error}") from error
+    try:
+        value = load_torch(io.BytesIO(data))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(value, Tensor) and value.nbytes > len(data):  # one element may stand for any number of them
+        raise ValueError(f"{where}: expected a tensor that is in the file, got one of {value.nbytes} bytes")
+    return value
+
+
+def _nested(values: Mapping[tuple[str | int, ...], Any]) -> dict[str, Any]:
+    """Return values by path as dicts in dicts, and as lists where paths go on with 0, 1, 2 and so on."""
+    below: dict[Any, dict[tuple[str | int, ...], Any]] = {}
+    result: dict[Any, Any] = {}
+    for (first, *rest), value in values.items():
+        if rest:
+            below.setdefault(first, {})[tuple(rest)] = value
+        else:
+            result[first] = value
+    for key, inner in below.items():
+        inside = _nested(inner)
+        numbers: list[Any] = list(range(len(inside)))
+        result[key] = [inside[number] for number in numbers] if set(inside) == set(numbers) else inside
+    return result

@@ -1,0 +1,234 @@
+"""Files of `torch.save` that others wrote, read without running anything in them.
+
+Such a file holds a pickle, and a pickle is a program: it names functions and calls them. `Unpickler` looks each name up
+in a table of constructors of plain data. It imports nothing and follows no attribute. `torch.load` does the rest.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import collections
+import os
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import IO, Any, ClassVar
+
+import torch
+
+
+class Placeholder:
+    """Something that a pickle named and that is no plain data. Calling, filling and setting it up do nothing.
+
+    Attributes:
+        name: What the pickle named, as `module.qualified_name`.
+    """
+
+    name: ClassVar[str]
+
+    def __new__(cls, *_: object, **__: object) -> Placeholder:
+        """Drop the arguments."""
+        return object.__new__(cls)
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, item: object) -> None:
+        """Drop an item."""
+
+    def extend(self, items: object) -> None:
+        """Drop items."""
+
+    def add(self, item: object) -> None:
+        """Drop an item."""
+
+
+class _NumberFormat:
+    """NumPy's dtype of one number: a code such as `f8`, and a byte order."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+_NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}
+_NUMBERS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
+
+
+def _number(kind: Any, data: Any) -> object:
+    """Return a NumPy scalar as a number of Python's, and what is no number as a placeholder."""
+    code = _NUMBERS.get(kind.code) if isinstance(kind.code, str) else None
+    return Placeholder() if code is None else struct.unpack(kind.order + code, data)[0]
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    """Return the bytes that a pickle of protocol 2 has as text. Python would look for other encodings in modules."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("expected latin1 text, got another encoding")
+    return text.encode("latin1")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Any:
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+def _tensor_of_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: object
+) -> Any:
+    return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, {}, dtype)
+
+
+_TABLE: Mapping[str, Any] = {
+    "_codecs.encode": _encode,
+    "builtins.complex": complex,
+    "collections.OrderedDict": lambda *_: collections.OrderedDict(),  # its items come later
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "numpy.dtype": _NumberFormat,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+}
+
+# What may be named besides and becomes a placeholder: whatever is not in the standard library, and of that what
+# describes and does not act. No data has reason to name os.system or builtins.eval.
+_DESCRIPTIVE = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "pathlib", "types"}
+_BUILTINS = {"object", "bool", "int", "float", "str", "bytes", "bytearray", "range", "slice"}
+_BUILTINS |= {"tuple", "list", "dict", "set", "frozenset"}
+
+_PythonsUnpickler: Any = pickle._Unpickler  # the one in C cannot be asked about keys
+
+
+class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
+    """Reads the pickle in a file, for `torch.load`."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonsUnpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return what the table has for a name, or else a class of placeholders."""
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        full = f"{module}.{name}"
+        if full in _TABLE:
+            return _TABLE[full]
+        root = module.partition(".")[0]
+        describes = name in _BUILTINS if module == "builtins" else root in _DESCRIPTIVE
+        if not describes and root in sys.stdlib_module_names:
+            raise pickle.UnpicklingError(f"it names {full}, which is no data")
+        return type("Placeholder", (Placeholder,), {"name": full})
+
+    def get_extension(self, code: int) -> None:
+        """Refuse a name that only a table of this process could tell."""
+        raise pickle.UnpicklingError(f"it names extension {code}, which is no data")
+
+    def _build(self) -> None:
+        target = self.stack[-2]
+        if isinstance(target, _NumberFormat):
+            super().load_build()
+        elif isinstance(target, Placeholder | collections.OrderedDict):
+            self.stack.pop()
+        else:
+            raise pickle.UnpicklingError(f"it sets up an object of {type(target).__name__}, which is no data")
+
+    def _refer(self) -> None:
+        match self.stack[-1]:
+            case ("storage", _, str(), str(), int()):
+                super().load_binpersid()
+            case _:
+                raise pickle.UnpicklingError("it refers to something outside of itself")
+
+    dispatch.update({pickle.BUILD[0]: _build, pickle.BINPERSID[0]: _refer})
+
+
+def _refusing_nested_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Wrap a handler that hashes a part of the stack: of tuples nested 60 deep, a hash can take 2**60 steps."""
+
+    def checked(unpickler: Any) -> None:
+        tuples = [key for key in unpickler.stack[keys] if isinstance(key, tuple)]
+        if any(isinstance(part, tuple) for key in tuples for part in key):
+            raise pickle.UnpicklingError("it has tuples of tuples for keys")
+        load(unpickler)
+
+    return checked
+
+
+for _opcode, _keys in {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(0, None, 2),
+    pickle.DICT: slice(0, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}.items():
+    Unpickler.dispatch[_opcode[0]] = _refusing_nested_keys(Unpickler.dispatch[_opcode[0]], _keys)
+
+
+def load_torch(file: str | os.PathLike[str] | IO[bytes]) -> Any:
+    """Read what `torch.save` wrote without running anything in it.
+
+    Args:
+        file: A path, whose tensors are then views of the file mapped privately (changing them leaves the file alone),
+            or a file opened for reading in binary, whose tensors are read.
+
+    Returns:
+        What was saved, with every tensor on the CPU, without gradient. Parameters are plain tensors, NumPy's numbers
+        plain numbers, and instances of all other classes each a `Placeholder`.
+
+    Raises:
+        ValueError: If it is no file of torch's (1.6 or later), is damaged, or names something that acts.
+    """
+    is_path = isinstance(file, str | os.PathLike)
+    where = str(file) if is_path else "the file"
+    num_bytes = 0
+
+    def on_host(storage: Any, _: str) -> Any:
+        nonlocal num_bytes
+        num_bytes += storage.nbytes()
+        return storage
+
+    in_file = _num_bytes_of_tensors(file, where)
+    try:
+        found = torch.load(
+            file,
+            map_location=on_host,
+            mmap=is_path,
+            weights_only=False,  # torch's own restricted unpickler hashes any key, and knows no placeholder for a dict
+            pickle_module=sys.modules[__name__],
+        )
+    except Exception as error:  # a pickle made up to harm can end in any of them
+        raise ValueError(f"{where}: expected a file that holds data alone, got what cannot be read: {error}") from error
+    if num_bytes > in_file:
+        raise ValueError(f"{where}: expected {num_bytes} bytes of tensors, got {in_file}; the file has been damaged")
+    return found
+
+
+def _num_bytes_of_tensors(file: str | os.PathLike[str] | IO[bytes], where: str) -> int:
+    """Look whether a file is an archive that `torch.save` wrote, and return how many bytes of tensors it has."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            end = archive.start_dir
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"expected a file that torch.save of 1.6 or later wrote, got {where}: {error}; load it with the torch that "
+            "wrote it, and save it again"
+        ) from error
+    sizes = {info.filename.partition("/")[2]: info.file_size for info in records}
+    if "data.pkl" not in sizes or "constants.pkl" in sizes:  # torch.load would run a script module
+        raise ValueError(f"expected a file of torch.save, got {where}, which is some other archive")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in records) or sum(sizes.values()) > end:
+        raise ValueError(f"expected a file of torch.save, got {where}, which is larger inside than outside")
+    if not isinstance(file, str | os.PathLike):
+        file.seek(0)
+        if file.read(4) != b"PK\3\4":  # torch.load would take it for one of its older formats
+            raise ValueError(f"expected a file of torch.save, got {where}, which begins with something else")
+        file.seek(0)
+    return sum(size for name, size in sizes.items() if name.startswith("data/"))
