@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
 from scripts import measuring  # noqa: E402
-from sharded_dadamw.comm.collectives import OneRank  # noqa: E402
+from sharded_dadamw.comm.collectives import Collectives  # noqa: E402
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets  # noqa: E402
 from sharded_dadamw.state.fragment_tensor import FragmentTensor  # noqa: E402
 
@@ -61,7 +61,7 @@ def llama_3_8b() -> dict[str, tuple[int, ...]]:
 
 def our_state(shapes: dict[str, tuple[int, ...]], num_ranks: int, cap_mb: float) -> Iterator[dict[str, Any]]:
     """What each rank's `state_dict()` has, rank by rank."""
-    mesh, verbs = init_device_mesh("cpu", (num_ranks,)), OneRank()
+    mesh, verbs = init_device_mesh("cpu", (num_ranks,)), Collectives()
     names, numels = list(shapes), [math.prod(shape) for shape in shapes.values()]
     buckets = plan_buckets(numels, cap=int(cap_mb * 2**20) // 4)
     layouts = [BucketLayout(tuple(numels[i] for i in indices), num_ranks) for indices in buckets]

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sharded_dadamw.buckets import offload
-from sharded_dadamw.comm.collectives import OneRank
+from sharded_dadamw.comm.collectives import Collectives
 
 ELSEWHERE = torch.device("cuda", 0)
 _HOST = torch.device("cpu")
@@ -166,7 +166,7 @@ class _Pretence(TorchFunctionMode):
 
 
 def _on_the_device(verb: Callable[..., Any]) -> Callable[..., Any]:
-    def look(self: OneRank, *args: Any, **kwargs: Any) -> Any:
+    def look(self: Collectives, *args: Any, **kwargs: Any) -> Any:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         assert all(hasattr(tensor, "is_elsewhere") for tensor in tensors), f"{verb.__name__} of the host's memory"
         return verb(self, *args, **kwargs)
@@ -193,7 +193,7 @@ def pretended_device() -> Iterator[_Pretence]:
             pretence,
         ):
             for name in ("reduce_scatter_mean", "all_gather_", "all_reduce_", "broadcast_"):
-                verbs.enter_context(mock.patch.object(OneRank, name, _on_the_device(getattr(OneRank, name))))
+                verbs.enter_context(mock.patch.object(Collectives, name, _on_the_device(getattr(Collectives, name))))
             yield pretence
     finally:
         offload._copiers.cache_clear()

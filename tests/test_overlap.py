@@ -34,7 +34,7 @@ from sharded_dadamw import (
     ShardingConfig,
 )
 from sharded_dadamw.buckets.gradients import Stage
-from sharded_dadamw.comm.exchange import DirectExchange
+from sharded_dadamw.comm.messages import MessageVerbs
 from tests.models import BF16, F32, MODELS, draw_gradient, reduce_for_control
 from tests.pool import on_ranks
 
@@ -1006,7 +1006,7 @@ def bytes_held(group: Any, residency: GradientResidency, dtype: torch.dtype, mai
         return buffer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DirectExchange, "new_buffer", lambda _self, *args: measured(*args))
+        patch.setattr(MessageVerbs, "new_buffer", lambda _self, *args: measured(*args))
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
         shards = optimizer.state_bytes
         if residency is SHARDED:

@@ -1,134 +1,51 @@
-"""The verbs between ranks. Every verb starts its work and returns a handle; ``wait()`` makes the result visible.
+"""The verbs between ranks. Every verb starts its work and returns a :class:`Pending`, whose ``wait()`` ends it.
 
 Flat buffers hold one equal slice per rank:
 
     reduce_scatter_mean(buffer, out)    out <- mean over ranks of this rank's slice, in place or not
     all_gather_(buffer)                 other slices <- their owners' own slices
 
-Here are the groups of ranks that any backend can serve: :class:`OneRank` (nothing to exchange), :class:`NativeVerbs`
-(the backend's own) and :class:`RankOrderVerbs` (the backend's, but sums in rank order). ``exchange`` has those for
-CPUs, and ``connect`` chooses.
+:class:`Collectives` is one rank, for which everything is there already. :class:`NativeVerbs` are the backend's own
+verbs, and :class:`RankOrderVerbs` are those with sums in rank order. ``messages`` and ``memory`` serve CPUs, ``mesh``
+joins two axes, and ``connect`` chooses.
 """
 
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # [Note: whose group it is]
+import torch.distributed.nn  # see NativeVerbs
 from torch import Tensor
 from torch.profiler import record_function
+
+from sharded_dadamw.comm.pending import Done as Done
+from sharded_dadamw.comm.pending import Pending
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+
+class Handle(Protocol):
+    """Something under way."""
+
+    def arrive(self) -> object:
+        """See :class:`Pending`."""
+
+    def wait(self) -> object:
+        """See :class:`Pending`."""
+
+
 REDUCE_SCATTER = "sharded_dadamw::reduce_scatter"
 ALL_GATHER = "sharded_dadamw::all_gather"
 """What the verbs are called in a profiler's trace, where they start and where they finish."""
 
-
-class Handle(Protocol):
-    """Something under way. Both calls block the host (gloo) or the current stream (NCCL), and may be repeated."""
-
-    def arrive(self) -> object:
-        """Until the result may be used. Other ranks may still be reading this one's buffer."""
-
-    def wait(self) -> object:
-        """Until the buffers may be written again as well."""
-
-
-class Done:
-    """Nothing is under way."""
-
-    def arrive(self) -> None:
-        """See :meth:`Handle.arrive`."""
-
-    def wait(self) -> None:
-        """See :meth:`Handle.wait`."""
-
-
-class Verb:
-    """A verb under way, the rest of which is done by this rank once, when it is first waited for."""
-
-    def __init__(self, name: str, rest: Callable[[], None], parting: Callable[[], None] | None = None) -> None:
-        """Under way under a name.
-
-        Args:
-            name: What a profiler calls it.
-            rest: What is left to do for the result.
-            parting: What then has to be waited for until buffers may be written.
-        """
-        self._name = name
-        self._rest: Callable[[], None] | None = rest
-        self._parting = parting
-        self._failure: Exception | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do, even if it failed."""
-        return self._rest is None
-
-    def finish(self) -> None:
-        """Do what is left; ``wait`` will say if that failed."""
-        rest, self._rest = self._rest, None
-        if rest is not None:
-            with record_function(self._name):
-                try:
-                    rest()
-                except Exception as error:  # whoever waits for this verb wants to hear of it, each time
-                    self._failure = error
-
-    def arrive(self) -> None:
-        """See :meth:`Handle.arrive`."""
-        self.finish()
-        if self._failure is not None:
-            raise self._failure
-
-    def wait(self) -> None:
-        """See :meth:`Handle.wait`."""
-        self.arrive()
-        parting, self._parting = self._parting, None
-        if parting is not None:
-            parting()
-
-
-class Queue:
-    """Verbs under way, which are finished in the order in which they were started, whichever is waited for.
-
-    [Note: in the order of their start] A verb ends when all ranks have done their part of it. Ranks that each wait for
-    another one first would wait for each other forever, unless they finish the earlier ones on the way.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is under way."""
-        self._verbs: deque[Verb] = deque()
-
-    def start(self, name: str, rest: Callable[[], None], parting: Callable[[], None] | None = None) -> Verb:
-        """A verb under way, behind all others; see :class:`Verb`."""
-        verb = _Queued(self, name, rest, parting)
-        self._verbs.append(verb)
-        return verb
-
-    def finish_until(self, verb: Verb) -> None:
-        """Finish what is under way up to this verb."""
-        while not verb.is_finished:
-            self._verbs.popleft().finish()
-
-
-class _Queued(Verb):
-    def __init__(self, queue: Queue, name: str, rest: Callable[[], None], parting: Callable[[], None] | None) -> None:
-        super().__init__(name, rest, parting)
-        self._queue = queue
-
-    def arrive(self) -> None:
-        self._queue.finish_until(self)
-        super().arrive()
+PIECE_BYTES = 1 << 20
+"""Bytes that are averaged at a time on a CPU: small enough to be summed out of its cache."""
 
 
 def sent_dtype(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
@@ -142,28 +59,24 @@ def sum_dtype(sent: torch.dtype, out: torch.dtype) -> torch.dtype:
 
 
 def average_in_order(
-    parts: Sequence[Tensor], *, out: Tensor, total: Tensor, add: bool, narrow: Tensor | None = None
+    parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool = False
 ) -> None:
     """Put the mean of ``parts``, summed in their order, into ``out`` [n], which may be one of them.
 
     Args:
         parts: [n] each, one per rank.
+        sent: The dtype to which each is rounded first.
         out: Gets the mean, rounded once.
         total: [n], scratch memory in the dtype of the sum.
         add: Increase ``out`` by the rounded mean instead.
-        narrow: [n], scratch memory in the dtype to which parts are rounded first; None where they stay as they are.
     """
-
-    def as_sent(part: Tensor) -> Tensor:
-        return part if narrow is None or part.dtype == narrow.dtype else narrow.copy_(part)
-
-    first, *rest = parts
-    if narrow is None and rest and first.dtype == rest[0].dtype == total.dtype:
+    first, *rest = (part.to(sent) for part in parts)
+    if rest and sent == total.dtype:
         torch.add(first, rest.pop(0), out=total)  # one pass less than copying the first
     else:
-        total.copy_(as_sent(first))
+        total.copy_(first)
     for part in rest:
-        total.add_(as_sent(part))
+        total.add_(part)
     if add:
         out.add_(total.div_(len(parts)).to(out.dtype))
     elif out.dtype == total.dtype:
@@ -172,23 +85,24 @@ def average_in_order(
         out.copy_(total.div_(len(parts)))
 
 
-class Collectives(ABC):
-    """A shard group: the ranks that share one set of buckets, and what they can do together.
+class Collectives:
+    """A shard group: the ranks that share one set of buckets, and what they can do together. Here, a group of one.
+
+    :func:`sharded_dadamw.comm.connect.connect` builds what serves a group best.
 
     Attributes:
         rank: This rank's number in the group.
         num_ranks: Size of the group.
         bytes_sent: Data bytes this rank has handed to others in reduce-scatters and all-gathers so far, on a wire or
-            through memory that they share. The few bytes per step by which ranks compare notes, and the broadcast at
-            construction, are not in it.
+            through memory that they share. What ranks agree on and the broadcast at construction are not in it.
         gathers_by_itself: Whether an all-gather goes on while this rank does something else. Where it does not, others
             may have to wait until this rank finishes it.
     """
 
     gathers_by_itself = True
 
-    def __init__(self, rank: int, num_ranks: int) -> None:
-        """Only subclasses are ever built, by :func:`sharded_dadamw.comm.connect.connect`."""
+    def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """One rank needs no torch.distributed."""
         self.rank = rank
         self.num_ranks = num_ranks
         self.bytes_sent = 0
@@ -199,29 +113,27 @@ class Collectives(ABC):
 
     @property
     def everyone(self) -> Collectives:
-        """All ranks that hold the same parameters, those that hold the same shards included: for small tensors."""
+        """All ranks that hold the same parameters, those that hold the same shards included."""
         return self
 
     def _slices(self, buffer: Tensor) -> tuple[Tensor, ...]:
         assert buffer.dim() == 1 and buffer.numel() % self.num_ranks == 0, "a flat buffer of equal slices"
         return buffer.chunk(self.num_ranks) if buffer.numel() else (buffer,) * self.num_ranks
 
-    @abstractmethod
     def check_alive(self) -> None:
         """Raise RuntimeError when the process group has been destroyed."""
 
-    @abstractmethod
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
         """Whether a group has the same ranks."""
+        return dist.get_world_size(group) == 1
 
-    @abstractmethod
     def include(self, group: dist.ProcessGroup) -> bool:
         """Whether all ranks of a group are among these."""
+        return dist.get_world_size(group) == 1
 
-    @abstractmethod
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Handle:
+    ) -> Pending:
         """Begin to average this rank's slice of the ranks' buffers.
 
         Args:
@@ -232,46 +144,6 @@ class Collectives(ABC):
             wire_dtype: Where it is narrower than ``buffer``, every rank's values are rounded to it before they are
                 added, this rank's own too: who owns an element must make no difference.
         """
-
-    @abstractmethod
-    def all_gather_(self, buffer: Tensor) -> Handle:
-        """Replace the other ranks' slices of ``buffer`` [num_ranks * n] by what their owners hold."""
-
-    @abstractmethod
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
-        """Reduce a small tensor over all ranks, in place on each."""
-
-    @abstractmethod
-    def broadcast_(self, tensor: Tensor) -> None:
-        """Replace ``tensor`` by that of the group's rank 0."""
-
-    @abstractmethod
-    def gather_texts(self, text: str) -> list[str]:
-        """One text of each rank, in rank order, on every rank. For set-up and error paths."""
-
-
-class OneRank(Collectives):
-    """A group of size one: everything is here already."""
-
-    def __init__(self) -> None:
-        """A group that needs no torch.distributed."""
-        super().__init__(rank=0, num_ranks=1)
-
-    def check_alive(self) -> None:
-        """See :meth:`Collectives.check_alive`."""
-
-    def are_all_of(self, group: dist.ProcessGroup) -> bool:
-        """See :meth:`Collectives.are_all_of`."""
-        return dist.get_world_size(group) == 1
-
-    def include(self, group: dist.ProcessGroup) -> bool:
-        """See :meth:`Collectives.include`."""
-        return dist.get_world_size(group) == 1
-
-    def reduce_scatter_mean(
-        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Handle:
-        """See :meth:`Collectives.reduce_scatter_mean`."""
         mean = buffer.to(sent_dtype(buffer.dtype, wire_dtype)).to(out.dtype)
         if add:
             out.add_(mean)
@@ -279,36 +151,36 @@ class OneRank(Collectives):
             out.copy_(mean)
         return Done()
 
-    def all_gather_(self, buffer: Tensor) -> Handle:
-        """See :meth:`Collectives.all_gather_`."""
+    def all_gather_(self, buffer: Tensor) -> Pending:
+        """Replace the other ranks' slices of ``buffer`` [num_ranks * n] by what their owners hold."""
         return Done()
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
-        """See :meth:`Collectives.all_reduce_`."""
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending | dist.Work:
+        """Reduce a small tensor in place, over :attr:`everyone`."""
         return Done()
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """See :meth:`Collectives.broadcast_`."""
+        """Replace ``tensor`` by that of rank 0 of :attr:`everyone`."""
 
     def gather_texts(self, text: str) -> list[str]:
-        """See :meth:`Collectives.gather_texts`."""
+        """One text of each rank of :attr:`everyone`, in rank order, on every rank. For set-up and errors."""
         return [text]
 
 
 class NativeVerbs(Collectives):
     """The backend's own collectives.
 
-    [Note: whose group it is] torch.distributed owns process groups until ``destroy_process_group``; we refer to one
-    weakly. Another owner would keep gloo's threads running after that, until the interpreter exits, and a thread that
-    then still wants to release a Python object aborts the process. ``torch.distributed.nn`` becomes such an owner when
-    it is imported while there is a default group, which it takes for the defaults of its functions, and torch's
-    optimizers import it when the first one is built; so it is imported here, which is usually earlier.
+    torch.distributed owns process groups until ``destroy_process_group``; we refer to one weakly. Another owner would
+    keep gloo's threads running after that, until the interpreter exits, and a thread that then still wants to release a
+    Python object aborts the process. ``torch.distributed.nn`` becomes such an owner when it is imported while there is
+    a default group, which it takes for the defaults of its functions. torch's optimizers import it when the first one
+    is built, so this module imports it, which is usually earlier.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._group_reference = weakref.ref(group)  # [Note: whose group it is]
+        self._group_reference = weakref.ref(group)
         self.device = device
 
     @property
@@ -334,7 +206,7 @@ class NativeVerbs(Collectives):
 
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Handle:
+    ) -> Pending:
         """See :meth:`Collectives.reduce_scatter_mean`. The order of the sum, and its dtype, are the backend's."""
         with record_function(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
@@ -355,19 +227,19 @@ class NativeVerbs(Collectives):
             elif target is not out:
                 out.copy_(mean)
 
-        return Verb(REDUCE_SCATTER, finish)
+        return Pending(REDUCE_SCATTER, finish)
 
-    def all_gather_(self, buffer: Tensor) -> Handle:
+    def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`."""
         with record_function(ALL_GATHER):
             own = self._slices(buffer)[self.rank]
             work = _all_gather(buffer, own, group=self.group, async_op=True)
             self.bytes_sent += (self.num_ranks - 1) * own.nbytes
-        return Verb(ALL_GATHER, work.wait)
+        return Pending(ALL_GATHER, work.wait)
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Handle:
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending | dist.Work:
         """See :meth:`Collectives.all_reduce_`."""
-        work: Handle = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
+        work: dist.Work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return work
 
     def broadcast_(self, tensor: Tensor) -> None:
@@ -377,12 +249,12 @@ class NativeVerbs(Collectives):
     def gather_texts(self, text: str) -> list[str]:
         """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
         mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.num_ranks)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(sizes, torch.tensor([mine.numel()], device=self.device), group=self.group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: mine.numel()] = mine
-        texts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        texts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(texts, padded, group=self.group)
         return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
 
@@ -396,20 +268,20 @@ class RankOrderVerbs(NativeVerbs):
 
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Handle:
+    ) -> Pending:
         """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         with record_function(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             arrivals = torch.empty_like(sent)
-            work: Handle = dist.all_to_all_single(arrivals, sent, group=self.group, async_op=True)
+            work: dist.Work = dist.all_to_all_single(arrivals, sent, group=self.group, async_op=True)
             self.bytes_sent += (self.num_ranks - 1) * arrivals.nbytes // self.num_ranks
 
         def finish() -> None:
             work.wait()
             total = torch.empty_like(out, dtype=sum_dtype(sent.dtype, out.dtype))
-            average_in_order(self._slices(arrivals), out=out, total=total, add=add)
+            average_in_order(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
 
-        return Verb(REDUCE_SCATTER, finish)
+        return Pending(REDUCE_SCATTER, finish)
 
 
 def common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:

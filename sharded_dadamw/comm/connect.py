@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, OneRank, RankOrderVerbs, is_alive
-from sharded_dadamw.comm.exchange import DirectExchange, map_each_other
-from sharded_dadamw.comm.mesh import HybridVerbs
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, RankOrderVerbs, is_alive
+from sharded_dadamw.comm.memory import MemoryVerbs, map_files
+from sharded_dadamw.comm.mesh import MeshVerbs
+from sharded_dadamw.comm.messages import MessageVerbs
 from sharded_dadamw.config import Exchange
 
 
@@ -23,7 +24,7 @@ def connect(
     exchange: Exchange | None = Exchange.FASTEST,
     called: str = "process_group",
 ) -> Collectives:
-    """The best verbs for a group of ranks and the device their buffers live on.
+    """Build the best verbs for a group of ranks and the device their buffers live on.
 
     Collective, with the same arguments on all ranks, unless ``exchange`` is None.
 
@@ -40,10 +41,34 @@ def connect(
             is destroyed, or cannot reach the device's memory.
     """
     if process_group is None and not (dist.is_available() and dist.is_initialized()):
-        return OneRank()
+        return Collectives()
+    if not isinstance(process_group, DeviceMesh) or process_group.ndim != 2:
+        return _connect_group(_group_of(process_group, device, called), device, exchange)
+    everyone = _group_of(_spanning(process_group, called), device, called)
+    if exchange is None:
+        return NativeVerbs(everyone, device)
+    column, row = (_connect_group(process_group.get_group(axis), device, exchange) for axis in (0, 1))
+    return MeshVerbs(row, column, everyone, device) if column.num_ranks > 1 else row
+
+
+def _connect_group(group: dist.ProcessGroup, device: torch.device, exchange: Exchange | None) -> Collectives:
+    uses_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
+    if exchange is None or exchange is Exchange.BACKEND:
+        return NativeVerbs(group, device)
+    if not uses_gloo:
+        return NativeVerbs(group, device) if exchange is Exchange.FASTEST else RankOrderVerbs(group, device)
+    if exchange is Exchange.FASTEST and dist.get_world_size(group) > 1:
+        files = map_files(NativeVerbs(group, device))
+        if files is not None:
+            return MemoryVerbs(group, device, files)
+    return MessageVerbs(group, device)
+
+
+def _group_of(
+    process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device, called: str
+) -> dist.ProcessGroup:
+    """The process group that was meant, if it can be used."""
     if isinstance(process_group, DeviceMesh):
-        if process_group.ndim == 2:
-            return _connect_mesh(process_group, device, exchange, called)
         if process_group.ndim != 1:
             raise ValueError(
                 f"{called}: expected a group or a mesh with one axis or two, got {process_group.ndim} axes "
@@ -53,7 +78,6 @@ def connect(
         process_group = process_group.get_group()
     if process_group is None:
         process_group = dist.group.WORLD
-        assert process_group is not None
     if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"{called}: expected a group with this rank in it, got {process_group}, which new_group() returns on "
@@ -69,16 +93,19 @@ def connect(
             f"{called}: expected a backend for parameters on {device.type}, got {backend}; move the model to the "
             "backend's device before building the optimizer"
         )
-    if exchange is None:
-        return NativeVerbs(process_group, device)
-    is_direct = device.type == "cpu" and "cpu:gloo" in backend
-    if exchange is Exchange.BACKEND or (exchange is Exchange.FASTEST and not is_direct):
-        return NativeVerbs(process_group, device)
-    if exchange is Exchange.FASTEST and dist.get_world_size(process_group) > 1:
-        by_memory = map_each_other(process_group, device)
-        if by_memory is not None:
-            return by_memory
-    return DirectExchange(process_group, device) if is_direct else RankOrderVerbs(process_group, device)
+    return process_group
+
+
+def _spanning(mesh: DeviceMesh, called: str) -> dist.ProcessGroup:
+    """A group of all ranks of a mesh with two axes."""
+    ranks = set(mesh.mesh.flatten().tolist())
+    for group in (mesh.get_group(0), mesh.get_group(1), dist.group.WORLD):
+        if group is not None and set(dist.get_process_group_ranks(group)) == ranks:
+            return group
+    raise ValueError(
+        f"{called}: expected a mesh with two axes to have all {dist.get_world_size()} ranks, got the {len(ranks)} "
+        f"of {mesh.mesh_dim_names}; pass one axis, or a group of all these ranks"
+    )
 
 
 def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
@@ -110,24 +137,6 @@ _in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.Pr
 _in_background = weakref.WeakKeyDictionary()  # see [Note: whose group it is] in collectives
 
 
-def _connect_mesh(mesh: DeviceMesh, device: torch.device, exchange: Exchange | None, called: str) -> Collectives:
-    replicas, shards = mesh.get_group(0), mesh.get_group(1)
-    ranks = set(mesh.mesh.flatten().tolist())
-    known = [group for group in (replicas, shards, dist.group.WORLD) if group is not None]
-    spanning = [group for group in known if set(dist.get_process_group_ranks(group)) == ranks]
-    if not spanning:
-        raise ValueError(
-            f"{called}: expected a mesh with two axes to have all {dist.get_world_size()} ranks, got the {len(ranks)} "
-            f"of {mesh.mesh_dim_names}; pass one axis, or a group of all these ranks"
-        )
-    everyone = connect(spanning[0], device, exchange=None, called=called)
-    if exchange is None:
-        return everyone
-    within = connect(shards, device, exchange=exchange, called=called)
-    across = connect(replicas, device, exchange=exchange, called=called)
-    return HybridVerbs(within, across, everyone) if across.num_ranks > 1 else within
-
-
 def connect_over(
     groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None = None
 ) -> Collectives:
@@ -149,7 +158,7 @@ def connect_over(
     if isinstance(also, NativeVerbs):
         by_ranks[frozenset(dist.get_process_group_ranks(also.group))] = also.group
     if not by_ranks:
-        return OneRank()
+        return Collectives()
     largest = max(by_ranks, key=len)
     if all(ranks <= largest for ranks in by_ranks):
         return connect(by_ranks[largest], device, exchange=None)

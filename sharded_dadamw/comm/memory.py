@@ -1,0 +1,349 @@
+"""The data verbs by memory: ranks of one Linux host read what they need from each other's, and nothing is sent.
+
+Each rank has a nameless file in memory that all ranks map when they connect. Buffers are cut from it, pages exist once
+they are touched, and the first page says what the rank has begun and what it has finished:
+
+    file of rank 0   | begun, left | buffer |  free  | buffer |      free ...      |      rank 0 writes, others read
+    file of rank 1   | begun, left | buffer |  free  | buffer |      free ...      |      rank 1 writes, others read
+
+A rank begins a verb by saying where its buffer lies. It finishes it by reading the buffers of others, each as soon as
+that one has begun the verb as well, and by saying that it has left. Whoever waits for another rank looks at its page
+now and then: to wake it through gloo takes longer than to read a megabyte.
+
+No file has a name or stays open, so nothing is left behind after a crash, and the size of /dev/shm does not matter. A
+rank that is gone can still be read by those that are slower. A process that was forked, such as a DataLoader's worker,
+sees its parent's buffers as they change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import secrets
+import select
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from sharded_dadamw.comm.collectives import (
+    ALL_GATHER,
+    PIECE_BYTES,
+    REDUCE_SCATTER,
+    NativeVerbs,
+    average_in_order,
+    sent_dtype,
+    sum_dtype,
+)
+from sharded_dadamw.comm.pending import Pending
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_GONE, _BEGUN, _LEFT, _VERBS = 8, 9, 10, 11
+"""Places on the first page, in words of 8 bytes. Before them is the file's name."""
+_MOST_UNDER_WAY = 64
+"""Verbs of which a page says where the buffer lies; one more is begun when all ranks have left the oldest."""
+_PATIENCE_S = 0.1
+"""How long to wait for another rank before asking whether its process still lives."""
+
+
+class MemoryFile:
+    """A rank's file, as one of the ranks has mapped it; buffers on it keep it mapped."""
+
+    def __init__(self, pid: int, fd: int, name: str, size: int) -> None:
+        """Map what a process of this host has open.
+
+        Raises:
+            OSError: It cannot be reached from here: it is in another container, or may not be read.
+        """
+        path = f"/proc/{pid}/fd/{fd}"
+        if name not in os.readlink(path):  # in another container numbers mean other processes
+            raise OSError(f"{path} is something else here")
+        opened = os.open(path, os.O_RDWR)
+        try:
+            # Python's own mapping would keep a file descriptor.
+            address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, opened, 0)
+            if address in (None, ctypes.c_void_p(-1).value):
+                raise OSError(ctypes.get_errno(), f"{size} bytes cannot be mapped")
+        finally:
+            os.close(opened)
+        weakref.finalize(self, _libc().munmap, address, size).atexit = False
+        self._address, self._size = address, size
+        if ctypes.string_at(address, len(name)) != name.encode():
+            raise OSError(f"{name} is a copy here")
+        # To dump core would touch every page, and so fill the machine's memory.
+        _libc().madvise(address, size, mmap.MADV_DONTDUMP)
+        self.pid = pid
+        self.page = (ctypes.c_int64 * (mmap.PAGESIZE // 8)).from_address(address)
+        self._live: dict[int, int] = {}
+
+    def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zero-filled memory [numel] that begins on a page of its own, in this rank's file.
+
+        Raises:
+            MemoryError: No stretch is long enough.
+        """
+        if not numel:
+            return torch.zeros(0, dtype=dtype)
+        nbytes = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        start = mmap.PAGESIZE
+        for taken, stop in sorted(self._live.copy().items()):
+            if start + nbytes <= taken:
+                break
+            start = stop
+        if start + nbytes > self._size:
+            raise MemoryError(f"no {nbytes} bytes in a row are left of {self._size}")
+        self._live[start] = start + nbytes
+        # The tensor's storage owns this view, and whatever shares the storage shares it; where torch moves a storage
+        # elsewhere, as share_memory_() does, it dies.
+        view = self._view(start, nbytes)
+        weakref.finalize(view, self._give_back, start, nbytes).atexit = False
+        return torch.frombuffer(view, dtype=dtype, count=numel)
+
+    def _view(self, start: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        view = (ctypes.c_char * nbytes).from_address(self._address + start)
+        view.file = self  # type: ignore[attr-defined]  # or it could be unmapped meanwhile
+        return view
+
+    def tensor_at(self, offset: int, like: Tensor) -> Tensor:
+        """What lies so many bytes into the file, in the size and dtype of another tensor."""
+        return torch.frombuffer(self._view(offset, like.nbytes), dtype=like.dtype) if like.nbytes else like
+
+    def offset_of(self, tensor: Tensor) -> int | None:
+        """Where a contiguous tensor begins, in bytes; None where it lies elsewhere."""
+        offset = tensor.data_ptr() - self._address
+        return offset if 0 <= offset < self._size else None
+
+    def _give_back(self, start: int, nbytes: int) -> None:
+        """Runs where the last reference dies, in any thread and in the middle of anything, so it takes no lock."""
+        if os.getpid() == self.pid:  # a forked child must not take its parent's memory away
+            _libc().madvise(self._address + start, nbytes, mmap.MADV_REMOVE)
+            del self._live[start]
+
+
+def map_files(verbs: NativeVerbs) -> list[MemoryFile] | None:
+    """Make a file on every rank, and map those of all. Collective.
+
+    Args:
+        verbs: Between the ranks.
+
+    Returns:
+        The files in rank order; None on all ranks where one of them cannot: they run on several hosts or in containers
+        of their own, or not on Linux.
+    """
+    invitation = ""
+    files: list[MemoryFile] = []
+    with ExitStack() as stack:
+        try:
+            # Ranks hold alike buffers, so none needs more than its share of the machine. The rest is for gaps.
+            size = 2 * os.sysconf("SC_PHYS_PAGES") // verbs.num_ranks * mmap.PAGESIZE
+            name = f"sharded_dadamw-{secrets.token_hex(16)}"
+            fd = os.memfd_create(name)
+            stack.callback(os.close, fd)
+            os.pwrite(fd, name.encode(), 0)
+            os.ftruncate(fd, size)
+            invitation = json.dumps([_BOOT_ID.read_text(), [os.getpid(), fd, name, size]])
+        except Exception:  # whatever it is, there is another way, and the other ranks are waiting to hear of it
+            pass
+        invitations = verbs.gather_texts(invitation)
+        try:
+            for boot_id, where in map(json.loads, invitations):
+                if boot_id != _BOOT_ID.read_text():
+                    raise OSError("that process runs on another host")
+                files.append(MemoryFile(*where))
+        except Exception:  # as above
+            files = []
+        return files if all(verbs.gather_texts("mapped" if files else "")) else None
+
+
+class MemoryVerbs(NativeVerbs):
+    """Ranks of one host read what they need from each other's memory.
+
+    ``new_buffer`` gives memory that others can read; what lies elsewhere is copied there first.
+    """
+
+    gathers_by_itself = False
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, files: Sequence[MemoryFile]) -> None:
+        """See :class:`NativeVerbs`.
+
+        Args:
+            group: The ranks.
+            device: The CPU.
+            files: Of every rank, as this one has mapped them.
+        """
+        super().__init__(group, device)
+        self._own, self._files = files[self.rank], files
+        self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
+        self._timeout_s: float = group._get_backend(device).options._timeout.total_seconds()
+        self._under_way: deque[Pending] = deque()
+        self._num_begun = 0
+        weakref.finalize(self, _depart, self._own)
+
+    def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See :meth:`Collectives.new_buffer`."""
+        assert device.type == "cpu"
+        return self._own.new_buffer(numel, dtype)
+
+    def reduce_scatter_mean(
+        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
+    ) -> Pending:
+        """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once.
+
+        No wire is involved. Values are rounded as if there were one, as they are read, and counted so.
+        """
+        sent = sent_dtype(buffer.dtype, wire_dtype)
+        with record_function(REDUCE_SCATTER):
+            readable = self._readable(buffer, self._peers)
+            number = self._begin(readable)
+            self.bytes_sent += len(self._peers) * out.numel() * sent.itemsize
+
+        def finish() -> None:
+            ranks = range(self.num_ranks)
+            parts = [buffer if rank == self.rank else self._buffer_of(rank, number, buffer) for rank in ranks]
+            own_slices = (self._slices(part)[self.rank] for part in parts)
+            numel = PIECE_BYTES // buffer.itemsize
+            total = torch.empty(min(numel, out.numel()), dtype=sum_dtype(sent, out.dtype))
+            for piece, *pieces in zip(*(torch.split(each, numel) for each in (out, *own_slices)), strict=True):
+                average_in_order(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
+            self._leave(number, readable is not buffer)
+
+        return Pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))
+
+    def all_gather_(self, buffer: Tensor) -> Pending:
+        """See :meth:`Collectives.all_gather_`."""
+        with record_function(ALL_GATHER):
+            readable = self._readable(buffer, [self.rank])
+            number = self._begin(readable)
+            slices = self._slices(buffer)
+            self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
+
+        def finish() -> None:
+            for peer in self._peers:
+                slices[peer].copy_(self._slices(self._buffer_of(peer, number, buffer))[peer])
+            self._leave(number, readable is not buffer)
+
+        return Pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
+
+    def _readable(self, buffer: Tensor, ranks: Iterable[int]) -> Tensor:
+        """The buffer, or one that has its slices of some ranks, in memory that peers can read."""
+        assert buffer.is_contiguous()
+        if not buffer.numel() or self._own.offset_of(buffer) is not None:
+            return buffer
+        copied = self._own.new_buffer(buffer.numel(), buffer.dtype)  # of which only pages that are written exist
+        theirs, ours = self._slices(copied), self._slices(buffer)
+        for rank in ranks:
+            theirs[rank].copy_(ours[rank])
+        return copied
+
+    def _begin(self, buffer: Tensor) -> int:
+        """Tell the others where this rank's buffer is; returns the number of the verb, equal on all ranks."""
+        while len(self._under_way) >= _MOST_UNDER_WAY:
+            self._under_way[0].finish()
+        self._await_others(self._num_begun + 1 - _MOST_UNDER_WAY)
+        self._num_begun += 1
+        place, page = _place_of(self._num_begun), self._own.page
+        page[place], page[place + 1] = self._own.offset_of(buffer) or 0, buffer.nbytes
+        _order_memory()
+        page[_BEGUN] = self._num_begun
+        return self._num_begun
+
+    def _buffer_of(self, peer: int, number: int, like: Tensor) -> Tensor:
+        """The peer's buffer, once it has begun a verb."""
+        file = self._files[peer]
+        if not self._wait(file, _BEGUN, number):
+            raise RuntimeError(f"rank {peer} of the process group has ended, or let go of its optimizer")
+        offset, nbytes = file.page[_place_of(number) : _place_of(number) + 2]
+        if nbytes != like.nbytes:
+            raise RuntimeError(
+                f"ranks have begun to exchange different buffers: rank {peer} has {nbytes} bytes, rank {self.rank} has "
+                f"{like.nbytes}; an earlier error on some ranks only has put them out of step, so start all again"
+            )
+        return file.tensor_at(offset, like)
+
+    def _leave(self, number: int, is_copy: bool) -> None:
+        """Tell the others that this rank has read their buffers; nobody else keeps a copy until they have read it."""
+        _order_memory()
+        self._own.page[_LEFT] = number
+        if is_copy:
+            self._await_others(number)
+
+    def _await_others(self, number: int) -> None:
+        """Wait until nobody reads this rank's buffer of a verb any more, because all have left it or are gone."""
+        for peer in self._peers:
+            self._wait(self._files[peer], _LEFT, number)
+
+    def _wait(self, file: MemoryFile, what: int, number: int) -> bool:
+        """Wait until a rank has begun or left a verb; returns False if it has not and will not.
+
+        Raises:
+            RuntimeError: It has done neither within the group's timeout.
+        """
+        start = time.perf_counter()
+        while True:
+            waited_s = time.perf_counter() - start
+            is_gone = file.page[_GONE] or (waited_s > _PATIENCE_S and _has_ended(file.pid))
+            if file.page[what] >= number:
+                _order_memory()
+                return True
+            if is_gone:
+                return False
+            if waited_s > self._timeout_s:
+                rank = self._files.index(file)
+                raise RuntimeError(f"rank {rank} of the process group has not come for {self._timeout_s:.0f} s")
+            time.sleep(min(waited_s / 16, 2e-3))
+
+
+def _place_of(number: int) -> int:
+    return _VERBS + 2 * (number % _MOST_UNDER_WAY)
+
+
+_lock = threading.Lock()
+
+
+def _order_memory() -> None:
+    """See that others see what was written before this first, and that this rank reads in that order.
+
+    Processors may move loads and stores into a section under a lock, from before it and from behind it, but not across
+    two of them.
+    """
+    for _ in range(2):
+        with _lock:
+            pass
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # a system without these says nothing
+    try:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(0))
+    finally:
+        os.close(fd)
+
+
+def _depart(own: MemoryFile) -> None:
+    if os.getpid() == own.pid:
+        own.page[_GONE] = 1
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    of_bytes, number = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    libc.mmap.argtypes, libc.mmap.restype = (*of_bytes, number, number, number, ctypes.c_long), ctypes.c_void_p
+    libc.munmap.argtypes, libc.madvise.argtypes = of_bytes, (*of_bytes, number)
+    return libc

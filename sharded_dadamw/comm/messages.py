@@ -1,0 +1,132 @@
+"""The data verbs by messages of gloo: every rank sends each slice straight to its owner.
+
+gloo's own reduce-scatter is an all-reduce inside, and its all-gather a ring. Both take longer than to move the
+``(N-1)/N`` of the bytes that have to move, as does its all-to-all with a sum afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from sharded_dadamw.comm.collectives import (
+    ALL_GATHER,
+    PIECE_BYTES,
+    REDUCE_SCATTER,
+    NativeVerbs,
+    average_in_order,
+    sent_dtype,
+    sum_dtype,
+)
+from sharded_dadamw.comm.pending import Pending
+
+_PIECES_IN_FLIGHT = 8
+"""Pieces, over all peers, that may arrive while earlier ones are summed; at least two from each peer."""
+_REDUCTIONS_RECEIVING = 4
+"""Reductions under way that may hold scratch memory to receive into; starting one more finishes the oldest."""
+
+_tags: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
+"""Of each process group, for all optimizers that use it: their verbs may overlap."""
+
+
+class MessageVerbs(NativeVerbs):
+    """Slices travel through gloo's connections, in pieces: the sum of one overlaps the transfer of the next."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Wrap a live process group of gloo that this rank is in, for tensors on the CPU."""
+        super().__init__(group, device)
+        # Beginning with the right neighbour, so that no receiver is everyone's first.
+        self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
+        self._under_way: deque[Pending] = deque()
+        self._reductions: deque[Pending] = deque()
+        self._idle: dict[torch.dtype, list[Tensor]] = {}
+
+    def reduce_scatter_mean(
+        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
+    ) -> Pending:
+        """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
+        while len(self._reductions) >= _REDUCTIONS_RECEIVING:
+            self._reductions.popleft().finish()
+        sends: list[dist.Work] = []
+        with record_function(REDUCE_SCATTER):
+            rest = self._reduction(buffer, out, sends, add=add, sent=sent_dtype(buffer.dtype, wire_dtype))
+            next(rest)
+        verb = Pending(REDUCE_SCATTER, lambda: next(rest, None), self._under_way, lambda: _wait_for(sends))
+        self._reductions.append(verb)
+        return verb
+
+    def _reduction(
+        self, buffer: Tensor, out: Tensor, sends: list[dist.Work], *, add: bool, sent: torch.dtype
+    ) -> Iterator[None]:
+        """Post all sends and the first receives; when called again, receive the rest and average."""
+        numel, tag, slices = PIECE_BYTES // sent.itemsize, self._next_tag(), self._slices(buffer)
+        outs, own = torch.split(out, numel), torch.split(slices[self.rank], numel)
+        ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(self._peers)))
+        # Whole pieces whatever the bucket, so that buckets of all sizes use the same memory again: touching fresh pages
+        # costs more than summing into them.
+        idle = self._idle.setdefault(sent, [])
+        scratch = idle.pop() if idle else torch.empty(len(self._peers), ahead, numel, dtype=sent)
+        arrivals = dict(zip(self._peers, scratch.unbind(), strict=True))
+        total = torch.empty(min(numel, out.numel()), dtype=sum_dtype(sent, out.dtype))
+
+        def arriving(index: int, peer: int) -> Tensor:
+            return arrivals[peer][index % ahead, : own[index].numel()]
+
+        def receive(index: int) -> list[dist.Work]:
+            return [self._receive(arriving(index, peer), peer, tag) for peer in self._peers]
+
+        receives = deque(receive(index) for index in range(min(ahead, len(own))))
+        # Piece by piece over all peers, so that each of them can start summing at once.
+        for pieces in zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True):
+            sends += [self._send(piece, peer, tag) for piece, peer in zip(pieces, self._peers, strict=True)]
+        self.bytes_sent += len(self._peers) * slices[0].numel() * sent.itemsize
+        yield
+        for index, piece in enumerate(outs):
+            _wait_for(receives.popleft())
+            parts = [own[index] if rank == self.rank else arriving(index, rank) for rank in range(self.num_ranks)]
+            average_in_order(parts, sent=sent, out=piece, total=total[: piece.numel()], add=add)
+            if index + ahead < len(own):
+                receives.append(receive(index + ahead))
+        idle.append(scratch)
+
+    def all_gather_(self, buffer: Tensor) -> Pending:
+        """See :meth:`Collectives.all_gather_`: received in place."""
+        with record_function(ALL_GATHER):
+            slices, tag = self._slices(buffer), self._next_tag()
+            handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]
+            handles += [self._send(slices[self.rank], peer, tag) for peer in self._peers]
+            self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
+        return Pending(ALL_GATHER, lambda: _wait_for(handles), self._under_way)
+
+    def _next_tag(self) -> int:
+        """A number for the messages of one verb, equal on all ranks since they start verbs in the same order.
+
+        Within a tag messages arrive in the order in which they were sent. Verbs overlap, and the receives of an earlier
+        one may be posted after those of a later one, so each has a tag of its own. They are high ones, to keep clear of
+        messages that the group's other users send.
+        """
+        return 2**30 + next(_tags.setdefault(self.group, itertools.count())) % 2**30
+
+    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""
+        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
+        assert work is not None
+        return work
+
+    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Receive into ``tensor``; wait once."""
+        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=tag)
+        assert work is not None
+        return work
+
+
+def _wait_for(handles: Iterable[dist.Work]) -> None:
+    for handle in handles:
+        handle.wait()

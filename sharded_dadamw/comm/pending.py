@@ -1,0 +1,81 @@
+"""Verbs under way."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from torch.profiler import record_function
+
+
+class Pending:
+    """A verb under way, the rest of which this rank does when somebody waits for it.
+
+    A verb ends when all ranks have done their part of it. Ranks that each waited for another verb first would wait for
+    each other forever. So verbs that are put into one queue are finished in the order of their start, whichever is
+    waited for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        finish: Callable[[], object],
+        queue: deque[Pending] | None = None,
+        release: Callable[[], object] | None = None,
+    ) -> None:
+        """Put a verb that has been started behind all others of a queue.
+
+        Args:
+            name: What a profiler calls it.
+            finish: What is left to do for the result.
+            queue: Verbs to finish before this one; None where the order does not matter.
+            release: What is then to be waited for until the buffers may be written again.
+        """
+        self._name = name
+        self._finish: Callable[[], object] | None = finish
+        self._release = release
+        self._failure: Exception | None = None
+        self._queue: deque[Pending] = deque() if queue is None else queue
+        self._queue.append(self)
+
+    def finish(self) -> None:
+        """Do what is left for the result; ``wait`` will say if that failed."""
+        while self._finish is not None:
+            self._queue.popleft()._run()
+
+    def arrive(self) -> None:
+        """Wait until the result is there; other ranks may still be reading this one's buffer."""
+        self.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Wait until the result is there and buffers may be written; more than once does no harm.
+
+        This blocks the host, or on an accelerator the current stream.
+
+        Raises:
+            RuntimeError: Another rank is gone, or too late. Each call raises again.
+        """
+        self.arrive()
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def _run(self) -> None:
+        finish, self._finish = self._finish, None
+        assert finish is not None, "a verb leaves the queue as it is finished"
+        with record_function(self._name):
+            try:
+                finish()
+            except Exception as error:  # who waits for this verb hears of it, not who waits for a later one
+                self._failure = error
+
+
+class Done(Pending):
+    """A verb that has nothing left to do."""
+
+    def __init__(self) -> None:
+        """Nothing is under way."""
+        super().__init__("", lambda: None)
+        self._finish = None
