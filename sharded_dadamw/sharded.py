@@ -30,7 +30,6 @@ from torch.optim.optimizer import ParamsT
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
 from sharded_dadamw.buckets.bucket import Bucket, started
 from sharded_dadamw.buckets.build import Bucketing
-from sharded_dadamw.buckets.gradients import Stage
 from sharded_dadamw.buckets.offload import check_residency
 from sharded_dadamw.buckets.sharing import check_sharing, claims_of, group_of_replicas, listed
 from sharded_dadamw.comm.agreement import Claims, StepAgreement, require_agreement
@@ -299,8 +298,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         buckets: Sequence[Bucket] = self._buckets
         if self._gatherer.num_attached:  # what forward reads first goes out first; backward delivers that last
             self._reduced()
-        if all(bucket.gradients.stage is Stage.REDUCED for bucket in buckets):
-            buckets = self._gatherer.in_order_of_reading(buckets)
+            buckets = self._reducer.buckets()[::-1]
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, self._gatherer.take_wait_s()
         mark = time.perf_counter()
         with self._gatherer.publishing():
@@ -452,9 +450,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
 
-        From then on whoever reads a parameter, a layer in forward or anybody else, first waits for that parameter's
-        bucket, and only for that one. Results are the same. Call it on all ranks or on none, after ``model`` was
-        compiled where it is to be, with the module that training calls. It puts hooks on the modules.
+        From then on a module's forward first waits for the buckets of the module's own parameters, and whoever else
+        reads a parameter waits for everything in flight. Results are the same. Call it on all ranks or on none, after
+        ``model`` was compiled where it is to be, with the module that training calls. It puts hooks on the modules.
 
         What shares a parameter's memory without being it cannot be made to wait: a ``p.detach()`` or ``state_dict()``
         taken before ``step``, a CUDA graph. Nor can C++ that is given a parameter outside the module it belongs to,

@@ -233,8 +233,8 @@ def gathers_run_in_forward(group: Any, attached: bool) -> list[str]:
 
 
 def test_a_profiler_sees_gathers_run_during_forward_where_the_model_is_attached() -> None:
-    """A weight and a bias, in a bucket each, are waited for by their own layer, once it is known who reads first."""
-    assert on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggggggLLL", "ggLggLggL"]] * 2
+    """A weight and a bias, in a bucket each, are waited for by their own layer."""
+    assert on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggLggLggL", "ggLggLggL"]] * 2
     assert on_ranks(2, gathers_run_in_forward, False) == [["LLL", "LLL", "LLL"]] * 2
 
 

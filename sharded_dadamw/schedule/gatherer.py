@@ -4,14 +4,8 @@
     wire                   |=== gather 0 ===|=== gather 1 ===|=== gather 2 ===|
     forward                                | layer 0 |      | layer 1 |      | layer 2 |     each waits for its own
 
-Readers wait as :mod:`in_flight` says. C++ that is given a parameter without passing through Python's operations cannot
-be made to. It is mostly called by the module that the parameter belongs to, so a hook of each attached module also
-waits for the module's own parameters. Compiled code is specialised on classes: there the hook is at the entry, and
-waits for all that the compiled part holds.
-
-[Note: who keeps a gather] Until it is finished, its parameters refer to it and it to them, and neither needs the
-optimizer. When all of them are deleted, when the process forks and when it exits, gathers are finished, because other
-ranks wait for our slice.
+A pre-forward hook of each attached module waits for the module's own parameters; ``guard`` has all other readers wait.
+Compiled code is specialised on classes and must not be interrupted: there the entry waits for all that is below it.
 """
 
 from __future__ import annotations
@@ -19,70 +13,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn import Parameter
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.comm.collectives import Collectives, Handle
-from sharded_dadamw.comm.in_flight import Arrival, can_be_hidden, in_any_mode, wait_for, wait_for_all
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.schedule.guard import Gather, finish, is_anything_in_flight, wait_for
 
 _BORROWED_AHEAD = 2
 """All-gathers of borrowed parameters kept under way, each with a buffer of its own."""
-
-_CHOOSE_THEIR_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that in evaluation compute in a faster way, unless a parameter below them has a subclass, or a module a hook.
-Their own code is torch's, and needs no hook."""
-
-
-class Gather(Arrival):
-    """The all-gather of one bucket, under way.
-
-    Attributes:
-        may_stay: Whether it may be left in flight when the step ends.
-    """
-
-    def __init__(
-        self, bucket: Bucket, buffer: Tensor, handle: Handle, may_stay: bool, note: Callable[[], object]
-    ) -> None:
-        """Take over what has been started.
-
-        Args:
-            bucket: Whose parameters are on their way.
-            buffer: [num_ranks * n], into which they are gathered.
-            handle: To be waited for.
-            may_stay: See above.
-            note: Called when somebody reads a parameter.
-        """
-        super().__init__([member.param for member in bucket.members] if may_stay else [], buffer.device)
-        self.may_stay = may_stay
-        self._weights = bucket.weights
-        self._buffer = buffer
-        self._handle = handle
-        self._note = note
-
-    content = "parameters"
-    is_owed = True
-
-    def fetch(self) -> None:
-        """Have all there is to have, whenever the other ranks do so."""
-        self._handle.arrive()
-
-    def _arrive(self) -> None:
-        self._handle.wait()
-        self._weights.accept_(self._buffer)
-
-    def read(self) -> None:
-        """See :meth:`Arrival.read`."""
-        self._note()
-        super().read()
-
-    def __del__(self) -> None:
-        """Wait even so: other ranks wait for our slice."""
-        if not self.is_over:
-            in_any_mode(self.wait)
 
 
 class Gatherer:
@@ -91,14 +34,14 @@ class Gatherer:
     def __init__(self, collectives: Collectives) -> None:
         """Gather from the ranks of ``collectives``."""
         self._collectives = collectives
-        self._under_way: list[Gather] = []
+        self._under_way: dict[Bucket, Gather] = {}
         self._attachments: list[Attachment] = []
-        self._may_stay: dict[Bucket, bool] = {}
-        self._numbers: dict[Bucket, int] = {}
-        self._read: dict[int, None] = {}
-        self._agreed: list[Bucket] = []
-        self._has_left_any = False
         self._wait_s = 0.0
+
+    def __del__(self) -> None:
+        """Finish what is in flight: other ranks wait for our slices, and buffers must outlive their gathers."""
+        with suppress(Exception):
+            self.finish()
 
     @property
     def num_attached(self) -> int:
@@ -109,18 +52,18 @@ class Gatherer:
     def publishing(self) -> Iterator[None]:
         """A context for the part of a step that publishes buckets.
 
-        At its end gathers are hidden behind their parameters or, where that cannot be, finished; if something is
+        At its end gathers are left in flight or, where readers cannot be made to wait, finished; if something is
         raised, all are finished.
         """
         try:
             yield
-            wait_for_all([gather for gather in self._under_way if not gather.may_stay])
-            self._under_way = [gather for gather in self._under_way if gather.may_stay]
-            for gather in self._under_way:
+            may_stay = [bucket for bucket in self._under_way if self._may_stay(bucket)]
+            finish([gather for bucket, gather in self._under_way.items() if bucket not in may_stay])
+            self._under_way = {bucket: self._under_way[bucket] for bucket in may_stay}
+            for bucket, gather in self._under_way.items():
                 if not self._collectives.gathers_by_itself:
-                    gather.fetch()  # or a rank that reads would wait for others, who may be waiting for it elsewhere
-                gather.hide()
-            self._has_left_any = self._has_left_any or bool(self._attachments)
+                    gather.arrive()  # or a rank that reads would wait for others, who may be waiting for it elsewhere
+                gather.leave([member.param for member in bucket.members])
         except BaseException:
             # What went wrong first is what to tell, be it a KeyboardInterrupt.
             with suppress(Exception):
@@ -129,34 +72,29 @@ class Gatherer:
 
     def publish(self, bucket: Bucket) -> None:
         """Begin to gather a bucket's parameters. Collective."""
-        number = self._numbers.setdefault(bucket, len(self._numbers))
-        note = partial(self._read.setdefault, number)
         buffer = bucket.weights.outgoing()
-        self._under_way.append(
-            Gather(bucket, buffer, self._collectives.all_gather_(buffer), self._may_be_left(bucket), note)
-        )
+        self._under_way[bucket] = Gather(bucket.weights, buffer, self._collectives.all_gather_(buffer))
         if bucket.is_borrowed:
-            for gather in self._under_way[:-_BORROWED_AHEAD]:
-                if not gather.may_stay:
-                    gather.wait()
+            for earlier in list(self._under_way)[:-_BORROWED_AHEAD]:
+                if earlier.is_borrowed:
+                    self._under_way[earlier].wait()
 
-    def _may_be_left(self, bucket: Bucket) -> bool:
-        if bucket not in self._may_stay:
-            self._may_stay[bucket] = (
-                not bucket.is_borrowed
-                and self._collectives.num_ranks > 1
-                and all(any(m.param in attached.params for attached in self._attachments) for m in bucket.members)
-            )
-        return self._may_stay[bucket] and all(can_be_hidden(member.param) for member in bucket.members)
+    def _may_stay(self, bucket: Bucket) -> bool:
+        if not self._attachments or bucket.is_borrowed or self._collectives.num_ranks == 1:
+            return False
+        return all(
+            type(member.param) is Parameter and any(id(member.param) in attached.ids for attached in self._attachments)
+            for member in bucket.members
+        )
 
     def finish(self) -> None:
         """Finish everything under way.
 
         Raises:
-            RuntimeError: As :meth:`Arrival.wait`, after the others have been finished.
+            RuntimeError: As :meth:`Gather.wait`, after the others have been finished.
         """
-        gathers, self._under_way = self._under_way, []
-        wait_for_all(gathers)
+        gathers, self._under_way = list(self._under_way.values()), {}
+        finish(gathers)
         self._wait_s += sum(gather.wait_s for gather in gathers)
 
     def take_wait_s(self) -> float:
@@ -172,7 +110,6 @@ class Gatherer:
         """
         attachment = Attachment(self, model)
         self._attachments.append(attachment)
-        self._may_stay.clear()
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
@@ -180,56 +117,27 @@ class Gatherer:
         self.finish()
         if attachment in self._attachments:
             self._attachments.remove(attachment)
-        self._may_stay.clear()
-
-    def order_of_reading(self) -> list[Bucket]:
-        """The buckets that this rank has ever read while they were in flight, in the order of their first times."""
-        buckets = list(self._numbers)
-        return [buckets[number] for number in self._read]
-
-    def in_order_of_reading(self, buckets: Sequence[Bucket]) -> list[Bucket]:
-        """Buckets in the order in which rank 0 reads them; those of which that is not known come last, as they are.
-
-        Collective, with the same buckets on every rank, in the same order. Data goes between ranks only until the order
-        is known, which is at the first call after a forward that found something in flight.
-        """
-        if not self._has_left_any or len(buckets) < 2:
-            return list(buckets)
-        if set(self._agreed) == set(buckets):
-            return self._agreed
-        numbers = [self._numbers.get(bucket, -1) for bucket in buckets]
-        last = len(self._read)
-        place = {number: place for place, number in enumerate(self._read)}
-        places = torch.tensor([place.get(number, last) for number in numbers], device=buckets[0].weights.shard.device)
-        self._collectives.broadcast_(places)
-        agreed = places.tolist()
-        ordered = [buckets[index] for index in sorted(range(len(buckets)), key=agreed.__getitem__)]
-        if any(agreed):
-            self._agreed = ordered
-        return ordered
 
 
 class Attachment:
     """What ``attach`` returns: ``remove()`` undoes it.
 
     Attributes:
-        params: The model's parameters.
+        ids: The ``id`` of each parameter of the model.
     """
 
     def __init__(self, gatherer: Gatherer, model: nn.Module) -> None:
-        """Put hooks on the modules that need them."""
+        """Put hooks on the modules."""
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
                     f"{name or 'model'}: expected a module that runs in Python, got a {type(module).__name__}, whose "
                     "parameters are read from C++, which cannot be made to wait; leave the model unattached"
                 )
-        self.params = frozenset(model.parameters())
+        self.ids = frozenset(map(id, model.parameters()))
         self._gatherer = weakref.ref(gatherer)
         self._undo = ExitStack()
         self._hook(model, set())
-        # A path that is chosen by what parameters are must find them at rest.
-        self._hook_in_front(model, _Wait(tuple(model.parameters()), only_in_evaluation=True))
 
     def remove(self) -> None:
         """Let ``step`` finish these all-gathers again, and take the hooks off; more than once does no harm."""
@@ -239,56 +147,54 @@ class Attachment:
         self._undo.close()
 
     def _hook(self, module: nn.Module, seen: set[nn.Module]) -> None:
-        """Have a module and those below it wait for what C++ or compiled code may read in them."""
-        if module in seen or type(module) in _CHOOSE_THEIR_PATH:
+        """Have a module and those below it wait for what they read."""
+        if module in seen:
             return
         seen.add(module)
-        if module._compiled_call_impl is not None:  # by module.compile(), which compiles hooks along
-            entry = _Entry(module._compiled_call_impl, tuple(module.parameters()))
-            module._compiled_call_impl = entry
-            self._undo.callback(entry.remove_from, module)
-        elif hasattr(module.forward, "_torchdynamo_orig_callable"):  # by torch.compile(module) or (module.forward)
-            self._hook_in_front(module, _Wait(tuple(module.parameters())))
-        else:
-            if own := tuple(module.parameters(recurse=False)):
-                self._hook_in_front(module, _Wait(own))
-            for child in module.children():
-                self._hook(child, seen)
-
-    def _hook_in_front(self, module: nn.Module, wait: _Wait) -> None:
-        if module._compiled_call_impl is None and type(module) not in _CHOOSE_THEIR_PATH:
-            self._undo.callback(module.register_forward_pre_hook(wait, prepend=True).remove)
+        below = tuple(module.parameters())
+        # module.compile() compiles hooks along; TransformerEncoderLayer evaluates in a slower way where it has one.
+        if module._compiled_call_impl is not None or isinstance(module, nn.TransformerEncoderLayer):
+            self._undo.callback(_wrap_call(module, _Wait(below, below)))
+            return
+        # Of a compiled forward all is one piece, and MultiheadAttention reads a module below it that is never called.
+        is_one = hasattr(module.forward, "_torchdynamo_orig_callable") or isinstance(module, nn.MultiheadAttention)
+        wait = _Wait(below if is_one else tuple(module.parameters(recurse=False)), below)
+        self._undo.callback(module.register_forward_pre_hook(wait, prepend=True).remove)
+        for child in () if is_one else module.children():
+            self._hook(child, seen)
 
 
 class _Wait:
-    """A forward pre-hook that waits for parameters."""
+    """A pre-forward hook that waits for parameters."""
 
-    def __init__(self, params: Sequence[Tensor] = (), *, only_in_evaluation: bool = False) -> None:
-        self._params = params
-        self._only_in_evaluation = only_in_evaluation
+    def __init__(self, own: Sequence[Tensor] = (), below: Sequence[Tensor] = ()) -> None:
+        """Wait for ``own``; in evaluation, where torch chooses faster ways by what is ``below``, for all of that."""
+        self._own, self._below = own, below
 
-    def __call__(self, module: nn.Module, _args: object) -> None:
-        if torch.compiler.is_compiling() or (self._only_in_evaluation and module.training):
-            return
-        for param in self._params:
-            wait_for(param)
+    def __call__(self, module: nn.Module, _args: object = ()) -> None:
+        if is_anything_in_flight() or torch.compiler.is_compiling():
+            self._wait(module)
+
+    @_disable_dynamo  # where it was compiled after it was attached, the graph has to break
+    def _wait(self, module: nn.Module) -> None:
+        wait_for(self._own if module.training else self._below)
 
     def __reduce__(self) -> Any:
         return _Wait, ()  # the parameters of a copied or saved model are others
 
 
-class _Entry:
-    """The compiled call of a module, once its parameters are at rest."""
+def _wrap_call(module: nn.Module, wait: _Wait) -> Callable[[], None]:
+    """Wait in front of a module's call, without a hook; returns what undoes it."""
+    before = module._compiled_call_impl
+    call = before or module._call_impl
 
-    def __init__(self, call: Callable[..., Any], params: Sequence[Tensor]) -> None:
-        self._call, self._params = call, params
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        wait(module)
+        return call(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for param in self._params:
-            wait_for(param)
-        return self._call(*args, **kwargs)
+    def undo() -> None:
+        if module._compiled_call_impl is entry:  # or it has been compiled again since
+            module._compiled_call_impl = before
 
-    def remove_from(self, module: nn.Module) -> None:
-        """Put back what was there, unless it has been compiled again since."""
-        if module._compiled_call_impl is self:
-            module._compiled_call_impl = self._call
+    module._compiled_call_impl = entry
+    return undo
