@@ -36,6 +36,7 @@ from scripts import measuring  # noqa: E402
 from sharded_dadamw.comm.collectives import Collectives  # noqa: E402
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets  # noqa: E402
 from sharded_dadamw.state.fragment_tensor import FragmentTensor  # noqa: E402
+from sharded_dadamw.state.piece import Piece  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -69,8 +70,8 @@ def our_state(shapes: dict[str, tuple[int, ...]], num_ranks: int, cap_mb: float)
     def wrapped(name: str, numel: int, shape: tuple[int, ...], start: int, writes: bool) -> FragmentTensor:
         fragment = torch.empty(numel, device="meta")
         like = torch.empty(shape, device="meta")
-        place = dict(name=name, shape=shape, part_shape=shape, start=start, writes=writes)
-        return FragmentTensor.of(fragment, like=like, mesh=mesh, ranks=verbs, **place)
+        piece = Piece(name, fragment, shape, shape, start, writes)
+        return FragmentTensor.of(piece, like=like, mesh=mesh, ranks=verbs)
 
     for rank in range(num_ranks):
         state: dict[str, Any] = {}

@@ -79,10 +79,6 @@ class ShardingConfig:
             costs a pass over the gradient shard and an all-reduce, unless the step was clipped.
         main_parameter: What is kept beside bf16 and fp16 parameters; nothing is kept beside wider ones.
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
-        whole_state_dict: False: each tensor of ``state_dict()`` has the shape of the whole and holds what this rank has
-            of it, for ``torch.distributed.checkpoint``. True: it is whole, as from
-            :class:`~sharded_dadamw.DecoupledAdamW`: on every rank, in host memory, or DTensors where parameters are.
-            Making it is collective, so all ranks have to call it. Either loads, whatever is chosen here.
 
     Raises:
         TypeError: A value is not of the type it has here.
@@ -100,7 +96,6 @@ class ShardingConfig:
     skip_nonfinite: bool = False
     main_parameter: MainParameter = MainParameter.FP32
     moments: Moments = Moments.FP32
-    whole_state_dict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -108,7 +103,7 @@ class ShardingConfig:
             raise TypeError(f"bucket_cap_mb: expected a number of MiB, got {self.bucket_cap_mb!r}")
         if not (math.isfinite(self.bucket_cap_mb) and self.bucket_cap_mb > 0):
             raise ValueError(f"bucket_cap_mb: expected a finite number > 0 (MiB), got {self.bucket_cap_mb}")
-        for name in ("reduce_gradients", "overlap", "skip_nonfinite", "whole_state_dict"):
+        for name in ("reduce_gradients", "overlap", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         kinds: tuple[tuple[str, type[Enum]], ...] = (

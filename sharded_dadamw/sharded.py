@@ -136,7 +136,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._dormant: list[NamedParameter] = []
         self._clip: _Clip | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
-        self._consolidated: dict[int, dict[str, Tensor]] | None = None
+        self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
         self._reduce_s = 0.0
         refusal: Exception | None = None
         placements: list[Placement] = []
@@ -320,7 +320,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         sent = self._collectives.bytes_sent
         self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
         self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
-        self._consolidated = None
+        self._consolidated.clear()
 
     def _void(self, found_inf: Tensor | None) -> Tensor | None:
         """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
@@ -582,21 +582,15 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         return sum(bucket.state_bytes for bucket in self._buckets)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's format; not collective, unless it is to be whole.
+        """The state in torch's format; not collective.
 
         Each tensor has the shape of the whole, and holds the fragment that this rank has, as a view of the live state:
-        see ``state.fragment_tensor``. ``torch.distributed.checkpoint`` saves and loads
-        that at any number of ranks; ``torch.save`` refuses it. On one rank tensors are plain. With
-        ``ShardingConfig.whole_state_dict``, and once after ``consolidate_state_dict`` on its rank, they are whole.
+        see ``state.fragment_tensor``. ``torch.distributed.checkpoint`` saves and loads that at any number of ranks;
+        ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
         """
         state_dict = super().state_dict()
-        if self._config.whole_state_dict:
-            state_dict["state"].update(self._gathered(keep=True))
-        elif self._consolidated is not None:
-            state_dict["state"].update(self._consolidated)
-            self._consolidated = None
-        else:
-            state_dict["state"].update(fragments_of(self._buckets, self._collectives))
+        state_dict["state"].update(self._consolidated or fragments_of(self._buckets, self._collectives))
+        self._consolidated.clear()
         return state_dict
 
     @torch.no_grad()
@@ -614,16 +608,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """
         if not 0 <= to < self._collectives.num_ranks:
             raise ValueError(f"to: expected a rank in [0, {self._collectives.num_ranks}), got {to}")
-        keep = to == self._collectives.rank
-        gathered = self._gathered(keep=keep)
-        self._consolidated = gathered if keep else None
-
-    def _gathered(self, *, keep: bool) -> dict[int, dict[str, Tensor]]:
         self._collectives.check_alive()
         self._gatherer.finish()
-        gathered = gather_state(self._buckets, self._collectives, keep=keep)
+        keep = to == self._collectives.rank
+        self._consolidated.update(gather_state(self._buckets, self._collectives, keep=keep))
         self._sent_before = self._collectives.bytes_sent
-        return gathered
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -657,7 +646,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 "when the optimizer was built; unfreeze them before that to go on with it",
                 stacklevel=2,
             )
-        self._consolidated = None
+        self._consolidated.clear()
         for live, saved in pairs:
             live.copy_(saved)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):

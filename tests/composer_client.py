@@ -64,12 +64,20 @@ BATCH_SIZE = 8  # of all ranks together
 MAX_NORM = 0.5  # which every step's gradient exceeds
 # beta2 is so low that exp_avg_sq falls within these steps, and AMSGrad's maximum differs from it.
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.6), eps=1e-8, weight_decay=2e-2)
+
+
+class SavedByRank0(ShardedDecoupledAdamW):
+    """Under DDP Composer asks every rank for a state dict, and rank 0 pickles its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        self.consolidate_state_dict(to=0)
+        return super().state_dict()
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "composer": composer.optim.DecoupledAdamW,
     "decoupled": DecoupledAdamW,
-    "sharded": lambda *args, **kw: ShardedDecoupledAdamW(
-        *args, config=ShardingConfig(reduce_gradients=False, whole_state_dict=True), **kw
-    ),
+    "sharded": lambda *args, **kw: SavedByRank0(*args, config=ShardingConfig(reduce_gradients=False), **kw),
 }
 LAYOUTS: dict[str, Callable[[], ParallelismConfig | None]] = {
     "plain": lambda: None,  # on several ranks the Trainer wraps the model in DistributedDataParallel

@@ -200,3 +200,11 @@ class Attention(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"tied language model": TiedLanguageModel, "attention": Attention}
+
+
+def whole_state_dict(optimizer: Any, num_ranks: int) -> dict[str, Any]:
+    """The state dict of whole tensors, on every rank."""
+    for rank in range(num_ranks):
+        optimizer.consolidate_state_dict(to=rank)
+    state_dict: dict[str, Any] = optimizer.state_dict()
+    return state_dict

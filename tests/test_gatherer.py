@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sharded_dadamw import MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from tests.models import whole_state_dict
 from tests.pool import on_ranks, outcomes
 
 ONE_EACH = 1e-6  # MiB: every parameter gets a bucket of its own
@@ -682,11 +683,11 @@ def add_and_save(group: Any) -> None:
         with torch.no_grad():
             more.weight.fill_(0.5)
             more.bias.fill_(0.5)
-        optimizer, _ = build(model, group, attached=attached, whole_state_dict=True)
+        optimizer, _ = build(model, group, attached=attached)
         train(model, optimizer, num_steps=1)
         optimizer.add_param_group({"params": list(more.named_parameters())})
         train(model, optimizer, num_steps=1, first_step=1)
-        state = optimizer.state_dict()
+        state = whole_state_dict(optimizer, group.size())
         train(model, optimizer, num_steps=1, first_step=2)
         optimizer.load_state_dict(state)
         train(model, optimizer, num_steps=1, first_step=3)

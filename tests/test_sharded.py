@@ -37,6 +37,7 @@ from tests.models import (
     mean_in_rank_order,
     named,
     reduce_for_control,
+    whole_state_dict,
 )
 from tests.pool import on_ranks
 
@@ -741,7 +742,7 @@ def train_on(group: Any, shape: tuple[int, int] | None) -> Any:
     params = [nn.Parameter(torch.ones(n, 3)) for n in (50, 7, 201)]
     frozen = nn.Parameter(torch.full((5,), float(dist.get_rank())), requires_grad=False)
     named = [(str(n), p) for n, p in enumerate([*params, frozen])]
-    config = ShardingConfig(bucket_cap_mb=0.002, whole_state_dict=True)
+    config = ShardingConfig(bucket_cap_mb=0.002)
     optimizer = ShardedDecoupledAdamW(named, lr=0.1, weight_decay=0.1, process_group=mesh or group, config=config)
     norms = []
     for step in range(3):
@@ -751,7 +752,8 @@ def train_on(group: Any, shape: tuple[int, int] | None) -> Any:
         optimizer.step()
         norms += optimizer.metrics().values()
         optimizer.zero_grad()
-    state = [tensor for _, of_param in sorted(optimizer.state_dict()["state"].items()) for tensor in of_param.values()]
+    whole = whole_state_dict(optimizer, 4 if shape is None else shape[1])["state"]
+    state = [tensor for _, of_param in sorted(whole.items()) for tensor in of_param.values()]
     return [p.detach().clone() for p in [*params, frozen]], norms, state, optimizer.state_bytes
 
 

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import join
-from tests.models import draw_gradient, make_groups, mean_in_rank_order, named
+from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
@@ -44,7 +44,7 @@ def train(optimizer: Any, params: dict[str, nn.Parameter], steps: range) -> None
 def build(group: Any, parameters: str, seed: int = 0, **settings: Any) -> tuple[dict[str, nn.Parameter], Any]:
     """Gradients are given as means, so that every number of ranks sees the same ones."""
     groups = make_groups(parameters, seed)
-    config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, whole_state_dict=True, **settings)
+    config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **settings)
     return named(groups), ShardedDecoupledAdamW(groups, **LAW, process_group=group, config=config)
 
 
@@ -54,7 +54,7 @@ def saved_on(
     """What a run saves, its weights then, and where it goes from there."""
     params, optimizer = build(group, parameters, **settings)
     train(optimizer, params, range(NUM_STEPS))
-    saved = optimizer.state_dict()
+    saved = whole_state_dict(optimizer, group.size())
     then = [p.detach().clone() for p in params.values()]
     train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
     return saved, then, [p.detach().clone() for p in params.values()]
@@ -112,7 +112,7 @@ def resumed_without_main(
     train(optimizer, params, range(10, 10 + num_steps))
     load(optimizer, params, saved, weights, first)
     train(optimizer, params, range(NUM_STEPS, NUM_STEPS + 1))
-    state = optimizer.state_dict()["state"]
+    state = whole_state_dict(optimizer, group.size())["state"]
     mains = [value for entries in state.values() for key, value in entries.items() if key.startswith("main_")]
     assert len(mains) == len(params)
     return [value.detach().clone() for value in (*mains, *params.values())]
@@ -274,18 +274,18 @@ def through_torch_checkpoint(group: Any, hsdp: bool) -> bool:
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
     if hsdp:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    config = ShardingConfig(whole_state_dict=True)
 
     def make() -> tuple[nn.Module, Any]:
         model: nn.Module = fully_shard(Model(), mesh=mesh) if hsdp else Model()
         sharing = {} if hsdp else {"process_group": group}
-        return model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config, **sharing)
+        return model, ShardedDecoupledAdamW(model.named_parameters(), **LAW, **sharing)
 
     model, optimizer = make()
     fit(model, optimizer, range(NUM_STEPS))
     state = get_optimizer_state_dict(model, optimizer)
     assert state["state"]["first.weight"]["exp_avg"].shape == (11, 6)
-    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True)
+    full = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))  # on one rank it is live
     resumed, again = make()
     resumed.load_state_dict(model.state_dict())
     set_optimizer_state_dict(resumed, again, state)

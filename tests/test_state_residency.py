@@ -26,7 +26,7 @@ from sharded_dadamw import (
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import torch_kernel
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
-from tests.models import BF16, F16, F32, F64, draw_gradient
+from tests.models import BF16, F16, F32, F64, draw_gradient, whole_state_dict
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
@@ -180,9 +180,7 @@ def resumed(group: Any, dtype: torch.dtype, settings: dict[str, Any], whole: boo
         params = make_params(dtype)
         saved: dict[str, Any] = {}
         for residency in residencies:
-            config = ShardingConfig(
-                state_residency=residency, bucket_cap_mb=FEW_EACH, whole_state_dict=whole, **settings
-            )
+            config = ShardingConfig(state_residency=residency, bucket_cap_mb=FEW_EACH, **settings)
             optimizer = ShardedDecoupledAdamW(params.items(), **LAW, process_group=group, config=config)
             if saved:
                 optimizer.load_state_dict(saved)
@@ -190,7 +188,7 @@ def resumed(group: Any, dtype: torch.dtype, settings: dict[str, Any], whole: boo
                 give_gradients(params, step, group.rank())
                 optimizer.step()
                 optimizer.zero_grad()
-            saved = optimizer.state_dict()
+            saved = whole_state_dict(optimizer, group.size()) if whole else optimizer.state_dict()
         ends.append({name: p.detach().clone() for name, p in params.items()})
     for end in ends[1:]:
         assert_equal(end, ends[0])
@@ -242,15 +240,15 @@ def test_only_copies_take_tensors_of_both_places_and_a_step_waits_for_them_alone
 def test_whole_state_goes_through_the_device_where_ranks_exchange_it() -> None:
     with pretended_device():
         params = parameters_elsewhere(make_params(BF16))
-        config = ShardingConfig(state_residency=StateResidency.HOST, whole_state_dict=True)
+        config = ShardingConfig(state_residency=StateResidency.HOST)
         optimizer = ShardedDecoupledAdamW(params.items(), **LAW, config=config)
         give_gradients(params, 1, 0)
         optimizer.step()
-        saved = optimizer.state_dict()
+        saved = whole_state_dict(optimizer, 1)
         assert all(value.device.type == "cpu" for entries in saved["state"].values() for value in entries.values())
         other = ShardedDecoupledAdamW(parameters_elsewhere(make_params(BF16)).items(), **LAW, config=config)
         other.load_state_dict(saved)
-        again = other.state_dict()
+        again = whole_state_dict(other, 1)
     for index, entries in saved["state"].items():
         for key, value in entries.items():
             assert torch.equal(again["state"][index][key], value)

@@ -30,6 +30,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.boxes import Box, boxes_of
+from sharded_dadamw.state.piece import Piece
 from sharded_dadamw.update.precision import takes
 
 _SENT_AS = {torch.int16: torch.float16}
@@ -42,64 +43,29 @@ class FragmentTensor(DTensor):
     The local part is all of it, unless the parameter is a DTensor itself. See the module for what can be done with it.
     """
 
-    _name: str
-    _start: int
-    _part_shape: tuple[int, ...]
-    _part_offsets: tuple[int, ...]
-    _writes: bool
+    _piece: Piece
+    _offsets: tuple[int, ...]
+    _ranks: weakref.ReferenceType[Collectives]
     _loaded: Tensor | None
-    _ranks: weakref.ReferenceType[Collectives] | None
 
     @classmethod
-    def of(
-        cls,
-        fragment: Tensor,
-        *,
-        name: str,
-        shape: Sequence[int],
-        start: int,
-        like: Tensor,
-        part_shape: Sequence[int],
-        mesh: DeviceMesh,
-        ranks: Collectives,
-        writes: bool = True,
-    ) -> FragmentTensor:
-        """Wrap a fragment, without copying it.
+    def of(cls, piece: Piece, *, like: Tensor, mesh: DeviceMesh, ranks: Collectives) -> FragmentTensor:
+        """Wrap what this rank holds, without copying it.
 
         Args:
-            fragment: 1-D: this rank's elements.
-            name: What messages call it.
-            shape: Of the whole.
-            start: Number of the first element within the flattened local part.
+            piece: This rank's elements.
             like: The parameter; where it is a DTensor, this is cut and spread alike.
-            part_shape: Of the local part.
             mesh: The ranks that hold the same local part, for a parameter that is no DTensor.
             ranks: The same, for ``redistribute``.
-            writes: Whether it falls to this rank to save it; False where another one has the same elements.
         """
         placements: Any = (Replicate(),)
-        offsets: tuple[int, ...] = (0,) * len(shape)
-        if isinstance(like, DTensor) and shape:
+        offsets: tuple[int, ...] = (0,) * len(piece.shape)
+        if isinstance(like, DTensor) and piece.shape:
             mesh, placements = like.device_mesh, like.placements
             offsets = tuple(like.__create_chunk_list__()[0].offsets)
-        return cls._make(
-            fragment,
-            _spec_of(mesh, placements, shape, fragment.dtype),
-            dict(
-                _name=name,
-                _start=start,
-                _part_shape=tuple(part_shape),
-                _part_offsets=offsets,
-                _writes=writes,
-                _loaded=None,
-                _ranks=weakref.ref(ranks),
-            ),
-        )
-
-    @classmethod
-    def _make(cls, fragment: Tensor, spec: DTensorSpec, attributes: dict[str, Any]) -> FragmentTensor:
-        made: Any = cls(fragment, spec, requires_grad=False)
-        made.__dict__.update(attributes)
+        spec = _spec_of(mesh, placements, piece.shape, piece.live.dtype)
+        made: Any = cls(piece.live.view(-1), spec, requires_grad=False)
+        made._piece, made._offsets, made._ranks, made._loaded = piece, offsets, weakref.ref(ranks), None
         tensor: FragmentTensor = made
         return tensor
 
@@ -116,7 +82,7 @@ class FragmentTensor(DTensor):
     @property
     def span(self) -> tuple[tuple[int, ...], int, int]:
         """Which elements these are: the offsets of the local part, and the range within it."""
-        return self._part_offsets, self._start, self._start + self._local_tensor.numel()
+        return self._offsets, self._piece.start, self._piece.start + self._local_tensor.numel()
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
         """This rank's boxes, as ``torch.distributed.checkpoint`` saves them."""
@@ -127,7 +93,7 @@ class FragmentTensor(DTensor):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
             )
-            for chunk in (map(self._chunk, self._boxes()) if self._writes else ())
+            for chunk in (map(self._chunk, self._boxes()) if self._piece.writes else ())
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -144,18 +110,19 @@ class FragmentTensor(DTensor):
                 if self._loaded is None:
                     return view
                 target = view.as_subclass(_Target)
-                target.entry = self._name
+                target.entry = self._piece.name
                 return target
-        raise ValueError(f"{self._name}: this rank has no box at {index.offset}")
+        raise ValueError(f"{self._piece.name}: this rank has no box at {index.offset}")
 
     def _boxes(self) -> list[Box]:
-        if not math.prod(self._part_shape):  # or nothing would be known of its name
-            return [Box((0,) * len(self._part_shape), self._part_shape, 0)] if self._writes else []
+        part_shape = self._piece.part_shape
+        if not math.prod(part_shape):  # or nothing would be known of its name
+            return [Box((0,) * len(part_shape), part_shape, 0)] if self._piece.writes else []
         _, start, stop = self.span
-        return boxes_of(self._part_shape, start, stop)
+        return boxes_of(part_shape, start, stop)
 
     def _chunk(self, box: Box) -> ChunkStorageMetadata:
-        offsets = [first + offset for first, offset in zip(self._part_offsets, box.offsets, strict=True)]
+        offsets = [first + offset for first, offset in zip(self._offsets, box.offsets, strict=True)]
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(box.sizes))
 
     def redistribute(self, *args: Any, **kwargs: Any) -> DTensor:
@@ -164,18 +131,17 @@ class FragmentTensor(DTensor):
         Raises:
             RuntimeError: The optimizer that it came from is gone.
         """
-        ranks = None if self._ranks is None else self._ranks()
+        ranks = self._ranks()
         if ranks is None:
-            raise RuntimeError(f"{self._name}: the optimizer that this state came from is gone; gather before that")
-        numel = math.prod(self._part_shape)
+            raise RuntimeError(f"{self._piece.name}: the optimizer of this state is gone; gather before that")
         # State may be in host memory, while the ranks reach each other from an accelerator.
-        part = torch.zeros(numel, dtype=self.dtype, device=self.device_mesh.device_type)
+        part = torch.zeros(math.prod(self._piece.part_shape), dtype=self.dtype, device=self.device_mesh.device_type)
         _, start, stop = self.span
         part[start:stop].copy_(self._local_tensor)
         # Of an element's bytes those of ranks that do not have it are 0, and all that do have it have the same.
         ranks.everyone.all_reduce_(part.view(torch.uint8), dist.ReduceOp.MAX).wait()
         whole: Any = DTensor.from_local(
-            part.view(_SENT_AS.get(self.dtype, self.dtype)).view(self._part_shape),
+            part.view(_SENT_AS.get(self.dtype, self.dtype)).view(self._piece.part_shape),
             self.device_mesh,
             self.placements,
             run_check=False,
@@ -185,12 +151,6 @@ class FragmentTensor(DTensor):
         moved: Any = whole.redistribute(*args, **kwargs)
         spread: DTensor = moved.view(self.dtype) if self.dtype in _SENT_AS else moved
         return spread
-
-    def full_tensor(self, **kwargs: Any) -> Tensor:
-        """The whole, on every rank. Collective."""
-        whole: Any = self.redistribute(placements=[Replicate()] * self.device_mesh.ndim)
-        full: Tensor = whole.to_local()
-        return full
 
     def to_local(self, **kwargs: Any) -> NoReturn:
         """Refuse to pass for the whole.
@@ -204,24 +164,26 @@ class FragmentTensor(DTensor):
         _, start, stop = self.span
         return RuntimeError(
             f"{doing} on state_dict() of ShardedDecoupledAdamW, in which each rank has its own part of every tensor: "
-            f"of {self._name} elements [{start}:{stop}] of {math.prod(self._part_shape)}. Save with "
+            f"of {self._piece.name} elements [{start}:{stop}] of {math.prod(self._piece.part_shape)}. Save with "
             "sharded_dadamw.checkpoint or torch.distributed.checkpoint, or gather all of it, on every rank: "
             "consolidate_state_dict(), full_state_dict=True, or full_tensor()"
         )
 
-    def holding(self, fragment: Tensor) -> FragmentTensor:
+    def holding(self, fragment: Tensor, loaded: Tensor | None = None) -> FragmentTensor:
         """The same range with other values, perhaps of another dtype.
 
         Args:
             fragment: 1-D: this rank's elements.
+            loaded: The same, of what was loaded for it.
         """
         spec = _spec_of(self.device_mesh, self.placements, self.shape, fragment.dtype)
-        return self._make(fragment, spec, {**self.__dict__, "_loaded": None})
+        made: Any = type(self)(fragment, spec, requires_grad=False)
+        made.__dict__.update(self.__dict__, _loaded=loaded)
+        tensor: FragmentTensor = made
+        return tensor
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> FragmentTensor:
-        made = self.holding(change(self._local_tensor))
-        made._loaded = None if self._loaded is None else change(self._loaded)
-        return made
+        return self.holding(change(self._local_tensor), None if self._loaded is None else change(self._loaded))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FragmentTensor:
         """A copy with memory of its own."""
@@ -233,7 +195,7 @@ class FragmentTensor(DTensor):
     def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """Which elements of what."""
         _, start, stop = self.span
-        return f"FragmentTensor({self._name}, {list(self.shape)}, {self.dtype}, [{start}:{stop}] on this rank)"
+        return f"FragmentTensor({self._piece.name}, {list(self.shape)}, {self.dtype}, [{start}:{stop}] on this rank)"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse ``torch.save`` and ``pickle``.
@@ -250,13 +212,10 @@ class FragmentTensor(DTensor):
         own = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, cls))
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
-            if func.__self__.__name__ == "is_meta":  # it has no memory of its shape; so torch's broadcast_from_rank0
-                return True  # makes a tensor that has, instead of writing into this one's
-            if func.__self__.__name__ not in _ASKED:
-                raise own._refusal(f".{func.__self__.__name__}")
-        elif name in _ANSWERS:
+            name = f".{func.__self__.__name__}"
+        if name in _ANSWERS:
             return _ANSWERS[name](own, *args[1:], **kwargs)
-        elif name not in _METHODS:
+        if name.removeprefix(".") not in _METADATA:
             raise own._refusal(name)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -280,14 +239,10 @@ class _Target(Tensor):
         return made
 
 
-_ASKED = frozenset(
+_METADATA = frozenset(
     [
         *("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_leaf", "grad_fn", "grad", "_version"),
         *("nbytes", "itemsize", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested"),
-    ]
-)
-_METHODS = frozenset(
-    [
         *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
         *("is_contiguous", "is_floating_point", "is_complex", "get_device", "is_pinned", "is_shared"),
         *("__hash__", "__len__"),
@@ -329,6 +284,8 @@ def _share_memory_(own: FragmentTensor) -> FragmentTensor:
 
 
 _ANSWERS: dict[str, Callable[..., Any]] = {
+    # It has no memory of its shape; so torch's broadcast_from_rank0 makes a tensor that has, and writes into that.
+    ".is_meta": lambda own: True,
     "data_ptr": lambda own: 0,  # as of any tensor that has no memory but in tensors of its own
     "detach": lambda own: own,
     "contiguous": lambda own: own,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
 from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
+from sharded_dadamw.state.piece import Piece, pieces_of
 from sharded_dadamw.update.precision import takes
 
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -34,8 +34,7 @@ def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[in
         :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank, which has all, as plain tensors or
         as the DTensors that the parameters are.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    wrap = _as_plain
+    wrap: Callable[..., Tensor] = _as_plain
     if collectives.num_ranks > 1:
         # Importing DTensors takes a second, and who never saves can do without.
         made_of: Any = importlib.import_module("sharded_dadamw.state.fragment_tensor").FragmentTensor.of
@@ -45,61 +44,17 @@ def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[in
         name = (ranks.group.group_name,)
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=name)
         wrap = partial(made_of, mesh=mesh, ranks=collectives)
-    for bucket in buckets:
-        for slot, member in enumerate(bucket.members):
-            state[member.index] = {
-                key: wrap(
-                    entry.live.view(-1),
-                    name=f"{key} of {member.name}",
-                    shape=entry.shape,
-                    part_shape=entry.part_shape,
-                    start=entry.start,
-                    like=member.param,
-                    writes=not entry.is_replicated or _owns_first(bucket, slot),
-                )
-                for key, entry in _entries(bucket, slot).items()
-            }
+    state = {
+        member.index: {key: wrap(piece, like=member.param) for key, piece in pieces_of(bucket, slot).items()}
+        for bucket in buckets
+        for slot, member in enumerate(bucket.members)
+    }
     return dict(sorted(state.items()))
 
 
-def _as_plain(live: Tensor, *, shape: Sequence[int], part_shape: Sequence[int], like: Tensor, **_: Any) -> Tensor:
-    part = live.view(tuple(part_shape))
-    return like_parameter(part, like) if tuple(shape) == tuple(like.shape) else part
-
-
-def _owns_first(bucket: Bucket, slot: int) -> bool:
-    fragment = bucket.layout.fragment(slot, bucket.rank)
-    numel = bucket.layout.numels[slot]
-    return fragment.param_start == 0 and fragment.numel > 0 if numel else bucket.rank == 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One live tensor of a parameter's state, and which of the whole it is.
-
-    Attributes:
-        live: This rank's elements, 1-D, or ``step``.
-        shape: Of the whole.
-        part_shape: Of what the ranks of the group share of it.
-        start: The first element, counted in that part.
-        is_replicated: Whether every rank has all of it.
-    """
-
-    live: Tensor
-    shape: tuple[int, ...]
-    part_shape: tuple[int, ...]
-    start: int
-    is_replicated: bool = False
-
-
-def _entries(bucket: Bucket, slot: int) -> dict[str, _Entry]:
-    """The state of the parameter in a slot."""
-    member, fragment = bucket.members[slot], bucket.layout.fragment(slot, bucket.rank)
-    shape, part_shape, start = tuple(member.param.shape), member.placement.local_shape, fragment.param_start
-    return {
-        key: _Entry(live, (), (), 0, is_replicated=True) if key == "step" else _Entry(live, shape, part_shape, start)
-        for key, live in bucket.state_of(slot).items()
-    }
+def _as_plain(piece: Piece, *, like: Tensor) -> Tensor:
+    part = piece.live.view(piece.part_shape)
+    return like_parameter(part, like) if piece.shape == tuple(like.shape) else part
 
 
 def gather_state(
@@ -171,14 +126,14 @@ def match_state(
 
 def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     name = bucket.members[slot].name
-    entries = _entries(bucket, slot)
+    pieces = pieces_of(bucket, slot)
     # Whoever saved it may have kept no main parameter: ours is then the weight. Or it was never stepped: all zeros.
     # What ours was by then is another run's, even where both runs' weights round to the same.
-    missing = [key for key in entries if key not in saved and saved and not key.startswith("main_")]
-    surplus = [key for key in saved if key not in entries and not key.startswith("main_")]
+    missing = [key for key in pieces if key not in saved and saved and not key.startswith("main_")]
+    surplus = [key for key in saved if key not in pieces and not key.startswith("main_")]
     if missing or surplus:
-        raise ValueError(f"state of {name}: expected entries {sorted(entries)}, got {sorted(saved)}")
-    mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (entries, saved))
+        raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, got {sorted(saved)}")
+    mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (pieces, saved))
     if mains and saved_mains and mains != saved_mains:
         raise ValueError(
             f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
@@ -186,33 +141,33 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
         )
     is_loaded = any(is_fragment(value) and value.loaded is not None for value in saved.values())
     pairs: _Pairs = []
-    for key, entry in entries.items():
-        matched = _match_entry(f"state of {name}, {key}", entry, saved[key]) if key in saved else []
+    for key, piece in pieces.items():
+        matched = _match_piece(piece, saved[key]) if key in saved else []
         if key.startswith("main_") and not matched and (key not in saved or is_loaded):
-            matched = [(entry.live, bucket.main_of_weight(slot))]
+            matched = [(piece.live, bucket.main_of_weight(slot))]
         elif key not in saved:
-            matched = [(entry.live, torch.zeros(entry.live.shape, dtype=entry.live.dtype))]
+            matched = [(piece.live, torch.zeros(piece.live.shape, dtype=piece.live.dtype))]
         pairs += matched
     return pairs
 
 
-def _match_entry(name: str, entry: _Entry, saved: Any) -> _Pairs:
+def _match_piece(piece: Piece, saved: Any) -> _Pairs:
     """The pair of a live tensor and what was saved; none where that is the live tensor itself."""
-    live, stop = entry.live, entry.start + entry.live.numel()
+    name, live, stop = f"state of {piece.name}", piece.live, piece.start + piece.live.numel()
     if is_fragment(saved):
         _, saved_start, saved_stop = saved.span
-        if (tuple(saved.shape), saved_start, saved_stop) != (entry.shape, entry.start, stop):
+        if (tuple(saved.shape), saved_start, saved_stop) != (piece.shape, piece.start, stop):
             raise ValueError(
-                f"{name}: expected elements [{entry.start}:{stop}] of {list(entry.shape)}, got "
+                f"{name}: expected elements [{piece.start}:{stop}] of {list(piece.shape)}, got "
                 f"[{saved_start}:{saved_stop}] of {list(saved.shape)}, another rank's or another layout's; go through "
                 "torch.distributed.checkpoint, or load whole tensors"
             )
         values = saved.fragment if saved.loaded is None else saved.loaded
     else:
         whole = local(torch.as_tensor(saved))
-        if tuple(whole.shape) != entry.part_shape:
-            raise ValueError(f"{name}: expected {list(entry.part_shape)}, got {list(whole.shape)}")
-        values = whole.reshape(-1)[entry.start : stop]
+        if tuple(whole.shape) != piece.part_shape:
+            raise ValueError(f"{name}: expected {list(piece.part_shape)}, got {list(whole.shape)}")
+        values = whole.reshape(-1)[piece.start : stop]
     if not takes(live.dtype, values if live.dim() else values.view(())):
         raise ValueError(f"{name}: expected {live.dtype}, got {values.dtype}, which would be rounded")
     is_live = values.numel() > 0 and values.data_ptr() == live.data_ptr()
