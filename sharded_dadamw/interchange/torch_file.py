@@ -109,9 +109,19 @@ _PythonsUnpickler: Any = pickle._Unpickler  # the one in C cannot be asked about
 
 
 class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
-    """Reads the pickle in a file, for `torch.load`."""
+    """Reads the pickle in a file, for `torch.load`.
+
+    Args:
+        file: The pickle.
+        num_bytes: Of each record in the file around it, by name.
+        how: For Python's unpickler.
+    """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonsUnpickler.dispatch)
+
+    def __init__(self, file: IO[bytes], *, num_bytes: Mapping[str, int], **how: Any) -> None:
+        super().__init__(file, **how)
+        self._num_bytes = num_bytes
 
     def find_class(self, module: str, name: str) -> object:
         """Return what the table has for a name, or else a class of placeholders."""
@@ -141,7 +151,11 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
 
     def _refer(self) -> None:
         match self.stack[-1]:
-            case ("storage", _, str(), str(), int()):
+            case ("storage", kind, str(key), str(), int(numel)):
+                needed = numel * (1 if kind is torch.UntypedStorage else kind.dtype.itemsize)
+                there = self._num_bytes.get(f"data/{key}", -1)
+                if not 0 <= needed <= there:  # torch.load looks neither in a file that it maps nor in every version
+                    raise pickle.UnpicklingError(f"storage {key} should have {needed} bytes and has {max(there, 0)}")
                 super().load_binpersid()
             case _:
                 raise pickle.UnpicklingError("it refers to something outside of itself")
@@ -187,31 +201,22 @@ def load_torch(file: str | os.PathLike[str] | IO[bytes]) -> Any:
     """
     is_path = isinstance(file, str | os.PathLike)
     where = str(file) if is_path else "the file"
-    num_bytes = 0
-
-    def on_host(storage: Any, _: str) -> Any:
-        nonlocal num_bytes
-        num_bytes += storage.nbytes()
-        return storage
-
-    in_file = _num_bytes_of_tensors(file, where)
+    num_bytes = _num_bytes(file, where)
     try:
-        found = torch.load(
+        return torch.load(
             file,
-            map_location=on_host,
+            map_location="cpu",
             mmap=is_path,
             weights_only=False,  # torch's own restricted unpickler hashes any key, and knows no placeholder for a dict
             pickle_module=sys.modules[__name__],
+            num_bytes=num_bytes,
         )
     except Exception as error:  # a pickle made up to harm can end in any of them
         raise ValueError(f"{where}: expected a file that holds data alone, got what cannot be read: {error}") from error
-    if num_bytes > in_file:
-        raise ValueError(f"{where}: expected {num_bytes} bytes of tensors, got {in_file}; the file has been damaged")
-    return found
 
 
-def _num_bytes_of_tensors(file: str | os.PathLike[str] | IO[bytes], where: str) -> int:
-    """Look whether a file is an archive that `torch.save` wrote, and return how many bytes of tensors it has."""
+def _num_bytes(file: str | os.PathLike[str] | IO[bytes], where: str) -> dict[str, int]:
+    """Return how many bytes each record of an archive has, if it is one that `torch.save` wrote."""
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
@@ -231,4 +236,4 @@ def _num_bytes_of_tensors(file: str | os.PathLike[str] | IO[bytes], where: str) 
         if file.read(4) != b"PK\3\4":  # torch.load would take it for one of its older formats
             raise ValueError(f"expected a file of torch.save, got {where}, which begins with something else")
         file.seek(0)
-    return sum(size for name, size in sizes.items() if name.startswith("data/"))
+    return sizes
