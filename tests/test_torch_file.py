@@ -345,10 +345,12 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
         load_torch(rewritten(tmp_path / "x.pt", larger))
 
 
-def test_a_script_module_is_refused(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("record", ["x/constants.pkl", "x/data/0", "y/data.pkl"])
+def test_a_script_module_and_an_archive_with_two_records_of_one_name_are_refused(record: str, tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
-        archive.writestr("x/constants.pkl", b"")  # by which torch.load knows one, and runs it
+        archive.writestr(record, b"")  # by constants.pkl torch.load knows a script module, and runs it
     with pytest.raises(ValueError, match="other archive"):
         load_torch(tmp_path / "x.pt")
 

@@ -60,7 +60,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # those who write have types of their own
-        raise OSError(f"{path} cannot be written: {error}") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's tells a wrong place
+        raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -227,7 +227,8 @@ def _num_bytes(file: str | os.PathLike[str] | IO[bytes], where: str) -> dict[str
             "wrote it, and save it again"
         ) from error
     sizes = {info.filename.partition("/")[2]: info.file_size for info in records}
-    if "data.pkl" not in sizes or "constants.pkl" in sizes:  # torch.load would run a script module
+    if "data.pkl" not in sizes or "constants.pkl" in sizes or len(sizes) < len(records):
+        # torch.load would run a script module, and of records with one name read another than was looked at
         raise ValueError(f"expected a file of torch.save, got {where}, which is some other archive")
     if any(info.compress_type != zipfile.ZIP_STORED for info in records) or sum(sizes.values()) > end:
         raise ValueError(f"expected a file of torch.save, got {where}, which is larger inside than outside")
