@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
@@ -31,6 +32,7 @@ from torch.futures import Future
 import sharded_dadamw
 from sharded_dadamw.checkpoint.folder import FileSum, Manifest, keep, publish
 from sharded_dadamw.checkpoint.metadata import METADATA
+from sharded_dadamw.checkpoint.run import load_plain
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
@@ -204,17 +206,44 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Takes entries by their flat names, and those that are no tensors as plain data."""
+    """Takes entries by their flat names, and those that are no tensors as what ``load`` makes of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[io.BytesIO], Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._load = load
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Unpickle an entry that is no tensor, if nothing but data is in it."""
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        """Unpickle an entry that is no tensor."""
+        self.state_dict[read_item.dest_index.fqn] = self._load(value)
 
 
-def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:
+def room_for(metadata: Metadata, entry: str, most: int) -> Tensor | None:
+    """Make room for all of an entry in host memory; None where it is no tensor.
+
+    Args:
+        metadata: What ``read_metadata`` says is in a checkpoint.
+        entry: A flat name in it.
+        most: Bytes of all its files.
+
+    Raises:
+        ValueError: The entry is larger than the files.
+    """
+    known = metadata.state_dict_metadata[entry]
+    if not isinstance(known, TensorStorageMetadata):
+        return None
+    num_bytes = known.size.numel() * known.properties.dtype.itemsize
+    if num_bytes > most:
+        raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
+    return torch.empty(known.size, dtype=known.properties.dtype)
+
+
+def read_entries(
+    folder: Path,
+    metadata: Metadata,
+    into: dict[str, Any],
+    *,
+    load: Callable[[io.BytesIO], Any] = load_plain,
+) -> None:
     """Read entries, of tensors the parts that this rank needs. Not collective.
 
     Args:
@@ -222,12 +251,19 @@ def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None
         metadata: What ``read_metadata`` says is in it.
         into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the entry
             is no tensor, replaced.
+        load: Reads what `torch.save` wrote of an entry that is no tensor. It runs nothing in there.
 
     Raises:
-        ValueError: An entry cannot be read.
+        ValueError: An entry cannot be read, or its chunks are not all of it.
     """
+    for entry in into:
+        known = metadata.state_dict_metadata[entry]
+        if isinstance(known, TensorStorageMetadata):
+            expected, held = known.size.numel(), sum(chunk.sizes.numel() for chunk in known.chunks)
+            if held != expected:
+                raise ValueError(f"{folder}, {entry}: expected {expected} elements in chunks, got {held}")
     try:
-        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner())
+        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner(load))
     except CheckpointException as error:
         (failure, _), *_ = error.failures.values()
         raise ValueError(f"{folder}: an entry cannot be read: {failure}") from error

@@ -7,7 +7,6 @@ them, are found by name, in whatever order they were saved; a main parameter cha
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
+from sharded_dadamw.checkpoint.dcp import room_for
 from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.layout.placement import like_parameter, local
@@ -83,8 +83,6 @@ class SavedEntries:
         dtype = known.properties.dtype
         if known.size != size or not holds(live.dtype, dtype):
             raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
-        if sum(math.prod(chunk.sizes) for chunk in known.chunks) != math.prod(known.size):
-            raise ValueError(f"{entry}: expected all of it in {self.folder}, got parts that are not the whole")
         if isinstance(live, FragmentTensor):
             return live  # what is read goes into memory of its own
         if isinstance(live, ShardedTensor):
@@ -92,18 +90,8 @@ class SavedEntries:
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def whole(self, entry: str) -> Tensor | None:
-        """Make room for all of an entry in host memory; None where it is no tensor.
-
-        Raises:
-            ValueError: It is larger than the files.
-        """
-        known = self.metadata.state_dict_metadata[entry]
-        if not isinstance(known, TensorStorageMetadata):
-            return None
-        num_bytes = known.size.numel() * known.properties.dtype.itemsize
-        if num_bytes > self._num_bytes:
-            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
-        return torch.empty(known.size, dtype=known.properties.dtype)
+        """Make room for all of an entry in host memory; None where it is no tensor."""
+        return room_for(self.metadata, entry, self._num_bytes)
 
     def wholes(self, node: Any) -> dict[str, Any]:
         """Make room for all entries at or below what :meth:`under` returned; by flat name."""

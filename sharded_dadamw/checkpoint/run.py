@@ -12,7 +12,7 @@ import io
 import random
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def pack(label: str, value: Any) -> Tensor:
     try:
         torch.save(value, file)
         file.seek(0)
-        torch.load(file, map_location="cpu", weights_only=True)
+        load_plain(file)
     except Exception as error:  # anything in it may object to being pickled, in its own way
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -177,7 +177,12 @@ def pack(label: str, value: Any) -> Tensor:
 
 def unpack(packed: Tensor) -> Any:
     """Return what :func:`pack` was given; nothing in it is run."""
-    return torch.load(io.BytesIO(bytes(packed.tolist())), map_location="cpu", weights_only=True)
+    return load_plain(io.BytesIO(bytes(packed.tolist())))
+
+
+def load_plain(file: IO[bytes]) -> Any:
+    """Read what `torch.save` wrote of plain data, into host memory; nothing in it is run."""
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def random_state() -> dict[str, Any]:

@@ -77,20 +77,17 @@ class Saving:
             OSError: It could not be written, such as on a full disk; what was there before is as it was.
             RuntimeError: It failed otherwise.
         """
-        failure = self._failure()
+        failure = self._written.exception()
         self._was_heard = True
         if failure is not None:
             raise failure
         return self.path
 
-    def _failure(self) -> Exception | None:
-        error = self._written.exception()
-        return error if error is None or isinstance(error, Exception) else RuntimeError(str(error))
-
     def _unheard_failure(self) -> Exception | None:
-        failure = None if self._was_heard else self._failure()
-        self._was_heard = True
-        return failure
+        """Wait, and return the failure that nobody has been told of, once."""
+        failure = self._written.exception()
+        was_heard, self._was_heard = self._was_heard, True
+        return failure if isinstance(failure, Exception) and not was_heard else None
 
 
 _latest: Saving | None = None  # only one save at a time, whatever it is of
@@ -203,7 +200,7 @@ def save_checkpoint(
 def wait_for_latest() -> None:
     """Wait until no save is under way; of one that fails the next save tells."""
     if _latest is not None:
-        _latest._failure()
+        _latest._written.exception()
 
 
 def _connect(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
