@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
@@ -72,35 +71,20 @@ class _SummedFiles(FileSystem):
         self.sums[Path(path).name.removesuffix(".tmp")] = file.known  # torch gives metadata their name later
 
 
-class Writer(FileSystemWriter):
-    """Writes one checkpoint into a folder of its own.
-
-    After all ranks have written, the coordinator gives the folder its name; see :meth:`finish`.
-
-    Attributes:
-        folder: Where it is being written.
-        final: What that is going to be called.
-    """
+class _Writer(FileSystemWriter):
+    """Writes one checkpoint into a folder of its own; after all ranks have, the coordinator gives that its name."""
 
     def __init__(self, folder: Path, final: Path, manifest: Manifest, keep_last: int | None) -> None:
-        """Write nothing yet.
-
-        Args:
-            folder: Exists, is empty, and is seen by every rank.
-            final: What it is going to be called.
-            manifest: All but the files.
-            keep_last: How many checkpoints to leave, this one included; None for all.
-        """
         super().__init__(folder)
         self.fs = self._files = _SummedFiles()
-        self.folder = folder
-        self.final = final
+        self._folder = folder
+        self._final = final
         self._manifest = manifest
         self._keep_last = keep_last
 
     def storage_meta(self) -> StorageMeta:
         """Return the checkpoint's name: a path would be of this machine, and its class of this Python."""
-        return StorageMeta(checkpoint_id=self.final.name, save_id=self.save_id)
+        return StorageMeta(checkpoint_id=self._final.name, save_id=self.save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Check that this rank sees the folder that the coordinator made.
@@ -108,9 +92,9 @@ class Writer(FileSystemWriter):
         Raises:
             FileNotFoundError: It is not there: this rank has storage of its own.
         """
-        if not self.folder.is_dir():
+        if not self._folder.is_dir():
             raise FileNotFoundError(
-                f"expected to see {self.folder}, which rank 0 has made; checkpoints need storage that all ranks share"
+                f"expected to see {self._folder}, which rank 0 has made; checkpoints need storage that all ranks share"
             )
         return super().prepare_local_plan(plan)
 
@@ -140,10 +124,10 @@ class Writer(FileSystemWriter):
         ]
         super().finish(metadata, [written])
         files = {**sums, METADATA: self._files.sums[METADATA]}
-        replace(self._manifest, files=files).write(self.folder)
-        publish(self.folder, self.final)
+        replace(self._manifest, files=files).write(self._folder)
+        publish(self._folder, self._final)
         if self._keep_last is not None:
-            keep(self.final, self._keep_last)
+            keep(self._final, self._keep_last)
 
     def _enter_tied(self, metadata: Metadata) -> dict[str, list[str]]:
         """Enter tied weights, and their state, into ``metadata`` under their other names; returns these by entry."""
@@ -162,26 +146,38 @@ class Writer(FileSystemWriter):
         return also
 
 
-def write(state: dict[str, Any], writer: Writer, group: dist.ProcessGroup | None, *, tidies_up: bool) -> None:
+def write(
+    state: dict[str, Any],
+    folder: Path,
+    final: Path,
+    manifest: Manifest,
+    group: dist.ProcessGroup | None,
+    *,
+    keep_last: int | None = None,
+    tidies_up: bool = True,
+) -> None:
     """Write a checkpoint. Collective, unless ``group`` is None: then this process writes all of it.
 
     Args:
         state: Nested; of tensors that are spread over ranks this rank's part.
-        writer: Where to.
+        folder: Where to. It exists, is empty, and is seen by every rank.
+        final: What the folder is called once everything is on the disk.
+        manifest: All but the files.
         group: The ranks.
-        tidies_up: Whether the writer's folder is this rank's to remove, where it has not become the checkpoint.
+        keep_last: How many checkpoints to leave, this one included; None for all.
+        tidies_up: Whether the folder is this rank's to remove, where it has not become the checkpoint.
 
     Raises:
         OSError: It could not be written; on every rank.
         RuntimeError: It failed otherwise; on every rank.
     """
     try:  # torch's public `save` is this and a warning where torch.distributed is not in use
-        _save_state_dict(state, writer, process_group=group, no_dist=group is None)
+        _save_state_dict(state, _Writer(folder, final, manifest, keep_last), process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise _explained(error, writer.final) from error
+        raise _explained(error, final) from error
     finally:
         if tidies_up:
-            shutil.rmtree(writer.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _explained(error: CheckpointException, final: Path) -> Exception:
@@ -206,44 +202,17 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Takes entries by their flat names, and those that are no tensors as what ``load`` makes of them."""
+    """Takes entries by their flat names, and those that are no tensors as plain data."""
 
-    def __init__(self, load: Callable[[io.BytesIO], Any]) -> None:
+    def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._load = load
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Unpickle an entry that is no tensor."""
-        self.state_dict[read_item.dest_index.fqn] = self._load(value)
+        """Unpickle an entry that is no tensor, if nothing but data is in it."""
+        self.state_dict[read_item.dest_index.fqn] = load_plain(value)
 
 
-def room_for(metadata: Metadata, entry: str, most: int) -> Tensor | None:
-    """Make room for all of an entry in host memory; None where it is no tensor.
-
-    Args:
-        metadata: What ``read_metadata`` says is in a checkpoint.
-        entry: A flat name in it.
-        most: Bytes of all its files.
-
-    Raises:
-        ValueError: The entry is larger than the files.
-    """
-    known = metadata.state_dict_metadata[entry]
-    if not isinstance(known, TensorStorageMetadata):
-        return None
-    num_bytes = known.size.numel() * known.properties.dtype.itemsize
-    if num_bytes > most:
-        raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
-    return torch.empty(known.size, dtype=known.properties.dtype)
-
-
-def read_entries(
-    folder: Path,
-    metadata: Metadata,
-    into: dict[str, Any],
-    *,
-    load: Callable[[io.BytesIO], Any] = load_plain,
-) -> None:
+def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:
     """Read entries, of tensors the parts that this rank needs. Not collective.
 
     Args:
@@ -251,7 +220,6 @@ def read_entries(
         metadata: What ``read_metadata`` says is in it.
         into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the entry
             is no tensor, replaced.
-        load: Reads what `torch.save` wrote of an entry that is no tensor. It runs nothing in there.
 
     Raises:
         ValueError: An entry cannot be read, or its chunks are not all of it.
@@ -263,7 +231,7 @@ def read_entries(
             if held != expected:
                 raise ValueError(f"{folder}, {entry}: expected {expected} elements in chunks, got {held}")
     try:
-        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner(load))
+        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner())
     except CheckpointException as error:
         (failure, _), *_ = error.failures.values()
         raise ValueError(f"{folder}: an entry cannot be read: {failure}") from error

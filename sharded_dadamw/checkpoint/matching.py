@@ -18,8 +18,8 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from sharded_dadamw.checkpoint.dcp import room_for
 from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.metadata import nested, tree_of
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.layout.placement import like_parameter, local
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
@@ -50,17 +50,7 @@ class SavedEntries:
         self.manifest = manifest
         self.metadata = metadata
         self._num_bytes = sum(known.size for known in manifest.files.values())
-        self._tree: dict[Any, Any] = {}
-        for entry in metadata.state_dict_metadata:
-            path = metadata.planner_data.get(entry, (entry,))
-            node = self._tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-                if isinstance(node, str):
-                    break
-            if isinstance(node, str) or path[-1] in node:
-                raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
-            node[path[-1]] = entry
+        self._tree = tree_of(metadata, folder)
 
     def under(self, *path: Any) -> dict[Any, Any]:
         """Return what stands under a path: entries' flat names, or tables of them."""
@@ -90,27 +80,24 @@ class SavedEntries:
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def whole(self, entry: str) -> Tensor | None:
-        """Make room for all of an entry in host memory; None where it is no tensor."""
-        return room_for(self.metadata, entry, self._num_bytes)
+        """Make room for all of an entry in host memory; None where it is no tensor.
+
+        Raises:
+            ValueError: It is larger than the files.
+        """
+        known = self.metadata.state_dict_metadata[entry]
+        if not isinstance(known, TensorStorageMetadata):
+            return None
+        num_bytes = known.size.numel() * known.properties.dtype.itemsize
+        if num_bytes > self._num_bytes:
+            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
+        return torch.empty(known.size, dtype=known.properties.dtype)
 
     def wholes(self, node: Any) -> dict[str, Any]:
         """Make room for all entries at or below what :meth:`under` returned; by flat name."""
         if isinstance(node, str):
             return {node: self.whole(node)}
         return {entry: value for item in node.values() for entry, value in self.wholes(item).items()}
-
-    def collect(self, entries: Mapping[str, Any], *path: Any) -> Any:
-        """Put what was read under a path together again."""
-
-        def build(node: Any) -> Any:
-            if isinstance(node, str):
-                return entries[node]
-            if all(isinstance(key, int) for key in node):
-                return [build(node[key]) for key in sorted(node)]
-            return {key: build(item) for key, item in node.items()}
-
-        *parents, last = path
-        return build(self.under(*parents)[last])
 
 
 class Match:
@@ -172,11 +159,11 @@ class Match:
         for one, other in self._twins:
             if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
                 raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
-        weights = {live: saved.collect(entries, "model", stored) for live, stored in self._stored.items()}
+        weights = {live: nested(nodes[stored], entries) for live, stored in self._stored.items()}
         state, groups, wide = {}, [], {}
         for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
-            groups.append({**group, **saved.collect(entries, "optimizer", "param_groups", number), **kept})
+            groups.append({**group, **nested(saved.under("optimizer", "param_groups", number), entries), **kept})
             for name in group["params"]:
                 known, own = self._state_of(name)
                 if not known:

@@ -5,6 +5,7 @@ It is a pickle, and a pickle is a program, so it is read by an unpickler that kn
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar
 
@@ -140,6 +141,34 @@ def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
         return _sound(metadata, manifest)
     except (ValueError, TypeError, AttributeError) as error:  # attributes are what the file makes them
         raise ValueError(f"{path}: {error}") from error
+
+
+def tree_of(metadata: Metadata, folder: Path) -> dict[Any, Any]:
+    """Return the flat names of all entries by the keys that led to them: as dicts in dicts.
+
+    Raises:
+        ValueError: An entry stands where another one does, or below it; names ``folder``.
+    """
+    tree: dict[Any, Any] = {}
+    for entry in metadata.state_dict_metadata:
+        path, node = metadata.planner_data.get(entry, (entry,)), tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if isinstance(node, str):
+                break
+        if isinstance(node, str) or path[-1] in node:
+            raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
+        node[path[-1]] = entry
+    return tree
+
+
+def nested(node: Any, values: Mapping[str, Any]) -> Any:
+    """Return the values of the entries in a part of a tree; what has 0, 1, 2 and so on for keys is a list."""
+    if isinstance(node, str):
+        return values[node]
+    if node and node.keys() == set(range(len(node))):
+        return [nested(node[number], values) for number in range(len(node))]
+    return {key: nested(item, values) for key, item in node.items()}
 
 
 def _sound(metadata: object, manifest: Manifest | None) -> Metadata:

@@ -17,6 +17,7 @@ import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint import run
-from sharded_dadamw.checkpoint.dcp import Writer, read_entries, versions, write
+from sharded_dadamw.checkpoint.dcp import read_entries, versions, write
 from sharded_dadamw.checkpoint.folder import (
     MANIFEST,
     Manifest,
@@ -180,11 +181,9 @@ def save_checkpoint(
             clear(root)
         raise
     assert manifest is not None
-    writer = Writer(folder, final, manifest, keep_last)
-
-    def write_all() -> None:
-        write(state, writer, group, tidies_up=collectives.rank == 0)
-
+    write_all = partial(
+        write, state, folder, final, manifest, group, keep_last=keep_last, tidies_up=collectives.rank == 0
+    )
     if asynchronous:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         written = executor.submit(write_all)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.dcp import Writer, versions, write
+from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.folder import Manifest, begin_beside, sync
-from sharded_dadamw.checkpoint.metadata import read_metadata
+from sharded_dadamw.checkpoint.metadata import nested, read_metadata, tree_of
 from sharded_dadamw.interchange.state_dicts import State
 from sharded_dadamw.interchange.torch_file import load_torch
 
@@ -155,14 +155,13 @@ def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(path)
     metadata = read_metadata(folder)
-    values: dict[tuple[str | int, ...], Any] = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        at = tuple(metadata.planner_data.get(key, (key,)))
-        if isinstance(entry, TensorStorageMetadata):
-            values[at] = _read_tensor(folder, metadata, key, entry)
-        else:
-            values[at] = _read_item(folder, metadata, MetadataIndex(key))
-    return _nested(values)
+    values = {
+        entry: _read_tensor(folder, metadata, entry, known)
+        if isinstance(known, TensorStorageMetadata)
+        else _read_item(folder, metadata, MetadataIndex(entry))
+        for entry, known in metadata.state_dict_metadata.items()
+    }
+    return dict(nested(tree_of(metadata, folder), values))
 
 
 def write_folder(
@@ -186,7 +185,7 @@ def write_folder(
     final.parent.mkdir(parents=True, exist_ok=True)
     groups = contents["optimizer"]["param_groups"]
     manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
-    write(contents, Writer(begin_beside(final), final, manifest, None), None, tidies_up=True)
+    write(contents, begin_beside(final), final, manifest, None)
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
@@ -245,19 +244,3 @@ def _read_item(folder: Path, metadata: Metadata, index: MetadataIndex) -> Any:
     if isinstance(value, Tensor) and value.nbytes > len(data):  # one element may stand for any number of them
         raise ValueError(f"{where}: expected a tensor that is in the file, got one of {value.nbytes} bytes")
     return value
-
-
-def _nested(values: Mapping[tuple[str | int, ...], Any]) -> dict[str, Any]:
-    """Return values by path as dicts in dicts, and as lists where paths go on with 0, 1, 2 and so on."""
-    below: dict[Any, dict[tuple[str | int, ...], Any]] = {}
-    result: dict[Any, Any] = {}
-    for (first, *rest), value in values.items():
-        if rest:
-            below.setdefault(first, {})[tuple(rest)] = value
-        else:
-            result[first] = value
-    for key, inner in below.items():
-        inside = _nested(inner)
-        numbers: list[Any] = list(range(len(inside)))
-        result[key] = [inside[number] for number in numbers] if set(inside) == set(numbers) else inside
-    return result
