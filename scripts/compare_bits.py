@@ -141,7 +141,7 @@ class Layer(nn.Linear):
 def optimizer_of(scenario: Scenario, params: Any, group: Any = None) -> Any:
     law: dict[str, Any] = {"lr": 1e-2, "weight_decay": 2e-4, "amsgrad": scenario.amsgrad}
     if scenario.config is None:
-        return DecoupledAdamW(params, **law)
+        return DecoupledAdamW(params, **law, norm_group=group)
     return ShardedDecoupledAdamW(params, **law, process_group=group, config=scenario.config)
 
 
@@ -168,7 +168,8 @@ class Training:
             halves = [[pair for pair in params if (".weight" in pair[0]) == matrices] for matrices in (True, False)]
             own: list[dict[str, Any]] = [{"lr": 3e-2, "weight_decay": 4e-4}, {"betas": (0.8, 0.98), "eps": 1e-6}]
             params = [{"params": half, **hyper} for half, hyper in zip(halves, own, strict=True)]
-        self.optimizer = optimizer_of(scenario, params, mesh if scenario.layout == "mesh" else None)
+        groups = {"mesh": mesh, "fsdp1": dist.group.WORLD}  # of which FSDP1's parameters tell nothing
+        self.optimizer = optimizer_of(scenario, params, groups.get(scenario.layout))
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=2 * STEPS) if scenario.is_uneven else None
         if scenario.is_attached:
             self.optimizer.attach(self.model)
@@ -203,7 +204,8 @@ class Training:
         found: dict[str, Any] = dict(self.params)
         for name, param in self.params.items():
             state = self.optimizer.state.get(param, {})
-            found.update({f"{key} of {name}": state[key] for key in sorted(state)})
+            if state and state["step"] > 0:  # before the first update, versions differ in whether there is any
+                found.update({f"{key} of {name}": state[key] for key in sorted(state)})
         for index, group in enumerate(self.optimizer.param_groups):
             found[f"group {index}"] = [group[key] for key in ("lr", "initial_lr", "betas", "eps", "weight_decay")]
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar
 
@@ -39,6 +39,12 @@ def checked_defaults(
     beta1, beta2 = betas
     model = AdamW([torch.empty(0)], lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
     return model.defaults
+
+
+def evaluate(closure: Callable[[], float]) -> float:
+    """Call a closure of ``step``, which builds a graph though ``step`` does not."""
+    with torch.enable_grad():
+        return closure()
 
 
 class DecoupledOptimizer(Optimizer):

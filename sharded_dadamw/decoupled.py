@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any, overload
 
 import torch
@@ -14,11 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, log
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate, log
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.kernels.operands import Operands
-from sharded_dadamw.kernels.ready import ReadyUpdates
+from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.parameters import named_parameters
 from sharded_dadamw.layout.placement import (
     OF_ONE_RANK,
@@ -34,6 +35,16 @@ from sharded_dadamw.norms.metrics import Snapshot
 from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
 from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types of parameters that are not spread over ranks."""
+_Present = tuple[list[Tensor], list[Tensor]]
+"""Parameters, and their gradients."""
+
+_NOT_BEGUN = torch.zeros(())
+"""Stands for the step count of new state until that has its place among the others."""
+
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+
 
 class DecoupledAdamW(DecoupledOptimizer, AdamW):
     """AdamW whose weight decay does not scale with the learning rate.
@@ -45,8 +56,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     ``initial_lr`` is put into every parameter group; LR schedulers keep it. ``OneCycleLR`` overwrites it and writes
     ``max_lr`` as well; the larger of the two is then the reference.
 
-    State per parameter, made at its first step: ``step`` (0-d fp32), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
-    ``max_exp_avg_sq`` (shape and dtype of the parameter).
+    State per trainable parameter, made when its group is added: ``step`` (0-d fp32), ``exp_avg``, ``exp_avg_sq`` and,
+    with amsgrad, ``max_exp_avg_sq`` (shape and dtype of the parameter). For what is unfrozen, moved or swapped later it
+    is made at the next ``step`` or ``state_dict``.
 
     Parameters may be plain, or what FSDP1, FSDP2, HSDP or tensor parallelism made of them, also mixed: the law is
     elementwise, so each rank updates the parts that it holds. Norms are those of the whole: added up over the ranks
@@ -93,12 +105,22 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
         self._start_reporting(needs_names=norm_group is not None)
         self._folded_clip: FoldedClip | None = None
-        self._is_fresh = True
-        self._ready_updates = ReadyUpdates()
+        self._updates = ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
         if norm_group is not None:
             self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its state; entries it lacks take the constructor's values, ``initial_lr`` its own lr.
+
+        Raises:
+            TypeError: As the constructor.
+            ValueError: As the constructor, or a parameter is in a group already.
+        """
+        super().add_param_group(param_group)
+        self._updates.forget()
+        self._fill_in_state(self.param_groups[-1])
 
     @staticmethod
     def adamw(
@@ -134,14 +156,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             weight_decay: Decay at the peak.
             eps: Added to the denominator.
         """
-        maxima = max_exp_avg_sqs if amsgrad else [None] * len(params)
-        columns = zip(params, grads, exp_avgs, exp_avg_sqs, maxima, state_steps, strict=True)
-        fragments = [
-            Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step)
-            for param, grad, exp_avg, exp_avg_sq, maximum, step in columns
-        ]
+        columns = Columns(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps)
         hyper = Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad)
-        ReadyUpdates().apply_(fragments, Step([hyper]), 0)
+        ReadyUpdate(columns, [])(columns, Step([hyper]), 0)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -170,71 +187,97 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if "initial_lr" not in group:
-                group["initial_lr"] = float(group["lr"])
-        if self._is_dummy_step() and closure is None:
-            for param, _, hyper in self._with_gradients():
-                self._make_state(param, hyper)
-            return loss
-        clip, found_inf = self._current_clip(for_step=True), self._scalers_flag()
-        divisor = None if clip is None else clip.use()
-        if (scale := getattr(self, "grad_scale", None)) is not None:
-            divisor = scale if divisor is None else divisor * scale
+        loss = None if closure is None else evaluate(closure)
+        present = [_with_gradients(group) for group in self.param_groups]
+        found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
-        step = Step([Hyperparameters.from_group(group) for group in self.param_groups], divisor, found_inf)
+        step = Step(self._hypers(), self._divisor(present), found_inf)
         self._report = self._report.next(step)
-        for index, (group, hyper) in enumerate(zip(self.param_groups, step.hypers, strict=True)):
-            params = [p for p in group["params"] if p.grad is not None and p.requires_grad]
-            fragments = []
-            for param in params:
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {param.grad.layout}")
-                self._make_state(param, hyper)
-                fragments.append(self._operands_of(param, hyper))
-            if fragments:
-                counted = 1 if found_inf is None else (found_inf == 0).to(torch.float32)
-                torch._foreach_add_([fragment.step for fragment in fragments], counted)
-            for positions, squares in self._ready_updates.apply_(fragments, step, index):
-                self._report.add([params[position] for position in positions], squares, hyper)
+        counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
+        for index, (params, grads) in enumerate(present):
+            if not params:
+                continue
+            columns, update = self._make_ready(index, params, grads)
+            torch._foreach_add_(update.counts, counted)
+            for places, squares in update(columns, step, index):
+                self._report.add([params[place] for place in places], squares, step.hypers[index])
             self._report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
-    def _is_dummy_step(self) -> bool:
-        """Whether this first step is only to make the state, as torch.distributed.checkpoint takes one before it saves.
-
-        It sets every lr to 0 and every gradient to zeros. A step that was counted would make the first real update 1.36
-        times too small (at beta2 0.95). Collective where parameters are sharded, since a rank's own part of the real
-        gradients may be zeros. Where a rank may never have state, since FSDP1 left it no elements or its stage of a
-        pipeline trains nothing, all ranks ask at their first step, if it has lr 0, and never again.
-        """
-        is_first, self._is_fresh = self._is_fresh, False
-        lrs = [group["lr"] for group in self.param_groups]
-        if any(self.state.values()) or any(
-            (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs
-        ):
-            return False
-        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
-        if not is_first and (self._needs_names or any(is_of_fsdp1(param) for param in params)):
-            return False
-        is_real = any(param.grad is None or local(param.grad).any() for param in params)
-        answer = torch.tensor(float(is_real), device=self._device)
-        self._norm_ranks(for_composer=True).all_reduce_(answer, dist.ReduceOp.MAX).wait()
-        return not answer
-
-    def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, Hyperparameters]]:
-        """The parameters that a step updates, with their gradients and their groups' scalars."""
+    def _hypers(self) -> list[Hyperparameters]:
         for group in self.param_groups:
-            hyper = Hyperparameters.from_group(group)
-            for param in group["params"]:
-                if param.grad is not None and param.requires_grad:
-                    yield param, param.grad, hyper
+            if "initial_lr" not in group:
+                group["initial_lr"] = float(group["lr"])
+        return [Hyperparameters.from_group(group) for group in self.param_groups]
+
+    def _divisor(self, present: Sequence[_Present]) -> Tensor | None:
+        """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d; None means 1."""
+        clip = self._current_clip(present, for_step=True)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        divisor = None if clip is None else clip.use()
+        if scale is None:
+            return divisor
+        return scale if divisor is None else divisor * scale
+
+    def _make_ready(self, index: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Columns, ReadyUpdate]:
+        """Return this rank's parts of parameters of one group with their state, and the update that is for them."""
+        group = self.param_groups[index]
+        columns = self._columns(params, grads, amsgrad=group["amsgrad"])
+        update = None if columns is None else self._updates.find(index, columns)
+        if columns is None or update is None:
+            self._fill_in_state(group)
+            columns = self._columns(params, grads, amsgrad=group["amsgrad"])
+            assert columns is not None
+            update = self._updates.make(index, columns)
+        return columns, update
+
+    def _columns(self, params: Sequence[Tensor], grads: Sequence[Tensor], *, amsgrad: bool) -> Columns | None:
+        """Return this rank's parts of parameters with their state; None where there is some that has none."""
+        states = [*map(self.state.__getitem__, params)]
+        try:
+            steps, *moments = [[*map(itemgetter(key), states)] for key in ("step", *_moments(amsgrad))]
+        except KeyError:
+            return None
+        if not _PLAIN.issuperset(map(type, params)):
+            grads = [*map(local_gradient, params)]
+            params, *moments = [[*map(local, tensors)] for tensors in (params, *moments)]
+        return Columns(params, grads, moments[0], moments[1], moments[2] if amsgrad else [], steps)
+
+    @torch.no_grad()
+    def _fill_in_state(self, group: Mapping[str, Any]) -> None:
+        """Make the state that trainable parameters of a group lack, and lay step counts side by side."""
+        by_device: dict[torch.device, list[dict[str, Tensor]]] = {}
+        for param in group["params"]:
+            if param.requires_grad or self.state.get(param):
+                self._make_state(param, float(group["betas"][1]), amsgrad=group["amsgrad"])
+                by_device.setdefault(param.device, []).append(self.state[param])
+        for device, states in by_device.items():
+            steps = [state["step"] for state in states]
+            base = steps[0]._base
+            if base is None or base.device != device or any(step._base is not base for step in steps):
+                # One addition counts them all, where a list takes a launch for every hundred.
+                joined = torch.zeros(len(steps), dtype=torch.float32, device=device)
+                begun = [place for place, step in enumerate(steps) if step is not _NOT_BEGUN and not step.is_meta]
+                if begun:
+                    joined[begun] = torch.stack([steps[place].to(device, torch.float32) for place in begun])
+                for place, state in enumerate(states):
+                    state["step"] = joined[place]
+
+    def _make_state(self, param: Tensor, beta2: float, *, amsgrad: bool) -> None:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            if param.dtype.itemsize < 4 and beta2 > LARGEST_BETA2_FOR_NEAREST:
+                _warn_of_freezing(param.dtype, beta2)
+            state["step"] = _NOT_BEGUN
+        for key in _moments(amsgrad):
+            moment = state.get(key)
+            if moment is None or moment.shape != param.shape or moment.is_meta != param.is_meta:
+                self._updates.forget()
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            elif moment.device != param.device or moment.dtype != param.dtype:
+                state[key] = moment.to(param)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -259,10 +302,13 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         check_clip(max_norm, norm_type)
-        already = self._current_clip()
+        present = [_with_gradients(group) for group in self.param_groups]
+        already = self._current_clip(present)
         owners = self._norm_owners()
-        clipped = [(param, grad) for param, grad, _ in self._with_gradients()]
-        gradients = [(id(param), local_gradient(param)) for param, _ in clipped]  # all: that may be collective
+        clipped = [grad for _, grads in present for grad in grads]
+        gradients = [
+            (id(param), local_gradient(param)) for params, _ in present for param in params
+        ]  # may be collective
         counted = [gradient for param, gradient in gradients if param in owners.counted]
         norm = global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
         norm, coefficient = fold(
@@ -272,13 +318,13 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite,
         )
-        self._folded_clip = FoldedClip(coefficient, [grad for _, grad in clipped])
+        self._folded_clip = FoldedClip(coefficient, clipped)
         return norm
 
-    def _current_clip(self, *, for_step: bool = False) -> FoldedClip | None:
+    def _current_clip(self, present: Sequence[_Present], *, for_step: bool = False) -> FoldedClip | None:
         """The clip of the gradients that there are now, if they were clipped; a step must not miss it."""
         if self._folded_clip is not None:
-            grads = [grad for _, grad, _ in self._with_gradients()]
+            grads = [grad for _, of_group in present for grad in of_group]
             if not self._folded_clip.is_for(grads):
                 if for_step:
                     self._folded_clip.require_unchanged(grads)
@@ -311,18 +357,6 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             )
         return self._norm_ranks_over([group for placement in placements_of(params) for group in placement.others])
 
-    def _operands_of(self, param: Tensor, hyper: Hyperparameters) -> Operands:
-        state = self.state[param]
-        return Operands(
-            param=local(param),
-            grad=local_gradient(param),
-            exp_avg=local(state["exp_avg"]),
-            exp_avg_sq=local(state["exp_avg_sq"]),
-            max_exp_avg_sq=local(state["max_exp_avg_sq"]) if hyper.amsgrad else None,
-            main=None,
-            step=state["step"],
-        )
-
     def _look(self, param: Tensor) -> Snapshot:
         state = self.state.get(param, {})
         exp_avg, exp_avg_sq, maximum = (
@@ -338,10 +372,19 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._ready_updates = ReadyUpdates()
         if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
             self._start_reporting(needs_names=state.get("_needs_names", False))
-            self._is_fresh, self._folded_clip = True, None
+            self._folded_clip, self._updates = None, ReadyUpdates()
+        self._updates.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's format, of every parameter that is trainable or was."""
+        members = set(map(id, self._params_here()))
+        for param in [key for key in self.state if isinstance(key, Tensor) and id(key) not in members]:
+            del self.state[param]  # for which its owner has put another one into the group
+        for group in self.param_groups:
+            self._fill_in_state(group)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
@@ -365,22 +408,29 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             for key, entries in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
-        self._is_fresh = False
+        for group in self.param_groups:
+            self._fill_in_state(group)
 
-    def _make_state(self, param: Tensor, hyper: Hyperparameters) -> None:
-        state: dict[str, Tensor] = self.state[param]
-        if "step" not in state:
-            if param.dtype.itemsize < 4 and hyper.beta2 > LARGEST_BETA2_FOR_NEAREST:
-                _warn_of_freezing(param.dtype, hyper.beta2)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if state["step"].device != param.device:  # state dicts of torch's AdamW keep it on the CPU
-            state["step"] = state["step"].to(param.device)
-        if state["step"].dtype is not torch.float32:  # saved where the default dtype was fp64, or as an integer
-            state["step"] = state["step"].to(torch.float32)
-        if hyper.amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+def _with_gradients(group: Mapping[str, Any]) -> _Present:
+    """Return the parameters of a group that a step updates, and their gradients.
+
+    Raises:
+        RuntimeError: A gradient is sparse.
+    """
+    params: list[Tensor] = group["params"]
+    grads = [*map(_grad, params)]
+    if any(map(is_, grads, repeat(None))) or not all(map(_requires_grad, params)):
+        pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None and p.requires_grad]
+        params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
+    for grad in grads:
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {grad.layout}")
+    return params, grads
+
+
+def _moments(amsgrad: bool) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
 @cache

@@ -480,7 +480,7 @@ def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
 def test_an_optimizer_that_never_stepped_is_saved_and_loaded_as_one(kind: str, tmp_path: Path) -> None:
     parts = build(kind, None)
     save_checkpoint(tmp_path, step=0, **run(None, *parts))
-    assert kind == "ours" or not parts[1].state
+    assert kind != "AdamW" or not parts[1].state
     again = build(kind, None, seed=1)
     load_checkpoint(tmp_path, **run(None, *again))
     torch.manual_seed(0)

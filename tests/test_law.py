@@ -18,6 +18,7 @@ import io
 import logging
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -308,17 +309,13 @@ def test_every_group_has_its_initial_lr_also_one_added_later() -> None:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_appears_at_the_first_step_under_torchs_keys(amsgrad: bool) -> None:
+def test_state_is_there_from_construction_on_under_torchs_keys(amsgrad: bool) -> None:
     params = make_params(torch.float32)
     optimizer = DecoupledAdamW(params, amsgrad=amsgrad)
-    assert len(optimizer.state) == 0
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
     keys = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
     for p in params:
         state = optimizer.state[p]
-        assert set(state) == keys
+        assert set(state) == keys and not any(value.count_nonzero() for value in state.values())
         assert state["step"].shape == () and state["step"].dtype == torch.float32
         assert all(state[key].shape == p.shape and state[key].dtype == p.dtype for key in keys - {"step"})
 
@@ -410,7 +407,7 @@ def test_a_saved_state_dict_resumes_bit_for_bit() -> None:
     assert resumed.param_groups[0]["initial_lr"] == 3e-3
 
 
-def test_a_parameter_without_gradient_is_untouched_and_gets_no_state() -> None:
+def test_a_parameter_without_gradient_is_untouched_and_so_is_its_state() -> None:
     a, b, c, d = make_params(torch.float32)
     before = copy.deepcopy([a, b, c, d])
     optimizer = DecoupledAdamW([a, b, c, d], lr=1e-2, weight_decay=0.5)
@@ -419,10 +416,112 @@ def test_a_parameter_without_gradient_is_untouched_and_gets_no_state() -> None:
         optimizer.step()
     assert torch.equal(b, before[1]) and torch.equal(d, before[3])
     assert not torch.equal(a, before[0]) and not torch.equal(c, before[2])
-    assert b not in optimizer.state and d not in optimizer.state
+    assert not any(value.count_nonzero() for p in (b, d) for value in optimizer.state[p].values())
     b.grad = torch.ones_like(b)
     optimizer.step()
     assert optimizer.state[b]["step"].item() == 1 and optimizer.state[a]["step"].item() == 4
+
+
+def change(params: list[Any], optimizer: DecoupledAdamW, what: str) -> None:
+    """Change what a step may have made ready for the next one."""
+    first = params[0]
+    state = optimizer.state[first]
+    if what == "gradients are missing":
+        first.grad = params[2].grad = None
+    elif what == "gradients in another memory format":
+        first.grad = first.grad.t().contiguous().t()
+    elif what == "a parameter's memory is swapped":
+        first.data = first.data.clone()
+    elif what == "a parameter's memory is set":
+        first.data.set_(first.data.clone())
+    elif what == "a parameter in another memory format":
+        first.data = first.data.t().contiguous().t()
+    elif what == "state is replaced":
+        state.update({key: value.clone() for key, value in state.items()})
+    elif what == "state is moved":
+        state["exp_avg"].data = state["exp_avg"].data.clone()
+    elif what == "state is loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif what == "a group is added":
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    elif what == "another switch":
+        optimizer.param_groups[0]["amsgrad"] = True
+    elif what == "frozen":
+        first.requires_grad_(False)
+    elif what == "shared memory":
+        for value in (first, *state.values()):
+            value.data.share_memory_()
+
+
+CHANGES = (
+    *("nothing", "gradients are missing", "gradients in another memory format", "a parameter's memory is swapped"),
+    *("a parameter's memory is set", "a parameter in another memory format", "state is replaced", "state is moved"),
+    *("state is loaded", "a group is added", "another switch", "frozen", "shared memory"),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_changes_between_steps_training_is_that_of_an_optimizer_that_knows_nothing_of_earlier_ones(
+    what: str, dtype: torch.dtype
+) -> None:
+    """The other one is copied before each step, and has made nothing ready."""
+    params = make_params(dtype)
+    optimizer = DecoupledAdamW(params, lr=1e-2, weight_decay=5e-4)
+    for step in range(6):
+        for index, p in enumerate(params):
+            p.grad = gradient(p, step, index)
+        if step in (2, 4):
+            change(params, optimizer, what)
+        others, other = copy.deepcopy((params, optimizer))
+        for p, q in zip(params, others, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        other.step()
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(p, q)
+            assert all(torch.equal(value, other.state[q][key]) for key, value in optimizer.state[p].items())
+        params[0].requires_grad_()
+
+
+@pytest.mark.parametrize("what", ["another dtype", "another shape", "memory after a meta device", "another parameter"])
+def test_state_follows_parameters_that_change_before_the_first_step(what: str) -> None:
+    draw = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    param: Any = torch.nn.Parameter(draw.to("meta") if "meta" in what else draw.clone())
+    optimizer = DecoupledAdamW([param], lr=1e-2)
+    if what == "another dtype":
+        param.data = draw.to(torch.bfloat16)
+    elif what == "another shape":  # as FSDP1 does with original parameters
+        param.data = draw.flatten()[:13].clone()
+    elif "meta" in what:
+        param = torch.nn.Parameter(draw.clone())
+        torch.utils.swap_tensors(param, optimizer.param_groups[0]["params"][0])
+        param = optimizer.param_groups[0]["params"][0]
+    else:
+        param = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(draw.clone())
+    twin = torch.nn.Parameter(param.detach().clone())
+    other = DecoupledAdamW([twin], lr=1e-2)
+    for step in range(2):
+        saved, expected = optimizer.state_dict()["state"][0], other.state_dict()["state"][0]
+        assert all(
+            torch.equal(saved[key], value) and saved[key].dtype == value.dtype for key, value in expected.items()
+        )
+        param.grad, twin.grad = gradient(param, step, 0), gradient(param, step, 0)
+        optimizer.step()
+        other.step()
+        assert torch.equal(param, twin)
+    assert list(optimizer.state) == [param]
+
+
+def test_what_a_step_makes_ready_keeps_no_gradient_and_no_parameter_that_is_gone() -> None:
+    params = make_params(torch.float32)
+    optimizer = DecoupledAdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    references = [weakref.ref(p.grad) for p in params]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(reference() is not None for reference in references)
 
 
 def test_sparse_gradients_are_refused_before_anything_changes() -> None:

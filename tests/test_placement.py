@@ -199,7 +199,7 @@ def test_all_stages_skip_a_step_or_none_does(kind: str) -> None:
     assert on_ranks(4, an_inf_on_one_stage, kind) == [([False, False], 1.0)] * 4
 
 
-# --- loss scalers and the step that only makes state ---
+# --- loss scalers, and state before the first step ---
 
 
 def an_inf_under_fsdp1(group: Any, use_orig_params: bool) -> tuple[list[float], list[bool], float, float]:
@@ -298,8 +298,8 @@ def test_in_a_skipped_step_nothing_decays() -> None:
 
 
 @pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients", "a copy"])
-def test_a_step_that_only_makes_state_is_not_counted_whatever_happened_before(earlier: str) -> None:
-    """torch.distributed.checkpoint takes one before it saves."""
+def test_saving_before_the_first_update_counts_no_step_whatever_happened_before(earlier: str) -> None:
+    """torch.distributed.checkpoint takes one of its own where there is no state."""
     model = Net()
     optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
     if earlier == "an empty state was loaded":
@@ -316,15 +316,14 @@ def test_a_step_that_only_makes_state_is_not_counted_whatever_happened_before(ea
     assert all(state["step"] == 1 for state in optimizer.state.values()) and all(moved(model, before))
 
 
-def test_looking_at_state_that_is_not_there_yet_makes_none() -> None:
-    model = Net()
+def test_a_parameter_that_is_unfrozen_before_a_save_has_state_in_it() -> None:
+    model = Net().requires_grad_(False)
     optimizer = DecoupledAdamW(model.named_parameters(), lr=0.0)
-    assert not any(optimizer.state[p] for p in model.parameters())  # that makes an entry
+    assert not optimizer.state and not optimizer.state_dict()["state"]
+    model.requires_grad_()
     assert len(optimizer.metrics()) == 4 * 5 + 2
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()  # as torch.distributed.checkpoint would
-    assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [0.0] * 4
+    saved = optimizer.state_dict()["state"]
+    assert [float(saved[index]["step"]) for index in range(4)] == [0.0] * 4
 
 
 # --- clipping ---
@@ -523,7 +522,6 @@ def test_under_hsdp_gradients_are_freed_when_the_model_drops_them() -> None:
 
 
 def nothing_to_train_on_the_second_stage(group: Any) -> list[float]:
-    """Its schedule ends at lr 0, where a first step without state might be taken for one that only makes state."""
     model = Net().requires_grad_(group.rank() == 0)
     named = [(f"{group.rank()}.{name}", p) for name, p in model.named_parameters()]
     optimizer = DecoupledAdamW(named, norm_group=group)
@@ -593,7 +591,7 @@ def before_the_first_step_under_fsdp2(group: Any, earlier: str) -> set[float]:
 
 
 @pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients"])
-def test_nor_is_it_counted_under_fsdp2(earlier: str) -> None:
+def test_nor_does_it_under_fsdp2(earlier: str) -> None:
     assert on_ranks(2, before_the_first_step_under_fsdp2, earlier) == [{0.0}] * 2
 
 

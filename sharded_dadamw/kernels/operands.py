@@ -145,6 +145,13 @@ class Update(Protocol):
     fuses_norms: bool
     """Whether norms come out of the pass over memory that the update is."""
 
+    def point_to(self, gradients: Tensor) -> None:
+        """Take gradients elsewhere from now on, of the dtype they had; unless ``keeps_tensors``.
+
+        Args:
+            gradients: int64 [num_fragments] on the CPU, the address of each fragment's.
+        """
+
     def __call__(self, step: Step, group: int) -> Tensor | None:
         """Apply the rule to every fragment, in place.
 

@@ -1,10 +1,18 @@
-"""Updates of tensors that belong to others, made ready once, and used again as long as those stay where they are."""
+"""Updates of tensors that belong to others, made ready once and used as long as those stay where they are.
+
+An optimizer of whole parameters meets the same parameters and the same state in each step, and new gradients. So a
+step compares where everything lies with what it was, in calls that cost some 50 ns each for a tensor, and tells the
+kernel the addresses of the gradients and nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from array import array
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import compress
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -13,79 +21,203 @@ from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Form, Operands, Update
 from sharded_dadamw.update.adamw import Step
 
-_Place = tuple[Any, ...]
-"""The form of tensors, their size and where they lie: an update made ready for some does for others in their place."""
-_Ready = tuple[Update, Sequence[int]]
-"""An update, and the positions of what it updates among its fragments."""
+_MOST_KEPT = 8
+"""Sets of parameters of one group for which an update is kept; more than one is in use where gradients are missing."""
 _Copies = list[tuple[Tensor, Tensor]]
 """Tensors, each with the copy that was updated in its place."""
+_Squares = tuple[Sequence[int], Tensor | None]
+
+_dtype = attrgetter("dtype")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """What an update reads and writes: lists of one length, with the tensors of a fragment at one place in each.
+
+    Attributes:
+        params: As :class:`~sharded_dadamw.kernels.operands.Operands` has it, but in any memory format; so are the rest.
+        grads: Only read.
+        exp_avgs: Updated.
+        exp_avg_sqs: Updated.
+        max_exp_avg_sqs: Updated. Empty without amsgrad.
+        steps: Only read.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+
+    def kept(self) -> list[Tensor]:
+        """Return all tensors but the gradients."""
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs, *self.steps]
+
+    def operands(self) -> list[Operands]:
+        """Return the fragments."""
+        maxima: Sequence[Tensor | None] = self.max_exp_avg_sqs or [None] * len(self.params)
+        rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, maxima, self.steps, strict=True)
+        return [
+            Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step)
+            for param, grad, exp_avg, exp_avg_sq, maximum, step in rows
+        ]
+
+
+class ReadyUpdate:
+    """The update of some parameters of one group, for any gradients.
+
+    Attributes:
+        counts: Their step counts, in as few tensors as there are to add to.
+    """
+
+    def __init__(self, columns: Columns, captured: list[Update]) -> None:
+        """Make ready what a compiled kernel can update where it lies; the rest is made ready in every step.
+
+        Args:
+            columns: The tensors; gradients are not kept.
+            captured: While a CUDA graph is captured, gets what its replays read.
+
+        Raises:
+            ValueError: Tensors of one fragment differ in shape; a kernel would write past the end of the smaller ones.
+        """
+        operands = columns.operands()
+        self._tensors = columns.kept()
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._gradients = _described(columns.grads)
+        self._captured = captured
+        self.counts = _joined(columns.steps)
+        self._is_fixed = [_is_contiguous(fragment) and not _needs_tensors(fragment.form) for fragment in operands]
+        self._fixed = _prepare(compress(enumerate(operands), self._is_fixed))
+        self._others = [place for place, is_fixed in enumerate(self._is_fixed) if not is_fixed]
+
+    def fits(self, columns: Columns) -> bool:
+        """Whether it is for these tensors, where they are now, and for gradients like these."""
+        tensors = columns.kept()
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and _described(columns.grads) == self._gradients
+            and all(map(Tensor.is_contiguous, compress(columns.grads, self._is_fixed)))
+            and not any(map(Tensor.is_neg, columns.grads))
+        )
+
+    def __call__(self, columns: Columns, step: Step, group: int) -> Sequence[_Squares]:
+        """Apply the update rule.
+
+        Args:
+            columns: Tensors that it fits.
+            step: What to do.
+            group: The group whose scalars hold.
+
+        Returns:
+            Places of fragments, with their squared norms fp64 [num_places, 4] in the order of NORMS if those came out
+            of the same pass.
+        """
+        if self._fixed:
+            addresses = torch.frombuffer(array("q", map(Tensor.data_ptr, columns.grads)), dtype=torch.int64)
+            for update, places in self._fixed:
+                update.point_to(addresses if len(places) == len(addresses) else addresses[places])
+        updates, copies = self._fixed, []
+        if self._others:
+            operands = columns.operands()
+            alike = {place: _alike_in_memory(operands[place]) for place in self._others}
+            updates = updates + _prepare((place, fragment) for place, (fragment, _) in alike.items())
+            copies = [pair for _, pairs in alike.values() for pair in pairs]
+        squares = [(places, update(step, group)) for update, places in updates]
+        for original, copied in copies:
+            original.copy_(copied)
+        if _is_captured(columns):
+            self._captured += [copy(update) for update, _ in updates]
+        return squares
 
 
 class ReadyUpdates:
-    """The updates of an optimizer's groups, as the last step has left them."""
+    """The updates of an optimizer's groups."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self._ready: dict[int, tuple[list[_Place], list[_Ready]]] = {}
-        self._captured: list[list[_Ready]] = []
+        self._kept: dict[int, dict[tuple[int, ...], ReadyUpdate]] = {}
+        self._captured: list[Update] = []
 
-    def apply_(
-        self, fragments: Sequence[Operands], step: Step, group: int
-    ) -> list[tuple[Sequence[int], Tensor | None]]:
-        """Apply the update rule to the fragments of a group, in any forms and memory layouts.
+    def find(self, group: int, columns: Columns) -> ReadyUpdate | None:
+        """Return what was made ready for these tensors, if they are where they were."""
+        ready = self._kept.get(group, {}).get(_key(columns))
+        return ready if ready is not None and ready.fits(columns) else None
 
-        Args:
-            fragments: Tensors of any shape; updated as :func:`sharded_dadamw.update.adamw.adamw_` does.
-            step: As there.
-            group: As there.
-
-        Returns:
-            Positions of fragments, with their squared norms fp64 [num_positions, 4] in the order of NORMS if those came
-            out of the same pass.
+    def make(self, group: int, columns: Columns) -> ReadyUpdate:
+        """Make an update ready, to be found in the next steps.
 
         Raises:
             ValueError: Tensors of one fragment differ in shape.
         """
-        alike = [_alike_in_memory(fragment) for fragment in fragments]
-        places = [_place(fragment) for fragment, _ in alike]
-        ready_places, updates = self._ready.get(group, ([], []))
-        if ready_places != places:
-            updates = _prepare([fragment for fragment, _ in alike], places)
-            # What refers to tensors would keep gradients in memory that zero_grad() is to free.
-            if not any(update.keeps_tensors for update, _ in updates):
-                self._ready[group] = places, updates
-        squares = [update(step, group) for update, _ in updates]
-        for _, copies in alike:
-            for original, copy in copies:
-                original.copy_(copy)
-        if fragments and fragments[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.append(updates)  # a graph's replays read what these hold on the device
-        return [(positions, norms) for (_, positions), norms in zip(updates, squares, strict=True)]
+        ready, key = ReadyUpdate(columns, self._captured), _key(columns)
+        kept = self._kept.setdefault(group, {})
+        if key in kept or len(kept) == _MOST_KEPT:
+            kept.clear()  # what others are for has probably moved as well, or is gone
+        if not _is_captured(columns):  # its tables get their contents in a replay
+            kept[key] = ready
+        return ready
+
+    def forget(self) -> None:
+        """Let go of all tensors, but for what captured graphs read."""
+        self._kept.clear()
 
 
-def _prepare(fragments: Sequence[Operands], places: Sequence[_Place]) -> list[_Ready]:
-    """Updates of fragments of any forms: one for each form, with the positions of its fragments."""
-    by_form: dict[Form, list[int]] = {}
-    for position, (form, *_) in enumerate(places):
-        by_form.setdefault(form, []).append(position)
-    return [(kernels.prepare([fragments[i] for i in positions]), positions) for positions in by_form.values()]
+def _key(columns: Columns) -> tuple[int, ...]:
+    return tuple(map(id, columns.params))
+
+
+def _is_captured(columns: Columns) -> bool:
+    return bool(columns.params) and columns.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _described(grads: Sequence[Tensor]) -> list[object]:
+    """What a kernel has to know of gradients but their addresses, and whether they are contiguous."""
+    return [*map(_dtype, grads), *map(type, grads), *map(Tensor.numel, grads)]
+
+
+def _joined(steps: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers in one tensor where they are all that it has."""
+    base = steps[0]._base if steps else None
+    is_all = base is not None and base.numel() == len(steps) and all(step._base is base for step in steps)
+    return [base] if base is not None and is_all else list(steps)
+
+
+def _needs_tensors(form: Form) -> bool:
+    needs: bool = kernels.kernel_for(form).Update.keeps_tensors
+    return needs
+
+
+def _prepare(fragments: Iterable[tuple[int, Operands]]) -> list[tuple[Update, list[int]]]:
+    """Updates of fragments of any forms: one for each form, with the places of its fragments."""
+    by_form: dict[Form, list[tuple[int, Operands]]] = {}
+    for place, fragment in fragments:
+        by_form.setdefault(fragment.form, []).append((place, fragment))
+    return [
+        (kernels.prepare([fragment for _, fragment in of_form]), [place for place, _ in of_form])
+        for of_form in by_form.values()
+    ]
+
+
+def _is_contiguous(fragment: Operands) -> bool:
+    """Whether all tensors are contiguous.
+
+    Raises:
+        ValueError: The tensors differ in shape.
+    """
+    tensors = [tensor for tensor in fragment.tensors if tensor is not None]
+    if any(tensor.shape != fragment.param.shape for tensor in tensors):
+        raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in tensors]}")
+    return all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
-    """The same with its elements in one order in memory, which kernels need, and what had to be copied for that.
-
-    Raises:
-        ValueError: The tensors differ in shape; torch's kernel would write past the end of the smaller ones.
-    """
-    param, shape, all_contiguous = fragment.param, fragment.param.shape, True
-    for tensor in fragment.tensors:
-        if tensor is not None:
-            if tensor.shape != shape:
-                shapes = [list(each.shape) for each in fragment.tensors if each is not None]
-                raise ValueError(f"expected tensors of one shape, got {shapes}")
-            all_contiguous = all_contiguous and tensor.is_contiguous()
-    if all_contiguous:
+    """The same with its elements in one order in memory, which kernels need, and what had to be copied for that."""
+    if _is_contiguous(fragment):
         return fragment, []
+    param = fragment.param
     model = param if _is_dense(param) else param.contiguous()
     copies: _Copies = []
 
@@ -115,7 +247,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _place(fragment: Operands) -> _Place:
-    return fragment.form, fragment.param.numel(), *fragment.addresses()

@@ -10,6 +10,7 @@ end of a tensor is updated in a padded scratch block instead, and every element 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Update:
         self._is_fusible = _is_fusible(operands[0].form)
         if self._is_fusible:
             self._bodies, self._ends = _split(operands)
+
+    def point_to(self, gradients: Tensor) -> NoReturn:
+        """See :class:`sharded_dadamw.kernels.operands.Update`; this one has tensors."""
+        raise NotImplementedError
 
     def __call__(self, step: Step, group: int) -> None:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""

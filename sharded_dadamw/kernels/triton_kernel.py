@@ -1,6 +1,7 @@
 """The update rule on CUDA in one launch of one Triton kernel: every byte is read once and written once.
 
     table      one row per fragment: where its tensors lie, how many elements, how they lie to vectors of elements
+    gradients  one address per fragment, apart since those of whole parameters are new in every step
     tiles      each program updates one; it looks up which fragment that belongs to
     partials   fp32 [num_tiles, 4]: squared norms of each tile; further launches add up those of a fragment in fp64
 
@@ -60,7 +61,7 @@ _NUMEL = tl.constexpr(7)
 _FIRST_ELEMENT = tl.constexpr(8)
 _FIRST_TILE = tl.constexpr(9)
 _SHIFT = tl.constexpr(10)
-_IS_ALIGNED = tl.constexpr(11)
+_BEHIND = tl.constexpr(11)
 _NUM_COLUMNS = tl.constexpr(12)
 
 _TRITON_DTYPES = {
@@ -103,11 +104,11 @@ class Update:
         device = self._form.device
         numels = [each.param.numel() for each in operands]
         addresses = torch.tensor([each.addresses() for each in operands])
-        shifts, is_aligned = _alignment(addresses, operands[0])
+        shifts, behind = _alignment(addresses, operands[0])
         shifted_numels = (torch.tensor(numels) + shifts).tolist()
         first_tiles = plan_tiles(tuple(shifted_numels), _TILE).offsets
         first_elements = torch.tensor([each.first_element or 0 for each in operands])
-        columns = [torch.tensor(numels), first_elements, first_tiles[:-1], shifts, is_aligned]
+        columns = [torch.tensor(numels), first_elements, first_tiles[:-1], shifts, behind]
         table = torch.cat([addresses, torch.stack(columns, dim=1)], dim=1)
         levels = _levels_of_sums(first_tiles)
 
@@ -122,6 +123,12 @@ class Update:
         num_tiles_each = parts_on_device[1].diff().to(torch.int32)
         self._num_tiles = int(first_tiles[-1])
         self._fragment_of_tile = torch.repeat_interleave(num_tiles_each, output_size=self._num_tiles)
+        self.point_to(addresses[:, _GRAD.value].contiguous())
+
+    def point_to(self, gradients: Tensor) -> None:
+        """See :class:`sharded_dadamw.kernels.operands.Update`; does not wait for the device."""
+        self._host_gradients = gradients.pin_memory() if self._form.device.type == "cuda" else gradients
+        self._gradients = self._host_gradients.to(self._form.device, non_blocking=True)
 
     def __call__(self, step: Step, group: int) -> Tensor:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
@@ -131,6 +138,7 @@ class Update:
             if self._num_tiles:
                 _update_kernel[(self._num_tiles,)](
                     self._table,
+                    self._gradients,
                     self._fragment_of_tile,
                     sums,
                     step.divisor,
@@ -173,13 +181,14 @@ def _alignment(addresses: Tensor, example: Operands) -> tuple[Tensor, Tensor]:
         example: One of the fragments.
 
     Returns:
-        Per fragment, int64: by how many elements its parameter's first one is behind the boundary of a line, and
-        whether all of its tensors lie alike to the boundaries of vectors.
+        Per fragment, int64: by how many elements its parameter's first one is behind the boundary of a line; and by how
+        many all of its tensors but the gradient are behind that of a vector, or -1 where they differ.
     """
     sizes = {column: tensor.element_size() for column, tensor in enumerate(example.tensors) if tensor is not None}
+    del sizes[_GRAD.value]
     elements = addresses[:, list(sizes)] // torch.tensor(list(sizes.values()))
     behind = elements % _VECTOR
-    return elements[:, 0] % _LINE, (behind == behind[:, :1]).all(dim=1).to(torch.int64)
+    return elements[:, 0] % _LINE, torch.where((behind == behind[:, :1]).all(dim=1), behind[:, 0], -1)
 
 
 def _log(beta: float) -> float:
@@ -209,6 +218,7 @@ def _levels_of_sums(first_rows: Tensor) -> list[Tensor]:
 @triton.jit(do_not_specialize_on_alignment=["divisor", "found_inf", "lr"])
 def _update_kernel(
     table: tl.tensor,
+    gradients: tl.tensor,
     fragment_of_tile: tl.tensor,
     partials: tl.tensor,
     divisor: tl.tensor,  # or None
@@ -236,16 +246,18 @@ def _update_kernel(
 ) -> None:
     """Update one tile: what can be read and written in vectors block by block, then the rest element by element."""
     tile = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(fragment_of_tile + tile) * _NUM_COLUMNS
+    fragment = tl.load(fragment_of_tile + tile)
+    row = table + fragment * _NUM_COLUMNS
     # Tiles start at boundaries of lines, the first of them before the fragment if need be.
     boundary = (tile - tl.load(row + _FIRST_TILE)) * tile_size - tl.load(row + _SHIFT)
     start = tl.maximum(boundary, 0)
     count = (tl.minimum(boundary + tile_size, tl.load(row + _NUMEL)) - start).to(tl.int32)
     lead = tl.minimum((boundary - start).to(tl.int32) & (vector_size - 1), count)
-    lead = tl.where(tl.load(row + _IS_ALIGNED) != 0, lead, count)
+    grad_behind = (tl.load(gradients + fragment) // (grad_dtype.primitive_bitwidth // 8)) & (vector_size - 1)
+    lead = tl.where(tl.load(row + _BEHIND) == grad_behind, lead, count)
     in_vectors = (count - lead) // vector_size * vector_size
     param_at = _address(row + _PARAM, start, param_dtype)
-    grad_at = _address(row + _GRAD, start, grad_dtype)
+    grad_at = _address(gradients + fragment, start, grad_dtype)
     exp_avg_at = _address(row + _EXP_AVG, start, moments_dtype)
     exp_avg_sq_at = _address(row + _EXP_AVG_SQ, start, moments_dtype)
     if amsgrad:

@@ -83,9 +83,12 @@ def is_fragment(value: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts.
+
+    The same object in every call, which ``to_local`` does not return for a parameter.
+    """
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
 
 
 def local_gradient(param: Tensor) -> Tensor:
