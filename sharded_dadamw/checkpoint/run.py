@@ -22,16 +22,14 @@ from torch.optim import Optimizer
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
 
-IS_DECOUPLED = {"DecoupledAdamW": True, "ShardedDecoupledAdamW": True, "AdamW": False}
-"""Optimizers, ours, Composer's and torch's, and whether their weight decay is free of lr."""
-
-_KNOWN = {
-    "sharded_dadamw.sharded.ShardedDecoupledAdamW": "ShardedDecoupledAdamW",
-    "sharded_dadamw.decoupled.DecoupledAdamW": "DecoupledAdamW",
-    "composer.optim.decoupled_weight_decay.DecoupledAdamW": "DecoupledAdamW",
-    "torch.optim.adamw.AdamW": "AdamW",
+_OPTIMIZERS = {
+    "sharded_dadamw.sharded.ShardedDecoupledAdamW": True,
+    "sharded_dadamw.decoupled.DecoupledAdamW": True,
+    "composer.optim.decoupled_weight_decay.DecoupledAdamW": True,
+    "torch.optim.adamw.AdamW": False,
 }
-"""The names in ``IS_DECOUPLED`` of what an optimizer may descend from."""
+IS_DECOUPLED = {name.rpartition(".")[2]: is_decoupled for name, is_decoupled in _OPTIMIZERS.items()}
+"""Optimizers, and whether their weight decay is free of lr."""
 
 # What DistributedDataParallel and other wrappers, torch.compile, activation checkpointing and FSDP1 add to a name.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -70,9 +68,9 @@ def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception
 
 
 def name_of(optimizer: Optimizer) -> str:
-    """Return what a manifest calls an optimizer: a name in ``IS_DECOUPLED``, or its class with its module."""
+    """Return what a manifest calls an optimizer: what it is or descends from in ``IS_DECOUPLED``, or its full name."""
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__]
-    return next((_KNOWN[name] for name in names if name in _KNOWN), names[0])
+    return next((name.rpartition(".")[2] for name in names if name in _OPTIMIZERS), names[0])
 
 
 def tied(model: nn.Module) -> list[list[str]]:
