@@ -34,12 +34,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """What a file is known by.
-
-    Attributes:
-        size: In bytes.
-        crc32: Of all of them.
-    """
+    """The size of a file in bytes, and the CRC-32 of all of them."""
 
     size: int
     crc32: int
@@ -73,10 +68,10 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint holds, for people and programs that do not want to read it all.
+    """The contents of a checkpoint, for people and programs that do not want to read it all.
 
     Attributes:
-        step: Which one.
+        step: The step that it was saved as.
         num_ranks: How many ranks wrote it.
         versions: Of what wrote it: `torch` and `sharded_dadamw`.
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
@@ -197,7 +192,7 @@ def newest(path: Path) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest is sound and all files are there, as long as they were. Their bytes are not read."""
+    """Return whether the manifest is sound and all files are there, as long as they were. Their bytes are not read."""
     try:
         return not any(Manifest.read(folder).wrong_sizes(folder))
     except ValueError:

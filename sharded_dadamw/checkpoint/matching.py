@@ -101,7 +101,7 @@ class SavedEntries:
 
 
 class Match:
-    """What a run takes of a checkpoint: which entries, into what they are read, and what becomes of them.
+    """The part of a checkpoint that a run takes: which entries, into what they are read, and what becomes of them.
 
     Making one compares everything by name and reads nothing. Live tensors are left as they are.
 
@@ -261,7 +261,7 @@ class Match:
 
 
 def _holds_nothing(value: Any) -> bool:
-    """Whether it has no entry in a checkpoint, such as the extra state of a module that has none."""
+    """Return whether a value has no entry in a checkpoint, such as the extra state of a module that has none."""
     return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
 
 

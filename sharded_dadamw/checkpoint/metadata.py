@@ -84,7 +84,7 @@ class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
     dispatch: ClassVar[dict[int, Any]] = {code[0]: _PythonsUnpickler.dispatch[code[0]] for code in _OPCODES}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name stands for."""
+        """Return what a name stands for, if the table has it."""
         if f"{module}.{name}" not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no data")
         return _KNOWN[f"{module}.{name}"]

@@ -68,7 +68,7 @@ class Saving:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Return whether it has ended, well or not."""
         return self._written.done()
 
     def wait(self) -> Path:
@@ -136,7 +136,7 @@ def save_checkpoint(
     """
     global _latest
     collectives = _connect(model, process_group)
-    claims = {
+    arguments = {
         "root": str(root),
         "step": str(step),
         "keep_last": str(keep_last),
@@ -151,7 +151,7 @@ def save_checkpoint(
         packed = run.pack("data and scheduler", {"random": run.random_state(), "data": data, "scheduler": its})
     except Exception as error:  # a scheduler may raise what it likes, and a file system too
         refusal = refusal or error
-    require_agreement(collectives, claims, refusal)
+    require_agreement(collectives, arguments, refusal)
     root = Path(root).absolute()  # a save in the background must not follow the working directory
     final = folder_of(root, step)
     group = None
@@ -239,7 +239,7 @@ def _refuse(
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What a checkpoint was, after it has been loaded.
+    """A checkpoint that has been loaded.
 
     Attributes:
         step: The step that was given when it was saved.
@@ -257,7 +257,7 @@ class Resumed:
 
     @property
     def data(self) -> Any:
-        """What this rank gave as ``data``; on another number of ranks what all of them gave, if it was the same.
+        """Return what this rank gave as ``data``; on another number of ranks what all of them gave, if it was the same.
 
         None where there were no ranks, as in what was converted.
 
@@ -317,13 +317,13 @@ def load_checkpoint(
     """
     wait_for_latest()
     collectives = _connect(model, process_group)
-    claims = {
+    arguments = {
         "path": str(path),
         "optimizer": str(optimizer is not None),
         "scheduler": str(scheduler is not None),
         "fall_back": str(fall_back),
     }
-    require_agreement(collectives, claims, run.refuse_parts(model, [] if optimizer is None else [optimizer]))
+    require_agreement(collectives, arguments, run.refuse_parts(model, [] if optimizer is None else [optimizer]))
     saved = _find_sound(collectives, Path(path), fall_back)
     if saved is None:
         return None
