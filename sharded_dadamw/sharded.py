@@ -30,13 +30,18 @@ from torch.optim.optimizer import ParamsT
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
 from sharded_dadamw.buckets.bucket import Bucket, started
 from sharded_dadamw.buckets.build import Bucketing
-from sharded_dadamw.buckets.offload import check_residency
-from sharded_dadamw.buckets.sharing import check_sharing, claims_of, group_of_replicas, listed
-from sharded_dadamw.comm.agreement import Claims, StepAgreement, require_agreement
+from sharded_dadamw.buckets.sharing import (
+    agree_on_groups,
+    check_shardable,
+    connect_holders,
+    group_of_replicas,
+    listed,
+)
+from sharded_dadamw.comm.agreement import StepAgreement
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
+from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
 from sharded_dadamw.norms.clipping import check_clip, fold
 from sharded_dadamw.norms.global_norm import Part, global_norm
@@ -46,7 +51,6 @@ from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
 from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
-from sharded_dadamw.update.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._ready = False
         self._config = ShardingConfig() if config is None else config
         self._buckets: list[Bucket] = []
-        self._dormant: list[NamedParameter] = []
+        self._frozen: list[NamedParameter] = []
         self._clip: _Clip | None = None
         self._slots: dict[int, tuple[Bucket, int]] = {}
         self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
@@ -156,14 +160,14 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self.amsgrad = amsgrad
             if norm_group is not None:
                 self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
-            self._check_members()
+            check_shardable(self.param_groups, self._config)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         members = named_parameters(self.param_groups) if refusal is None else []
         device = members[0].param.device if members else torch.device("cpu")
         self._collectives = connect(process_group, device, exchange=None)
-        self._everyone = self._connect_everyone(placements, device)
-        self._require_agreement(0, refusal)
+        self._everyone = connect_holders(placements, self._collectives, device)
+        agree_on_groups(self.param_groups, 0, self._config, self._collectives, self._everyone, refusal)
         # Which takes all ranks, so they had to agree on who they are, and on how, before.
         self._collectives = connect(process_group, device, exchange=self._config.exchange)
         self._reducer = Reducer(self._collectives, device, overlap=self._config.overlap)
@@ -190,49 +194,16 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         refusal: Exception | None = None
         try:
             super().add_param_group(param_group)
-            self._check_members()
+            check_shardable(self.param_groups, self._config)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
         self._reducer.complete_round()
         try:
-            self._require_agreement(num_groups, refusal)
+            agree_on_groups(self.param_groups, num_groups, self._config, self._collectives, self._everyone, refusal)
         except Exception:
             del self.param_groups[num_groups:]
             raise
         self._shard_members([m for m in named_parameters(self.param_groups) if m.group_index == num_groups])
-
-    def _connect_everyone(self, placements: Sequence[Placement], device: torch.device) -> Collectives:
-        """Those that hold parts of these parameters: if one of them stopped alone, the others would wait for it."""
-        others = [group for placement in placements for group in placement.others]
-        try:
-            return connect_over(others, device, also=self._collectives)
-        except ValueError:  # they are not known; then at least those that hold the same parts
-            return self._collectives
-
-    def _require_agreement(self, first_group: int, refusal: Exception | None) -> None:
-        """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective."""
-        claims: Claims = {}
-        parts: Claims = {}
-        if refusal is None:
-            members = named_parameters(self.param_groups)
-            claims = claims_of(members, self.param_groups, first_group, self._config)
-            parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
-            try:
-                check_sharing(members, self._collectives, self._config)
-            except ValueError as error:  # which the other ranks are waiting to hear of
-                refusal = error
-        require_agreement(self._everyone, claims, refusal)
-        if parts:
-            require_agreement(self._collectives, parts, None)
-
-    def _check_members(self) -> None:
-        """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
-        members = named_parameters(self.param_groups)
-        check_parameters(members)
-        check_residency(self._config.state_residency, members[0].param.device)
-        for member in members:
-            beta2 = float(self.param_groups[member.group_index]["betas"][1])
-            Storage.of(member.local, self._config).check_beta2(beta2)
 
     def _shard_members(self, members: Sequence[NamedParameter]) -> None:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
@@ -241,7 +212,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 whole = member.local.contiguous()
                 self._collectives.broadcast_(whole)
                 member.local.copy_(whole)
-                self._dormant.append(member)
+                self._frozen.append(member)
         trainable = [member for member in members if member.param.requires_grad]
         for bucket in self._bucketing.fill(trainable, self.param_groups):
             self._reducer.watch(bucket)
@@ -385,7 +356,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._check_state_fits(hypers)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
-        awake = [member for member in self._dormant if member.param.requires_grad]
+        unfrozen = [member for member in self._frozen if member.param.requires_grad]
         if not any(bucket.gradients.are_reduced for bucket in self._buckets):
             self._clip = None  # the gradients that were clipped have been dropped since
         start = time.perf_counter()
@@ -401,7 +372,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._reducer.rounds_to_come(),
             self._gatherer.num_attached,
             hypers,
-            awake,
+            unfrozen,
             slots,
             one_scale=grad_scale if takes_one_scale else None,
             are_clipped=is_clipped,
@@ -420,11 +391,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             if self._agreement.scalers_have_parted:
                 self._reducer.overlap = False  # gradients have to be brought to one scale before they are averaged
         agreed = _Agreed(slots, hypers, *said, are_reduced)
-        if not awake:
+        if not unfrozen:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
-        self._dormant = [member for member in self._dormant if not member.param.requires_grad]
-        self._shard_members(awake)
+        self._frozen = [member for member in self._frozen if not member.param.requires_grad]
+        self._shard_members(unfrozen)
         return self._agree(doing, to_clip=to_clip, found_inf=found_inf, grad_scale=grad_scale)
 
     def _check_state_fits(self, hypers: Sequence[Hyperparameters]) -> None:
@@ -640,7 +611,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._check_group(group)
         pairs = match_state(state_dict, self._buckets, self.param_groups)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        if dropped := [member.name for member in self._dormant if state_dict["state"].get(keys[member.index])]:
+        if dropped := [member.name for member in self._frozen if state_dict["state"].get(keys[member.index])]:
             warnings.warn(
                 f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen "
                 "when the optimizer was built; unfreeze them before that to go on with it",

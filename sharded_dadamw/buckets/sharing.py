@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_dadamw.comm.agreement import Claims
+from sharded_dadamw.buckets.offload import check_residency
+from sharded_dadamw.comm.agreement import Claims, require_agreement
 from sharded_dadamw.comm.collectives import Collectives, common_group
+from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.config import ShardingConfig
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.layout.placement import Placement
 from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.storage import Storage
 
 
 def listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
@@ -79,6 +83,62 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
                 f"{member.name}: expected a DTensor like {replicated[0].name}, got a plain parameter, whose gradient "
                 "nobody would average over all ranks; put it into an optimizer of its own"
             )
+
+
+def check_shardable(groups: Sequence[Mapping[str, Any]], config: ShardingConfig) -> None:
+    """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for.
+
+    Raises:
+        TypeError: As :func:`~sharded_dadamw.layout.parameters.check_parameters`.
+        ValueError: Likewise, or a setting is not for a parameter's dtype, or not for its device.
+    """
+    members = named_parameters(groups)
+    check_parameters(members)
+    check_residency(config.state_residency, members[0].param.device)
+    for member in members:
+        Storage.of(member.local, config).check_beta2(float(groups[member.group_index]["betas"][1]))
+
+
+def connect_holders(placements: Sequence[Placement], collectives: Collectives, device: torch.device) -> Collectives:
+    """Return the ranks that hold parts of these parameters: if one of them stopped alone, the others would wait."""
+    others = [group for placement in placements for group in placement.others]
+    try:
+        return connect_over(others, device, also=collectives)
+    except ValueError:  # they are not known; then at least those that hold the same parts
+        return collectives
+
+
+def agree_on_groups(
+    groups: Sequence[Mapping[str, Any]],
+    first_group: int,
+    config: ShardingConfig,
+    collectives: Collectives,
+    everyone: Collectives,
+    refusal: Exception | None,
+) -> None:
+    """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective.
+
+    Args:
+        groups: All parameter groups.
+        first_group: Position of the first new one.
+        config: How to shard.
+        collectives: The ranks among which to shard.
+        everyone: Those that hold any parts of the parameters.
+        refusal: The error with which this rank refuses the groups already; raised on every rank.
+    """
+    claims: Claims = {}
+    parts: Claims = {}
+    if refusal is None:
+        members = named_parameters(groups)
+        claims = claims_of(members, groups, first_group, config)
+        parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
+        try:
+            check_sharing(members, collectives, config)
+        except ValueError as error:  # which the other ranks are waiting to hear of
+            refusal = error
+    require_agreement(everyone, claims, refusal)
+    if parts:
+        require_agreement(collectives, parts, None)
 
 
 def claims_of(

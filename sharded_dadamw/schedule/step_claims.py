@@ -24,7 +24,7 @@ class StepClaims:
         num_rounds: Reductions that will have been made by then.
         num_attached: Models that are attached.
         hypers: The scalars of every group.
-        awake: Parameters that have been unfrozen since the last step.
+        unfrozen: Parameters that have been unfrozen since the last step.
         slots: Per bucket and slot whether there is a gradient.
         one_scale: 0-d, this rank's loss scale if that has to be the other ranks' too, else None. The ranks' notes have
             scales of their own, which need no reading on the host; here it is for the message.
@@ -35,16 +35,16 @@ class StepClaims:
     num_rounds: int
     num_attached: int
     hypers: Sequence[Hyperparameters]
-    awake: Sequence[NamedParameter]
+    unfrozen: Sequence[NamedParameter]
     slots: Mapping[Bucket, Sequence[bool]]
     one_scale: Tensor | None
     are_clipped: bool
 
     def key(self) -> bytes:
         """Bytes that differ where what is spelled out differs."""
-        awake = [member.index for member in self.awake]
+        unfrozen = [member.index for member in self.unfrozen]
         facts = (self.num_rounds, self.num_attached, self.are_clipped, self.one_scale is not None)
-        summary = (self.doing, *facts, self._scalars, awake)
+        summary = (self.doing, *facts, self._scalars, unfrozen)
         return b"".join(map(bytes, self.slots.values())) + repr(summary).encode()
 
     def spell_out(self) -> Claims:
@@ -59,7 +59,7 @@ class StepClaims:
         if self.one_scale is not None:
             how = "clipped without scaler.unscale_(optimizer)" if self.are_clipped else "averaged before the step"
             claims[f"the loss scale of gradients that were {how}"] = str(float(self.one_scale))
-        for member in self.awake:
+        for member in self.unfrozen:
             claims[f"{member.name}.requires_grad"] = "True"
         gradients = {
             member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
