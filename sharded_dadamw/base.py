@@ -18,7 +18,7 @@ from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions
 from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, spell_out
-from sharded_dadamw.update.adamw import check_group
+from sharded_dadamw.update.adamw import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -95,6 +95,13 @@ class DecoupledOptimizer(Optimizer):
         check_group(merged)
         if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
             _warn_if_high(merged["weight_decay"])
+
+    def _hypers(self) -> list[Hyperparameters]:
+        """Read the scalars of every group, for one step."""
+        for group in self.param_groups:
+            if "initial_lr" not in group:
+                group["initial_lr"] = float(group["lr"])
+        return [Hyperparameters.from_group(group) for group in self.param_groups]
 
     @property
     def _device(self) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, overload
@@ -16,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate, log
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
@@ -32,16 +31,13 @@ from sharded_dadamw.layout.placement import (
 from sharded_dadamw.norms.clipping import FoldedClip, check_clip, fold
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot
+from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of
 from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
-from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
 _Present = tuple[list[Tensor], list[Tensor]]
 """Parameters, and their gradients."""
-
-_NOT_BEGUN = torch.zeros(())
-"""Stands for the step count of new state until that has its place among the others."""
 
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
@@ -206,12 +202,6 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
-    def _hypers(self) -> list[Hyperparameters]:
-        for group in self.param_groups:
-            if "initial_lr" not in group:
-                group["initial_lr"] = float(group["lr"])
-        return [Hyperparameters.from_group(group) for group in self.param_groups]
-
     def _divisor(self, present: Sequence[_Present]) -> Tensor | None:
         """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d; None means 1."""
         clip = self._current_clip(present, for_step=True)
@@ -237,7 +227,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """Return this rank's parts of parameters with their state; None where there is some that has none."""
         states = [*map(self.state.__getitem__, params)]
         try:
-            steps, *moments = [[*map(itemgetter(key), states)] for key in ("step", *_moments(amsgrad))]
+            steps, *moments = [[*map(itemgetter(key), states)] for key in ("step", *moments_of(amsgrad))]
         except KeyError:
             return None
         if not _PLAIN.issuperset(map(type, params)):
@@ -247,37 +237,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     @torch.no_grad()
     def _fill_in_state(self, group: Mapping[str, Any]) -> None:
-        """Make the state that trainable parameters of a group lack, and lay step counts side by side."""
-        by_device: dict[torch.device, list[dict[str, Tensor]]] = {}
-        for param in group["params"]:
-            if param.requires_grad or self.state.get(param):
-                self._make_state(param, float(group["betas"][1]), amsgrad=group["amsgrad"])
-                by_device.setdefault(param.device, []).append(self.state[param])
-        for device, states in by_device.items():
-            steps = [state["step"] for state in states]
-            base = steps[0]._base
-            if base is None or base.device != device or any(step._base is not base for step in steps):
-                # One addition counts them all, where a list takes a launch for every hundred.
-                joined = torch.zeros(len(steps), dtype=torch.float32, device=device)
-                begun = [place for place, step in enumerate(steps) if step is not _NOT_BEGUN and not step.is_meta]
-                if begun:
-                    joined[begun] = torch.stack([steps[place].to(device, torch.float32) for place in begun])
-                for place, state in enumerate(states):
-                    state["step"] = joined[place]
-
-    def _make_state(self, param: Tensor, beta2: float, *, amsgrad: bool) -> None:
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            if param.dtype.itemsize < 4 and beta2 > LARGEST_BETA2_FOR_NEAREST:
-                _warn_of_freezing(param.dtype, beta2)
-            state["step"] = _NOT_BEGUN
-        for key in _moments(amsgrad):
-            moment = state.get(key)
-            if moment is None or moment.shape != param.shape or moment.is_meta != param.is_meta:
-                self._updates.forget()
-                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            elif moment.device != param.device or moment.dtype != param.dtype:
-                state[key] = moment.to(param)
+        """Make the state that trainable parameters of a group lack."""
+        if fill_in(self.state, group["params"], beta2=float(group["betas"][1]), amsgrad=group["amsgrad"]):
+            self._updates.forget()  # of parameters that others have been put in place of
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -379,9 +341,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's format, of every parameter that is trainable or was."""
-        members = set(map(id, self._params_here()))
-        for param in [key for key in self.state if isinstance(key, Tensor) and id(key) not in members]:
-            del self.state[param]  # for which its owner has put another one into the group
+        drop_strangers(self.state, self._params_here())
         for group in self.param_groups:
             self._fill_in_state(group)
         return super().state_dict()
@@ -427,18 +387,3 @@ def _with_gradients(group: Mapping[str, Any]) -> _Present:
         if grad.layout != torch.strided:
             raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {grad.layout}")
     return params, grads
-
-
-def _moments(amsgrad: bool) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-
-
-@cache
-def _warn_of_freezing(dtype: torch.dtype, beta2: float) -> None:
-    log.warning(
-        "beta2=%g is high for moments in %s that are rounded to the nearest: a step of exp_avg_sq is then below half "
-        "its last digit, and it never falls again. ShardedDecoupledAdamW, on one rank too, keeps them in fp32, or "
-        "rounds them stochastically.",
-        beta2,
-        dtype,
-    )

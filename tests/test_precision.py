@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.decoupled import _warn_of_freezing
 from sharded_dadamw.update.precision import (
     holds,
     image,
@@ -305,8 +304,8 @@ def test_rounding_moments_to_nearest_is_refused_where_it_would_freeze_them() -> 
 
 
 def test_the_unsharded_optimizer_warns_of_moments_that_would_freeze(caplog: pytest.LogCaptureFixture) -> None:
-    _warn_of_freezing.cache_clear()
-    for dtype, beta2, num_warnings in ((BF16, 0.995, 0), (F32, 0.999, 0), (BF16, 0.999, 1), (BF16, 0.999, 1)):
+    """Once for a dtype and beta2, in a process that may have warned of usual ones."""
+    for dtype, beta2, num_warnings in ((BF16, 0.995, 0), (F32, 0.99901, 0), (BF16, 0.99901, 1), (BF16, 0.99901, 1)):
         param = nn.Parameter(torch.zeros(8, dtype=dtype))
         optimizer = DecoupledAdamW([param], betas=(0.9, beta2))
         param.grad = torch.ones_like(param)

@@ -1,0 +1,96 @@
+"""State of parameters that stay where they are: in the shape of the parameter, a dict each, as in torch's AdamW."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, MutableMapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
+
+log = logging.getLogger("sharded_dadamw")
+
+_NOT_BEGUN = torch.zeros(())
+"""Stands for the step count of new state until that has its place among the others."""
+
+
+def moments_of(amsgrad: bool) -> tuple[str, ...]:
+    """Return what a parameter's state has besides ``step``."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2: float, amsgrad: bool) -> bool:
+    """Make the state that parameters of a group lack, and bring what they have to where they are.
+
+    Args:
+        state: Per parameter a dict of tensors; changed.
+        params: A group's. Frozen ones get no state, and keep what they have.
+        beta2: The group's; for a warning where moments of 16 bits would freeze.
+        amsgrad: Whether there is to be ``max_exp_avg_sq``.
+
+    Returns:
+        Whether any moment was made.
+    """
+    by_device: dict[torch.device, list[dict[str, Tensor]]] = {}
+    is_any_new = False
+    for param in params:
+        if param.requires_grad or state.get(param):
+            of_param = state.setdefault(param, {})
+            if not of_param:
+                _check_freezing(param.dtype, beta2)
+                of_param["step"] = _NOT_BEGUN
+            is_any_new |= _bring(of_param, param, amsgrad)
+            by_device.setdefault(param.device, []).append(of_param)
+    for device, states in by_device.items():
+        _join_steps(states, device)
+    return is_any_new
+
+
+def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) -> None:
+    """Drop the state of parameters that are in no group any more, since others were put in their place."""
+    members = set(map(id, params))
+    for stranger in [key for key in state if isinstance(key, Tensor) and id(key) not in members]:
+        del state[stranger]
+
+
+def _bring(of_param: dict[str, Tensor], param: Tensor, amsgrad: bool) -> bool:
+    """Give a parameter the moments that it lacks; whether any was new."""
+    is_any_new = False
+    for key in moments_of(amsgrad):
+        moment = of_param.get(key)
+        if moment is None or moment.shape != param.shape or moment.is_meta != param.is_meta:
+            of_param[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            is_any_new = True
+        elif moment.device != param.device or moment.dtype != param.dtype:
+            of_param[key] = moment.to(param)
+    return is_any_new
+
+
+def _join_steps(states: list[dict[str, Tensor]], device: torch.device) -> None:
+    """Make step counts views of one tensor: one addition counts them all, where a list takes one for every hundred."""
+    steps = [of_param["step"] for of_param in states]
+    base = steps[0]._base
+    if base is not None and base.device == device and all(step._base is base for step in steps):
+        return
+    joined = torch.zeros(len(steps), dtype=torch.float32, device=device)
+    begun = [place for place, step in enumerate(steps) if step is not _NOT_BEGUN and not step.is_meta]
+    if begun:
+        joined[begun] = torch.stack([steps[place].to(device, torch.float32) for place in begun])
+    for place, of_param in enumerate(states):
+        of_param["step"] = joined[place]
+
+
+@cache
+def _check_freezing(dtype: torch.dtype, beta2: float) -> None:
+    if dtype.itemsize < 4 and beta2 > LARGEST_BETA2_FOR_NEAREST:
+        log.warning(
+            "beta2=%g is high for moments in %s that are rounded to the nearest: a step of exp_avg_sq is then below "
+            "half its last digit, and it never falls again. ShardedDecoupledAdamW, on one rank too, keeps them in "
+            "fp32, or rounds them stochastically.",
+            beta2,
+            dtype,
+        )
