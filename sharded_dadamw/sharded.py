@@ -12,10 +12,8 @@ This module conducts and touches no element itself.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ from sharded_dadamw.norms.metrics import Snapshot, Table, gone
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
-from sharded_dadamw.state.state_dict import fragments_of, gather_state, match_state
+from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
 from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
 
 
@@ -591,10 +589,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
         To load what was saved at another number of ranks, give ``state_dict()`` to ``torch.distributed.checkpoint``,
         which fills it, and then load it here; or use :func:`sharded_dadamw.checkpoint.load_checkpoint`, which does
-        that. Whole tensors may come from this class on any number of ranks, from :class:`DecoupledAdamW`, torch's AdamW
-        or Composer's optimizer. Hyperparameters come from ``state_dict``, ``initial_lr`` included, as in torch. State
-        is copied into place, and never rounded. A main parameter of which nothing was saved
-        is taken from the weight as it is now; if that is loaded later, from that one at the next step.
+        that. Whole tensors may come from this class on any number of ranks, from
+        :class:`~sharded_dadamw.DecoupledAdamW`, torch's AdamW or Composer's optimizer. Hyperparameters come from
+        ``state_dict``, ``initial_lr`` included, as in torch. State is copied into place, and never rounded. A main
+        parameter of which nothing was saved is taken from the weight as it is now; if that is loaded later, from that
+        one at the next step.
 
         Raises:
             ValueError: Fragments come from another rank or layout, or an entry is missing, surplus, has another shape
@@ -609,21 +608,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             state_dict = state_dict if replaced is None else replaced
         for group in state_dict["param_groups"]:
             self._check_group(group)
-        pairs = match_state(state_dict, self._buckets, self.param_groups)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        if dropped := [member.name for member in self._frozen if state_dict["state"].get(keys[member.index])]:
-            warnings.warn(
-                f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen "
-                "when the optimizer was built; unfreeze them before that to go on with it",
-                stacklevel=2,
-            )
+        load_into(self._buckets, self.param_groups, self._frozen, state_dict)
         self._consolidated.clear()
-        for live, saved in pairs:
-            live.copy_(saved)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for key, value in saved_group.items():
-                if key not in ("params", "param_names"):
-                    group[key] = copy.deepcopy(value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

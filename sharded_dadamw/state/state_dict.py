@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
 from sharded_dadamw.state.piece import Piece, pieces_of
 from sharded_dadamw.update.precision import takes
@@ -87,6 +90,39 @@ def gather_state(
                     part = buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
                     state[member.index][name] = like_parameter(part, member.param, copies=True)
     return dict(sorted(state.items()))
+
+
+def load_into(
+    buckets: Sequence[Bucket],
+    groups: Sequence[dict[str, Any]],
+    frozen: Sequence[NamedParameter],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Copy saved state into that of buckets, and saved hyperparameters into their groups; all or nothing.
+
+    Args:
+        buckets: All buckets of the rank; changed.
+        groups: The optimizer's parameter groups; changed.
+        frozen: The parameters that have no bucket, of which a warning names one if there is state of it.
+        state_dict: As :func:`match_state` takes it.
+
+    Raises:
+        ValueError: As :func:`match_state`.
+    """
+    pairs = match_state(state_dict, buckets, groups)
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    if dropped := [member.name for member in frozen if state_dict["state"].get(keys[member.index])]:
+        warnings.warn(
+            f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen when "
+            "the optimizer was built; unfreeze them before that to go on with it",
+            stacklevel=4,  # who called load_state_dict, behind the decorator of that
+        )
+    for live, saved in pairs:
+        live.copy_(saved)
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
+        for key, value in saved_group.items():
+            if key not in ("params", "param_names"):
+                group[key] = copy.deepcopy(value)
 
 
 def match_state(
