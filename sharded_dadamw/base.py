@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
-from sharded_dadamw.comm.connect import connect_over
-from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions
+from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, spell_out
 from sharded_dadamw.update.adamw import Hyperparameters, check_group
@@ -57,6 +58,16 @@ class DecoupledOptimizer(Optimizer):
     metric_functions = MetricFunctions()
     _reports_whole: ClassVar[bool]
     """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that brings metric functions, which nothing would call.
+
+        Raises:
+            AttributeError: It does; says what to do instead.
+        """
+        super().__init_subclass__(**kwargs)
+        if "metric_functions" in vars(cls):
+            raise cannot_replace()
 
     def _start_reporting(self, *, needs_names: bool) -> None:
         """Begin before the first step; with ``norm_group``, parameters need names."""
@@ -130,6 +141,14 @@ class DecoupledOptimizer(Optimizer):
     @abstractmethod
     def _look(self, param: Tensor) -> Snapshot:
         """Return this rank's part of a parameter as it is now."""
+
+    def _connect_given(self, norm_group: dist.ProcessGroup | DeviceMesh | None) -> None:
+        """Take the ranks over which norms are added up, if the caller knows better than the parameters."""
+        if norm_group is not None:
+            self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
+
+    def _default_ranks(self) -> Collectives:
+        return connect(None, self._device, exchange=None)
 
     def _norm_ranks_over(self, groups: Sequence[dist.ProcessGroup], *, also: Collectives | None = None) -> Collectives:
         """Return the ranks over which norms are added up, given those among which parameters are spread.

@@ -1,4 +1,4 @@
-"""``DecoupledAdamW``: the law on whole parameters, a drop-in for Composer's optimizer of that name."""
+"""``DecoupledAdamW``: the update rule on parameters as they lie, a drop-in for Composer's optimizer of that name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.parameters import named_parameters
 from sharded_dadamw.layout.placement import (
@@ -56,14 +55,14 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     with amsgrad, ``max_exp_avg_sq`` (shape and dtype of the parameter). For what is unfrozen, moved or swapped later it
     is made at the next ``step`` or ``state_dict``.
 
-    Parameters may be plain, or what FSDP1, FSDP2, HSDP or tensor parallelism made of them, also mixed: the law is
-    elementwise, so each rank updates the parts that it holds. Norms are those of the whole: added up over the ranks
-    that hold other parts, with each element counted once.
+    Parameters may be plain, or what FSDP1, FSDP2, HSDP or tensor parallelism made of them, also mixed: the update
+    rule is elementwise, so each rank updates the parts that it holds. Norms are those of the whole: added up over the
+    ranks that hold other parts, with each element counted once.
 
     Under ``torch.amp.GradScaler`` gradients are unscaled within the update, and a non-finite one on any rank that holds
     a part leaves every byte as it was.
 
-    Source of the law: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
+    Source of the rule: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
 
     _reports_whole = False
@@ -104,8 +103,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         self._updates = ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
-        if norm_group is not None:
-            self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
+        self._connect_given(norm_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and make its state; entries it lacks take the constructor's values, ``initial_lr`` its own lr.
@@ -135,7 +133,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         weight_decay: float,
         eps: float,
     ) -> None:
-        """Apply the law to lists of tensors, in place, with Composer's signature.
+        """Apply the update rule to lists of tensors, in place, with Composer's signature.
 
         Args:
             params: Tensors of any shape; decayed and updated.
@@ -312,7 +310,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         params = self._params_here()
         if self._given_ranks is None and any(is_of_fsdp1(param) for param in params):
             if for_composer:
-                return connect(None, self._device, exchange=None)  # over which Composer's own adds up
+                return self._default_ranks()  # over which Composer's own adds up
             raise ValueError(
                 "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
                 "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 (fully_shard)"

@@ -156,8 +156,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._start_reporting(needs_names=norm_group is not None)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
-            if norm_group is not None:
-                self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
+            self._connect_given(norm_group)
             check_shardable(self.param_groups, self._config)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error

@@ -658,6 +658,8 @@ def test_metric_functions_say_what_each_metric_is_and_cannot_be_replaced(kind: s
         assert found[f"l2_norm/{norm}/bias"] == pytest.approx(value, rel=1e-6)
     with pytest.raises(AttributeError, match="metric_functions cannot be replaced"):
         optimizer.metric_functions = {}  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="metric_functions cannot be replaced"):
+        type("Other", (type(optimizer),), {"metric_functions": {}})
     with pytest.raises(TypeError):
         optimizer.metric_functions["mean/param"] = functions["param"]  # type: ignore[index]
 

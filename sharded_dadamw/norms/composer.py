@@ -47,10 +47,15 @@ class MetricFunctions:
         Raises:
             AttributeError: Always; says what to do instead.
         """
-        raise AttributeError(
-            "metric_functions cannot be replaced: norms come out of the update, which calls no function; compute what "
-            "else you want from param, param.grad and optimizer.state[param] after step()"
-        )
+        raise cannot_replace()
+
+
+def cannot_replace() -> AttributeError:
+    """The error of giving an optimizer, or a class of them, other metric functions."""
+    return AttributeError(
+        "metric_functions cannot be replaced: norms come out of the update, which calls no function; compute what else "
+        "you want from param, param.grad and optimizer.state[param] after step()"
+    )
 
 
 class ComposerProtocol:
