@@ -43,12 +43,13 @@ from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
 from sharded_dadamw.norms.clipping import check_clip, fold
 from sharded_dadamw.norms.global_norm import Part, global_norm
-from sharded_dadamw.norms.metrics import Snapshot, Table, gone
+from sharded_dadamw.norms.metrics import Snapshot, Table
+from sharded_dadamw.norms.of_buckets import make_measurable, parts_of, snapshot_of
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
-from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
+from sharded_dadamw.update.adamw import Hyperparameters, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,14 +516,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         return [member.param for bucket in self._buckets for member in bucket.members]
 
     def _parts(self, collectives: Collectives) -> list[Part]:
-        parts = []
-        for bucket in self._buckets:
-            for slot, member in enumerate(bucket.members):
-                fragment = bucket.layout.fragment(slot, bucket.rank)
-                stop = fragment.param_start + fragment.numel
-                part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
-                parts.append((member.index, Part(member.param, member.name, part)))
-        return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+        return parts_of(self._buckets)
 
     def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
         members = [member for bucket in self._buckets for member in bucket.members]
@@ -530,19 +524,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         return self._norm_ranks_over(others, also=self._collectives)
 
     def _add_up(self) -> Table:
-        updated = {id(param) for param in self._report.updated}
-        for bucket in self._buckets:
-            bucket.weights.refresh_()
-            are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
-            if are_needed and not bucket.gradients.still_holds_last_step:
-                raise gone()  # on all ranks, those without a fragment too
+        make_measurable(self._buckets, self._report)
         return super()._add_up()
 
     def _look(self, param: Tensor) -> Snapshot:
-        bucket, slot = self._slots[id(param)]
-        now = bucket.operands_of(slot)
-        grad = now.grad if bucket.gradients.still_holds_last_step else None
-        return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)
+        return snapshot_of(*self._slots[id(param)])
 
     @property
     def state_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Norms of parameters that are spread over ranks, and what is made of them.
 
 ``global_norm`` counts every element once, in every layout; ``clipping`` folds a clip into the update; ``metrics``
-reports the last step, to users and through Composer's protocol.
+reports the last step, and ``composer`` tells it by Composer's protocol; ``of_buckets`` says what a rank holds.
 
 Nothing here changes a parameter or a gradient.
 """

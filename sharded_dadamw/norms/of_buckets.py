@@ -1,0 +1,43 @@
+"""What this rank holds of the parameters in its buckets, as norms and reports want to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.norms.global_norm import Part
+from sharded_dadamw.norms.metrics import Snapshot, StepReport, gone
+from sharded_dadamw.update.adamw import value_of
+
+
+def parts_of(buckets: Iterable[Bucket]) -> list[Part]:
+    """Return this rank's parts of all parameters, in the order of their groups; some are empty."""
+    parts = []
+    for bucket in buckets:
+        for slot, member in enumerate(bucket.members):
+            fragment = bucket.layout.fragment(slot, bucket.rank)
+            stop = fragment.param_start + fragment.numel
+            part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
+            parts.append((member.index, Part(member.param, member.name, part)))
+    return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+
+
+def make_measurable(buckets: Iterable[Bucket], report: StepReport) -> None:
+    """Read weights that others own, and see that gradients are there which have to be measured.
+
+    Raises:
+        RuntimeError: Some are gone; on all ranks, those without a fragment too.
+    """
+    updated = {id(param) for param in report.updated}
+    for bucket in buckets:
+        bucket.weights.refresh_()
+        are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
+        if are_needed and not bucket.gradients.still_holds_last_step:
+            raise gone()
+
+
+def snapshot_of(bucket: Bucket, slot: int) -> Snapshot:
+    """Return this rank's fragment of one parameter as it is now."""
+    now = bucket.operands_of(slot)
+    grad = now.grad if bucket.gradients.still_holds_last_step else None
+    return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)
