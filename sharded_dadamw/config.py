@@ -20,7 +20,7 @@ class _Choice(Enum):
 class MainParameter(_Choice):
     """What is kept, sharded, beside a parameter that is narrower than fp32, so that small updates and decay count."""
 
-    FP32 = "an fp32 copy, of which the parameter is the image: 4 bytes per parameter"
+    FP32 = "an fp32 copy, which the parameter is rounded from: 4 bytes per parameter"
     REMAINDER = "the 16 bits that a bf16 parameter lacks of its fp32 value: 2 bytes, and the same results as FP32"
     NONE = "nothing: the parameter is updated in its own dtype, and loses what is smaller than half its last digit"
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, StepLR
 
 from sharded_dadamw import DecoupledAdamW, Exchange, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.update.precision import image
+from sharded_dadamw.update.precision import weight_of
 from tests.models import (
     BF16,
     F32,
@@ -123,7 +123,7 @@ def clipped(gradient: Tensor, norm: Tensor, max_norm: float) -> Tensor:
 
 def first_difference(params: dict[str, nn.Parameter], control: dict[str, nn.Parameter]) -> str | None:
     for name, param in params.items():
-        expected = image(control[name].detach(), param.dtype)
+        expected = weight_of(control[name].detach(), param.dtype)
         if param.shape != expected.shape or not torch.equal(param, expected):
             difference = (param.detach().double() - expected.double()).abs().max().item()
             return f"{name} {tuple(param.shape)} {param.dtype} differs by up to {difference:.3g}"

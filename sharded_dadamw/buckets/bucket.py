@@ -26,7 +26,7 @@ from sharded_dadamw.kernels.operands import Form, Operands, Update
 from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.adamw import Step
-from sharded_dadamw.update.precision import image
+from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import Storage
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
@@ -268,12 +268,12 @@ class Bucket:
         """Let weights that were edited in place since the last step win over the fp32 main parameter.
 
         ``model.load_state_dict`` and ``p.copy_`` write the model's narrow weights and know nothing of the wider copy.
-        Only elements that no longer are the image of the main parameter are taken over, so that swapping weights out
-        and back in loses no precision; nor are those that are its image by torch's rounding, as others save them. A
-        remainder needs no such care: it is less than half of the weight's last digit.
+        Only weights that are no longer the main parameter's are taken over, so that swapping weights out and back in
+        loses no precision; nor are those that torch's rounding makes of it, as others save them. A remainder needs no
+        such care: it is less than half of the weight's last digit.
         """
         assert self.main is not None
-        edited = (image(self.main, self.param.dtype) != self.param) & (self.main.to(self.param.dtype) != self.param)
+        edited = (weight_of(self.main, self.param.dtype) != self.param) & (self.main.to(self.param.dtype) != self.param)
         self.main.copy_(torch.where(edited, self.param.to(self.main.dtype), self.main))
 
     def announce_update(self, present: Sequence[bool]) -> list[Tensor]:

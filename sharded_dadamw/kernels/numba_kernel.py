@@ -59,37 +59,16 @@ class _Call(ctypes.Structure):
     """All that a kernel is told: addresses of arrays, numbers of things, and the scalars of the rule."""
 
     _fields_ = (
-        ("claimed", ctypes.c_int64),
-        ("table", ctypes.c_int64),
-        ("fragments", ctypes.c_int64),
-        ("tile_fragments", ctypes.c_int64),
-        ("tile_starts", ctypes.c_int64),
-        ("tiles", ctypes.c_int64),
-        ("squares", ctypes.c_int64),
-        ("skip", ctypes.c_int64),
-        ("decay", ctypes.c_double),
-        ("lr", ctypes.c_double),
-        ("beta1", ctypes.c_double),
-        ("beta2", ctypes.c_double),
-        ("eps", ctypes.c_double),
-        ("factor", ctypes.c_double),
+        *((n, ctypes.c_int64) for n in ("claimed", "table", "fragments", "tile_fragments", "tile_starts", "tiles")),
+        *((n, ctypes.c_int64) for n in ("squares", "skip")),
+        *((n, ctypes.c_double) for n in ("decay", "lr", "beta1", "beta2", "eps", "factor")),
     )
 
 
 def supports(form: Form) -> bool:
     """Whether :class:`Update` takes fragments of this form."""
-    dtypes = {form.param, form.grad, form.moments}
-    return (
-        form.is_plain
-        and form.device.type == "cpu"
-        and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
-        and (torch.float16 not in dtypes or _has_fp16())
-        and (
-            form.main is None
-            or (form.main is torch.float32 and form.param is not torch.float32)
-            or (form.main is torch.int16 and form.param is torch.bfloat16)
-        )
-    )
+    needs_fp16 = torch.float16 in (form.param, form.grad, form.moments)
+    return form.is_compiled and form.device.type == "cpu" and (not needs_fp16 or _has_fp16())
 
 
 @cache
@@ -120,8 +99,8 @@ class Update:
         self._num_tiles = len(self._tile_starts)
         self._filled = np.flatnonzero(np.diff(offsets))
         self._first_tiles = offsets[self._filled]
-        arrays = (self._table, self._tile_fragments, self._tile_starts)
-        self._addresses = tuple(array.ctypes.data for array in arrays)
+        table, *of_tiles = (a.ctypes.data for a in (self._table, self._tile_fragments, self._tile_starts))
+        self._arrays = (table, len(rows), *of_tiles, self._num_tiles)
         self._max_threads = max(1, (int(self._table[:, _NUMEL].sum()) + self._num_tiles * _TILE_OVERHEAD) // _GRAIN)
 
     def point_to(self, gradients: Tensor) -> None:
@@ -130,39 +109,24 @@ class Update:
 
     def __call__(self, step: Step, group: int) -> Tensor:
         """See :class:`sharded_dadamw.kernels.operands.Update`."""
-        hyper = step.hypers[group]
-        squares = np.empty((self._num_tiles, len(NORMS)))
+        norms = np.zeros((len(self._table), len(NORMS)))
         if self._num_tiles:
+            squares = np.empty((self._num_tiles, len(NORMS)))
+            hyper, is_void = step.hypers[group], step.found_inf is not None and bool(step.found_inf)
             divisor = 1.0 if step.divisor is None else float(step.divisor)
             # Division costs a quarter of the arithmetic, and by a power of two it is a multiplication, bit for bit.
             is_power_of_two = math.frexp(divisor)[0] == 0.5 and divisor >= 2.0**-126
+            factor = 1.0 / divisor if is_power_of_two else divisor
+            scalars = (hyper.decay, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, factor)
+            call = _Call(0, *self._arrays, squares.ctypes.data, is_void, *scalars)
             kernel = _compile(self._form, divide=not is_power_of_two)
-            table, tile_fragments, tile_starts = self._addresses
-            call = _Call(
-                claimed=0,
-                table=table,
-                fragments=len(self._table),
-                tile_fragments=tile_fragments,
-                tile_starts=tile_starts,
-                tiles=self._num_tiles,
-                squares=squares.ctypes.data,
-                skip=step.found_inf is not None and bool(step.found_inf),
-                decay=hyper.decay,
-                lr=hyper.lr,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                eps=hyper.eps,
-                factor=1.0 / divisor if is_power_of_two else divisor,
-            )
             _run(kernel, call, min(self._max_threads, torch.get_num_threads()))
-        norms = np.zeros((len(self._table), len(NORMS)))
-        if self._num_tiles:
             norms[self._filled] = np.add.reduceat(squares, self._first_tiles)
         return torch.from_numpy(norms)
 
 
 def _find_openmp() -> Any:
-    """What starts a function on torch's own threads, where those are an OpenMP library's with GNU's entry point."""
+    """Return what starts a function on torch's own threads; None where their OpenMP lacks GNU's entry point."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"))
         start = library.GOMP_parallel
@@ -365,8 +329,8 @@ def _round(value: Any, storage: int) -> Any:
 
 
 @njit(forceinline=True)
-def _image(value: Any, storage: int) -> Any:
-    """As :func:`sharded_dadamw.update.precision.image`."""
+def _weight_of(value: Any, storage: int) -> Any:
+    """As :func:`sharded_dadamw.update.precision.weight_of`."""
     return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == _BF16 else _round(value, storage)
 
 
@@ -486,12 +450,12 @@ def _compile(form: Form, *, divide: bool) -> Any:
                             value = _round(value, param_as)
                             _store(param_at, _PARAM, param_as, i, value)
                         else:
-                            image = _image(value, param_as)
-                            _store(param_at, _PARAM, param_as, i, image)
+                            weight = _weight_of(value, param_as)
+                            _store(param_at, _PARAM, param_as, i, weight)
                             if main_as == _FP32:
                                 _store(main_at, _MAIN, _FP32, i, value)
                             else:
-                                remainder = uint32(_canonical(value) - _pattern(image))
+                                remainder = uint32(_canonical(value) - _pattern(weight))
                                 _store(main_at, _MAIN, _INT16, i, remainder)
 
                         sum_grad = _add(sum_grad, grad * grad)

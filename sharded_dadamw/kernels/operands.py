@@ -34,7 +34,7 @@ class Operands:
         exp_avg: fp32, or another of these dtypes. Updated.
         exp_avg_sq: Dtype of ``exp_avg``. Updated.
         max_exp_avg_sq: Dtype of ``exp_avg``. Updated. None without amsgrad.
-        main: fp32: the value of which ``param`` is the image; int16: what ``param``, in bf16, lacks of its fp32 value.
+        main: fp32: the value that ``param`` is rounded from; int16: what ``param``, in bf16, lacks of its fp32 value.
             Updated. None where ``param`` is all there is.
         step: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
         first_element: Number of the first element, counted over all parameters: the key of stochastic rounding of bf16
@@ -96,6 +96,10 @@ class Operands:
         )
 
 
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""What compiled kernels read and write, beside remainders."""
+
+
 class Form(NamedTuple):
     """What fragments of one launch have in common."""
 
@@ -107,6 +111,12 @@ class Form(NamedTuple):
     amsgrad: bool
     is_stochastic: bool = False
     is_plain: bool = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled kernels know it, on their devices."""
+        params = {None: FLOATS, torch.float32: FLOATS - {torch.float32}, torch.int16: {torch.bfloat16}}
+        return self.is_plain and self.param in params.get(self.main, ()) and {self.grad, self.moments} <= FLOATS
 
 
 class Tiles(NamedTuple):

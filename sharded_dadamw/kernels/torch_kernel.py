@@ -18,7 +18,7 @@ from torch import Tensor
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Step, adamw_
-from sharded_dadamw.update.precision import image
+from sharded_dadamw.update.precision import weight_of
 
 _Columns = list[list[Tensor]]
 """Per argument of torch's kernel a tensor of each fragment: value, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq (none
@@ -76,7 +76,7 @@ class Update:
                 _copy_(targets, [block[: t.numel()] for block, t in zip(updated, targets, strict=True)])
         for each in self._operands:
             if each.main is not None:
-                each.param.copy_(image(each.main, each.param.dtype))
+                each.param.copy_(weight_of(each.main, each.param.dtype))
 
 
 def _is_fusible(form: Form) -> bool:

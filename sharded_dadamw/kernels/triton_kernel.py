@@ -71,21 +71,12 @@ _TRITON_DTYPES = {
     torch.int16: tl.int16,
     None: None,
 }
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NARROW_FLOATS = (torch.bfloat16, torch.float16)
 
 
 def supports(form: Form) -> bool:
     """Whether :class:`Update` takes fragments of this form."""
-    params_of_main = {None: _FLOATS, torch.float32: _NARROW_FLOATS, torch.int16: (torch.bfloat16,)}
-    return (
-        form.is_plain
-        and form.device.type == _DEVICE_TYPE
-        and torch.version.hip is None  # _OPTIONS are for NVIDIA's compiler
-        and form.param in params_of_main.get(form.main, ())
-        and form.grad in _FLOATS
-        and form.moments in _FLOATS
-    )
+    is_nvidia = torch.version.hip is None  # maxnreg and the number of warps are for its compiler
+    return form.is_compiled and form.device.type == _DEVICE_TYPE and is_nvidia
 
 
 class Update:
@@ -338,13 +329,13 @@ def _update_kernel(
                 _store(param_at, first, places, stored_value, is_written, width)
                 new_value = _widen(stored_value, param_dtype)
             elif main_dtype == tl.int16:
-                image = _bf16(new_value, 0x8000)
-                remainder = _pattern(new_value) - (image.to(tl.int32) << 16)
-                _store(param_at, first, places, image, is_written, width)
+                weight = _bf16(new_value, 0x8000)
+                remainder = _pattern(new_value) - (weight.to(tl.int32) << 16)
+                _store(param_at, first, places, weight, is_written, width)
                 _store(main_at, first, places, remainder.to(tl.int16), is_written, width)
             else:
-                image = _bf16(new_value, 0x8000) if param_dtype == tl.bfloat16 else new_value.to(param_dtype)
-                _store(param_at, first, places, image, is_written, width)
+                weight = _bf16(new_value, 0x8000) if param_dtype == tl.bfloat16 else new_value.to(param_dtype)
+                _store(param_at, first, places, weight, is_written, width)
                 _store(main_at, first, places, new_value, is_written, width)
 
             new_exp_avg = _widen(stored_exp_avg, moments_dtype)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.update.precision import image, join, random_bits, round_stochastically, split
+from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
 
 _UNSUPPORTED_SWITCHES = ("maximize", "differentiable")
 
@@ -187,7 +187,7 @@ def adamw_(
         _select_(main, new_main, keep)
     else:
         _select_(main, value, keep)
-        _select_(param, image(value, param.dtype), keep)
+        _select_(param, weight_of(value, param.dtype), keep)
 
 
 def value_of(param: Tensor, main: Tensor | None) -> Tensor:

@@ -52,8 +52,8 @@ def remainder_of(value: Tensor, param: Tensor) -> Tensor:
     return torch.where(fits, left.clamp(max=0x7FFF), 0).to(torch.int16)
 
 
-def image(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the model holds of an fp32 main parameter: in bf16 as ``split``, in other dtypes torch's own rounding."""
+def weight_of(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round an fp32 main parameter to what the model holds of it: to bf16 as ``split``, to other dtypes as torch."""
     return split(value)[0] if dtype is torch.bfloat16 and value.dtype is torch.float32 else value.to(dtype)
 
 

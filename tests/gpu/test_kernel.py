@@ -15,7 +15,7 @@ from torch import Tensor
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import NORMS, Operands, Update
 from sharded_dadamw.update.adamw import Hyperparameters, Step
-from sharded_dadamw.update.precision import image, join, random_bits, round_stochastically, split
+from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
 from tests.forms import (
     BF16,
     F16,
@@ -198,7 +198,7 @@ def test_every_kind_stores_the_bits_of_fp32_arithmetic_rounded_as_on_the_cpu(
             assert torch.equal(join(fragment.param, fragment.main), new.param)
         elif kind.main is F32:
             assert fragment.main is not None and torch.equal(fragment.main, new.param)
-            assert torch.equal(fragment.param.cpu(), image(value, kind.param))
+            assert torch.equal(fragment.param.cpu(), weight_of(value, kind.param))
         else:
             assert torch.equal(fragment.param.cpu(), value.to(kind.param))
         rounded = [new.exp_avg.cpu().to(kind.moments), new.exp_avg_sq.cpu().to(kind.moments)]

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
-from sharded_dadamw.update.precision import image, join
+from sharded_dadamw.update.precision import join, weight_of
 from tests.gpu.probes import DEVICE, no_host_sync
 from tests.models import BF16, F32, Groups, draw_gradient, mains_of, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks
@@ -181,7 +181,7 @@ def train_beside_control(group: Any, over_nccl: bool, scenario: Scenario) -> Rep
         for scheduler in schedulers:
             scheduler.step()
         for name, p in params.items():
-            expected = image(control_params[name].detach(), p.dtype)
+            expected = weight_of(control_params[name].detach(), p.dtype)
             assert torch.equal(p, expected), f"step {step}: {name} {tuple(p.shape)} {p.dtype} differs"
     if training.scaler is not None:
         assert training.scaler.get_scale() == scales[rank]
