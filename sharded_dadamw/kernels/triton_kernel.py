@@ -271,7 +271,7 @@ def _update_kernel(
     norms = tl.zeros([2, 2], tl.float32)
 
     for width in tl.static_range(vector_size, 0, 1 - vector_size):  # vector_size, then 1
-        lanes = tl.arange(0, num_threads * width)
+        offsets = tl.arange(0, num_threads * width)
         done = 0
         end = in_vectors if width > 1 else count - in_vectors
         written_end = tl.where(goes_on, end, 0) if found_inf is not None else end
@@ -280,11 +280,11 @@ def _update_kernel(
         exp_avg_squares = tl.zeros([num_threads * width], tl.float32)
         update_squares = tl.zeros([num_threads * width], tl.float32)
         while done < end:
-            inside = done + lanes < end
-            is_written = done + lanes < written_end
+            inside = done + offsets < end
+            is_written = done + offsets < written_end
             # Vectors come after the lead; the rest are the lead and what comes after the vectors.
             first = lead + done if width > 1 else done
-            places = lanes if width > 1 else tl.where(done + lanes < lead, lanes, lanes + in_vectors)
+            places = offsets if width > 1 else tl.where(done + offsets < lead, offsets, offsets + in_vectors)
             grad = _widen(_load(grad_at, first, places, inside, width), grad_dtype)
             exp_avg = _widen(_load(exp_avg_at, first, places, inside, width), moments_dtype)
             exp_avg_sq = _widen(_load(exp_avg_sq_at, first, places, inside, width), moments_dtype)
