@@ -124,12 +124,16 @@ class Collectives:
         """Raise RuntimeError when the process group has been destroyed."""
 
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
-        """Whether a group has the same ranks."""
-        return dist.get_world_size(group) == 1
+        """Whether a group has the same ranks as :attr:`everyone`."""
+        return self._ranks == ranks_of(group)
 
     def include(self, group: dist.ProcessGroup) -> bool:
-        """Whether all ranks of a group are among these."""
-        return dist.get_world_size(group) == 1
+        """Whether all ranks of a group are among :attr:`everyone`."""
+        return self._ranks >= ranks_of(group)
+
+    @property
+    def _ranks(self) -> frozenset[int]:
+        return frozenset([dist.get_rank()])
 
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
@@ -196,13 +200,9 @@ class NativeVerbs(Collectives):
         if not is_alive(self.group):
             raise _was_destroyed()
 
-    def are_all_of(self, group: dist.ProcessGroup) -> bool:
-        """See :meth:`Collectives.are_all_of`."""
-        return set(dist.get_process_group_ranks(group)) == set(dist.get_process_group_ranks(self.group))
-
-    def include(self, group: dist.ProcessGroup) -> bool:
-        """See :meth:`Collectives.include`."""
-        return set(dist.get_process_group_ranks(group)) <= set(dist.get_process_group_ranks(self.group))
+    @property
+    def _ranks(self) -> frozenset[int]:
+        return ranks_of(self.group)
 
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
@@ -284,11 +284,15 @@ class RankOrderVerbs(NativeVerbs):
         return Pending(REDUCE_SCATTER, finish)
 
 
+def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:
+    """The global ranks of a process group."""
+    return frozenset(dist.get_process_group_ranks(group))
+
+
 def common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:
     """The largest group of which each choice has one with the same ranks, or None."""
-    ranks = [{frozenset(dist.get_process_group_ranks(group)) for group in groups} for groups in choices]
-    common = set.intersection(*ranks) if ranks else set()
-    groups = {frozenset(dist.get_process_group_ranks(group)): group for group in choices[0]} if choices else {}
+    groups = {ranks_of(group): group for group in choices[0]}
+    common = groups.keys() & set.intersection(*(set(map(ranks_of, choice)) for choice in choices))
     return groups[max(common, key=len)] if common else None
 
 

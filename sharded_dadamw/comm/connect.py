@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, RankOrderVerbs, is_alive
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, RankOrderVerbs, is_alive, ranks_of
 from sharded_dadamw.comm.memory import MemoryVerbs, map_files
 from sharded_dadamw.comm.mesh import MeshVerbs
 from sharded_dadamw.comm.messages import MessageVerbs
@@ -100,7 +100,7 @@ def _spanning(mesh: DeviceMesh, called: str) -> dist.ProcessGroup:
     """A group of all ranks of a mesh with two axes."""
     ranks = set(mesh.mesh.flatten().tolist())
     for group in (mesh.get_group(0), mesh.get_group(1), dist.group.WORLD):
-        if group is not None and set(dist.get_process_group_ranks(group)) == ranks:
+        if group is not None and ranks_of(group) == ranks:
             return group
     raise ValueError(
         f"{called}: expected a mesh with two axes to have all {dist.get_world_size()} ranks, got the {len(ranks)} "
@@ -134,7 +134,7 @@ def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
 
 
 _in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]]
-_in_background = weakref.WeakKeyDictionary()  # see [Note: whose group it is] in collectives
+_in_background = weakref.WeakKeyDictionary()  # weakly, as NativeVerbs does
 
 
 def connect_over(
@@ -151,12 +151,12 @@ def connect_over(
         ValueError: There are several axes, and they are not all there is: no one group is known to hold their product.
     """
     also = None if also is None else also.everyone
-    by_ranks = {frozenset(dist.get_process_group_ranks(group)): group for group in groups}
+    by_ranks = {ranks_of(group): group for group in groups}
     by_ranks = {ranks: group for ranks, group in by_ranks.items() if len(ranks) > 1}
     if also is not None and all(also.are_all_of(group) for group in by_ranks.values()):
         return also
     if isinstance(also, NativeVerbs):
-        by_ranks[frozenset(dist.get_process_group_ranks(also.group))] = also.group
+        by_ranks[ranks_of(also.group)] = also.group
     if not by_ranks:
         return Collectives()
     largest = max(by_ranks, key=len)
