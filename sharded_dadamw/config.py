@@ -70,8 +70,6 @@ class ShardingConfig:
         gradient_residency: What becomes of gradients once they are averaged.
         state_residency: Where state lives and updates are computed. In host memory the parameters' device needs room
             for parameters and gradients alone. ``step`` then waits for gradients to come down, and for the host.
-        gradient_dtype: In what gradients of narrower parameters are accumulated, over passes and over ranks: fp32, or
-            None for the dtype of the parameter.
         exchange: How ranks average gradients and publish parameters.
         wire_dtype: What gradients are rounded to before they are sent to another rank: bf16, fp16, or None to send them
             as they are. The mean is formed in fp32, but with ``Exchange.BACKEND`` in this dtype.
@@ -90,7 +88,6 @@ class ShardingConfig:
     overlap: bool = True
     gradient_residency: GradientResidency = GradientResidency.FULL
     state_residency: StateResidency = StateResidency.DEVICE
-    gradient_dtype: torch.dtype | None = None
     exchange: Exchange = Exchange.FASTEST
     wire_dtype: torch.dtype | None = None
     skip_nonfinite: bool = False
@@ -118,10 +115,7 @@ class ShardingConfig:
             if not isinstance(value, kind):
                 choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
                 raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
-        dtypes = (("gradient_dtype", (torch.float32,)), ("wire_dtype", (torch.bfloat16, torch.float16)))
-        for name, known in dtypes:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, torch.dtype):
-                raise TypeError(f"{name}: expected a torch.dtype or None, got {value!r}")
-            if value is not None and value not in known:
-                raise ValueError(f"{name}: expected {' or '.join(map(str, known))} or None, got {value}")
+        if self.wire_dtype is not None and not isinstance(self.wire_dtype, torch.dtype):
+            raise TypeError(f"wire_dtype: expected a torch.dtype or None, got {self.wire_dtype!r}")
+        if self.wire_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"wire_dtype: expected torch.bfloat16 or torch.float16 or None, got {self.wire_dtype}")

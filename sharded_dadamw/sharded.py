@@ -57,7 +57,8 @@ class StepCost:
     """What the most recent step cost this rank.
 
     Attributes:
-        reduce_s: Host seconds spent launching and waiting for reductions, those of ``clip_grad_norm_`` included.
+        reduce_s: Host seconds spent launching and waiting for reductions outside of backward, those of
+            ``clip_grad_norm_`` included.
         update_s: Host seconds in the update. On an accelerator the time to launch it, unless state is in host memory.
         gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
             later, and counted in the step after that.
@@ -87,9 +88,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     empty, and joined over ranks in rank order they are the flattened whole.
 
     A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place, as
-    backward completes their buckets: one backward per step outside ``no_sync``, and ``zero_grad`` before the next. With
-    ``GradientResidency.SHARDED`` only this rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and
-    the means of several backwards add up.
+    backward completes their buckets, and backward ends when all are averaged: one backward per step outside
+    ``no_sync``, and ``zero_grad`` before the next. Until they are used, averages may be multiplied by a number that is
+    the same on every rank, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this rank's shard of
+    the mean is kept, ``p.grad`` is None once it is reduced, and the means of several backwards add up.
 
     Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """
@@ -168,10 +170,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         agree_on_groups(self.param_groups, 0, self._config, self._collectives, self._everyone, refusal)
         # Which takes all ranks, so they had to agree on who they are, and on how, before.
         self._collectives = connect(process_group, device, exchange=self._config.exchange)
-        self._reducer = Reducer(self._collectives, device, overlap=self._config.overlap)
+        self._reducer = Reducer(self._collectives, overlap=self._config.overlap)
         self._gatherer = Gatherer(self._collectives)
         self._bucketing = Bucketing(self._collectives, self._config)
-        self._agreement = StepAgreement(self._everyone, device, reconcile=self._reducer.resync)
+        self._agreement = StepAgreement(self._everyone, device, reconcile=self._reducer.spend)
         self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
         self.last_step = StepCost(0.0, 0.0, 0.0, 0)
@@ -238,8 +240,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         Raises:
             RuntimeError: Called inside ``no_sync()``; gradients of the last step were not cleared; a parameter was
                 moved out of the optimizer's buffers; the process group is gone; or, on every rank, ranks disagree
-                about which parameters have a gradient or about a hyperparameter. Nothing has then been changed. (On an
-                accelerator such a disagreement is reported by the next step.)
+                about which parameters have a gradient, about a hyperparameter, about the loss scale, or about what was
+                done to averaged gradients. No parameter or state has then been changed; gradients that backward has
+                averaged have to be dropped by ``zero_grad``. (On an accelerator the next step reports it.)
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = None
@@ -257,10 +260,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
     def _run(self, agreed: _Agreed, grad_scale: Tensor | None) -> None:
         divisor = None if self._clip is None else 1.0 / self._clip.coefficient
-        if agreed.grad_scale is not None and grad_scale is not None:
-            for bucket in self._buckets:
-                bucket.gradients.settle_scale_(grad_scale.to(torch.float32), agreed.grad_scale)
-            divisor = agreed.grad_scale if divisor is None else divisor * agreed.grad_scale
+        if grad_scale is not None:
+            scale = grad_scale.to(self._device, torch.float32).reshape(())
+            divisor = scale if divisor is None else divisor * scale
         found_inf = self._void(agreed.found_inf)
         step = Step(agreed.hypers, divisor, found_inf)
         self._report = self._report.next(step)
@@ -271,7 +273,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         reduce_s, update_s, gather_s = self._reduce_s, 0.0, self._gatherer.take_wait_s()
         mark = time.perf_counter()
         with self._gatherer.publishing():
-            with closing(self._reducer.drain(buckets)) as reduced_buckets:
+            with closing(self._reducer.reduced(buckets)) as reduced_buckets:
                 for bucket in started(reduced_buckets, step):
                     reduced = time.perf_counter()
                     params, squares = bucket.update_(step, agreed.slots[bucket])
@@ -282,7 +284,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                     mark = time.perf_counter()
                     gather_s += mark - updated
             self._reducer.consume()
-            self._reducer.learn_order()
             for bucket in self._buckets:
                 self._report.updated += bucket.announce_update(agreed.slots[bucket])
         gather_s += time.perf_counter() - mark
@@ -306,7 +307,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def _reduced(self) -> list[Bucket]:
         """All buckets, with their gradients averaged. Collective."""
         start = time.perf_counter()
-        with closing(self._reducer.drain()) as reduced_buckets:
+        with closing(self._reducer.reduced()) as reduced_buckets:
             for _ in reduced_buckets:
                 pass
         self._reduce_s += time.perf_counter() - start
@@ -355,40 +356,33 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = refusal or error
         unfrozen = [member for member in self._frozen if member.param.requires_grad]
-        if not any(bucket.gradients.are_reduced for bucket in self._buckets):
+        if not any(bucket.gradients.are_clipped for bucket in self._buckets):
             self._clip = None  # the gradients that were clipped have been dropped since
         start = time.perf_counter()
-        self._reducer.prepare()
+        self._reducer.catch_up()
         self._reduce_s += time.perf_counter() - start
-        is_clipped = self._clip is not None
-        are_reduced = self._reducer.has_reduced_in_backward or (self._clip is not None and self._clip.are_reduced)
-        takes_one_scale = grad_scale is not None and (
-            is_clipped or not all(bucket.gradients.can_settle_scale for bucket in self._buckets)
-        )
+        changes = self._reducer.changes(is_unscaled=found_inf is not None and grad_scale is None)
         claims = StepClaims(
             doing,
-            self._reducer.rounds_to_come(),
             self._gatherer.num_attached,
             hypers,
             unfrozen,
             slots,
-            one_scale=grad_scale if takes_one_scale else None,
-            are_clipped=is_clipped,
+            self._reducer.still_local(),
+            changes,
+            grad_scale,
+            are_clipped=self._clip is not None,
         )
-        try:
-            said = self._agreement.check(
-                claims.spell_out,
-                claims.key(),
-                found_inf=found_inf,
-                grad_scale=grad_scale,
-                are_reduced=are_reduced,
-                takes_one_scale=takes_one_scale,
-                refusal=refusal,
-            )
-        finally:
-            if self._agreement.scalers_have_parted:
-                self._reducer.overlap = False  # gradients have to be brought to one scale before they are averaged
-        agreed = _Agreed(slots, hypers, *said, are_reduced)
+        void = self._agreement.check(
+            claims.spell_out,
+            claims.key(),
+            found_inf=found_inf,
+            grad_scale=grad_scale,
+            factors=list(changes.values()),
+            tolerance=claims.tolerance,
+            refusal=refusal,
+        )
+        agreed = _Agreed(slots, hypers, void)
         if not unfrozen:
             return agreed
         # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
@@ -409,9 +403,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         with torch._C.DisableTorchFunctionSubclass():  # of parameters in flight, which would be asked one by one
-            self._reducer.settle()
-            if not set_to_none:
-                self._reducer.release()
+            self._reducer.complete_round()
             super().zero_grad(set_to_none)
             self._reducer.drop()
         self._clip = None
@@ -509,7 +501,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         norm, coefficient = fold(
             whole, already, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
         )
-        self._clip = _Clip(coefficient, whole, agreed.are_reduced)
+        self._clip = _Clip(coefficient, whole)
         return norm
 
     def _params_here(self) -> list[Tensor]:
@@ -613,13 +605,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
 @dataclass(frozen=True, slots=True)
 class _Agreed:
-    """What the ranks agreed on: who has a gradient, each group's scalars, and what their loss scalers said."""
+    """What the ranks agreed on: who has a gradient, each group's scalars, and whether the step is void (1) or not."""
 
     slots: dict[Bucket, tuple[bool, ...]]
     hypers: list[Hyperparameters]
     found_inf: Tensor | None
-    grad_scale: Tensor | None
-    are_reduced: bool  # since backward, before loss scales were compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,7 +618,6 @@ class _Clip:
 
     coefficient: Tensor
     norm: Tensor
-    are_reduced: bool  # since backward: void, if loss scales turn out to differ
 
 
 def _refuse_moved(moved: Sequence[NamedParameter]) -> None:

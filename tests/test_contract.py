@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -734,8 +736,11 @@ def scaled_steps(group: Any, bad_step: int | None, bad_rank: int, clip: str, red
     config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=reduce_gradients)
     optimizer = ShardedDecoupledAdamW(params.items(), lr=3e-3, process_group=group, config=config)
     control = DecoupledAdamW(control_params.items(), lr=3e-3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    happened = []
+    settings: dict[str, Any] = dict(init_scale=2.0**10, growth_interval=2)
+    # Where one rank alone may find an infinity, scalers have to agree, which they do in unscale_().
+    agrees = bool(clip) and reduce_gradients
+    scaler = ShardedGradScaler("cpu", process_group=group, **settings) if agrees else GradScaler("cpu", **settings)
+    happened: list[str] = []
     for step in range(6):
         scale = scaler.scale(torch.ones(())).item()
         if reduce_gradients:
@@ -752,6 +757,10 @@ def scaled_steps(group: Any, bad_step: int | None, bad_rank: int, clip: str, red
             scaler.unscale_(optimizer)
             if clip == "clipped":
                 optimizer.clip_grad_norm_(1e6)
+        if "skipped" in happened and reduce_gradients and num_ranks > 1 and not agrees:
+            with pytest.raises(RuntimeError, match="ShardedGradScaler"):
+                scaler.step(optimizer)
+            return [*happened, "refused"]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -787,6 +796,8 @@ def test_an_inf_on_one_rank_skips_the_step_on_all_to_the_byte_and_the_next_is_fi
     bad_step: int, num_ranks: int, bad_rank: int, clip: str, reduce_gradients: bool
 ) -> None:
     expected = ["skipped" if step == bad_step else "stepped" for step in range(6)]
+    if reduce_gradients and num_ranks > 1 and not clip:  # where scalers do not agree
+        expected = [*expected[: bad_step + 1], "refused"]
     assert on_ranks(num_ranks, scaled_steps, bad_step, bad_rank, clip, reduce_gradients) == [expected] * num_ranks
 
 
@@ -831,7 +842,7 @@ def scalers_part_over_means(group: Any) -> tuple[bool, str]:
     params = make()
     config = ShardingConfig(reduce_gradients=False)
     optimizer = ShardedDecoupledAdamW(params.items(), lr=3e-3, process_group=group, config=config)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = GradScaler("cpu", init_scale=8.0)
     before = {name: p.detach().clone() for name, p in params.items()}
     message = ""
     for step in range(2):
@@ -851,19 +862,20 @@ def scalers_part_over_means(group: Any) -> tuple[bool, str]:
 def test_means_of_others_under_scalers_that_have_parted_are_an_error_on_all() -> None:
     first, second = on_ranks(2, scalers_part_over_means)
     assert first == second and first[0]
-    assert "gradients that were averaged before the step: rank 0 has 8.0, rank 1 has 4.0" in first[1]
+    assert "the loss scale: rank 0 has 8.0, rank 1 has 4.0" in first[1]
 
 
 def skip_with_main_params(group: Any) -> bool:
     params = make("bf16")
     optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, amsgrad=True, process_group=group)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, process_group=group)
     for step in range(4):
         give_gradients(params, step, group.rank())
         before = copy.deepcopy(parameter_state(optimizer.state_dict()))
         if step == 2 and group.rank() == 1:
             params["bias"].grad[0] = float("nan")  # type: ignore[index]
         scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -1155,13 +1167,15 @@ def test_fp32_parameters_have_no_main_copy_and_narrower_ones_do() -> None:
 
 
 @pytest.mark.parametrize("built_with", [False, True])
-def test_amsgrad_switched_after_construction_is_refused_and_nothing_is_lost(built_with: bool) -> None:
+def test_amsgrad_switched_after_construction_is_refused_and_changes_nothing(built_with: bool) -> None:
     params, optimizer, control_params, control = pair(amsgrad=built_with)
     give_gradients(params, 0)
     optimizer.param_groups[0]["amsgrad"] = not built_with
     with pytest.raises(ValueError, match=r"amsgrad.*expected (True|False).*got (True|False)"):
         optimizer.step()
     optimizer.param_groups[0]["amsgrad"] = built_with
+    optimizer.zero_grad()
+    give_gradients(params, 0)
     optimizer.step()
     give_gradients(control_params, 0)
     control.step()
@@ -1205,7 +1219,7 @@ def test_a_loss_scale_saves_fp16_gradients_that_would_vanish_without_it(reduce_g
     weight = nn.Parameter(torch.zeros(5, dtype=torch.float16))
     config = ShardingConfig(reduce_gradients=reduce_gradients)
     optimizer = ShardedDecoupledAdamW([weight], lr=1e-2, weight_decay=0.0, eps=1e-12, config=config)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler = GradScaler("cpu", init_scale=65536.0)
     for step in range(1, 4):
         scaler.scale((weight.float() * 1e-8).sum()).backward()  # 1e-8 is below the smallest fp16
         scaler.step(optimizer)

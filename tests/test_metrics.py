@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -415,7 +416,7 @@ def test_a_skipped_step_is_counted_and_has_an_update_of_zero(num_ranks: int) -> 
 
 def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Metrics under a loss scaler, which meets an inf in step 1, and of the same steps without it."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    scaler = ShardedGradScaler("cpu", init_scale=2.0**10, growth_interval=100, process_group=group)
     seen: list[list[dict[str, float]]] = [[], []]
     for which in (0, 1):
         params = named(make_groups("several groups", seed=0))
@@ -431,6 +432,7 @@ def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, f
                     gradients["a"][0, 0] = math.inf
             assign(params, gradients)
             if which == 0:
+                scaler.unscale_(optimizer)
                 scaler.step(optimizer)
                 scaler.update()
             else:

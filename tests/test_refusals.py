@@ -552,13 +552,17 @@ SPOILT_STEPS: dict[str, tuple[Callable[[Any, Params], Callable[[], None]], tuple
 WRONG_BY_THEMSELVES = ("a sparse gradient", "a parameter moved out of its buffer")
 
 
-def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str) -> Seen:
-    """A step that goes wrong, then the repair, then steps that must be those of the control."""
+def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str, overlap: bool) -> Seen:
+    """A step that goes wrong, then the repair, then steps that must be those of the control.
+
+    With overlap gradients are averaged before ranks compare notes, and have to be dropped where they disagree.
+    """
     rank = group.rank()
     params, control_params = plain_params(), plain_params()
     for some in (params, control_params):
         some["ice"] = nn.Parameter(torch.ones(3), requires_grad=False)
-    optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, amsgrad=True, process_group=group)
+    config = ShardingConfig(overlap=overlap)
+    optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, amsgrad=True, process_group=group, config=config)
     control = DecoupledAdamW(control_params.items(), lr=1e-2, amsgrad=True)
 
     def give(step: int) -> None:
@@ -587,6 +591,9 @@ def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str) -> See
         for key, value in entries.items():
             assert torch.equal(optimizer.state[params[name]][key], value), f"{key} of {name} changed"
     repair()
+    if overlap:
+        optimizer.zero_grad()
+        give(1)
     finish()
     give(2)
     finish()
@@ -595,13 +602,14 @@ def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str) -> See
     return seen
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("verb", ["step", "clip"])
 @pytest.mark.parametrize("wrong_rank", [0, 1], ids=["rank 0", "rank 1"])
 @pytest.mark.parametrize("case", SPOILT_STEPS)
 def test_a_step_that_one_rank_takes_differently_is_refused_by_all_and_nothing_is_lost(
-    case: str, wrong_rank: int, verb: str
+    case: str, wrong_rank: int, verb: str, overlap: bool
 ) -> None:
-    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, timeout_s=30.0)
+    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, overlap, timeout_s=30.0)
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
     # A rank that is wrong by itself says what is wrong; the other, and both where they merely differ, name the rank.
     assert f"rank {wrong_rank}" in seen[1 - wrong_rank].message
@@ -611,13 +619,13 @@ def test_a_step_that_one_rank_takes_differently_is_refused_by_all_and_nothing_is
 
 @pytest.mark.parametrize("case", ["no gradient for one parameter", "another lr"])
 def test_of_three_ranks_the_one_that_differs_is_named(case: str) -> None:
-    for one in on_ranks(3, spoilt_step, case, [2], "step"):
+    for one in on_ranks(3, spoilt_step, case, [2], "step", True):
         assert "rank 2" in one.message and "rank 0" in one.message
 
 
 @pytest.mark.parametrize("case", WRONG_BY_THEMSELVES)
 def test_a_step_that_every_rank_takes_wrongly_is_refused_by_all(case: str) -> None:
-    seen = on_ranks(2, spoilt_step, case, [0, 1], "step")
+    seen = on_ranks(2, spoilt_step, case, [0, 1], "step", False)
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
 
 

@@ -39,7 +39,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp64": (F64, {}),
     "fp32, bf16 moments": (F32, dict(moments=Moments.BF16)),
     "bf16, fp32 main": (BF16, {}),
-    "bf16, fp32 main and gradients": (BF16, dict(gradient_dtype=F32)),
+    "bf16, fp32 main and gradients": (BF16, dict(gradients_in=F32)),
     "bf16, remainder": (BF16, dict(main_parameter=MainParameter.REMAINDER)),
     "bf16, remainder, bf16 moments": (BF16, dict(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)),
     "bf16 alone": (BF16, dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)),
@@ -55,13 +55,15 @@ def make_params(dtype: torch.dtype) -> dict[str, nn.Parameter]:
 
 def give_gradients(params: Mapping[str, nn.Parameter], step: int, rank: int) -> None:
     """On a step to be skipped one of them is not finite, and always some are missing."""
+    given = []
     for index, p in enumerate(params.values()):
         if (step + index) % 3:
             grad = draw_gradient(torch.empty(p.shape, dtype=p.dtype), step, rank, index)
             if step in SKIPPED and rank == 0 and index == 4:
                 grad[-1] = math.inf
             # autograd and not an assignment, so that gradients may be wider than their parameters
-            torch.autograd.backward([p.view_as(p)], [torch.zeros_like(p).copy_(grad)])
+            given.append((p.view_as(p), torch.zeros_like(p).copy_(grad)))
+    torch.autograd.backward(*zip(*given, strict=True))
 
 
 @torch.no_grad()
@@ -81,9 +83,13 @@ def training(
     rank: int = 0,
     law: dict[str, Any] | None = None,
     step_as: Any = lambda optimizer: optimizer.step(),
+    gradients_in: torch.dtype | None = None,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Everything that comes of a few steps on one rank."""
+    if gradients_in is not None:
+        for p in params.values():
+            p.grad_dtype = gradients_in
     config = ShardingConfig(**dict(bucket_cap_mb=FEW_EACH, skip_nonfinite=True) | settings)
     optimizer = ShardedDecoupledAdamW(params.items(), **LAW | (law or {}), process_group=group, config=config)
     found: dict[str, Tensor] = {}

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.foreign_gradients import CopiedGradients, ForeignGradients
-from sharded_dadamw.buckets.gradients import Gradients
+from sharded_dadamw.buckets.gradients import FullGradients, Gradients, ShardedGradients, SpareBuffers
 from sharded_dadamw.buckets.offload import OffloadedBucket
-from sharded_dadamw.buckets.own_gradients import OwnGradients
-from sharded_dadamw.buckets.sharded_gradients import ShardedGradients, SpareBuffers
 from sharded_dadamw.buckets.sharing import is_reduced_by_others
 from sharded_dadamw.buckets.weights import BorrowedWeights, OwnWeights, Weights
 from sharded_dadamw.comm.collectives import Collectives
@@ -54,12 +54,13 @@ class Bucketing:
         self, members: Sequence[NamedParameter]
     ) -> Iterator[tuple[Storage, bool, list[NamedParameter]]]:
         """Those that can share buckets, with their storage, and whether it is us who reduces their gradients."""
-        kinds: dict[tuple[Storage, bool, bool], list[NamedParameter]] = {}
+        kinds: dict[tuple[Storage, torch.dtype, bool, bool], list[NamedParameter]] = {}
         for member in members:
             reduces = self._config.reduce_gradients and not is_reduced_by_others(member, self._collectives)
-            kind = Storage.of(member.local, self._config), member.placement.is_borrowed, reduces
+            storage = Storage.of(member.local, self._config)
+            kind = storage, member.gradient_dtype, member.placement.is_borrowed, reduces
             kinds.setdefault(kind, []).append(member)
-        for (storage, _, reduces), alike in kinds.items():
+        for (storage, _, _, reduces), alike in kinds.items():
             yield storage, reduces, alike
 
     def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
@@ -89,8 +90,6 @@ class Bucketing:
             return ForeignGradients(members, layout, rank)
         if members[0].placement.is_borrowed:
             return CopiedGradients(members, layout, rank)
-        dtype, wire_dtype = config.gradient_dtype, config.wire_dtype
         if config.gradient_residency is GradientResidency.SHARDED:
-            return ShardedGradients(members, layout, dtype=dtype, wire_dtype=wire_dtype, spares=self._spares)
-        allocate = self._collectives.new_buffer
-        return OwnGradients(members, layout, rank, dtype=dtype, wire_dtype=wire_dtype, allocate=allocate)
+            return ShardedGradients(members, layout, config.wire_dtype, spares=self._spares)
+        return FullGradients(members, layout, config.wire_dtype, rank=rank, allocate=self._collectives.new_buffer)

@@ -27,8 +27,7 @@ class ForeignGradients(Gradients):
             rank: Which shard is ours.
         """
         super().__init__(members)
-        first = members[0].param
-        self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
+        self.shard = torch.zeros(layout.shard_numel, dtype=members[0].gradient_dtype, device=members[0].param.device)
         self._layout = layout
         self._rank = rank
         self._fragments = tuple(layout.fragments(rank))
@@ -40,8 +39,8 @@ class ForeignGradients(Gradients):
         return are_present(self._params)
 
     @property
-    def are_reduced(self) -> bool:
-        """See :meth:`Gradients.are_reduced`."""
+    def are_clipped(self) -> bool:
+        """See :attr:`Gradients.are_clipped`."""
         return self.stage is Stage.REDUCED and bool(self._marked)
 
     @property
@@ -49,9 +48,9 @@ class ForeignGradients(Gradients):
         """See :meth:`Gradients.still_holds_last_step`."""
         return True
 
-    def mark(self, stage: Stage) -> None:
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
         """See :meth:`Gradients.mark`. A step uses up nothing here, so it need not hold on to anything."""
-        self.stage = Stage.LOCAL if stage is Stage.CONSUMED else stage
+        self.stage, self.is_read = Stage.LOCAL if stage is Stage.CONSUMED else stage, is_read
         reduced = self.stage is not Stage.LOCAL
         self._marked = [(ref(grad), version) for grad, version in self._existing()] if reduced else []
 
@@ -71,7 +70,7 @@ class ForeignGradients(Gradients):
                 raise self._changed()
         for member in self._members:
             if member.param.grad is not None:
-                check_gradient(member, member.param.grad, member.param.dtype)
+                check_gradient(member, member.param.grad, self.shard.dtype)
 
     def _have_ended(self) -> bool:
         """Whether the marked gradients were dropped, or cleared in place; where there were none they have, too."""
@@ -100,21 +99,10 @@ class CopiedGradients(ForeignGradients):
     They are only read: the flat buffer of their exchange exists while it is under way.
     """
 
-    can_settle_scale = True
-    _rescale: Tensor | None = None
-
     def reduce(self, collectives: Collectives) -> Handle | None:
         """See :meth:`Gradients.reduce`."""
         buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
         for slot, grad in self._local_gradients().items():
             offset = self._layout.offsets[slot]
             buffer[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
-        if self._rescale is not None:
-            buffer.mul_(self._rescale)
-            self._rescale = None
         return collectives.reduce_scatter_mean(buffer, self.shard)
-
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:
-        """See :meth:`Gradients.settle_scale_`."""
-        if self.stage is Stage.LOCAL:
-            self._rescale = smallest / own

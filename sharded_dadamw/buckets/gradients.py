@@ -1,8 +1,13 @@
 """The gradients of one bucket: what they mean at each moment of a step, whoever holds them.
 
-own_gradients, ZeRO stage 1       the buffer stays, its own slice is averaged    LOCAL, REDUCING, REDUCED, CONSUMED
-sharded_gradients, ZeRO stage 2   the buffer goes, means add up in the shard     LOCAL, REDUCED, CONSUMED
-foreign_gradients                 p.grad is other people's memory, only read     LOCAL, REDUCED
+    FullGradients (ZeRO stage 1)      the flat buffer stays, and this rank's slice of it is averaged in place
+    ShardedGradients (ZeRO stage 2)   the flat buffer goes, and means of several backward passes add up in the shard
+    foreign_gradients                 p.grad is the memory of others, and is only read
+
+[Note: where a gradient lives] A parameter without a gradient has ``p.grad is None``, as everywhere in torch, so that
+an unused parameter stays untouched. A hook moves the first gradient that backward produces into the bucket's flat
+buffer at once, so that two copies never coexist for more than one parameter; later ones accumulate into that view. No
+other file assigns ``p.grad``.
 """
 
 from __future__ import annotations
@@ -11,41 +16,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
 from itertools import repeat
-from operator import and_, attrgetter, is_not
+from operator import and_, attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives, Handle
+from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.update.storage import Allocate
 
 _GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
+_NUM_SAMPLES = 64
+"""Elements of a slice that are remembered, to tell how averages were changed."""
 
 
 class Stage(Enum):
     """What the gradients of a bucket mean right now."""
 
     LOCAL = "this rank's own gradients, accumulating"
-    REDUCING = "this rank's slice is becoming the mean over ranks; p.grad elsewhere is still local"
-    REDUCED = "this rank's shard holds the mean over ranks, and has been read"
-    CONSUMED = "a step has used them; zero_grad() makes room for new ones"
+    REDUCED = "this rank's shard holds the mean over ranks; what p.grad holds elsewhere is still local"
+    CONSUMED = "a step has used them, or ranks disagreed about them; zero_grad() makes room for new ones"
 
 
 class Gradients(ABC):
     """The gradients of one bucket on one rank.
 
     Attributes:
-        can_settle_scale: Whether a step can still bring ranks' gradients to one loss scale before they are averaged.
-        shard: [n], this rank's part of the mean over ranks, once they are reduced.
         stage: What the gradients mean right now.
+        is_read: Whether the mean has been used, as by a clip, so that it must not change any more.
+        shard: [n], this rank's part of the mean over ranks, once they are reduced.
     """
 
-    can_settle_scale = False
     shard: Tensor
 
     def __init__(self, members: Sequence[NamedParameter]) -> None:
         """Start without gradients, for ``members`` in slot order."""
         self.stage = Stage.LOCAL
+        self.is_read = False
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
 
@@ -56,26 +64,16 @@ class Gradients(ABC):
 
     @property
     @abstractmethod
-    def are_reduced(self) -> bool:
-        """Whether there are gradients, and their mean over ranks has been read."""
+    def are_clipped(self) -> bool:
+        """Whether there are gradients whose mean has been used, and no step has come since."""
 
     @property
-    def are_complete(self) -> bool:
-        """Whether backward has delivered all of them since the last reduction."""
-        return False
-
-    @property
-    def are_partly_local(self) -> bool:
-        """Whether some have come, or were assigned, that no reduction has taken, beside a mean of earlier ones."""
-        return False
-
-    @property
-    @abstractmethod
     def still_holds_last_step(self) -> bool:
         """Whether ``shard`` is what the last step has used, as far as can be known."""
+        return self.stage is Stage.CONSUMED
 
     @abstractmethod
-    def mark(self, stage: Stage) -> None:
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
         """Say what the gradients mean from now on."""
 
     @abstractmethod
@@ -86,7 +84,7 @@ class Gradients(ABC):
             to_clip: They are about to be clipped, perhaps again, and not yet to be used up.
 
         Raises:
-            RuntimeError: A step has used these gradients already, or they were changed after they were averaged.
+            RuntimeError: A step has used these gradients already, or they were changed after they were clipped.
             ValueError: A gradient is sparse, or in another dtype than it should be.
         """
 
@@ -94,28 +92,20 @@ class Gradients(ABC):
     def reduce(self, collectives: Collectives) -> Handle | None:
         """Begin to fill ``shard`` with the mean over ranks; None where it is filled at once. Collective."""
 
-    def release(self) -> None:  # noqa: B027 - most have nothing to wait for
-        """Wait until no other rank reads this one's gradients any more, before they are written."""
+    def land(self) -> None:  # noqa: B027 - most have nothing to do
+        """Take note that the reduction is over, on all ranks."""
 
-    def settle_scale_(self, own: Tensor, smallest: Tensor) -> None:  # noqa: B027 - most cannot
-        """Bring the gradients of all ranks to one loss scale, the smallest, before they are averaged.
-
-        Each rank's loss scaler adapts to what that rank has seen, and a sum makes sense only of equal scales. Gradients
-        are not unscaled here: in fp16 that would lose what the scale is there to save. Does nothing to those that are
-        reduced already.
+    def change(self, *, is_unscaled: bool) -> Tensor | None:
+        """Return by what factors the mean was multiplied since it was made, or since this was last asked.
 
         Args:
-            own: 0-d fp32, this rank's scale.
-            smallest: 0-d fp32, the smallest of the ranks' scales.
-        """
+            is_unscaled: A loss scaler says that it has divided gradients, which torch does not count as a change.
 
-    def have_ended(self, *, arriving: int | None = None) -> bool:
-        """Whether the marked gradients were dropped or cleared, by ``model.zero_grad`` or by hand.
-
-        Args:
-            arriving: The slot to which backward has just delivered a gradient, or None.
+        Returns:
+            fp64 [k], of a sample of elements; nan where that does not show, inf where it is no multiplication. None
+            where nobody wrote into the mean.
         """
-        return False
+        return None
 
     def _name(self) -> str:
         """A parameter with a gradient, for messages."""
@@ -127,6 +117,340 @@ class Gradients(ABC):
             f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then "
             "they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
         )
+
+
+class HookedGradients(Gradients):
+    """Gradients of plain parameters, which backward delivers one by one through hooks.
+
+    Attributes:
+        num_missing: Of how many slots the gradient has not come since the last reduction.
+    """
+
+    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, wire_dtype: torch.dtype | None) -> None:
+        """Start without gradients.
+
+        Args:
+            members: The parameters, in slot order, whose gradients are of one dtype.
+            layout: Where they lie.
+            wire_dtype: In what gradients are sent to other ranks; None as they are.
+        """
+        super().__init__(members)
+        self._dtype = members[0].gradient_dtype
+        self._wire_dtype = wire_dtype
+        self._layout = layout
+        self._await_all()
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether backward has delivered all of them since the last reduction."""
+        return self.stage is Stage.LOCAL and not self.num_missing
+
+    def deliver(self, slot: int, *, counts: bool) -> None:
+        """Take the gradient that backward has just accumulated for a slot.
+
+        Args:
+            slot: Whose it is.
+            counts: Whether it is the last of this slot before a reduction, as far as backward passes go.
+
+        Raises:
+            RuntimeError: The gradients before it were used or averaged already, and are still there.
+            ValueError: It is sparse.
+        """
+        self._make_room(slot)
+        self._adopt(slot)
+        if counts and not self._has_come[slot]:
+            self._has_come[slot] = True
+            self.num_missing -= 1
+
+    @abstractmethod
+    def _make_room(self, slot: int) -> None:
+        """Make sure that a gradient may come, and where it goes."""
+
+    @abstractmethod
+    def _adopt(self, slot: int) -> None:
+        """Move one parameter's gradient, if it has one, into the flat buffer, where it is not there already."""
+
+    def _await_all(self) -> None:
+        self._has_come = bytearray(len(self._members))
+        self.num_missing = len(self._members)
+
+    def _move(self, slot: int, view: Tensor) -> None:
+        member = self._members[slot]
+        grad = member.param.grad
+        if grad is None or grad is view:
+            return
+        check_gradient(member, grad, self._dtype)
+        view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
+        member.param.grad = view
+
+    def _views_of(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[offset : offset + numel].view(member.param.shape)
+            for member, offset, numel in zip(self._members, self._layout.offsets, self._layout.numels, strict=True)
+        ]
+
+    def _too_late(self, slot: int) -> RuntimeError:
+        return RuntimeError(
+            f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks; run every "
+            "backward of a step but the last inside optimizer.no_sync(), all of them before clip_grad_norm_(), or pass "
+            "ShardingConfig(overlap=False), which averages in step()"
+        )
+
+
+class FullGradients(HookedGradients):
+    """Gradients in a flat buffer that stays.
+
+    Attributes:
+        buffer: [num_ranks * n], the memory of ``p.grad`` of every parameter that has one.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[NamedParameter],
+        layout: BucketLayout,
+        wire_dtype: torch.dtype | None,
+        *,
+        rank: int,
+        allocate: Allocate,
+    ) -> None:
+        """Allocate the buffer; see :class:`HookedGradients`."""
+        super().__init__(members, layout, wire_dtype)
+        self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
+        # Another name for the same memory: what is written through it does not count as a change to p.grad.
+        self._exchanged = self.buffer.data
+        self.shard = self._exchanged[slice(*layout.shard_range(rank))]
+        self._views = self._views_of(self.buffer)
+        self._marked = (False,) * len(members)
+        self._version = 0
+        self._sample: Tensor | None = None
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """See :meth:`Gradients.present`; as :meth:`collect` has found them."""
+        return tuple(map(and_, self._marked, map(_IS_TRAINABLE, self._params)))
+
+    @property
+    def are_clipped(self) -> bool:
+        """See :attr:`Gradients.are_clipped`."""
+        return self.stage is Stage.REDUCED and self.is_read and any(self._marked)
+
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
+        """See :meth:`Gradients.mark`."""
+        self.stage, self.is_read = stage, is_read
+        if stage is Stage.LOCAL:
+            self._await_all()
+
+    def collect(self, *, to_clip: bool) -> None:
+        """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
+        if self.stage is not Stage.LOCAL and self._have_ended():
+            self.mark(Stage.LOCAL)
+        if self.stage is Stage.CONSUMED:
+            raise _uncleared(self._name())
+        if self.stage is Stage.LOCAL:
+            self._marked = self._held()
+            if not all(self._marked):
+                for slot in range(len(self._members)):
+                    self._adopt(slot)
+                self._marked = self._held()
+            return
+        held = self._held()
+        are_assigned = not all(held) and held != tuple(map(is_not, map(_GRAD_OF, self._params), repeat(None)))
+        if self.is_read and (are_assigned or held != self._marked or self.buffer._version != self._version):
+            raise self._changed()
+        if are_assigned:
+            raise RuntimeError(
+                f"p.grad was assigned after its average over ranks was made, in the bucket of {self._name()}; change "
+                "gradients in place, or pass ShardingConfig(overlap=False), which averages in step()"
+            )
+        self._marked = held
+
+    def reduce(self, collectives: Collectives) -> Handle:
+        """See :meth:`Gradients.reduce`; in place. Means and used ones only take part for the other ranks' sake."""
+        out = self.shard
+        if self.stage is Stage.LOCAL:
+            self.mark(Stage.REDUCED)
+            self._marked, self._version, self._sample = self._held(), self.buffer._version, None
+        else:
+            out = torch.empty_like(self.shard)
+        return collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
+
+    def land(self) -> None:
+        """See :meth:`Gradients.land`; remembers a sample of the mean."""
+        if self._sample is None:
+            self._sample = self._take_sample()
+
+    def change(self, *, is_unscaled: bool) -> Tensor | None:
+        """See :meth:`Gradients.change`."""
+        may_differ = is_unscaled or self.buffer._version != self._version
+        if self.stage is not Stage.REDUCED or self._sample is None or not may_differ:
+            return None
+        before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
+        then, now = before.to(torch.float64), self._sample.to(torch.float64)
+        shows = then.isfinite() & ((then != 0) | (now != 0))
+        if self._dtype is torch.float16:  # which has few digits below its smallest normal number
+            shows &= now.abs() >= torch.finfo(self._dtype).smallest_normal
+        factors = now / then
+        return torch.where(shows, torch.where(factors >= 0, factors, torch.inf), torch.nan)
+
+    def _take_sample(self) -> Tensor:
+        return self.shard[:: max(1, self.shard.numel() // _NUM_SAMPLES)].clone()
+
+    def _make_room(self, slot: int) -> None:
+        if self.stage is Stage.LOCAL:
+            return
+        if self._have_ended(arriving=slot):
+            self.mark(Stage.LOCAL)
+        elif self.stage is Stage.CONSUMED:
+            raise _uncleared(self._name())
+        else:
+            raise self._too_late(slot)
+
+    def _adopt(self, slot: int) -> None:
+        self._move(slot, self._views[slot])
+
+    def _held(self) -> tuple[bool, ...]:
+        """Per slot whether ``p.grad`` is our view."""
+        return tuple(map(is_, map(_GRAD_OF, self._params), self._views))
+
+    def _have_ended(self, *, arriving: int | None = None) -> bool:
+        """Whether gradients that were averaged were dropped or cleared, by ``model.zero_grad`` or by hand.
+
+        Args:
+            arriving: The slot to which backward has just delivered a gradient, or None.
+        """
+        if not any(self._marked):
+            return self.stage is Stage.CONSUMED or arriving is not None or any(are_present(self._params))
+        kept = [slot for slot, (now, then) in enumerate(zip(self._held(), self._marked, strict=True)) if now and then]
+        if not kept or (self.stage is Stage.REDUCED and not self.is_read and arriving is None):
+            return not kept  # those that were cleared are means times zero, and to look would be to wait for the device
+        # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
+        # show its zeros any more, but has changed once more. Views share one count of changes with their buffer.
+        filled = [slot for slot in kept if self._views[slot].numel()]
+        num_changes = len(filled) + (arriving in filled)
+        return self.buffer._version - self._version >= num_changes and not any(
+            self._views[slot].any() for slot in filled if slot != arriving
+        )
+
+
+class SpareBuffers:
+    """Memory for gradients between backward and their reduction; the largest buffer is kept for the next ones."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        """Make new ones with ``allocate``."""
+        self._allocate = allocate
+        self._spare: Tensor | None = None
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat buffer [numel] with anything in it."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare.numel() < numel or spare.dtype != dtype or spare.device != device:
+            spare = self._allocate(numel, dtype, device)
+        return spare[:numel]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back what nobody reads any more."""
+        if self._spare is None or self._spare.numel() < buffer.numel():
+            self._spare = buffer
+
+
+class ShardedGradients(HookedGradients):
+    """Gradients of which only this rank's shard of the mean is kept; the means of several reductions add up there.
+
+    A flat buffer exists from the first gradient until the reduction is done. ``p.grad`` is None from the moment at
+    which the reduction begins, so gradients that come later go into another buffer, and another reduction.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[NamedParameter],
+        layout: BucketLayout,
+        wire_dtype: torch.dtype | None,
+        *,
+        spares: SpareBuffers,
+    ) -> None:
+        """Allocate the shard; see :class:`HookedGradients`."""
+        super().__init__(members, layout, wire_dtype)
+        self._device = members[0].param.device
+        self._spares = spares
+        self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
+        self._buffer: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._leaving: Tensor | None = None
+        self._had = bytearray(len(members))
+        self._holds_a_mean = False
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """See :meth:`Gradients.present`; those that came since gradients were last dropped."""
+        return tuple(map(and_, map(bool, self._had), map(_IS_TRAINABLE, self._params)))
+
+    @property
+    def are_clipped(self) -> bool:
+        """See :attr:`Gradients.are_clipped`."""
+        return self.stage is Stage.REDUCED and self.is_read and any(self._had)
+
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
+        """See :meth:`Gradients.mark`; LOCAL drops all there are."""
+        self.stage, self.is_read = stage, is_read
+        if stage is not Stage.LOCAL:
+            return
+        if self._buffer is not None:
+            for member, view in zip(self._members, self._views, strict=True):
+                if member.param.grad is view:
+                    member.param.grad = None
+            self._spares.give_back(self._buffer)
+            self._buffer = None
+        self._had = bytearray(len(self._members))
+        self._holds_a_mean = False
+        self._await_all()
+
+    def collect(self, *, to_clip: bool) -> None:
+        """See :meth:`Gradients.collect`. After a step there is nothing to clear."""
+        if self.stage is Stage.CONSUMED:
+            self.mark(Stage.LOCAL)
+        for slot, member in enumerate(self._members):
+            if member.param.grad is not None:
+                if self.is_read:
+                    raise self._changed()
+                self._adopt(slot)
+
+    def reduce(self, collectives: Collectives) -> Handle:
+        """See :meth:`Gradients.reduce`; adds to what is there. Takes part without gradients, too."""
+        if self.stage is Stage.CONSUMED:
+            self.mark(Stage.LOCAL)
+        buffer, views = self._buffer, self._views
+        if buffer is None:
+            buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
+            views = self._views_of(buffer)
+        for member, view in zip(self._members, views, strict=True):
+            if member.param.grad is not view:  # none came since the last reduction, or it was dropped
+                view.zero_()
+            member.param.grad = None
+        self._buffer, self._views, self._leaving = None, [], buffer
+        self._await_all()
+        self.stage = Stage.REDUCED
+        add, self._holds_a_mean = self._holds_a_mean, True
+        return collectives.reduce_scatter_mean(buffer, self.shard, add=add, wire_dtype=self._wire_dtype)
+
+    def land(self) -> None:
+        """See :meth:`Gradients.land`; the buffer may hold other gradients then."""
+        if self._leaving is not None:
+            self._spares.give_back(self._leaving)
+            self._leaving = None
+
+    def _make_room(self, slot: int) -> None:
+        if self.stage is Stage.CONSUMED:
+            self.mark(Stage.LOCAL)
+        if self.is_read:
+            raise self._too_late(slot)
+
+    def _adopt(self, slot: int) -> None:
+        self.stage = Stage.LOCAL
+        if self._buffer is None:
+            self._buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
+            self._views = self._views_of(self._buffer)
+        self._move(slot, self._views[slot])
+        self._had[slot] = True
 
 
 def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -145,3 +469,10 @@ def check_gradient(member: NamedParameter, grad: Tensor, dtype: torch.dtype) -> 
         raise ValueError(f"gradient of {member.name}: expected a dense tensor, got layout {grad.layout}")
     if grad.dtype != dtype:
         raise ValueError(f"gradient of {member.name}: expected {dtype}, got {grad.dtype}")
+
+
+def _uncleared(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the gradient of {name} is one that the last step() has used, or refused; it has been averaged in place, so "
+        "call optimizer.zero_grad() between a step and the next backward"
+    )

@@ -3,15 +3,16 @@
 Each rank states what it is about to do as a list of labelled claims. Ranks first exchange a digest of that list; only
 where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
 
-At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale, in
-one all-reduce of six integers: max(h) and max(-h) are equal in size only where all h are equal.
+At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale and
+with what became of averaged gradients, in one all-reduce of seven integers: max(h) and max(-h) are equal in size only
+where all h are equal.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,20 @@ from sharded_dadamw.comm.collectives import Collectives
 
 Claims = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
+
+LOSS_SCALE = "the loss scale"
+FACTOR = "the factors by which averaged gradients were changed, bucket by bucket"
+"""Labels of claims about which there is more to say."""
+
+_ADVICE = {
+    LOSS_SCALE: "use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with "
+    "scaler.unscale_(optimizer) before each step, which agrees on what ranks have found",
+    FACTOR: "averages may only be multiplied by one number that is the same on every rank: use "
+    "optimizer.clip_grad_norm_() in place of torch's, give all loss scalers one scale, or pass "
+    "ShardingConfig(overlap=False), which averages in step()",
+}
+
+_BITS_OF_INF = 0x7FF0000000000000
 
 _THE_STEP = "this step"
 
@@ -99,10 +114,6 @@ class StepAgreement:
     so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
     one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients. A rank that
     refuses a step raises at once there, and leaves the others to the backend's timeout.
-
-    Attributes:
-        scalers_have_parted: Whether the loss scalers of the ranks have been seen to find, or to hold, different things,
-            so that gradients of different ranks are not on one scale until they are brought there.
     """
 
     def __init__(self, collectives: Collectives, device: torch.device, *, reconcile: Callable[[], None]) -> None:
@@ -113,11 +124,10 @@ class StepAgreement:
             device: Where the answer arrives.
             reconcile: Called on every rank before a disagreement is raised.
         """
-        self.scalers_have_parted = False
         self._collectives = collectives
         self._reconcile = reconcile
         self._device = device
-        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], bool] | None = None
+        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], float] | None = None
 
     def check(
         self,
@@ -126,10 +136,10 @@ class StepAgreement:
         *,
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
-        are_reduced: bool,
-        takes_one_scale: bool,
+        factors: Sequence[Tensor] = (),
+        tolerance: float = 0.0,
         refusal: Exception | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> Tensor | None:
         """Compare what every rank is about to do in this step. Collective.
 
         Args:
@@ -137,84 +147,89 @@ class StepAgreement:
             key: Bytes that differ where the claims differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
             grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
-            are_reduced: Whether backward has had gradients averaged, each on its rank's own scale.
-            takes_one_scale: Whether it is too late to bring gradients to one scale, so that other scales on other ranks
-                are a disagreement. The same on all ranks whose keys are equal.
+            factors: fp64 [k] each, >= 0: by what factors averages were multiplied since they were made; nan where that
+                cannot be told.
+            tolerance: By how much factors may differ relatively, between ranks and on one.
             refusal: The error with which this rank refuses the step, or None.
 
         Returns:
-            ``found_inf`` and ``grad_scale`` for the group, 0-d fp32 on the device: 1 where any rank's flag is set, or
-            averages are void since their parts had different scales; and the smallest scale of a rank. None where this
-            rank has no scaler, or no scale.
+            0-d fp32 on the device, 1 where the step is void: where any rank's flag is set, and where scales or factors
+            differ. None where this rank has none of them.
 
         Raises:
             Exception: ``refusal`` itself, on the ranks that have one.
-            RuntimeError: Another rank refuses, or claims differ; names the first difference and both sides. On every
-                rank.
+            RuntimeError: Another rank refuses, or claims, scales or factors differ; names the first difference and both
+                sides. On every rank.
         """
         self._read_previous()
         if refusal is not None:
             text = f"refused ({type(refusal).__name__}: {refusal})"
             claims, key = (lambda: {_THE_STEP: text}), text.encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-        had_parted = self.scalers_have_parted
-        note = torch.tensor([digest, -digest, 0, 0, 0, 0], dtype=torch.int64).to(self._device, non_blocking=True)
+        # Positive floats are ordered like their bits; of factors there are the largest and the smallest, 0 and inf
+        # where there are none.
+        nothing = [0, -_BITS_OF_INF]
+        note = torch.tensor([digest, -digest, 0, 0, 0, *nothing], dtype=torch.int64).to(self._device, non_blocking=True)
         if found_inf is not None:
             note[2] = (found_inf != 0).to(torch.int64).reshape(())
-            note[3] = -note[2]
         if grad_scale is not None:
-            # Positive floats are ordered like their bits.
-            note[4] = grad_scale.to(torch.float32).reshape(1).view(torch.int32)[0]
-            note[5] = -note[4]
+            note[3] = grad_scale.to(torch.float64).reshape(1).view(torch.int64)[0]
+            note[4] = -note[3]
+        if factors:
+            known = torch.cat([*factors, factors[0].new_full((1,), torch.nan)])
+            note[5] = known.nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1).view(torch.int64)[0]
+            note[6] = -known.nan_to_num(nan=torch.inf, posinf=torch.inf).amin().reshape(1).view(torch.int64)[0]
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
         if note.is_cuda:
-            self._read_later(note, claims, takes_one_scale)
+            self._read_later(note, claims, tolerance)
         else:
-            difference = self._difference(note, claims, takes_one_scale)
-            if difference is not None or refusal is not None:
+            difference = self._difference(note, claims, tolerance)
+            if difference is not None:  # what all refuse alike leaves their averages alike
                 self._reconcile()
             if difference is not None and refusal is None:
                 raise RuntimeError(
-                    f"ranks disagree about this step; {difference}; no parameter or state has been changed"
+                    f"ranks disagree about this step; {difference}; no parameter or state has been changed, but drop "
+                    "gradients that backward has averaged by optimizer.zero_grad()"
                 )
         if refusal is not None:
             raise refusal
-        if found_inf is not None or grad_scale is not None:
-            is_void = note[2] != 0
-            if are_reduced or takes_one_scale:
-                is_void = torch.ones_like(is_void) if had_parted and are_reduced else is_void | (note[4] != -note[5])
-            found_inf = is_void.to(torch.float32)
-        return found_inf, None if grad_scale is None else (-note[5:]).to(torch.int32).view(torch.float32)[0]
+        if found_inf is None and grad_scale is None and not factors:
+            return None
+        return ((note[2] != 0) | _differ(note, tolerance)).to(torch.float32)
 
-    def _read_later(self, note: Tensor, claims: Callable[[], Claims], takes_one_scale: bool) -> None:
+    def _read_later(self, note: Tensor, claims: Callable[[], Claims], tolerance: float) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
         host.copy_(note, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._unread = (host, event, claims, takes_one_scale)
+        self._unread = (host, event, claims, tolerance)
 
     def _read_previous(self) -> None:
         # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
         # since a disagreement makes them exchange claims.
         if self._unread is not None:
-            host, arrived, claims, takes_one_scale = self._unread
+            host, arrived, claims, tolerance = self._unread
             self._unread = None
             arrived.synchronize()
-            if (difference := self._difference(host, claims, takes_one_scale)) is not None:
+            if (difference := self._difference(host, claims, tolerance)) is not None:
                 self._reconcile()
-                raise RuntimeError(
-                    f"ranks disagreed about the step before this one; {difference}; that step was taken with wrong "
-                    "numbers, so go back to a checkpoint"
+                was_void = host[0] == -host[1]
+                outcome = (
+                    "has changed nothing" if was_void else "was taken with wrong numbers, so go back to a checkpoint"
                 )
+                raise RuntimeError(f"ranks disagreed about the step before this one; {difference}; that step {outcome}")
 
-    def _difference(self, note: Tensor, claims: Callable[[], Claims], takes_one_scale: bool) -> str | None:
+    def _difference(self, note: Tensor, claims: Callable[[], Claims], tolerance: float) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
-        digest, negated_digest, flag, negated_flag, scale, negated_scale = note.tolist()
-        scales_differ = scale != -negated_scale
-        self.scalers_have_parted |= flag != -negated_flag or scales_differ
-        if digest == -negated_digest and not (scales_differ and takes_one_scale):
+        if note[0] == -note[1] and not _differ(note, tolerance):
             return None
         return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})
+
+
+def _differ(note: Tensor, tolerance: float) -> Tensor:
+    """Whether ranks have different loss scales, or have changed averages by different factors, by their notes."""
+    largest, smallest = note[5:6].view(torch.float64)[0], (-note[6:7]).view(torch.float64)[0]
+    return (note[3] != -note[4]) | (largest > smallest * (1 + tolerance))
 
 
 def _digest(claims: Claims) -> str:
@@ -235,5 +250,6 @@ def _first_difference(claims_of_ranks: list[Claims]) -> str:
             label = found if expected is None or expected in claims else expected
             ours, theirs = reference.get(label, _ABSENT), claims.get(label, _ABSENT)
             if ours != theirs:
-                return f"the first difference is {label}: rank 0 has {ours}, rank {rank} has {theirs}"
+                advice = f"; {_ADVICE[label]}" if label in _ADVICE else ""
+                return f"the first difference is {label}: rank 0 has {ours}, rank {rank} has {theirs}{advice}"
     raise AssertionError("digests differ but claims do not")

@@ -43,10 +43,16 @@ class NamedParameter:
         """This rank's part of it, a view of its memory."""
         return local(self.param.detach() if self.placement.is_borrowed else self.param.data)
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In what dtype autograd accumulates its gradient: ``p.grad_dtype``, or else its own."""
+        return getattr(self.param, "grad_dtype", None) or self.param.dtype
+
     def describe(self) -> str:
         """Everything about it that has to be equal on all ranks."""
         kind = "trainable" if self.param.requires_grad else "frozen"
-        dtype = str(self.param.dtype).removeprefix("torch.")
+        dtype, grad = (str(each).removeprefix("torch.") for each in (self.param.dtype, self.gradient_dtype))
+        kind += "" if grad == dtype else f" with {grad} gradients"
         return f"{self.name}, {dtype} {list(self.param.shape)}, {kind}, in group {self.group_index}"
 
 

@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16, remainder, bf16 moments": ("bf16", dict(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)),
     "bf16, sharded gradients in fp32": (
         "bf16",
-        dict(gradient_residency=GradientResidency.SHARDED, gradient_dtype=F32),
+        dict(gradient_residency=GradientResidency.SHARDED, gradients_in=F32),
     ),
     "mixed dtypes": ("mixed dtypes", {}),
 }
@@ -50,16 +50,22 @@ def train(
     """Parameters, and fragments of state: clipped steps, a skipped one, gradients that are missing now and then."""
     groups = make_groups(parameters, seed=0)
     params = named(on_gpu(groups) if device == DEVICE else groups)
+    settings = dict(settings)
+    if (dtype := settings.pop("gradients_in", None)) is not None:
+        for p in params.values():
+            p.grad_dtype = dtype
     config = ShardingConfig(**dict(bucket_cap_mb=FEW_EACH, skip_nonfinite=True, state_residency=residency) | settings)
     process_group = nccl_group() if over_nccl else group
     optimizer = ShardedDecoupledAdamW(groups, **LAW, process_group=process_group, config=config)
     for step in range(NUM_STEPS):
+        given = []
         for index, p in enumerate(params.values()):
             if (step + index) % 3:
                 gradient = draw_gradient(p.detach().cpu(), step, index)
                 if step == SKIPPED and gradient.numel():
                     gradient.view(-1)[-1] = math.inf
-                torch.autograd.backward([p.view_as(p)], [gradient.to(device)])
+                given.append((p.view_as(p), gradient.to(device)))
+        torch.autograd.backward(*zip(*given, strict=True))
         optimizer.clip_grad_norm_(0.1)
         if step > 0 and over_nccl:
             with no_host_sync():  # which lets the host wait for an event, as it has to for gradients to come down

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
@@ -107,7 +108,10 @@ class Training:
         )
         self.scaler = None
         if scenario.loss_scale is not None:
-            self.scaler = torch.amp.GradScaler(DEVICE, init_scale=scenario.loss_scale)
+            # Its scalers agree on what they found, as those of several ranks must.
+            group = None if process_group is None or process_group.size() == 1 else process_group
+            make = torch.amp.GradScaler if group is None else partial(ShardedGradScaler, process_group=group)
+            self.scaler = make(DEVICE, init_scale=scenario.loss_scale)
 
     def step(self, gradients: dict[str, Tensor]) -> Tensor | None:
         """Backward and step; the norm, where gradients are clipped."""
@@ -117,9 +121,9 @@ class Training:
             [self.params[name].view_as(self.params[name]) for name in gradients], [*gradients.values()]
         )
         norm = None
+        if self.scaler is not None and (self.max_norm is not None or isinstance(self.scaler, ShardedGradScaler)):
+            self.scaler.unscale_(self.optimizer)
         if self.max_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
             norm = self.optimizer.clip_grad_norm_(self.max_norm)
         if self.scaler is None:
             self.optimizer.step()
@@ -149,13 +153,13 @@ def train_beside_control(group: Any, over_nccl: bool, scenario: Scenario) -> Rep
     control_params = named(control_groups)
     control = DecoupledAdamW(control_groups, lr=scenario.make_lr(), weight_decay=WEIGHT_DECAY, amsgrad=scenario.amsgrad)
     schedulers = [LambdaLR(one, lambda step: 1.0 / (1 + step)) for one in (training.optimizer, control)]
-    scales = [scenario.loss_scale or 1.0] * num_ranks
+    scale = scenario.loss_scale or 1.0
 
     for step in range(scenario.num_steps):
         overflows = step in scenario.overflowing_steps
         scaled = [
             {
-                name: draw_gradient(p.detach().cpu(), step, of_rank, index).to(DEVICE) * scales[of_rank]
+                name: draw_gradient(p.detach().cpu(), step, of_rank, index).to(DEVICE) * scale
                 for index, (name, p) in enumerate(params.items())
                 if p.requires_grad and not (scenario.some_are_missing and (step + index) % 3 == 0)
             }
@@ -167,14 +171,12 @@ def train_beside_control(group: Any, over_nccl: bool, scenario: Scenario) -> Rep
             norm = training.step({name: gradient.clone() for name, gradient in scaled[rank].items()})
 
         if overflows:
-            scales[0] /= 2
+            scale /= 2
         else:
-            smallest = min(scales)
             for name, p in control_params.items():
                 p.grad = None
                 if name in scaled[0]:
-                    settled = [one[name] * (smallest / scale) for one, scale in zip(scaled, scales, strict=True)]
-                    p.grad = mean_in_rank_order(settled).to(p.dtype) / smallest
+                    p.grad = mean_in_rank_order([one[name] for one in scaled]).to(p.dtype) / scale
                 if p.grad is not None and norm is not None and scenario.max_norm is not None:
                     p.grad = p.grad / (1.0 / torch.clamp(scenario.max_norm / (norm + 1e-6), max=1.0))
             control.step()
@@ -184,7 +186,7 @@ def train_beside_control(group: Any, over_nccl: bool, scenario: Scenario) -> Rep
             expected = weight_of(control_params[name].detach(), p.dtype)
             assert torch.equal(p, expected), f"step {step}: {name} {tuple(p.shape)} {p.dtype} differs"
     if training.scaler is not None:
-        assert training.scaler.get_scale() == scales[rank]
+        assert training.scaler.get_scale() == scale
     return Report(
         fragments={name: on_cpu(training.optimizer.state.get(p, {})) for name, p in params.items()},
         params=on_cpu(params),
@@ -241,7 +243,7 @@ SCENARIOS = {
         some_are_missing=True, num_steps=8, bucket_cap_mb=FEW_EACH
     ),
     "loss scaler": Scenario("tiny", loss_scale=2.0**10),
-    "loss scaler that skips": Scenario("fp16", loss_scale=2.0**6, overflowing_steps=(1, 3), num_steps=6),
+    "loss scaler that skips": Scenario("bf16", loss_scale=2.0**6, overflowing_steps=(1, 3), num_steps=6),
     "loss scaler that skips, amsgrad, clipped": Scenario(
         "tiny", amsgrad=True, max_norm=0.1, loss_scale=2.0**10, overflowing_steps=(2,)
     ),
