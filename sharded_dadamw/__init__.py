@@ -2,7 +2,8 @@
 
 from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.decoupled import DecoupledAdamW
-from sharded_dadamw.sharded import ShardedDecoupledAdamW, StepCost
+from sharded_dadamw.schedule.cost import StepCost
+from sharded_dadamw.sharded import ShardedDecoupledAdamW
 
 __all__ = [
     "DecoupledAdamW",

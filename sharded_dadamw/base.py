@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, sp
 from sharded_dadamw.update.adamw import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
+_T = TypeVar("_T")
 
 _HIGH_WEIGHT_DECAY = 1e-3
 
@@ -48,6 +49,30 @@ def evaluate(closure: Callable[[], float]) -> float:
         return closure()
 
 
+class Shared(Generic[_T]):
+    """An attribute of an optimizer that every copy of its ``__dict__`` shares, whoever sets it.
+
+    Lightning and Fabric hand out objects of a class made from the optimizer's, with the attributes it had then. Such
+    an object takes calls of its own, but leaves ``step`` to the optimizer, and each must see what the other has left.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Take the name that it is assigned to."""
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> _T:
+        """Return the value that was set last."""
+        try:
+            value: _T = instance.__dict__["_shared"][self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+        return value
+
+    def __set__(self, instance: Any, value: _T) -> None:
+        """Set it for all."""
+        instance.__dict__.setdefault("_shared", {})[self._name] = value
+
+
 class DecoupledOptimizer(Optimizer):
     """The part of the contract that does not depend on where parameters and state are.
 
@@ -56,6 +81,10 @@ class DecoupledOptimizer(Optimizer):
     """
 
     metric_functions = MetricFunctions()
+    _report = Shared[StepReport]()
+    _ranks = Shared[Collectives | None]()
+    _owners = Shared[NormOwners | None]()
+    _ranked = Shared[list[Tensor]]()
     _reports_whole: ClassVar[bool]
     """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
 
@@ -75,9 +104,7 @@ class DecoupledOptimizer(Optimizer):
         self._report = StepReport()
         self._composer = ComposerProtocol()
         self._given_ranks: Collectives | None = None
-        self._ranks: Collectives | None = None
-        self._owners: NormOwners | None = None
-        self._ranked: list[Tensor] = []
+        self._ranks, self._owners, self._ranked = None, None, []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.

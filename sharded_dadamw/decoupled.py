@@ -27,7 +27,7 @@ from sharded_dadamw.layout.placement import (
     local_gradient,
     placements_of,
 )
-from sharded_dadamw.norms.clipping import FoldedClip, check_clip, fold
+from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot
 from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of
@@ -99,7 +99,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
         self._start_reporting(needs_names=norm_group is not None)
-        self._folded_clip: FoldedClip | None = None
+        self._clip = ClipOf()  # never another one: proxies of the optimizer share it
         self._updates = ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.amsgrad = amsgrad
@@ -202,9 +202,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def _divisor(self, present: Sequence[_Present]) -> Tensor | None:
         """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d; None means 1."""
-        clip = self._current_clip(present, for_step=True)
+        self._keep_clip_of(present, for_step=True)
+        divisor = self._clip.use() if self._clip else None
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        divisor = None if clip is None else clip.use()
         if scale is None:
             return divisor
         return scale if divisor is None else divisor * scale
@@ -263,7 +263,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         max_norm, norm_type = float(max_norm), float(norm_type)
         check_clip(max_norm, norm_type)
         present = [_with_gradients(group) for group in self.param_groups]
-        already = self._current_clip(present)
+        self._keep_clip_of(present)
         owners = self._norm_owners()
         clipped = [grad for _, grads in present for grad in grads]
         gradients = [
@@ -271,30 +271,22 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         ]  # may be collective
         counted = [gradient for param, gradient in gradients if param in owners.counted]
         norm = global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
-        norm, coefficient = fold(
-            norm,
-            None if already is None else already.coefficient,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-        )
-        self._folded_clip = FoldedClip(coefficient, clipped)
+        norm = self._clip.fold(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        self._clip.remember(clipped)
         return norm
 
-    def _current_clip(self, present: Sequence[_Present], *, for_step: bool = False) -> FoldedClip | None:
-        """The clip of the gradients that there are now, if they were clipped; a step must not miss it."""
-        if self._folded_clip is not None:
-            grads = [grad for _, of_group in present for grad in of_group]
-            if not self._folded_clip.is_for(grads):
-                if for_step:
-                    self._folded_clip.require_unchanged(grads)
-                self._folded_clip = None
-        return self._folded_clip
+    def _keep_clip_of(self, present: Sequence[_Present], *, for_step: bool = False) -> None:
+        """Forget a clip of other gradients than those that there are now; a step must not miss that."""
+        grads = [grad for _, of_group in present for grad in of_group] if self._clip else []
+        if self._clip and not self._clip.is_for(grads):
+            if for_step:
+                self._clip.require_unchanged(grads)
+            self._clip.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         super().zero_grad(set_to_none)
-        self._folded_clip = None
+        self._clip.clear()
 
     def _params_here(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -334,7 +326,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
             self._start_reporting(needs_names=state.get("_needs_names", False))
-            self._folded_clip, self._updates = None, ReadyUpdates()
+            self._clip, self._updates = ClipOf(), ReadyUpdates()
         self._updates.forget()
 
     def state_dict(self) -> dict[str, Any]:

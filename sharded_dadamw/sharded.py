@@ -13,10 +13,8 @@ This module conducts and touches no element itself.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, checked_defaults
+from sharded_dadamw.base import DecoupledOptimizer, Shared, checked_defaults, evaluate
 from sharded_dadamw.buckets.bucket import Bucket, started
 from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.buckets.sharing import (
@@ -41,34 +39,16 @@ from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import GradientResidency, ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
-from sharded_dadamw.norms.clipping import check_clip, fold
+from sharded_dadamw.norms.clipping import PendingClip, check_clip
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot, Table
 from sharded_dadamw.norms.of_buckets import make_measurable, parts_of, snapshot_of
+from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
+from sharded_dadamw.schedule.plan import Asked, Plan, make_plan
 from sharded_dadamw.schedule.reducer import Reducer
-from sharded_dadamw.schedule.step_claims import StepClaims
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
-from sharded_dadamw.update.adamw import Hyperparameters, Step
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """What the most recent step cost this rank.
-
-    Attributes:
-        reduce_s: Host seconds spent launching and waiting for reductions outside of backward, those of
-            ``clip_grad_norm_`` included.
-        update_s: Host seconds in the update. On an accelerator the time to launch it, unless state is in host memory.
-        gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
-            later, and counted in the step after that.
-        wire_bytes: Gradient and parameter bytes this rank sent.
-    """
-
-    reduce_s: float
-    update_s: float
-    gather_s: float
-    wire_bytes: int
+from sharded_dadamw.update.adamw import Step
 
 
 class ShardedDecoupledAdamW(DecoupledOptimizer):
@@ -99,6 +79,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     _reports_whole = True
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes."""
+    last_step = Shared[StepCost]()
+    _frozen = Shared[list[NamedParameter]]()
+    _sent_before = Shared[int]()
 
     def __init__(
         self,
@@ -138,11 +121,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._ready = False
         self._config = ShardingConfig() if config is None else config
         self._buckets: list[Bucket] = []
-        self._frozen: list[NamedParameter] = []
-        self._clip: _Clip | None = None
+        self._frozen = []
+        self._clip = PendingClip()  # never another one: proxies of the optimizer share it
         self._slots: dict[int, tuple[Bucket, int]] = {}
-        self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
-        self._reduce_s = 0.0
+        self._consolidated: dict[int, dict[str, Tensor]] = {}  # likewise
+        self._cost = StepClock()
         refusal: Exception | None = None
         placements: list[Placement] = []
         self.param_groups: list[dict[str, Any]] = []
@@ -245,58 +228,85 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 averaged have to be dropped by ``zero_grad``. (On an accelerator the next step reports it.)
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else evaluate(closure)
+        plan = self._plan_step()
+        step = Step(plan.hypers, self._divisor(), self._void(plan.found_inf))
+        self._report = self._report.next(step)
+        self._cost.add("gather_s", self._gatherer.take_wait_s())
+        with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
+            with closing(self._reducer.reduced(self._order())) as reduced_buckets:
+                self._cost.start()
+                for bucket in started(reduced_buckets, step):  # its shard is the mean, and the next one's on its way
+                    self._cost.lap("reduce_s")
+                    params, squares = bucket.update_(step, plan.present[bucket])
+                    self._report.add(params, squares, step.hypers[bucket.group_index])
+                    self._cost.lap("update_s")
+                    self._gatherer.publish(bucket)
+                    self._cost.lap("gather_s")
+            self._reducer.consume()
+            for bucket in self._buckets:
+                self._report.updated += bucket.announce_update(plan.present[bucket])
+        self._cost.lap("gather_s")
+        self._end_step()
+        return loss
+
+    def _plan_step(self) -> Plan:
+        """Have all ranks agree on this step. Collective."""
         found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
         if found_inf is not None and self._given_ranks is not None:
             self._given_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+        refusal = None
+        if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
+            refusal = RuntimeError(
+                "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; "
+                "use bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
+            )
         doing = (
             "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
         )
-        self._run(self._agree(doing, found_inf=found_inf, grad_scale=grad_scale), grad_scale)
-        return loss
+        return self._plan(doing, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal)
 
-    def _run(self, agreed: _Agreed, grad_scale: Tensor | None) -> None:
-        divisor = None if self._clip is None else 1.0 / self._clip.coefficient
-        if grad_scale is not None:
-            scale = grad_scale.to(self._device, torch.float32).reshape(())
-            divisor = scale if divisor is None else divisor * scale
-        found_inf = self._void(agreed.found_inf)
-        step = Step(agreed.hypers, divisor, found_inf)
-        self._report = self._report.next(step)
-        buckets: Sequence[Bucket] = self._buckets
-        if self._gatherer.num_attached:  # what forward reads first goes out first; backward delivers that last
-            self._reduced()
-            buckets = self._reducer.buckets()[::-1]
-        reduce_s, update_s, gather_s = self._reduce_s, 0.0, self._gatherer.take_wait_s()
-        mark = time.perf_counter()
-        with self._gatherer.publishing():
-            with closing(self._reducer.reduced(buckets)) as reduced_buckets:
-                for bucket in started(reduced_buckets, step):
-                    reduced = time.perf_counter()
-                    params, squares = bucket.update_(step, agreed.slots[bucket])
-                    self._report.add(params, squares, step.hypers[bucket.group_index])
-                    updated = time.perf_counter()
-                    self._gatherer.publish(bucket)
-                    reduce_s, update_s = reduce_s + reduced - mark, update_s + updated - reduced
-                    mark = time.perf_counter()
-                    gather_s += mark - updated
-            self._reducer.consume()
-            for bucket in self._buckets:
-                self._report.updated += bucket.announce_update(agreed.slots[bucket])
-        gather_s += time.perf_counter() - mark
+    def _plan(self, doing: str, **asked: Any) -> Plan:
+        """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
+        self._collectives.check_alive()
+        self._gatherer.finish()
+        while True:
+            self._cost.start()
+            request = Asked(doing, self._gatherer.num_attached, self._clip, **asked)
+            plan = make_plan(request, self._buckets, self.param_groups, self._frozen, self._reducer, self._agreement)
+            self._cost.lap("reduce_s")
+            if not plan.unfrozen:
+                return plan
+            self._frozen = [member for member in self._frozen if not member.param.requires_grad]
+            self._shard_members(plan.unfrozen)
+
+    def _divisor(self) -> Tensor | None:
+        """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d fp32; None means 1."""
+        divisor = 1.0 / self._clip.coefficient if self._clip else None
+        if (grad_scale := getattr(self, "grad_scale", None)) is None:
+            return divisor
+        scale: Tensor = grad_scale.to(self._device, torch.float32).reshape(())
+        return scale if divisor is None else divisor * scale
+
+    def _order(self) -> Sequence[Bucket]:
+        """Return the buckets in the order in which they are best updated. Collective where a model is attached."""
+        if not self._gatherer.num_attached:
+            return self._buckets
+        self._reduced()
+        return self._reducer.buckets()[::-1]  # what forward reads first goes out first; backward delivers that last
+
+    def _end_step(self) -> None:
         sent = self._collectives.bytes_sent
-        self.last_step = StepCost(reduce_s, update_s, gather_s, sent - self._sent_before)
-        self._sent_before, self._clip, self._reduce_s = sent, None, 0.0
+        self.last_step = self._cost.stop(sent - self._sent_before)
+        self._sent_before = sent
+        self._clip.clear()
         self._consolidated.clear()
 
     def _void(self, found_inf: Tensor | None) -> Tensor | None:
         """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
         if not self._config.skip_nonfinite:
             return found_inf
-        if self._clip is not None:
+        if self._clip:
             largest = self._clip.norm
         else:
             runs = [run for bucket in self._reduced() for run in bucket.gradient_runs(bucket.gradients.present)]
@@ -306,99 +316,12 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
     def _reduced(self) -> list[Bucket]:
         """All buckets, with their gradients averaged. Collective."""
-        start = time.perf_counter()
+        self._cost.start()
         with closing(self._reducer.reduced()) as reduced_buckets:
             for _ in reduced_buckets:
                 pass
-        self._reduce_s += time.perf_counter() - start
+        self._cost.lap("reduce_s")
         return self._buckets
-
-    def _agree(
-        self,
-        doing: str,
-        *,
-        to_clip: bool = False,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        refusal: Exception | None = None,
-    ) -> _Agreed:
-        """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed.
-
-        Args:
-            doing: The call, with its arguments.
-            to_clip: Whether gradients are about to be clipped only.
-            found_inf: This rank's non-finite flag.
-            grad_scale: This rank's loss scale.
-            refusal: The error with which this rank refuses the call already.
-        """
-        self._collectives.check_alive()
-        self._gatherer.finish()
-        slots: dict[Bucket, tuple[bool, ...]] = {}
-        hypers: list[Hyperparameters] = []
-        try:
-            if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
-                raise RuntimeError(
-                    "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; "
-                    "use bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
-                )
-            if self._reducer.is_accumulating:
-                raise RuntimeError(f"{doing} was called inside no_sync(); leave the context first")
-            moved: list[NamedParameter] = []
-            for bucket in self._buckets:  # all there is to do for one of them at once, while its parameters are cached
-                moved += bucket.weights.misplaced()
-                if moved:  # which explains whatever else is wrong
-                    continue
-                bucket.gradients.collect(to_clip=to_clip)
-                slots[bucket] = bucket.gradients.present
-            _refuse_moved(moved)
-            hypers = [Hyperparameters.from_group(group) for group in self.param_groups]
-            self._check_state_fits(hypers)
-        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-            refusal = refusal or error
-        unfrozen = [member for member in self._frozen if member.param.requires_grad]
-        if not any(bucket.gradients.are_clipped for bucket in self._buckets):
-            self._clip = None  # the gradients that were clipped have been dropped since
-        start = time.perf_counter()
-        self._reducer.catch_up()
-        self._reduce_s += time.perf_counter() - start
-        changes = self._reducer.changes(is_unscaled=found_inf is not None and grad_scale is None)
-        claims = StepClaims(
-            doing,
-            self._gatherer.num_attached,
-            hypers,
-            unfrozen,
-            slots,
-            self._reducer.still_local(),
-            changes,
-            grad_scale,
-            are_clipped=self._clip is not None,
-        )
-        void = self._agreement.check(
-            claims.spell_out,
-            claims.key(),
-            found_inf=found_inf,
-            grad_scale=grad_scale,
-            factors=list(changes.values()),
-            tolerance=claims.tolerance,
-            refusal=refusal,
-        )
-        agreed = _Agreed(slots, hypers, void)
-        if not unfrozen:
-            return agreed
-        # All ranks have agreed on who was unfrozen; they still have to agree on whose gradients came along.
-        self._frozen = [member for member in self._frozen if not member.param.requires_grad]
-        self._shard_members(unfrozen)
-        return self._agree(doing, to_clip=to_clip, found_inf=found_inf, grad_scale=grad_scale)
-
-    def _check_state_fits(self, hypers: Sequence[Hyperparameters]) -> None:
-        for bucket in self._buckets:
-            bucket.storage.check_beta2(hypers[bucket.group_index].beta2)
-            built, asked_for = bucket.max_exp_avg_sq is not None, hypers[bucket.group_index].amsgrad
-            if built != asked_for:
-                raise ValueError(
-                    f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, as when it was sharded, "
-                    f"got {asked_for}; choose it when the group is added"
-                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
@@ -406,7 +329,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._reducer.complete_round()
             super().zero_grad(set_to_none)
             self._reducer.drop()
-        self._clip = None
+        self._clip.clear()
 
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
@@ -490,19 +413,14 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         except ValueError as error:  # which the other ranks are waiting to hear of
             refusal = error
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
-        agreed = self._agree(doing, to_clip=True, refusal=refusal)
+        plan = self._plan(doing, to_clip=True, refusal=refusal)
         owners = self._norm_owners()
         runs = []
         for bucket in self._reduced():
-            present = zip(bucket.members, agreed.slots[bucket], strict=True)
+            present = zip(bucket.members, plan.present[bucket], strict=True)
             runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
         whole = global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
-        already = None if self._clip is None else self._clip.coefficient
-        norm, coefficient = fold(
-            whole, already, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
-        )
-        self._clip = _Clip(coefficient, whole)
-        return norm
+        return self._clip.fold(whole, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def _params_here(self) -> list[Tensor]:
         return [member.param for bucket in self._buckets for member in bucket.members]
@@ -600,30 +518,4 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             "ShardedDecoupledAdamW cannot be copied or pickled: it holds a process group, and buffers that the "
             "model's parameters are views of. Copy the model, build a new optimizer on the copy, and load this one's "
             "state_dict() into it"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What the ranks agreed on: who has a gradient, each group's scalars, and whether the step is void (1) or not."""
-
-    slots: dict[Bucket, tuple[bool, ...]]
-    hypers: list[Hyperparameters]
-    found_inf: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Clip:
-    """A clip that waits for its step: the coefficient, and what gradients are without it."""
-
-    coefficient: Tensor
-    norm: Tensor
-
-
-def _refuse_moved(moved: Sequence[NamedParameter]) -> None:
-    if moved:
-        first = min(moved, key=lambda member: member.index)
-        raise RuntimeError(
-            f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
-            "optimizer. Build the optimizer after the model is on its device and in its dtype"
         )

@@ -1317,3 +1317,68 @@ def test_a_loaded_group_may_lack_entries(cls: Any) -> None:
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["weight_decay"]
     optimizer.load_state_dict(saved)
+
+
+# --- proxies ---
+
+
+class Proxy:
+    """What Lightning and Fabric hand out: the optimizer's attributes, a class made from its, and its own ``step``."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.__dict__.update(optimizer.__dict__)
+        self.__class__ = type("Proxy", (Proxy, type(optimizer)), {})
+        self._optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(closure)
+
+
+def train_through(optimizer: Any, params: Params, rank: int) -> tuple[dict[str, Tensor], list[Any]]:
+    """Every public method, in the order of a loop, with what each has to tell."""
+    told: list[Any] = []
+    for step in range(3):
+        give_gradients(params, step, rank)
+        told.append(optimizer.clip_grad_norm_(0.1))
+        optimizer.step(lambda: told.append("evaluated"))
+        told.append({name: float(value) for name, value in optimizer.metrics().items()})
+        reported = optimizer.report_per_parameter_metrics(next(iter(params.values())), "first", {})
+        told.append({name: float(value) for name, value in optimizer.pre_reduce_metrics(reported).items()})
+        optimizer.zero_grad()
+        told.append([p.grad for p in params.values()])
+        for scaled in (1, 2):  # the second clip is of gradients that no step has used
+            give_gradients(params, step, rank)
+            told.append(optimizer.clip_grad_norm_(0.1 / scaled))
+            optimizer.zero_grad()
+    if isinstance(optimizer, ShardedDecoupledAdamW):
+        optimizer.synchronize()
+        with optimizer.no_sync():
+            pass
+        told += [optimizer.state_bytes, optimizer.last_step.wire_bytes]
+        optimizer.consolidate_state_dict(0)
+    state = optimizer.state_dict()
+    if rank == 0:
+        told.append([(key, value.tolist()) for entries in state["state"].values() for key, value in entries.items()])
+        optimizer.load_state_dict(copy.deepcopy(state))
+    return {name: p.detach().clone() for name, p in params.items()}, told
+
+
+def through_a_proxy_and_without(group: Any, kind: type[Any]) -> None:
+    found = []
+    for wrap in (Proxy, lambda optimizer: optimizer):
+        params = make("several groups")
+        settings = {"process_group": group} if kind is ShardedDecoupledAdamW else {}
+        optimizer = kind(params.items(), lr=3e-3, weight_decay=2e-4, **settings)
+        found.append(train_through(wrap(optimizer), params, 0 if group is None else group.rank()))
+    (params, told), (expected, also_told) = found
+    assert all(torch.equal(value, expected[name]) for name, value in params.items())
+    assert str(told) == str(also_told)
+
+
+@pytest.mark.parametrize("kind", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_every_method_does_the_same_through_a_proxy(kind: type[Any]) -> None:
+    through_a_proxy_and_without(None, kind)
+
+
+def test_every_method_does_the_same_through_a_proxy_on_two_ranks() -> None:
+    on_ranks(2, through_a_proxy_and_without, ShardedDecoupledAdamW)

@@ -47,42 +47,67 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def fold(
-    norm: Tensor, already: Tensor | None, *, max_norm: float, norm_type: float, error_if_nonfinite: bool
-) -> tuple[Tensor, Tensor]:
-    """Clip gradients that may have been clipped before, without touching them.
+class PendingClip:
+    """The clips that wait for the next step, as one number; gradients stay as they are.
 
-    Args:
-        norm: 0-d fp32, of the gradients as they are.
-        already: 0-d, the coefficient of earlier clips that no step has used; None means 1.
-        max_norm: The norm that must not be exceeded.
-        norm_type: 2 or inf, for the message.
-        error_if_nonfinite: Whether to wait for the norm, and raise if it is nan or infinite.
-
-    Returns:
-        The norm before this clip and after earlier ones, and the coefficient of all of them together.
-
-    Raises:
-        RuntimeError: As :func:`require_finite`.
-    """
-    if already is not None:
-        norm = norm * already
-    if error_if_nonfinite:
-        require_finite(norm, norm_type)
-    coefficient = clip_coefficient(norm, max_norm)
-    return norm, coefficient if already is None else already * coefficient
-
-
-class FoldedClip:
-    """A clip that waits for the step that uses it, and the gradients that it is for.
+    It is changed in place and never replaced, since proxies of an optimizer share it.
 
     Attributes:
-        coefficient: 0-d fp32, what these gradients are to be multiplied by.
+        coefficient: 0-d fp32, what gradients are to be multiplied by.
+        norm: 0-d fp32, the norm of the gradients as they are, without any clip.
     """
 
-    def __init__(self, coefficient: Tensor, grads: Sequence[Tensor]) -> None:
-        """Fold a clip of these gradients; they are referred to weakly."""
-        self.coefficient = coefficient
+    coefficient: Tensor
+    norm: Tensor
+
+    def __init__(self) -> None:
+        """Start without a clip."""
+        self._waits = False
+
+    def __bool__(self) -> bool:
+        """Whether there is a clip that no step has used."""
+        return self._waits
+
+    def fold(self, norm: Tensor, *, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+        """Clip gradients that may have been clipped before, without touching them.
+
+        Args:
+            norm: 0-d fp32, of the gradients as they are.
+            max_norm: The norm that must not be exceeded.
+            norm_type: 2 or inf, for the message.
+            error_if_nonfinite: Whether to wait for the norm, and raise if it is nan or infinite.
+
+        Returns:
+            0-d fp32: the norm before this clip and after earlier ones.
+
+        Raises:
+            RuntimeError: As :func:`require_finite`.
+        """
+        before = norm * self.coefficient if self._waits else norm
+        if error_if_nonfinite:
+            require_finite(before, norm_type)
+        coefficient = clip_coefficient(before, max_norm)
+        self.coefficient = self.coefficient * coefficient if self._waits else coefficient
+        self.norm = norm
+        self._waits = True
+        return before
+
+    def clear(self) -> None:
+        """Forget the clip, once a step has used it or its gradients are gone."""
+        self._waits = False
+
+
+class ClipOf(PendingClip):
+    """A clip that waits for the step that uses it, and the gradients that it is for, which others own."""
+
+    def __init__(self) -> None:
+        """Start without a clip."""
+        super().__init__()
+        self._clipped: list[tuple[ref[Tensor], int]] = []
+        self._is_used = False
+
+    def remember(self, grads: Sequence[Tensor]) -> None:
+        """Take note of which gradients were clipped; they are referred to weakly."""
         self._clipped = [(ref(grad), _version(grad)) for grad in grads]
         self._is_used = False
 

@@ -1,0 +1,54 @@
+"""What a step costs: host seconds by part, and bytes sent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What the most recent step cost this rank.
+
+    Attributes:
+        reduce_s: Host seconds spent launching and waiting for reductions outside of backward, those of
+            ``clip_grad_norm_`` included.
+        update_s: Host seconds in the update. On an accelerator the time to launch it, unless state is in host memory.
+        gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
+            later, and counted in the step after that.
+        wire_bytes: Gradient and parameter bytes this rank sent.
+    """
+
+    reduce_s: float
+    update_s: float
+    gather_s: float
+    wire_bytes: int
+
+
+class StepClock:
+    """Adds up the host seconds of a step that is under way, lap by lap, by the part they belong to."""
+
+    def __init__(self) -> None:
+        """Begin the first step."""
+        self._seconds = {"reduce_s": 0.0, "update_s": 0.0, "gather_s": 0.0}
+        self._mark = 0.0
+
+    def start(self) -> None:
+        """Begin a lap."""
+        self._mark = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """End a lap, which belongs to a part, and begin the next."""
+        mark = time.perf_counter()
+        self._seconds[part] += mark - self._mark
+        self._mark = mark
+
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self._seconds[part] += seconds
+
+    def stop(self, wire_bytes: int) -> StepCost:
+        """Return what the step has cost, and begin the next."""
+        cost = StepCost(**self._seconds, wire_bytes=wire_bytes)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return cost

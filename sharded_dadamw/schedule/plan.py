@@ -1,0 +1,218 @@
+"""What ranks compare before a step, or a clip, and what it will do once they have agreed.
+
+A plan touches no parameter. Whatever a rank has to object is told to the others instead of raised at once, since they
+are waiting for its notes: see :mod:`sharded_dadamw.comm.agreement`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.sharing import hyperparameter_claims
+from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Claims, StepAgreement
+from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.norms.clipping import PendingClip
+from sharded_dadamw.schedule.reducer import Reducer
+from sharded_dadamw.update.adamw import Hyperparameters
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a rank is asked to do.
+
+    Attributes:
+        doing: The call, with its arguments.
+        num_attached: Models that are attached.
+        clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
+        to_clip: Whether gradients are about to be clipped only.
+        found_inf: 0-d, this rank's non-finite flag, or None without a loss scaler.
+        grad_scale: 0-d, this rank's loss scale, or None where gradients are not scaled.
+        refusal: The error with which this rank refuses the call already.
+    """
+
+    doing: str
+    num_attached: int
+    clip: PendingClip
+    to_clip: bool = False
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+    refusal: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the ranks agreed on.
+
+    Attributes:
+        present: Per bucket and slot whether its parameter has a gradient.
+        hypers: Each group's scalars.
+        found_inf: 0-d fp32, 1 where the step is void on all ranks; None where nothing can make it so.
+        unfrozen: Parameters that have been unfrozen since the last step. They are to be sharded, and the step planned
+            anew: ranks have not compared yet whose gradients came along.
+    """
+
+    present: dict[Bucket, tuple[bool, ...]]
+    hypers: list[Hyperparameters]
+    found_inf: Tensor | None
+    unfrozen: list[NamedParameter]
+
+
+def make_plan(
+    asked: Asked,
+    buckets: Sequence[Bucket],
+    groups: Sequence[Mapping[str, Any]],
+    frozen: Sequence[NamedParameter],
+    reducer: Reducer,
+    agreement: StepAgreement,
+) -> Plan:
+    """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed.
+
+    Args:
+        asked: What this rank is asked to do.
+        buckets: All of them.
+        groups: All parameter groups.
+        frozen: Parameters without a bucket, some of which may have been unfrozen.
+        reducer: Brings in what other ranks may be waiting for in backward.
+        agreement: Compares.
+
+    Raises:
+        Exception: This rank's refusal, on ranks that have one.
+        RuntimeError: Another rank refuses, or ranks differ; names the first difference.
+    """
+    present: dict[Bucket, tuple[bool, ...]] = {}
+    hypers: list[Hyperparameters] = []
+    refusal = asked.refusal
+    try:
+        if reducer.is_accumulating:
+            raise RuntimeError(f"{asked.doing} was called inside no_sync(); leave the context first")
+        moved: list[NamedParameter] = []
+        for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
+            moved += bucket.weights.misplaced()
+            if moved:  # which explains whatever else is wrong
+                continue
+            bucket.gradients.collect(to_clip=asked.to_clip)
+            present[bucket] = bucket.gradients.present
+        _refuse_moved(moved)
+        hypers = [Hyperparameters.from_group(group) for group in groups]
+        _require_fitting_state(buckets, hypers)
+    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
+        refusal = refusal or error
+    if not any(bucket.gradients.are_clipped for bucket in buckets):
+        asked.clip.clear()
+    unfrozen = [member for member in frozen if member.param.requires_grad]
+    reducer.catch_up()
+    changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
+    notes = _Notes(asked, hypers, unfrozen, present, reducer.still_local(), changes)
+    void = agreement.check(
+        notes.spell_out,
+        notes.key(),
+        found_inf=asked.found_inf,
+        grad_scale=asked.grad_scale,
+        factors=list(changes.values()),
+        tolerance=notes.tolerance,
+        refusal=refusal,
+    )
+    return Plan(present, hypers, void, unfrozen)
+
+
+def _refuse_moved(moved: Sequence[NamedParameter]) -> None:
+    if moved:
+        first = min(moved, key=lambda member: member.index)
+        raise RuntimeError(
+            f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
+            "optimizer. Build the optimizer after the model is on its device and in its dtype"
+        )
+
+
+def _require_fitting_state(buckets: Sequence[Bucket], hypers: Sequence[Hyperparameters]) -> None:
+    for bucket in buckets:
+        bucket.storage.check_beta2(hypers[bucket.group_index].beta2)
+        built, asked_for = bucket.max_exp_avg_sq is not None, hypers[bucket.group_index].amsgrad
+        if built != asked_for:
+            raise ValueError(
+                f"param_groups[{bucket.group_index}]['amsgrad']: expected {built}, as when it was sharded, "
+                f"got {asked_for}; choose it when the group is added"
+            )
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """One rank's side of a step.
+
+    Attributes:
+        asked: What this rank is asked to do. The loss scale in it is here for the message alone: notes that ranks
+            exchange have scales and factors of their own, which need no reading on the host.
+        hypers: The scalars of every group.
+        unfrozen: Parameters that have been unfrozen since the last step.
+        present: Per bucket and slot whether there is a gradient.
+        local: The buckets whose gradients are still to be averaged.
+        changes: Of the buckets into whose averages somebody wrote, by what factors elements were multiplied.
+    """
+
+    asked: Asked
+    hypers: Sequence[Hyperparameters]
+    unfrozen: Sequence[NamedParameter]
+    present: Mapping[Bucket, Sequence[bool]]
+    local: Sequence[Bucket]
+    changes: Mapping[Bucket, Tensor]
+
+    def key(self) -> bytes:
+        """Bytes that differ where what is spelled out differs."""
+        unfrozen = [member.index for member in self.unfrozen]
+        summary = (self.asked.doing, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
+        local = set(self.local)
+        flags = bytes(2 * (bucket in local) + (bucket in self.changes) for bucket in self.present)
+        return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
+
+    @property
+    def tolerance(self) -> float:
+        """By how much factors may differ, for each element was rounded."""
+        return 2.0 * max((torch.finfo(bucket.gradients.shard.dtype).eps for bucket in self.changes), default=0.0)
+
+    def spell_out(self) -> Claims:
+        """All of it, in the order in which differences should be reported."""
+        claims: Claims = {
+            "the call": self.asked.doing,
+            "the number of attached models": str(self.asked.num_attached),
+            "clip_grad_norm_() before it": str(bool(self.asked.clip)),
+            **self._scalars,
+        }
+        for member in self.unfrozen:
+            claims[f"{member.name}.requires_grad"] = "True"
+        gradients = {
+            member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
+            for bucket, present in self.present.items()
+            for member, here in zip(bucket.members, present, strict=True)
+        }
+        claims.update(gradients[index] for index in sorted(gradients))
+        local = set(self.local)
+        for bucket in self.present:
+            claims[f"the average of the bucket of {bucket.members[0].name}"] = "to come" if bucket in local else "made"
+        if self.asked.grad_scale is not None:
+            claims[LOSS_SCALE] = str(float(self.asked.grad_scale))
+        claims[FACTOR] = ", ".join(
+            _range(self.changes[bucket].tolist()) if bucket in self.changes else "untouched" for bucket in self.present
+        )
+        return claims
+
+    @cached_property
+    def _scalars(self) -> Claims:
+        scalars: Claims = {}
+        for index, hyper in enumerate(self.hypers):
+            scalars.update(hyperparameter_claims(index, hyper))
+        return scalars
+
+
+def _range(factors: Sequence[float]) -> str:
+    """The smallest and the largest of those that are known."""
+    known = [factor for factor in factors if not math.isnan(factor)]
+    ends = dict.fromkeys(f"{end:.6g}" for end in (min(known), max(known))) if known else {"unknown": None}
+    return " to ".join(ends)
