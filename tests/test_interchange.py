@@ -948,6 +948,7 @@ def test_a_torch_checkpoint_folder_goes_on_here(flat: bool, tmp_path: Path) -> N
     dcp_save({"app": {"model": model.state_dict(), "optim": saved}}, checkpoint_id=tmp_path / "x", no_dist=True)
     state, weights = read_state(tmp_path / "x", Source.TORCH)
     assert_same_state(state, expected)
+    assert_same_state(from_torch(saved), expected)
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
 
 

@@ -319,6 +319,7 @@ def _imported(
 ) -> State:
     if not isinstance(state_dict, Mapping) or not _is_optimizer(state_dict):
         raise ValueError("expected the state dict of an optimizer, with 'state' and 'param_groups', got something else")
+    state_dict = _unflattened(state_dict) if _is_flat(state_dict) else state_dict
     groups = state_dict["param_groups"]
     saved = _by_key(state_dict)
     keys = [key for group in groups for key in group["params"]]
