@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import (
     holds,
-    image,
     join,
     random_bits,
     remainder_of,
     round_stochastically,
     split,
     takes,
+    weight_of,
 )
 from tests.models import BF16, F32
 from tests.pool import on_ranks
@@ -68,7 +68,7 @@ def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() ->
     assert torch.equal(split(ties)[0], torch.tensor([1.0078125, -1.0078125, 1.015625, 2.0**-133]).to(BF16))
     assert split(patterns(0x7F7FFFFF))[0].item() == float("inf") and join(*split(patterns(0x7F7FFFFF))).isfinite()
     assert split(patterns(0x7FFFFFFF, 0xFFFFFFFF))[0].isnan().all(), "a payload must not overflow into a number"
-    assert image(ties, torch.float16).dtype is torch.float16
+    assert weight_of(ties, torch.float16).dtype is torch.float16
 
 
 def test_weights_that_others_have_rounded_do_not_count_as_edited() -> None:
