@@ -236,6 +236,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     @torch.no_grad()
     def _fill_in_state(self, group: Mapping[str, Any]) -> None:
         """Make the state that trainable parameters of a group lack."""
+        if not group["params"]:  # torch's loading functions leave nothing else in such a group
+            return
         if fill_in(self.state, group["params"], beta2=float(group["betas"][1]), amsgrad=group["amsgrad"]):
             self._updates.forget()  # of parameters that others have been put in place of
 

@@ -26,7 +26,7 @@ Claims = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
 
 LOSS_SCALE = "the loss scale"
-FACTOR = "the factors by which averaged gradients were changed, bucket by bucket"
+FACTOR = "the factors by which averaged gradients were changed"
 """Labels of claims about which there is more to say."""
 
 _ADVICE = {

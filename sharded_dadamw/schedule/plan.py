@@ -154,7 +154,7 @@ class _Notes:
         unfrozen: Parameters that have been unfrozen since the last step.
         present: Per bucket and slot whether there is a gradient.
         local: The buckets whose gradients are still to be averaged.
-        changes: Of the buckets into whose averages somebody wrote, by what factors elements were multiplied.
+        changes: Where somebody wrote into averages, per bucket by what factors elements were multiplied.
     """
 
     asked: Asked
@@ -168,8 +168,8 @@ class _Notes:
         """Bytes that differ where what is spelled out differs."""
         unfrozen = [member.index for member in self.unfrozen]
         summary = (self.asked.doing, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
-        local = set(self.local)
-        flags = bytes(2 * (bucket in local) + (bucket in self.changes) for bucket in self.present)
+        # Ranks that hold other parts of the parameters may have other buckets.
+        flags = bytes([bool(self.local), bool(self.changes)])
         return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
 
     @property
@@ -193,14 +193,10 @@ class _Notes:
             for member, here in zip(bucket.members, present, strict=True)
         }
         claims.update(gradients[index] for index in sorted(gradients))
-        local = set(self.local)
-        for bucket in self.present:
-            claims[f"the average of the bucket of {bucket.members[0].name}"] = "to come" if bucket in local else "made"
+        claims["the averages of gradients"] = "to come" if self.local else "made"
         if self.asked.grad_scale is not None:
             claims[LOSS_SCALE] = str(float(self.asked.grad_scale))
-        claims[FACTOR] = ", ".join(
-            _range(self.changes[bucket].tolist()) if bucket in self.changes else "untouched" for bucket in self.present
-        )
+        claims[FACTOR] = _range(torch.cat([*self.changes.values()]).tolist()) if self.changes else "untouched"
         return claims
 
     @cached_property

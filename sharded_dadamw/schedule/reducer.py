@@ -50,7 +50,7 @@ class Reducer:
         self.is_accumulating = False
         self.num_rounds = 0
         self._collectives = collectives
-        self._overlap = overlap
+        self._overlap = overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
         self._hooked: list[Bucket] = []
         self._others: list[Bucket] = []
         self._is_begun = False
@@ -189,9 +189,18 @@ class Reducer:
             bucket.gradients.mark(Stage.LOCAL)
 
     def changes(self, *, is_unscaled: bool) -> dict[Bucket, Tensor]:
-        """The buckets into whose averages somebody wrote, each with what :meth:`Gradients.change` says."""
-        factors = ((bucket, bucket.gradients.change(is_unscaled=is_unscaled)) for bucket in self._hooked)
-        return {bucket: factor for bucket, factor in factors if factor is not None}
+        """By what factors averages were multiplied, as :meth:`Gradients.change` says; empty where nobody did that.
+
+        Where somebody did, the averages that nobody touched are there with a factor of 1.
+        """
+        averaged = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.REDUCED]
+        factors = {bucket: bucket.gradients.change(is_unscaled=is_unscaled) for bucket in averaged}
+        if all(factor is None for factor in factors.values()):
+            return {}
+        return {
+            bucket: bucket.gradients.shard.new_ones(1, dtype=torch.float64) if factor is None else factor
+            for bucket, factor in factors.items()
+        }
 
     def buckets(self) -> list[Bucket]:
         """All that are watched, in the order in which they are reduced."""
