@@ -64,7 +64,7 @@ class ShardingConfig:
             one kernel call and one all-gather. Results do not depend on it.
         reduce_gradients: True: each rank brings its own gradients, and ``step`` averages them. False: something else,
             such as DistributedDataParallel, has averaged them already; they are only read.
-        overlap: True: a bucket's reduction begins in backward, as its last gradient arrives; of several backward passes
+        overlap: True: a bucket's reduction begins in backward, once its gradients are there; of several backward passes
             before a step all but the last belong inside ``no_sync()``. False: reductions begin in ``step``, after
             however many passes; with sharded gradients, one after the other in each pass. Results are the same.
         gradient_residency: What becomes of gradients once they are averaged.

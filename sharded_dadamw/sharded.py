@@ -1,11 +1,13 @@
 """``ShardedDecoupledAdamW``: builds the parts, sequences a step, and keeps the torch.optim contract.
 
-    backward    hooks move each gradient into its bucket, and launch its reduce-scatter    (reducer, collectives)
-    step        ranks compare notes, then bucket by bucket:                                (agreement)
-                    wait for the mean, with the next bucket's already under way            (reducer)
+    backward    hooks move each gradient into its bucket and launch its reduce-scatter;
+                backward ends when all means have landed                                   (reducer, comm)
+    step        ranks compare what they are about to do, then bucket by bucket:            (plan, agreement)
                     one fused update of this rank's shard                                  (kernels)
-                    all-gather the parameters in place, while the next bucket is updated   (gatherer, collectives)
-    forward     where the model is attached, layers wait for the parameters they read  (gatherer)
+                    all-gather the parameters in place, while the next bucket is updated   (gatherer, comm)
+    forward     where the model is attached, layers wait for the parameters they read      (gatherer)
+
+With ``overlap=False``, and where gradients belong to others, means are made in ``step``, one bucket ahead.
 
 This module conducts and touches no element itself.
 """
@@ -236,7 +238,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(self._order())) as reduced_buckets:
                 self._cost.start()
-                for bucket in started(reduced_buckets, step):  # its shard is the mean, and the next one's on its way
+                for bucket in started(reduced_buckets, step):  # its shard is the mean
                     self._cost.lap("reduce_s")
                     params, squares = bucket.update_(step, plan.present[bucket])
                     self._report.add(params, squares, step.hypers[bucket.group_index])

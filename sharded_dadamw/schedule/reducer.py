@@ -139,7 +139,7 @@ class Reducer:
         return list(self._hooked) if local and self._keeps_shards else local
 
     def reduced(self, ready_order: Sequence[Bucket] = ()) -> Generator[Bucket]:
-        """Reduce what is not reduced, and yield each bucket once its gradient shard is the mean, the next under way.
+        """Reduce what backward has left, one bucket ahead, and yield each bucket once its gradient shard is the mean.
 
         Collective. Close the generator where it might not be exhausted: that waits for what has been started.
 
