@@ -273,10 +273,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._collectives.check_alive()
         self._gatherer.finish()
         while True:
-            self._cost.start()
             request = Asked(doing, self._gatherer.num_attached, self._clip, **asked)
             plan = make_plan(request, self._buckets, self.param_groups, self._frozen, self._reducer, self._agreement)
-            self._cost.lap("reduce_s")
             if not plan.unfrozen:
                 return plan
             self._frozen = [member for member in self._frozen if not member.param.requires_grad]

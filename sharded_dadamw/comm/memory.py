@@ -188,6 +188,7 @@ class MemoryVerbs(NativeVerbs):
         self._timeout_s: float = group._get_backend(device).options._timeout.total_seconds()
         self._under_way: deque[Pending] = deque()
         self._num_begun = 0
+        self._scratch: dict[torch.dtype, Tensor] = {}
         weakref.finalize(self, _depart, self._own)
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -213,7 +214,7 @@ class MemoryVerbs(NativeVerbs):
             parts = [buffer if rank == self.rank else self._buffer_of(rank, number, buffer) for rank in ranks]
             own_slices = (self._slices(part)[self.rank] for part in parts)
             numel = PIECE_BYTES // buffer.itemsize
-            total = torch.empty(min(numel, out.numel()), dtype=sum_dtype(sent, out.dtype))
+            total = self._scratch_of(sum_dtype(sent, out.dtype), numel)
             for piece, *pieces in zip(*(torch.split(each, numel) for each in (out, *own_slices)), strict=True):
                 average_in_order(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
             self._leave(number, readable is not buffer)
@@ -234,6 +235,12 @@ class MemoryVerbs(NativeVerbs):
             self._leave(number, readable is not buffer)
 
         return Pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
+
+    def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """Memory for sums, kept: new memory costs a page fault for every 4 KiB, as much as the sum itself."""
+        if dtype not in self._scratch or self._scratch[dtype].numel() < numel:
+            self._scratch[dtype] = torch.empty(numel, dtype=dtype)
+        return self._scratch[dtype]
 
     def _readable(self, buffer: Tensor, ranks: Iterable[int]) -> Tensor:
         """The buffer, or one that has its slices of some ranks, in memory that peers can read."""
