@@ -153,6 +153,13 @@ class DecoupledOptimizer(Optimizer):
             return None
         return torch.as_tensor(found_inf, device=self._device).to(torch.float32, copy=True).reshape(())
 
+    def _with_loss_scale(self, divisor: Tensor | None) -> Tensor | None:
+        """Return what gradients are to be divided by, their loss scale included, 0-d fp32; None means 1."""
+        if (grad_scale := getattr(self, "grad_scale", None)) is None:
+            return divisor
+        scale: Tensor = grad_scale.to(self._device, torch.float32).reshape(())
+        return scale if divisor is None else divisor * scale
+
     @abstractmethod
     def _params_here(self) -> list[Tensor]:
         """Return the parameters of which this rank counts parts, in any order; cheap."""

@@ -203,11 +203,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def _divisor(self, present: Sequence[_Present]) -> Tensor | None:
         """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d; None means 1."""
         self._keep_clip_of(present, for_step=True)
-        divisor = self._clip.use() if self._clip else None
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None:
-            return divisor
-        return scale if divisor is None else divisor * scale
+        return self._with_loss_scale(self._clip.use() if self._clip else None)
 
     def _make_ready(self, index: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Columns, ReadyUpdate]:
         """Return this rank's parts of parameters of one group with their state, and the update that is for them."""

@@ -232,7 +232,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """
         loss = None if closure is None else evaluate(closure)
         plan = self._plan_step()
-        step = Step(plan.hypers, self._divisor(), self._void(plan.found_inf))
+        divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
+        step = Step(plan.hypers, divisor, self._void(plan.found_inf))
         self._report = self._report.next(step)
         self._cost.add("gather_s", self._gatherer.take_wait_s())
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
@@ -279,14 +280,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 return plan
             self._frozen = [member for member in self._frozen if not member.param.requires_grad]
             self._shard_members(plan.unfrozen)
-
-    def _divisor(self) -> Tensor | None:
-        """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d fp32; None means 1."""
-        divisor = 1.0 / self._clip.coefficient if self._clip else None
-        if (grad_scale := getattr(self, "grad_scale", None)) is None:
-            return divisor
-        scale: Tensor = grad_scale.to(self._device, torch.float32).reshape(())
-        return scale if divisor is None else divisor * scale
 
     def _order(self) -> Sequence[Bucket]:
         """Return the buckets in the order in which they are best updated. Collective where a model is attached."""
