@@ -124,14 +124,9 @@ class Delivery:
     def __init__(self, handle: Any, arrival: float) -> None:
         self._handle, self._arrival = handle, arrival
 
-    def arrive(self) -> None:
-        """See the verbs' Handle."""
-        sleep_until(self._arrival)
-        self._handle.arrive()
-
     def wait(self) -> None:
-        """See the verbs' Handle."""
-        self.arrive()
+        """Wait for both."""
+        sleep_until(self._arrival)
         self._handle.wait()
 
 

@@ -185,7 +185,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         present = [_with_gradients(group) for group in self.param_groups]
         found_inf = self._scalers_flag()
         if found_inf is not None:
-            self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+            self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
         step = Step(self._hypers(), self._divisor(present), found_inf)
         self._report = self._report.next(step)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)

@@ -158,7 +158,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._reducer = Reducer(self._collectives, overlap=self._config.overlap)
         self._gatherer = Gatherer(self._collectives)
         self._bucketing = Bucketing(self._collectives, self._config)
-        self._agreement = StepAgreement(self._everyone, device, reconcile=self._reducer.spend)
+        self._agreement = StepAgreement(self._everyone, device, refuse=self._reducer.refuse)
         self._shard_members(members)
         self._sent_before = self._collectives.bytes_sent
         self.last_step = StepCost(0.0, 0.0, 0.0, 0)
@@ -182,7 +182,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             check_shardable(self.param_groups, self._config)
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
             refusal = error
-        self._reducer.complete_round()
+        self._reducer.finish_round()
         try:
             agree_on_groups(self.param_groups, num_groups, self._config, self._collectives, self._everyone, refusal)
         except Exception:
@@ -237,7 +237,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._report = self._report.next(step)
         self._cost.add("gather_s", self._gatherer.take_wait_s())
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
-            with closing(self._reducer.reduced(self._order())) as reduced_buckets:
+            with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._cost.start()
                 for bucket in started(reduced_buckets, step):  # its shard is the mean
                     self._cost.lap("reduce_s")
@@ -257,7 +257,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """Have all ranks agree on this step. Collective."""
         found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
         if found_inf is not None and self._given_ranks is not None:
-            self._given_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX).wait()
+            self._given_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
         refusal = None
         if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
             refusal = RuntimeError(
@@ -281,13 +281,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._frozen = [member for member in self._frozen if not member.param.requires_grad]
             self._shard_members(plan.unfrozen)
 
-    def _order(self) -> Sequence[Bucket]:
-        """Return the buckets in the order in which they are best updated. Collective where a model is attached."""
-        if not self._gatherer.num_attached:
-            return self._buckets
-        self._reduced()
-        return self._reducer.buckets()[::-1]  # what forward reads first goes out first; backward delivers that last
-
     def _end_step(self) -> None:
         sent = self._collectives.bytes_sent
         self.last_step = self._cost.stop(sent - self._sent_before)
@@ -302,26 +295,24 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         if self._clip:
             largest = self._clip.norm
         else:
-            runs = [run for bucket in self._reduced() for run in bucket.gradient_runs(bucket.gradients.present)]
+            runs = [run for bucket in self._average() for run in bucket.gradient_runs(bucket.gradients.present)]
             largest = global_norm(runs, math.inf, collectives=self._everyone, device=self._device)
         is_void = (~largest.isfinite()).to(torch.float32)
         return is_void if found_inf is None else torch.maximum(is_void, found_inf)
 
-    def _reduced(self) -> list[Bucket]:
-        """All buckets, with their gradients averaged. Collective."""
+    def _average(self) -> list[Bucket]:
+        """Return all buckets, with their gradients averaged. Collective."""
         self._cost.start()
-        with closing(self._reducer.reduced()) as reduced_buckets:
-            for _ in reduced_buckets:
-                pass
+        buckets = self._reducer.reduce_all()
         self._cost.lap("reduce_s")
-        return self._buckets
+        return buckets
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         with torch._C.DisableTorchFunctionSubclass():  # of parameters in flight, which would be asked one by one
-            self._reducer.complete_round()
+            self._reducer.finish_round()
             super().zero_grad(set_to_none)
-            self._reducer.drop()
+            self._reducer.clear()
         self._clip.clear()
 
     def attach(self, model: nn.Module) -> Attachment:
@@ -409,7 +400,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         plan = self._plan(doing, to_clip=True, refusal=refusal)
         owners = self._norm_owners()
         runs = []
-        for bucket in self._reduced():
+        for bucket in self._average():
             present = zip(bucket.members, plan.present[bucket], strict=True)
             runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
         whole = global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)

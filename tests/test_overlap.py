@@ -264,12 +264,8 @@ class Delayed:
     def __init__(self, handle: Any, arrives_at: float) -> None:
         self._handle, self._arrives_at = handle, arrives_at
 
-    def arrive(self) -> None:
-        time.sleep(max(0.0, self._arrives_at - time.perf_counter()))
-        self._handle.arrive()
-
     def wait(self) -> None:
-        self.arrive()
+        time.sleep(max(0.0, self._arrives_at - time.perf_counter()))
         self._handle.wait()
 
 
@@ -528,6 +524,29 @@ def test_a_rank_that_refuses_a_step_without_a_backward_holds_up_nobody(
     first, second = on_ranks(2, refuse_without_a_backward, exchange, residency)
     for told, said in zip(first, second, strict=True):
         assert said in told and "rank 1 has refused" in told
+
+
+def refuse_alike(group: Any, residency: GradientResidency) -> None:
+    """Every rank gives the same wrong argument, and then rank 0 alone has a backward: an error, and no wait.
+
+    Rank 1 takes part in its round as it comes to its own step.
+    """
+    model, optimizer = small(group, gradient_residency=residency)
+    loss_of(model, group.rank()).backward()
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.clip_grad_norm_(-1.0)
+    optimizer.zero_grad()
+    if group.rank() == 0:
+        loss_of(model, group.rank(), 1).backward()
+    with pytest.raises(RuntimeError, match="rank 0 has a tensor, rank 1 has None"):
+        optimizer.step()
+    optimizer.zero_grad()
+    as_if_nothing_had_been(group, model, optimizer, gradient_residency=residency)
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_after_a_call_that_all_refuse_a_rank_may_still_be_without_a_backward(residency: GradientResidency) -> None:
+    on_ranks(2, refuse_alike, residency, timeout_s=20.0)
 
 
 def refuse_twice(group: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient
-from sharded_dadamw.comm.collectives import Collectives, Handle
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import local, local_gradient
@@ -78,14 +78,13 @@ class ForeignGradients(Gradients):
         kept = [(grad, version - marked[id(grad)]) for grad, version in self._existing() if id(grad) in marked]
         return all(num_changes >= 1 for _, num_changes in kept) and not any(grad.any() for grad, _ in kept)
 
-    def reduce(self, collectives: Collectives) -> Handle | None:
+    def reduce(self, collectives: Collectives) -> None:
         """See :meth:`Gradients.reduce`: copies this rank's fragments."""
         grads = self._local_gradients()
         for fragment in self._fragments:
             if (grad := grads.get(fragment.slot)) is not None:
                 own = grad.reshape(-1)[fragment.param_start : fragment.param_start + fragment.numel]
                 self.shard[fragment.shard_start : fragment.shard_start + fragment.numel].copy_(own)
-        return None
 
     def _local_gradients(self) -> dict[int, Tensor]:
         """This rank's part of each gradient there is, by slot."""
@@ -99,10 +98,10 @@ class CopiedGradients(ForeignGradients):
     They are only read: the flat buffer of their exchange exists while it is under way.
     """
 
-    def reduce(self, collectives: Collectives) -> Handle | None:
+    def reduce(self, collectives: Collectives) -> None:
         """See :meth:`Gradients.reduce`."""
         buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
         for slot, grad in self._local_gradients().items():
             offset = self._layout.offsets[slot]
             buffer[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
-        return collectives.reduce_scatter_mean(buffer, self.shard)
+        self._reduction = collectives.reduce_scatter_mean(buffer, self.shard)

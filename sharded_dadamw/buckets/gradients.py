@@ -21,7 +21,8 @@ from operator import and_, attrgetter, is_, is_not
 import torch
 from torch import Tensor
 
-from sharded_dadamw.comm.collectives import Collectives, Handle
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.pending import DONE
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate
@@ -56,6 +57,8 @@ class Gradients(ABC):
         self.is_read = False
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
+        self._reduction = DONE
+        self._is_lost = False
 
     @property
     @abstractmethod
@@ -84,16 +87,27 @@ class Gradients(ABC):
             to_clip: They are about to be clipped, perhaps again, and not yet to be used up.
 
         Raises:
-            RuntimeError: A step has used these gradients already, or they were changed after they were clipped.
+            RuntimeError: A step has used these gradients already, they were changed after they were clipped, or their
+                reduction was broken off.
             ValueError: A gradient is sparse, or in another dtype than it should be.
         """
 
     @abstractmethod
-    def reduce(self, collectives: Collectives) -> Handle | None:
-        """Begin to fill ``shard`` with the mean over ranks; None where it is filled at once. Collective."""
+    def reduce(self, collectives: Collectives) -> None:
+        """Begin to fill ``shard`` with the mean over ranks; ``wait`` ends that. Collective."""
 
-    def land(self) -> None:  # noqa: B027 - most have nothing to do
-        """Take note that the reduction is over, on all ranks."""
+    def wait(self) -> None:
+        """Wait until ``shard`` is the mean and gradients may be written; more than once does no harm.
+
+        Raises:
+            RuntimeError: As :meth:`~sharded_dadamw.comm.pending.Pending.wait`.
+        """
+        try:
+            self._reduction.wait()
+        except BaseException:  # after a KeyboardInterrupt, a part of the mean may be missing
+            self._is_lost = True
+            raise
+        self._reduction = DONE
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         """Return by what factors the mean was multiplied since it was made, or since this was last asked.
@@ -111,6 +125,13 @@ class Gradients(ABC):
         """A parameter with a gradient, for messages."""
         having = [member for member in self._members if member.param.grad is not None]
         return min(having or self._members, key=lambda member: member.index).name
+
+    def _require_reduced(self) -> None:
+        if self._is_lost:
+            raise RuntimeError(
+                f"the reduction of gradients was broken off, in the bucket of {self._name()}; drop them by "
+                "optimizer.zero_grad()"
+            )
 
     def _changed(self) -> RuntimeError:
         return RuntimeError(
@@ -238,12 +259,14 @@ class FullGradients(HookedGradients):
         """See :meth:`Gradients.mark`."""
         self.stage, self.is_read = stage, is_read
         if stage is Stage.LOCAL:
+            self._reduction, self._is_lost = DONE, False
             self._await_all()
 
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
         if self.stage is not Stage.LOCAL and self._have_ended():
             self.mark(Stage.LOCAL)
+        self._require_reduced()
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:
@@ -264,7 +287,7 @@ class FullGradients(HookedGradients):
             )
         self._marked = held
 
-    def reduce(self, collectives: Collectives) -> Handle:
+    def reduce(self, collectives: Collectives) -> None:
         """See :meth:`Gradients.reduce`; in place. Means and used ones only take part for the other ranks' sake."""
         out = self.shard
         if self.stage is Stage.LOCAL:
@@ -272,10 +295,11 @@ class FullGradients(HookedGradients):
             self._marked, self._version, self._sample = self._held(), self.buffer._version, None
         else:
             out = torch.empty_like(self.shard)
-        return collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
+        self._reduction = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
 
-    def land(self) -> None:
-        """See :meth:`Gradients.land`; remembers a sample of the mean."""
+    def wait(self) -> None:
+        """See :meth:`Gradients.wait`; remembers a sample of the mean."""
+        super().wait()
         if self._sample is None:
             self._sample = self._take_sample()
 
@@ -374,7 +398,7 @@ class ShardedGradients(HookedGradients):
         self._spares = spares
         self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
         self._buffer: Tensor | None = None
-        self._views: list[Tensor] = []
+        self._views: list[Tensor] = []  # of the buffer, where there is one
         self._leaving: Tensor | None = None
         self._had = bytearray(len(members))
         self._holds_a_mean = False
@@ -394,6 +418,7 @@ class ShardedGradients(HookedGradients):
         self.stage, self.is_read = stage, is_read
         if stage is not Stage.LOCAL:
             return
+        self._reduction, self._is_lost = DONE, False
         if self._buffer is not None:
             for member, view in zip(self._members, self._views, strict=True):
                 if member.param.grad is view:
@@ -408,13 +433,14 @@ class ShardedGradients(HookedGradients):
         """See :meth:`Gradients.collect`. After a step there is nothing to clear."""
         if self.stage is Stage.CONSUMED:
             self.mark(Stage.LOCAL)
+        self._require_reduced()
         for slot, member in enumerate(self._members):
             if member.param.grad is not None:
                 if self.is_read:
                     raise self._changed()
                 self._adopt(slot)
 
-    def reduce(self, collectives: Collectives) -> Handle:
+    def reduce(self, collectives: Collectives) -> None:
         """See :meth:`Gradients.reduce`; adds to what is there. Takes part without gradients, too."""
         if self.stage is Stage.CONSUMED:
             self.mark(Stage.LOCAL)
@@ -430,10 +456,11 @@ class ShardedGradients(HookedGradients):
         self._await_all()
         self.stage = Stage.REDUCED
         add, self._holds_a_mean = self._holds_a_mean, True
-        return collectives.reduce_scatter_mean(buffer, self.shard, add=add, wire_dtype=self._wire_dtype)
+        self._reduction = collectives.reduce_scatter_mean(buffer, self.shard, add=add, wire_dtype=self._wire_dtype)
 
-    def land(self) -> None:
-        """See :meth:`Gradients.land`; the buffer may hold other gradients then."""
+    def wait(self) -> None:
+        """See :meth:`Gradients.wait`; the buffer may hold other gradients then."""
+        super().wait()
         if self._leaving is not None:
             self._spares.give_back(self._leaving)
             self._leaving = None
@@ -447,8 +474,9 @@ class ShardedGradients(HookedGradients):
     def _adopt(self, slot: int) -> None:
         self.stage = Stage.LOCAL
         if self._buffer is None:
-            self._buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
-            self._views = self._views_of(self._buffer)
+            buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
+            self._views = self._views_of(buffer)
+            self._buffer = buffer
         self._move(slot, self._views[slot])
         self._had[slot] = True
 

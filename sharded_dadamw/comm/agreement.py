@@ -116,16 +116,17 @@ class StepAgreement:
     refuses a step raises at once there, and leaves the others to the backend's timeout.
     """
 
-    def __init__(self, collectives: Collectives, device: torch.device, *, reconcile: Callable[[], None]) -> None:
+    def __init__(self, collectives: Collectives, device: torch.device, *, refuse: Callable[..., None]) -> None:
         """Compare notes.
 
         Args:
             collectives: The ranks.
             device: Where the answer arrives.
-            reconcile: Called on every rank before a disagreement is raised.
+            refuse: Called on every rank before a refusal is raised, with ``differ=True`` where ranks differ; what all
+                refuse alike leaves their averages alike.
         """
         self._collectives = collectives
-        self._reconcile = reconcile
+        self._refuse = refuse
         self._device = device
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], float] | None = None
 
@@ -179,20 +180,18 @@ class StepAgreement:
             known = torch.cat([*factors, factors[0].new_full((1,), torch.nan)])
             note[5] = known.nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1).view(torch.int64)[0]
             note[6] = -known.nan_to_num(nan=torch.inf, posinf=torch.inf).amin().reshape(1).view(torch.int64)[0]
-        self._collectives.all_reduce_(note, dist.ReduceOp.MAX).wait()
+        self._collectives.all_reduce_(note, dist.ReduceOp.MAX)
+        difference = None
         if note.is_cuda:
             self._read_later(note, claims, tolerance)
         else:
             difference = self._difference(note, claims, tolerance)
-            if difference is not None:  # what all refuse alike leaves their averages alike
-                self._reconcile()
-            if difference is not None and refusal is None:
-                raise RuntimeError(
-                    f"ranks disagree about this step; {difference}; no parameter or state has been changed, but drop "
-                    "gradients that backward has averaged by optimizer.zero_grad()"
-                )
-        if refusal is not None:
-            raise refusal
+        if difference is not None or refusal is not None:
+            self._refuse(differ=difference is not None)
+            raise refusal or RuntimeError(
+                f"ranks disagree about this step; {difference}; no parameter or state has been changed, but drop "
+                "gradients that backward has averaged by optimizer.zero_grad()"
+            )
         if found_inf is None and grad_scale is None and not factors:
             return None
         return ((note[2] != 0) | _differ(note, tolerance)).to(torch.float32)
@@ -212,7 +211,7 @@ class StepAgreement:
             self._unread = None
             arrived.synchronize()
             if (difference := self._difference(host, claims, tolerance)) is not None:
-                self._reconcile()
+                self._refuse(differ=True)
                 was_void = host[0] == -host[1]
                 outcome = (
                     "has changed nothing" if was_void else "was taken with wrong numbers, so go back to a checkpoint"

@@ -1,6 +1,7 @@
-"""The verbs between ranks. Every verb starts its work and returns a :class:`Pending`, whose ``wait()`` ends it.
+"""The verbs between ranks.
 
-Flat buffers hold one equal slice per rank:
+The data verbs start their work and return a :class:`Pending`, whose ``wait()`` ends it. Flat buffers hold one equal
+slice per rank:
 
     reduce_scatter_mean(buffer, out)    out <- mean over ranks of this rank's slice, in place or not
     all_gather_(buffer)                 other slices <- their owners' own slices
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,23 +23,11 @@ import torch.distributed.nn  # see NativeVerbs
 from torch import Tensor
 from torch.profiler import record_function
 
-from sharded_dadamw.comm.pending import Done as Done
-from sharded_dadamw.comm.pending import Pending
+from sharded_dadamw.comm.pending import DONE, Pending
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Handle(Protocol):
-    """Something under way."""
-
-    def arrive(self) -> object:
-        """See :class:`Pending`."""
-
-    def wait(self) -> object:
-        """See :class:`Pending`."""
-
 
 REDUCE_SCATTER = "sharded_dadamw::reduce_scatter"
 ALL_GATHER = "sharded_dadamw::all_gather"
@@ -153,15 +142,14 @@ class Collectives:
             out.add_(mean)
         elif mean.data_ptr() != out.data_ptr():
             out.copy_(mean)
-        return Done()
+        return DONE
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """Replace the other ranks' slices of ``buffer`` [num_ranks * n] by what their owners hold."""
-        return Done()
+        return DONE
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending | dist.Work:
-        """Reduce a small tensor in place, over :attr:`everyone`."""
-        return Done()
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """Reduce a small tensor in place, over :attr:`everyone`. This blocks as :meth:`Pending.wait` does."""
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by that of rank 0 of :attr:`everyone`."""
@@ -237,10 +225,9 @@ class NativeVerbs(Collectives):
             self.bytes_sent += (self.num_ranks - 1) * own.nbytes
         return Pending(ALL_GATHER, work.wait)
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Pending | dist.Work:
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """See :meth:`Collectives.all_reduce_`."""
-        work: dist.Work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
-        return work
+        dist.all_reduce(tensor, op=op, group=self.group)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """See :meth:`Collectives.broadcast_`."""

@@ -19,7 +19,7 @@ class Pending:
     def __init__(
         self,
         name: str,
-        finish: Callable[[], object],
+        finish: Callable[[], object] | None,
         queue: deque[Pending] | None = None,
         release: Callable[[], object] | None = None,
     ) -> None:
@@ -27,27 +27,16 @@ class Pending:
 
         Args:
             name: What a profiler calls it.
-            finish: What is left to do for the result.
+            finish: What is left to do for the result. It may be called again after a KeyboardInterrupt.
             queue: Verbs to finish before this one; None where the order does not matter.
             release: What is then to be waited for until the buffers may be written again.
         """
         self._name = name
-        self._finish: Callable[[], object] | None = finish
+        self._finish = finish
         self._release = release
         self._failure: Exception | None = None
         self._queue: deque[Pending] = deque() if queue is None else queue
         self._queue.append(self)
-
-    def finish(self) -> None:
-        """Do what is left for the result; ``wait`` will say if that failed."""
-        while self._finish is not None:
-            self._queue.popleft()._run()
-
-    def arrive(self) -> None:
-        """Wait until the result is there; other ranks may still be reading this one's buffer."""
-        self.finish()
-        if self._failure is not None:
-            raise self._failure
 
     def wait(self) -> None:
         """Wait until the result is there and buffers may be written; more than once does no harm.
@@ -57,25 +46,29 @@ class Pending:
         Raises:
             RuntimeError: Another rank is gone, or too late. Each call raises again.
         """
-        self.arrive()
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self.finish()
+        if self._failure is not None:
+            raise self._failure
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+    def finish(self) -> None:
+        """For the verbs' own use: do what is left for the result; ``wait`` will say if that failed."""
+        while self._finish is not None:
+            self._queue[0]._run()
+            self._queue.popleft()  # and not before: what was interrupted is still to be done
 
     def _run(self) -> None:
-        finish, self._finish = self._finish, None
-        assert finish is not None, "a verb leaves the queue as it is finished"
+        if self._finish is None:
+            return
         with record_function(self._name):
             try:
-                finish()
+                self._finish()
             except Exception as error:  # who waits for this verb hears of it, not who waits for a later one
                 self._failure = error
-
-
-class Done(Pending):
-    """A verb that has nothing left to do."""
-
-    def __init__(self) -> None:
-        """Nothing is under way."""
-        super().__init__("", lambda: None)
         self._finish = None
+
+
+DONE = Pending("", None)
+"""A verb that has nothing left to do."""

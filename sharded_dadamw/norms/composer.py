@@ -108,7 +108,7 @@ class ComposerProtocol:
         """
         while True:
             packed = _pack(metrics, self._keys, device)
-            collectives.all_reduce_(packed, dist.ReduceOp.SUM).wait()
+            collectives.all_reduce_(packed, dist.ReduceOp.SUM)
             if not packed[0]:
                 break
             texts = collectives.gather_texts(json.dumps(list(metrics)))

@@ -115,12 +115,12 @@ def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collec
         largest = [run.abs().amax().to(torch.float64) for run in runs if run.numel()]
         norm = torch.stack(largest).amax() if largest else torch.zeros((), dtype=torch.float64, device=device)
         norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
-        collectives.all_reduce_(norm, dist.ReduceOp.MAX).wait()
+        collectives.all_reduce_(norm, dist.ReduceOp.MAX)
         return norm.to(torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=device)
     if filled := [run for run in runs if run.numel()]:
         total = sums_of_squares(filled).sum()
-    collectives.all_reduce_(total, dist.ReduceOp.SUM).wait()
+    collectives.all_reduce_(total, dist.ReduceOp.SUM)
     return total.sqrt().to(torch.float32)
 
 

@@ -189,7 +189,7 @@ def add_up(report: StepReport, owners: NormOwners, params: Sequence[Tensor], loo
     if counted:
         sources, targets = torch.tensor(counted).to(device, non_blocking=True).unbind(1)
         squares[targets] = parts[sources]
-    owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM).wait()
+    owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
     return Table(squares, sorted(rows))
 
 

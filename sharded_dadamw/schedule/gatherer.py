@@ -61,8 +61,6 @@ class Gatherer:
             finish([gather for bucket, gather in self._under_way.items() if bucket not in may_stay])
             self._under_way = {bucket: self._under_way[bucket] for bucket in may_stay}
             for bucket, gather in self._under_way.items():
-                if not self._collectives.gathers_by_itself:
-                    gather.arrive()  # or a rank that reads would wait for others, who may be waiting for it elsewhere
                 gather.leave([member.param for member in bucket.members])
         except BaseException:
             # What went wrong first is what to tell, be it a KeyboardInterrupt.
@@ -80,7 +78,9 @@ class Gatherer:
                     self._under_way[earlier].wait()
 
     def _may_stay(self, bucket: Bucket) -> bool:
-        if not self._attachments or bucket.is_borrowed or self._collectives.num_ranks == 1:
+        # Where gathers need the host, a rank that reads would wait for others, who may be waiting for it elsewhere.
+        goes_on = self._collectives.num_ranks > 1 and self._collectives.gathers_by_itself
+        if not (self._attachments and goes_on) or bucket.is_borrowed:
             return False
         return all(
             type(member.param) is Parameter and any(id(member.param) in attached.ids for attached in self._attachments)
@@ -93,8 +93,9 @@ class Gatherer:
         Raises:
             RuntimeError: As :meth:`Gather.wait`, after the others have been finished.
         """
-        gathers, self._under_way = list(self._under_way.values()), {}
+        gathers = list(self._under_way.values())
         finish(gathers)
+        self._under_way.clear()
         self._wait_s += sum(gather.wait_s for gather in gathers)
 
     def take_wait_s(self) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sharded_dadamw.buckets.weights import Weights
-from sharded_dadamw.comm.collectives import Handle
+from sharded_dadamw.comm.pending import Pending
 
 _METADATA = frozenset(("grad", "requires_grad", "shape", "dtype", "device", "is_floating_point"))
 """What may be asked of a parameter in flight, and ``grad`` also set: what loops do between a step and a forward."""
@@ -39,7 +39,7 @@ class Gather:
         wait_s: Host seconds for which it was waited for.
     """
 
-    def __init__(self, weights: Weights, buffer: Tensor, handle: Handle) -> None:
+    def __init__(self, weights: Weights, buffer: Tensor, handle: Pending) -> None:
         """Take over what has been started.
 
         Args:
@@ -51,11 +51,7 @@ class Gather:
         self._weights, self._buffer, self._handle = weights, buffer, handle
         self._params: Sequence[Tensor] = ()
         self._is_over = False
-        self._error: BaseException | None = None
-
-    def arrive(self) -> None:
-        """Have all there is to have, whether or not the other ranks have it, too."""
-        self._handle.arrive()
+        self._error: Exception | None = None
 
     def leave(self, params: Sequence[Tensor]) -> None:
         """Leave it in flight; readers of these parameters wait from now on."""
@@ -75,16 +71,16 @@ class Gather:
                 raise RuntimeError(_LOST) from self._error
             if self._is_over:
                 return
-            self._is_over = True
             start = time.perf_counter()
             try:
                 self._handle.wait()
                 self._weights.accept_(self._buffer)
-                self._give_back(Parameter)
-            except BaseException as error:
+            except Exception as error:
                 self._error = error
                 self._give_back(LostParameter)
                 raise
+            self._is_over = True  # and not after a KeyboardInterrupt: who reads next waits again
+            self._give_back(Parameter)
             self.wait_s = time.perf_counter() - start
 
     def _give_back(self, kind: type[Parameter]) -> None:

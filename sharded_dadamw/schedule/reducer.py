@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.gradients import HookedGradients, ShardedGradients, Stage
-from sharded_dadamw.comm.collectives import Collectives, Handle
+from sharded_dadamw.comm.collectives import Collectives
 
 _BUCKETS_AHEAD = 1
 """Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""
@@ -42,7 +42,7 @@ class Reducer:
 
     Attributes:
         is_accumulating: Whether backward passes leave gradients local.
-        num_rounds: Rounds since the last step.
+        num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
     def __init__(self, collectives: Collectives, *, overlap: bool) -> None:
@@ -55,7 +55,7 @@ class Reducer:
         self._others: list[Bucket] = []
         self._is_begun = False
         self._launched: set[Bucket] = set()
-        self._under_way: deque[tuple[Bucket, Handle | None]] = deque()
+        self._under_way: deque[Bucket] = deque()
         self._backward: int | None = None  # the outermost one, where its end will be told
         self._graph_task: int | None = None  # the one whose gradients come in
         self._completed: list[Bucket] = []
@@ -112,14 +112,14 @@ class Reducer:
         """Finish the round of a backward pass; of a nested one, only what can be launched by now."""
         if is_nested:
             self._launch_complete()
-            self._land()
+            self._wait_for_all()
             if len(self._launched) < len(self._hooked):
                 return
         else:
             self._backward = None
         self._finish_round()
 
-    def complete_round(self) -> None:
+    def finish_round(self) -> None:
         """Finish a round that backward has begun, if that was broken off or could not be told its end. Collective."""
         self._backward = None
         self._finish_round()
@@ -131,43 +131,43 @@ class Reducer:
         gradients it has, such as those that were assigned by hand.
         """
         self._is_begun = self._is_begun or (self._reduces_in_backward and not self.num_rounds)
-        self.complete_round()
+        self.finish_round()
 
     def still_local(self) -> list[Bucket]:
         """The buckets that :meth:`reduced` will reduce, which have to be the same on all ranks."""
         local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
         return list(self._hooked) if local and self._keeps_shards else local
 
-    def reduced(self, ready_order: Sequence[Bucket] = ()) -> Generator[Bucket]:
+    def reduced(self, *, last_first: bool = False) -> Generator[Bucket]:
         """Reduce what backward has left, one bucket ahead, and yield each bucket once its gradient shard is the mean.
 
         Collective. Close the generator where it might not be exhausted: that waits for what has been started.
 
         Args:
-            ready_order: In which order to yield the buckets whose means are there already.
+            last_first: Reduce everything first, and yield the buckets in the reverse order: what forward reads first,
+                backward delivers last.
         """
         rest = deque(self.still_local())
         rest += [bucket for bucket in self._others if bucket.gradients.stage is Stage.LOCAL]
         later = set(rest)
-        place = {bucket: index for index, bucket in enumerate(ready_order)}
-        ready = [bucket for bucket in self.buckets() if bucket not in later]
-        ready.sort(key=lambda bucket: place.get(bucket, len(place)))
+        finished = [bucket for bucket in self.buckets() if bucket not in later]
         try:
+            if last_first:
+                deque(self._finish(rest), maxlen=0)
+                finished = self.buckets()[::-1]
             self._launch_ahead(rest)
-            for bucket in ready:
+            for bucket in finished:
                 if not bucket.gradients.is_read:
                     bucket.gradients.mark(Stage.REDUCED, is_read=True)
                 yield bucket
-            while self._under_way:
-                bucket = self._finish_oldest()
-                self._launch_ahead(rest)
-                bucket.gradients.mark(Stage.REDUCED, is_read=True)
-                yield bucket
+            yield from self._finish(rest)
         finally:
             # Whatever stopped the caller, no message may be left over for the next step to receive.
-            while rest or self._under_way:
-                self._launch_ahead(rest)
-                self._finish_oldest().gradients.mark(Stage.REDUCED, is_read=True)
+            deque(self._finish(rest), maxlen=0)
+
+    def reduce_all(self) -> list[Bucket]:
+        """Return all buckets, with their gradients averaged. Collective."""
+        return list(self.reduced())
 
     def consume(self) -> None:
         """Say that a step has used the gradients. Collective where the order of buckets is still to be learnt."""
@@ -176,15 +176,16 @@ class Reducer:
         self.num_rounds = 0
         self._learn_order()
 
-    def spend(self) -> None:
-        """Say that averages are of no use, since ranks disagreed; what is local stays."""
-        for bucket in self._hooked:
+    def refuse(self, *, differ: bool) -> None:
+        """Say that all ranks have refused a call. Where they differ, averages are of no use; what is local stays."""
+        self.num_rounds = 0
+        for bucket in self._hooked if differ else ():
             if bucket.gradients.stage is Stage.REDUCED:
                 bucket.gradients.mark(Stage.CONSUMED)
-        self.num_rounds = 0
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Forget all gradients, once no other rank waits for them."""
+        self._under_way.clear()
         for bucket in self.buckets():
             bucket.gradients.mark(Stage.LOCAL)
 
@@ -268,14 +269,22 @@ class Reducer:
         while rest and len(self._under_way) <= _BUCKETS_AHEAD:
             self._launch(rest.popleft())
 
+    def _finish(self, rest: deque[Bucket]) -> Iterator[Bucket]:
+        """Finish what is under way, launch the rest meanwhile, and yield the buckets in this order."""
+        while rest or self._under_way:
+            self._launch_ahead(rest)
+            bucket = self._finish_oldest()
+            self._launch_ahead(rest)
+            bucket.gradients.mark(Stage.REDUCED, is_read=True)
+            yield bucket
+
     def _launch(self, bucket: Bucket) -> None:
-        self._under_way.append((bucket, bucket.gradients.reduce(self._collectives)))
+        bucket.gradients.reduce(self._collectives)
+        self._under_way.append(bucket)
 
     def _finish_oldest(self) -> Bucket:
-        bucket, reduction = self._under_way.popleft()
-        if reduction is not None:
-            reduction.wait()
-        bucket.gradients.land()
+        bucket = self._under_way.popleft()
+        bucket.gradients.wait()
         return bucket
 
     def _finish_round(self) -> None:
@@ -285,20 +294,16 @@ class Reducer:
             for bucket in self._hooked[len(self._launched) :]:
                 self._launch_in_backward(bucket)
                 self._finish_all_but(_BUCKETS_AHEAD)
-            self._land()
+            self._wait_for_all()
             self._is_begun = False
             self._launched.clear()
             self.num_rounds += 1
 
-    def _land(self) -> None:
-        """Wait for all that is under way."""
-        under_way, self._under_way = self._under_way, deque()
+    def _wait_for_all(self) -> None:
         # Reductions are finished in the order of their start: first all of ours, and then we wait for other ranks.
-        for _, reduction in reversed(under_way):
-            assert reduction is not None
-            reduction.wait()
-        for bucket, _ in under_way:
-            bucket.gradients.land()
+        for bucket in reversed(self._under_way):
+            bucket.gradients.wait()
+        self._under_way.clear()
 
 
 class _Delivery:

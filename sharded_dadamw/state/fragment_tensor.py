@@ -139,7 +139,7 @@ class FragmentTensor(DTensor):
         _, start, stop = self.span
         part[start:stop].copy_(self._local_tensor)
         # Of an element's bytes those of ranks that do not have it are 0, and all that do have it have the same.
-        ranks.everyone.all_reduce_(part.view(torch.uint8), dist.ReduceOp.MAX).wait()
+        ranks.everyone.all_reduce_(part.view(torch.uint8), dist.ReduceOp.MAX)
         whole: Any = DTensor.from_local(
             part.view(_SENT_AS.get(self.dtype, self.dtype)).view(self._piece.part_shape),
             self.device_mesh,
