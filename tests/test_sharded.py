@@ -344,7 +344,6 @@ def test_clipping_is_by_the_true_global_norm(scenario: Scenario, num_ranks: int)
     ("odd sizes", Scenario(reduce_gradients=False)),
     ("odd sizes, one bucket each", Scenario(reduce_gradients=False, bucket_cap_mb=ONE_EACH)),
     ("mixed dtypes, assigned by hand", Scenario("mixed dtypes", reduce_gradients=False, assign=True)),
-    ("non-contiguous parameters", Scenario("non-contiguous", reduce_gradients=False, num_steps=6)),
 )
 def test_gradients_reduced_by_others_are_only_read(scenario: Scenario, num_ranks: int) -> None:
     assert_state_is_the_controls(on_ranks(num_ranks, train_beside_control, scenario))

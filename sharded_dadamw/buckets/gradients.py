@@ -496,7 +496,10 @@ def check_gradient(member: NamedParameter, grad: Tensor, dtype: torch.dtype) -> 
     if grad.layout != torch.strided:
         raise ValueError(f"gradient of {member.name}: expected a dense tensor, got layout {grad.layout}")
     if grad.dtype != dtype:
-        raise ValueError(f"gradient of {member.name}: expected {dtype}, got {grad.dtype}")
+        raise ValueError(
+            f"gradient of {member.name}: expected {dtype}, got {grad.dtype}; if the model was cast, as by "
+            "model.bfloat16(), build the optimizer after that"
+        )
 
 
 def _uncleared(name: str) -> RuntimeError:

@@ -68,7 +68,8 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
     """Refuse parameters that the ranks of a group do not share, or whose gradients nobody would average.
 
     Raises:
-        ValueError: A parameter is sharded among these ranks already, or is a plain one beside HSDP's.
+        ValueError: A parameter is sharded among these ranks already, or is a plain one beside HSDP's, or has
+            strides that whoever else reduces its gradient may go by.
     """
     replicated = [member for member in members if member.placement.others and is_reduced_by_others(member, collectives)]
     for member in members:
@@ -77,6 +78,13 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
             raise ValueError(
                 f"{member.name}: expected a parameter that all ranks of the process group hold alike, got a DTensor "
                 "that is sharded among them already; use DecoupledAdamW, which updates the local shards as they are"
+            )
+        if not (config.reduce_gradients or member.placement.is_borrowed or member.param.is_contiguous()):
+            # DistributedDataParallel writes gradients in the order in which it found parameters to lie in memory.
+            raise ValueError(
+                f"{member.name}: expected a row-major parameter where reduce_gradients=False, got strides "
+                f"{member.param.stride()}; call model.to(memory_format=torch.contiguous_format), or make it "
+                "contiguous(), before the model is wrapped"
             )
         if replicated and config.reduce_gradients and not member.placement.is_borrowed:
             raise ValueError(

@@ -1,27 +1,32 @@
 """The parameters of one bucket: where they live, and how this rank's shard of them is published.
 
-Plain parameters become views of a flat buffer of ours, which is gathered in place. The memory of a DTensor belongs to
-FSDP or to tensor parallelism: its elements are read before each update and written back after it, through a flat buffer
-that exists only meanwhile.
+Plain parameters lie in a flat buffer of ours, which is gathered in place. The memory of a DTensor belongs to FSDP or to
+tensor parallelism: its elements are read before each update and written back after it, through a flat buffer that
+exists only meanwhile.
 
-    own        p.data is a view of   |        |  shard |        |     [num_ranks * n]
+    own        p.data lies in        |        |  shard |        |     [num_ranks * n]
     borrowed                                  |  shard |              [n], a copy; p's memory stays where it is
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from operator import attrgetter
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate, zeros
 
 _VERSION = attrgetter("_version")
+_log = logging.getLogger(__name__)
+_alive: WeakSet[OwnWeights] = WeakSet()
 
 
 class Weights(ABC):
@@ -61,8 +66,12 @@ class Weights(ABC):
         ]
 
     @abstractmethod
-    def misplaced(self) -> list[NamedParameter]:
-        """The parameters that are no longer where they were."""
+    def misplaced(self) -> list[tuple[NamedParameter, str]]:
+        """The parameters that are no longer where they were, and why they cannot be taken back, or an empty text."""
+
+    def take_back_(self) -> None:
+        """Bring parameters that are elsewhere back to where they were."""
+        raise NotImplementedError
 
     @abstractmethod
     def refresh_(self) -> None:
@@ -92,7 +101,7 @@ class Weights(ABC):
 class OwnWeights(Weights):
     """Parameters that live in a flat buffer of ours.
 
-    Constructing it moves them there: ``p.data`` becomes a contiguous view, ``p`` stays the same object.
+    Constructing it moves them there: ``p.data`` becomes contiguous memory of the buffer, ``p`` stays the same object.
     """
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, allocate: Allocate) -> None:
@@ -100,21 +109,38 @@ class OwnWeights(Weights):
         super().__init__(members, layout, rank)
         self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
-        self.views = self._views_of(self.buffer)
+        # Each has a storage of its own over the buffer's memory. Who saves a tensor saves its storage, and takes those
+        # that share one for tied weights.
+        self.views = list(map(from_dlpack, self._views_of(self.buffer)))
         for member, view in zip(members, self.views, strict=True):
             member.param.data = view
         self._places = list(map(Tensor.data_ptr, self.views))
         self.note_update()
+        _alive.add(self)
 
-    def misplaced(self) -> list[NamedParameter]:
+    def misplaced(self) -> list[tuple[NamedParameter, str]]:
         """See :meth:`Weights.misplaced`."""
         if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
             return []
         return [
-            member
+            (member, self._why(member.param, view))
             for member, view in zip(self._members, self.views, strict=True)
             if member.param.data_ptr() != view.data_ptr()
         ]
+
+    def _why(self, param: Tensor, view: Tensor) -> str:
+        if any(param.data_ptr() in others._places for others in _alive if others is not self):
+            return "it was given to another optimizer, which has it now"
+        return _difference(param, tuple(view.shape), view.dtype, view.device)
+
+    def take_back_(self) -> None:
+        """Move parameters that are elsewhere back into the buffer, with the values that they have there."""
+        for member, view in zip(self._members, self.views, strict=True):
+            if member.param.data_ptr() != view.data_ptr():
+                view.copy_(member.param.data)
+                member.param.data = view
+        self._versions = [-1]  # whatever was written elsewhere is for main parameters, too
+        _log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
 
     def refresh_(self) -> None:
         """See :meth:`Weights.refresh_`; the shard is the parameters' own memory."""
@@ -153,15 +179,11 @@ class BorrowedWeights(Weights):
         self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
         self.refresh_()
 
-    def misplaced(self) -> list[NamedParameter]:
+    def misplaced(self) -> list[tuple[NamedParameter, str]]:
         """See :meth:`Weights.misplaced`; their owner may move them, but not cut them in another way."""
-        return [
-            member
-            for member in self._members
-            if tuple(member.local.shape) != member.placement.local_shape
-            or member.param.dtype != self.shard.dtype
-            or member.param.device != self.shard.device
-        ]
+        dtype, device = self.shard.dtype, self.shard.device
+        whys = [(each, _difference(each.local, each.placement.local_shape, dtype, device)) for each in self._members]
+        return [(member, why) for member, why in whys if why]
 
     def refresh_(self) -> None:
         """See :meth:`Weights.refresh_`."""
@@ -191,3 +213,10 @@ class BorrowedWeights(Weights):
 
     def note_update(self) -> None:
         """See :meth:`Weights.note_update`."""
+
+
+def _difference(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """In what a tensor is not what it was, in words; empty if in nothing."""
+    now = tuple(tensor.shape), tensor.dtype, tensor.device
+    changes = [f"from {was} to {is_}" for was, is_ in zip((shape, dtype, device), now, strict=True) if was != is_]
+    return "it has changed " + " and ".join(changes) if changes else ""

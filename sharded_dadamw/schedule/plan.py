@@ -93,9 +93,13 @@ def make_plan(
     try:
         if reducer.is_accumulating:
             raise RuntimeError(f"{asked.doing} was called inside no_sync(); leave the context first")
-        moved: list[NamedParameter] = []
+        moved: list[tuple[NamedParameter, str]] = []
         for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
-            moved += bucket.weights.misplaced()
+            if misplaced := bucket.weights.misplaced():
+                moved += [(member, why) for member, why in misplaced if why]
+                if not moved:
+                    bucket.weights.take_back_()
+                    reducer.hook(bucket)
             if moved:  # which explains whatever else is wrong
                 continue
             bucket.gradients.collect(to_clip=asked.to_clip)
@@ -123,12 +127,12 @@ def make_plan(
     return Plan(present, hypers, void, unfrozen)
 
 
-def _refuse_moved(moved: Sequence[NamedParameter]) -> None:
+def _refuse_moved(moved: Sequence[tuple[NamedParameter, str]]) -> None:
     if moved:
-        first = min(moved, key=lambda member: member.index)
+        first, why = min(moved, key=lambda each: each[0].index)
         raise RuntimeError(
-            f"{first.name} no longer lives in the optimizer's flat buffer: it was moved, cast, or given to another "
-            "optimizer. Build the optimizer after the model is on its device and in its dtype"
+            f"{first.name} no longer lives in the optimizer's flat buffer: {why}. Build the optimizer after the model "
+            "is on its device and in its dtype, and use one optimizer for a parameter"
         )
 
 

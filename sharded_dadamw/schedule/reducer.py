@@ -68,12 +68,18 @@ class Reducer:
             return
         self._hooked.append(bucket)
         self._knows_order = False
+        self.hook(bucket)
+
+    def hook(self, bucket: Bucket) -> None:
+        """Have backward deliver a bucket's gradients to this optimizer, and to none that had the parameters before."""
+        if not isinstance(bucket.gradients, HookedGradients):
+            return
         # Hooks live as long as the parameters; through weak references they do not keep the buffers alive as well.
         here, there = weakref.ref(self), weakref.ref(bucket)
-        hooks = [
-            member.param.register_post_accumulate_grad_hook(_Delivery(here, there, slot))
-            for slot, member in enumerate(bucket.members)
-        ]
+        hooks = []
+        for slot, member in enumerate(bucket.members):
+            _unhook(member.param)
+            hooks.append(member.param.register_post_accumulate_grad_hook(_Delivery(here, there, slot)))
         weakref.finalize(bucket, _remove, hooks).atexit = False
 
     @contextmanager
@@ -337,6 +343,15 @@ def _is_nested() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _unhook(param: Tensor) -> None:
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None)
+    if hooks is not None:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Delivery)]:
+            del hooks[key]
+        # torch.utils.swap_tensors, which model.to may use, leaves them here and does not call them any more.
+        param._post_accumulate_grad_hooks = hooks
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

@@ -1,0 +1,196 @@
+"""What others do to the parameters of an optimizer: it stays right, or one error on every rank says what to do.
+
+A model is moved after the optimizer was built, saved by whoever looks at storages, wrapped by
+DistributedDataParallel, or given to a second optimizer.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_dadamw import GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from tests.pool import on_ranks
+
+FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def train(model: nn.Module, optimizer: ShardedDecoupledAdamW, step: int, group: Any = None) -> None:
+    rank = 0 if group is None else dist.get_rank(group)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + rank))
+    model(x.to(next(model.parameters()).dtype)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def build(model: nn.Module, group: Any, **config: Any) -> ShardedDecoupledAdamW:
+    return ShardedDecoupledAdamW(
+        model.named_parameters(), lr=1e-2, process_group=group, config=ShardingConfig(**config)
+    )
+
+
+# --- parameters that were moved ---
+
+
+def copy_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def swap_tensors(model: nn.Module) -> None:
+    """What model.to does under torch.__future__.set_swap_module_params_on_conversion; it leaves hooks behind."""
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
+
+
+def trained_with_moves(
+    group: Any, move: Callable[[nn.Module], None] | None, residency: GradientResidency, is_attached: bool
+) -> Tensor:
+    model = make_model()
+    optimizer = build(model, group, gradient_residency=residency)
+    if is_attached:
+        optimizer.attach(model)
+    for step in range(4):
+        if move is not None and step in (0, 2):
+            optimizer.synchronize()
+            move(model)
+        train(model, optimizer, step, group)
+    model(torch.ones(1, 8)).sum().backward()
+    assert all((p.grad is None) == (residency is SHARDED) for p in model.parameters()), "hooks were left behind"
+    optimizer.synchronize()
+    return values_of(model)
+
+
+@pytest.mark.parametrize(
+    ("move", "residency", "is_attached"),
+    [(copy_data, FULL, False), (copy_data, SHARDED, True), (swap_tensors, FULL, True), (swap_tensors, SHARDED, False)],
+)
+def test_parameters_that_were_moved_are_taken_back_with_the_values_they_have(
+    move: Callable[[nn.Module], None], residency: GradientResidency, is_attached: bool
+) -> None:
+    moved = on_ranks(2, trained_with_moves, move, residency, is_attached)
+    stayed = on_ranks(2, trained_with_moves, None, residency, False)
+    for each in moved:
+        assert torch.equal(each, stayed[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter with main parameters beside it
+def test_values_written_while_a_parameter_was_elsewhere_count(dtype: torch.dtype) -> None:
+    model, other = make_model().to(dtype), make_model().to(dtype)
+    optimizer, control = build(model, None), build(other, None)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.data = p.data + 1.0
+            q.add_(1.0)
+    train(model, optimizer, 0)
+    train(other, control, 0)
+    assert torch.equal(values_of(model), values_of(other))
+
+
+@pytest.mark.parametrize(
+    ("cast", "said"),
+    [(nn.Module.bfloat16, r"torch\.float32.*bfloat16"), (nn.Module.double, r"torch\.float32.*float64")],
+)
+def test_a_model_that_was_cast_is_an_error_that_says_so(cast: Callable[[nn.Module], nn.Module], said: str) -> None:
+    model = make_model()
+    optimizer = build(model, None)
+    cast(model)
+    with pytest.raises(RuntimeError, match=said + r".*Build the optimizer after the model is on its device"):
+        optimizer.step()
+    x = torch.ones(2, 8, dtype=next(model.parameters()).dtype)
+    with pytest.raises(ValueError, match=said + r".*build the optimizer after"):
+        model(x).sum().backward()
+
+
+# --- storages ---
+
+
+def test_each_parameter_has_a_storage_of_its_own() -> None:
+    model = make_model()
+    build(model, None)
+    storages = [p.untyped_storage() for p in model.parameters()]
+    assert [s.nbytes() for s in storages] == [p.numel() * p.itemsize for p in model.parameters()]
+    assert len({s.data_ptr() for s in storages}) == len(storages)
+
+
+# --- memory that is not row-major ---
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(6, 8).t())
+        self.v = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.v(torch.tanh(x @ self.w))
+
+
+def refusal_of_strides(group: Any) -> str:
+    with pytest.raises(ValueError, match="expected a row-major parameter where reduce_gradients=False") as caught:
+        build(Transposed(), group, reduce_gradients=False)
+    return str(caught.value)
+
+
+def under_ddp(group: Any) -> float:
+    """The worst relative error of a gradient that DistributedDataParallel wrote, once weights are contiguous."""
+    model = Transposed()
+    model.w.data = model.w.data.contiguous()
+    control = copy.deepcopy(model).double()
+    ddp = DistributedDataParallel(model, process_group=group)
+    build(model, group, reduce_gradients=False)
+    xs = [torch.randn(5, 8, generator=torch.Generator().manual_seed(r)) for r in range(dist.get_world_size(group))]
+    ddp(xs[dist.get_rank(group)]).square().mean().backward()
+    (sum(control(x.double()).square().mean() for x in xs) / len(xs)).backward()
+    pairs = zip(model.parameters(), control.parameters(), strict=True)
+    return max(float((p.grad - q.grad).abs().max() / q.grad.abs().max()) for p, q in pairs)  # type: ignore[operator,union-attr]
+
+
+def test_strides_by_which_ddp_would_go_are_refused_with_what_works() -> None:
+    assert all("w:" in said and "contiguous_format" in said for said in on_ranks(2, refusal_of_strides))
+    assert max(on_ranks(2, under_ddp)) < 1e-5
+
+
+# --- a second optimizer over the same model ---
+
+
+def two_phases(group: Any, residency: GradientResidency, drop_first: bool) -> tuple[Tensor, str]:
+    model = make_model()
+    first: ShardedDecoupledAdamW | None = build(model, group, gradient_residency=residency)
+    assert first is not None
+    train(model, first, 0, group)
+    if drop_first:
+        first = None
+    second = build(model, group, gradient_residency=residency)
+    for step in range(1, 3):
+        train(model, second, step, group)
+    said = ""
+    if first is not None:
+        model(torch.ones(1, 8)).sum().backward()
+        with pytest.raises(RuntimeError, match="given to another optimizer") as caught:
+            first.step()
+        said = str(caught.value)
+    return values_of(model), said
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_a_second_optimizer_takes_over_and_the_first_says_so(residency: GradientResidency) -> None:
+    kept, dropped = (on_ranks(2, two_phases, residency, drop) for drop in (False, True))
+    for (values, said), (expected, _) in zip(kept, dropped, strict=True):
+        assert torch.equal(values, expected)
+        assert "use one optimizer for a parameter" in said
