@@ -194,3 +194,66 @@ def test_a_second_optimizer_takes_over_and_the_first_says_so(residency: Gradient
     for (values, said), (expected, _) in zip(kept, dropped, strict=True):
         assert torch.equal(values, expected)
         assert "use one optimizer for a parameter" in said
+
+
+# --- gradients that stay from another loss, or that something else makes, too ---
+
+
+def leave_gradients_of_another_loss(group: Any, clear_with: str) -> tuple[str, Tensor]:
+    """Steps whose model also takes part in another one's loss, as the discriminator does in a GAN's."""
+    model = make_model()
+    optimizer = build(model, group, gradient_residency=SHARDED)
+    rank = 0 if group is None else dist.get_rank(group)
+    said = ""
+    for step in range(2):
+        if clear_with == "model":
+            model.zero_grad()
+        elif clear_with == "optimizer":
+            optimizer.zero_grad()
+        try:
+            for micro in range(2):
+                x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
+                model(x).square().mean().backward()
+        except RuntimeError as error:
+            said = str(error)
+            break
+        optimizer.step()
+        if clear_with == "optimizer":
+            model(torch.ones(1, 8)).sum().backward()
+    return said, values_of(model)
+
+
+def test_means_that_model_zero_grad_cannot_drop_are_an_error_before_they_add_up() -> None:
+    for said, _ in on_ranks(2, leave_gradients_of_another_loss, "model"):
+        assert "call optimizer.zero_grad() between a step and the next backward" in said
+    for said, values in on_ranks(2, leave_gradients_of_another_loss, "optimizer"):
+        assert not said
+        control = make_model()
+        torch_like = ShardedDecoupledAdamW(control.named_parameters(), lr=1e-2)
+        for step in range(2):
+            xs = [
+                torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
+                for micro in range(2)
+                for rank in range(2)
+            ]
+            (sum(control(x).square().mean() for x in xs) / 2).backward()  # type: ignore[union-attr]
+            torch_like.step()
+            torch_like.zero_grad()
+        torch.testing.assert_close(values, values_of(control), rtol=0, atol=2e-6)  # sums in another order
+
+
+def step_under_ddp(group: Any, as_bucket_view: bool) -> str:
+    model = make_model()
+    ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=as_bucket_view)
+    optimizer = build(model, group, gradient_residency=SHARDED)
+    before = values_of(model)
+    ddp(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel, pass") as caught:
+        optimizer.step()
+    assert torch.equal(values_of(model), before)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("as_bucket_view", [False, True])
+def test_ddp_around_sharded_gradients_is_an_error_that_names_it(as_bucket_view: bool) -> None:
+    assert all("reduce_gradients=False" in said for said in on_ranks(2, step_under_ddp, as_bucket_view))

@@ -79,6 +79,10 @@ class Gradients(ABC):
     def mark(self, stage: Stage, *, is_read: bool = False) -> None:
         """Say what the gradients mean from now on."""
 
+    def drop(self) -> None:
+        """Forget all there are, as the optimizer's ``zero_grad`` does."""
+        self.mark(Stage.LOCAL)
+
     @abstractmethod
     def collect(self, *, to_clip: bool) -> None:
         """Make sure of the gradients before they are used: bring in those that were assigned by hand.
@@ -378,7 +382,9 @@ class SpareBuffers:
 
 
 class ShardedGradients(HookedGradients):
-    """Gradients of which only this rank's shard of the mean is kept; the means of several reductions add up there.
+    """Gradients of which only this rank's shard of the mean is kept.
+
+    The means of several reductions add up there, once the optimizer's ``zero_grad`` has been called.
 
     A flat buffer exists from the first gradient until the reduction is done. ``p.grad`` is None from the moment at
     which the reduction begins, so gradients that come later go into another buffer, and another reduction.
@@ -402,6 +408,7 @@ class ShardedGradients(HookedGradients):
         self._leaving: Tensor | None = None
         self._had = bytearray(len(members))
         self._holds_a_mean = False
+        self._is_cleared = True
 
     @property
     def present(self) -> tuple[bool, ...]:
@@ -416,6 +423,7 @@ class ShardedGradients(HookedGradients):
     def mark(self, stage: Stage, *, is_read: bool = False) -> None:
         """See :meth:`Gradients.mark`; LOCAL drops all there are."""
         self.stage, self.is_read = stage, is_read
+        self._is_cleared = self._is_cleared and stage is not Stage.CONSUMED
         if stage is not Stage.LOCAL:
             return
         self._reduction, self._is_lost = DONE, False
@@ -429,6 +437,11 @@ class ShardedGradients(HookedGradients):
         self._holds_a_mean = False
         self._await_all()
 
+    def drop(self) -> None:
+        """See :meth:`Gradients.drop`."""
+        super().drop()
+        self._is_cleared = True
+
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`. After a step there is nothing to clear."""
         if self.stage is Stage.CONSUMED:
@@ -438,6 +451,12 @@ class ShardedGradients(HookedGradients):
             if member.param.grad is not None:
                 if self.is_read:
                     raise self._changed()
+                if self._had[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
+                    raise RuntimeError(
+                        f"the gradient of {member.name} is there again, after backward has delivered one; if something "
+                        "else averages gradients, such as DistributedDataParallel, pass "
+                        "ShardingConfig(reduce_gradients=False); otherwise assign none beside those of backward"
+                    )
                 self._adopt(slot)
 
     def reduce(self, collectives: Collectives) -> None:
@@ -470,6 +489,12 @@ class ShardedGradients(HookedGradients):
             self.mark(Stage.LOCAL)
         if self.is_read:
             raise self._too_late(slot)
+        if self._holds_a_mean and not self._is_cleared:  # model.zero_grad(), which finds p.grad at None, drops no mean
+            raise RuntimeError(
+                f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks, and it "
+                "was not dropped since the last step; call optimizer.zero_grad() between a step and the next backward, "
+                "for model.zero_grad() cannot drop sharded gradients"
+            )
 
     def _adopt(self, slot: int) -> None:
         self.stage = Stage.LOCAL

@@ -193,7 +193,7 @@ class Reducer:
         """Forget all gradients, once no other rank waits for them."""
         self._under_way.clear()
         for bucket in self.buckets():
-            bucket.gradients.mark(Stage.LOCAL)
+            bucket.gradients.drop()
 
     def changes(self, *, is_unscaled: bool) -> dict[Bucket, Tensor]:
         """By what factors averages were multiplied, as :meth:`Gradients.change` says; empty where nobody did that.
