@@ -155,6 +155,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         agree_on_groups(self.param_groups, 0, self._config, self._collectives, self._everyone, refusal)
         # Which takes all ranks, so they had to agree on who they are, and on how, before.
         self._collectives = connect(process_group, device, exchange=self._config.exchange)
+        self._everyone = connect_holders(placements, self._collectives, device)
         self._reducer = Reducer(self._collectives, overlap=self._config.overlap)
         self._gatherer = Gatherer(self._collectives)
         self._bucketing = Bucketing(self._collectives, self._config)

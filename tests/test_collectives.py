@@ -620,7 +620,8 @@ def begin_another_buffer(group: Any) -> str:
 
 def test_ranks_that_are_out_of_step_hear_of_it() -> None:
     first, second = on_ranks(2, begin_another_buffer)
-    assert "rank 1 has 16 bytes, rank 0 has 8" in first and "rank 0 has 8 bytes, rank 1 has 16" in second
+    assert "rank 1 has begun an all-gather of 16 bytes, and rank 0 an all-gather of 8 bytes" in first
+    assert "rank 0 has begun an all-gather of 8 bytes, and rank 1 an all-gather of 16 bytes" in second
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

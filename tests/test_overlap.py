@@ -596,6 +596,69 @@ def test_each_backward_is_a_round_also_after_one_that_was_broken_off() -> None:
     assert on_ranks(2, go_on_after_an_exception) == [2, 2]
 
 
+def look_in_hooks(group: Any, residency: GradientResidency, overlap: bool, bucket_cap_mb: float) -> None:
+    """Hooks of the user's, from before and from after the optimizer, beside the gradients of a model without one."""
+    torch.manual_seed(1)
+    twin = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    model = copy.deepcopy(twin)
+    seen: list[dict[str, Tensor]] = [{}, {}]
+
+    def watch(number: int) -> None:
+        for name, param in model.named_parameters():
+
+            def look(param: Tensor, name: str = name) -> None:
+                assert param.grad is not None
+                seen[number][name] = param.grad.clone()
+
+            param.register_post_accumulate_grad_hook(look)
+
+    watch(0)
+    config = ShardingConfig(bucket_cap_mb=bucket_cap_mb, gradient_residency=residency, overlap=overlap)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    watch(1)
+    for step in range(2):
+        twin.zero_grad()
+        for number in range(2):
+            loss_of(twin, group.rank(), 10 * step + number).backward()
+            with optimizer.no_sync() if number == 0 else contextlib.nullcontext():
+                loss_of(model, group.rank(), 10 * step + number).backward()
+            for name, param in twin.named_parameters():
+                assert param.grad is not None
+                assert torch.equal(seen[0][name], param.grad) and torch.equal(seen[1][name], param.grad)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [ONE_EACH, SOME_EACH, ALL_IN_ONE])
+@pytest.mark.parametrize(("residency", "overlap"), [(FULL, True), (FULL, False), (SHARDED, True), (SHARDED, False)])
+def test_the_users_own_hooks_see_this_ranks_gradient_whatever_the_buckets(
+    residency: GradientResidency, overlap: bool, bucket_cap_mb: float
+) -> None:
+    on_ranks(2, look_in_hooks, residency, overlap, bucket_cap_mb)
+
+
+def one_backward_more(group: Any, residency: GradientResidency) -> list[str]:
+    """Rank 1 runs a second backward while rank 0 is in its step; what comes after that error fails as well."""
+    model, optimizer = small(group, gradient_residency=residency)
+    loss_of(model, group.rank()).backward()
+    if group.rank() == 1 and residency is FULL:
+        optimizer.zero_grad()
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as error:
+            if group.rank() == 1:
+                loss_of(model, group.rank(), 1).backward()
+            optimizer.step()
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.parametrize("residency", [FULL, SHARDED])
+def test_one_backward_more_on_one_rank_is_an_error_on_all_and_no_hang(residency: GradientResidency) -> None:
+    first, second = on_ranks(2, one_backward_more, residency, timeout_s=20.0)
+    assert first[0] == first[1] and "rank 1 has begun a reduce-scatter of" in first[0]
+    assert second[0] == second[1] and "rank 0 has begun an all-reduce of" in second[0]
+
+
 class Spare(nn.Module):
     """A part with a layer that it does not use."""
 

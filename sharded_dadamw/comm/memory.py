@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -50,9 +51,10 @@ from sharded_dadamw.comm.pending import Pending
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _GONE, _BEGUN, _LEFT, _VERBS = 8, 9, 10, 11
-"""Places on the first page, in words of 8 bytes. Before them is the file's name."""
+"""Places on the first page, in words of 8 bytes. Before them is the file's name. Of each verb it has three words."""
 _MOST_UNDER_WAY = 64
 """Verbs of which a page says where the buffer lies; one more is begun when all ranks have left the oldest."""
+_KINDS = ("a reduce-scatter", "an all-gather", "an all-reduce")
 _PATIENCE_S = 0.1
 """How long to wait for another rank before asking whether its process still lives."""
 
@@ -189,6 +191,7 @@ class MemoryVerbs(NativeVerbs):
         self._under_way: deque[Pending] = deque()
         self._num_begun = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
+        self._failure = ""  # whoever has missed a verb would take the data of another one for it
         weakref.finalize(self, _depart, self._own)
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -206,7 +209,7 @@ class MemoryVerbs(NativeVerbs):
         sent = sent_dtype(buffer.dtype, wire_dtype)
         with record_function(REDUCE_SCATTER):
             readable = self._readable(buffer, self._peers)
-            number = self._begin(readable)
+            number = self._begin(0, readable)
             self.bytes_sent += len(self._peers) * out.numel() * sent.itemsize
 
         def finish() -> None:
@@ -225,7 +228,7 @@ class MemoryVerbs(NativeVerbs):
         """See :meth:`Collectives.all_gather_`."""
         with record_function(ALL_GATHER):
             readable = self._readable(buffer, [self.rank])
-            number = self._begin(readable)
+            number = self._begin(1, readable)
             slices = self._slices(buffer)
             self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
 
@@ -235,6 +238,22 @@ class MemoryVerbs(NativeVerbs):
             self._leave(number, readable is not buffer)
 
         return Pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """See :meth:`Collectives.all_reduce_`. A maximum is taken here, where ranks that are out of step hear of it."""
+        if op != dist.ReduceOp.MAX:
+            super().all_reduce_(tensor, op)
+            return
+        readable = self._own.new_buffer(tensor.numel(), tensor.dtype)
+        number = self._begin(2, readable.copy_(tensor.reshape(-1)))
+
+        def finish() -> None:
+            for peer in self._peers:
+                theirs = self._buffer_of(peer, number, readable).view(tensor.shape)
+                torch.maximum(tensor, theirs, out=tensor)
+            self._leave(number, is_copy=True)
+
+        Pending("", finish, self._under_way).wait()
 
     def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:
         """Memory for sums, kept: new memory costs a page fault for every 4 KiB, as much as the sum itself."""
@@ -253,14 +272,16 @@ class MemoryVerbs(NativeVerbs):
             theirs[rank].copy_(ours[rank])
         return copied
 
-    def _begin(self, buffer: Tensor) -> int:
+    def _begin(self, kind: int, buffer: Tensor) -> int:
         """Tell the others where this rank's buffer is; returns the number of the verb, equal on all ranks."""
+        if self._failure:
+            raise RuntimeError(self._failure)
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way[0].finish()
         self._await_others(self._num_begun + 1 - _MOST_UNDER_WAY)
         self._num_begun += 1
         place, page = _place_of(self._num_begun), self._own.page
-        page[place], page[place + 1] = self._own.offset_of(buffer) or 0, buffer.nbytes
+        page[place : place + 3] = [self._own.offset_of(buffer) or 0, buffer.nbytes, kind]
         _order_memory()
         page[_BEGUN] = self._num_begun
         return self._num_begun
@@ -269,14 +290,20 @@ class MemoryVerbs(NativeVerbs):
         """The peer's buffer, once it has begun a verb."""
         file = self._files[peer]
         if not self._wait(file, _BEGUN, number):
-            raise RuntimeError(f"rank {peer} of the process group has ended, or let go of its optimizer")
-        offset, nbytes = file.page[_place_of(number) : _place_of(number) + 2]
-        if nbytes != like.nbytes:
-            raise RuntimeError(
-                f"ranks have begun to exchange different buffers: rank {peer} has {nbytes} bytes, rank {self.rank} has "
-                f"{like.nbytes}; an earlier error on some ranks only has put them out of step, so start all again"
+            self._fail(f"rank {peer} of the process group has ended, or let go of its optimizer")
+        place = _place_of(number)
+        (offset, *theirs), (_, *ours) = (each.page[place : place + 3] for each in (file, self._own))
+        if theirs != ours:
+            does, does_here = (f"{_KINDS[kind]} of {nbytes} bytes" for nbytes, kind in (theirs, ours))
+            self._fail(
+                f"ranks are out of step: rank {peer} has begun {does}, and rank {self.rank} {does_here}; run the same "
+                "backward passes, steps and clips on every rank, and start all again"
             )
         return file.tensor_at(offset, like)
+
+    def _fail(self, message: str) -> NoReturn:
+        self._failure = self._failure or message
+        raise RuntimeError(self._failure)
 
     def _leave(self, number: int, is_copy: bool) -> None:
         """Tell the others that this rank has read their buffers; nobody else keeps a copy until they have read it."""
@@ -305,14 +332,14 @@ class MemoryVerbs(NativeVerbs):
                 return True
             if is_gone:
                 return False
-            if waited_s > self._timeout_s:
+            if waited_s > self._timeout_s or self._failure:
                 rank = self._files.index(file)
-                raise RuntimeError(f"rank {rank} of the process group has not come for {self._timeout_s:.0f} s")
+                self._fail(f"rank {rank} of the process group has not come for {self._timeout_s:.0f} s")
             time.sleep(min(waited_s / 16, 2e-3))
 
 
 def _place_of(number: int) -> int:
-    return _VERBS + 2 * (number % _MOST_UNDER_WAY)
+    return _VERBS + 3 * (number % _MOST_UNDER_WAY)
 
 
 _lock = threading.Lock()

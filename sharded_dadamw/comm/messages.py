@@ -54,19 +54,8 @@ class MessageVerbs(NativeVerbs):
         """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         while len(self._reductions) >= _REDUCTIONS_RECEIVING:
             self._reductions.popleft().finish()
-        sends: list[dist.Work] = []
-        with record_function(REDUCE_SCATTER):
-            rest = self._reduction(buffer, out, sends, add=add, sent=sent_dtype(buffer.dtype, wire_dtype))
-            next(rest)
-        verb = Pending(REDUCE_SCATTER, lambda: next(rest, None), self._under_way, lambda: _wait_for(sends))
-        self._reductions.append(verb)
-        return verb
-
-    def _reduction(
-        self, buffer: Tensor, out: Tensor, sends: list[dist.Work], *, add: bool, sent: torch.dtype
-    ) -> Iterator[None]:
-        """Post all sends and the first receives; when called again, receive the rest and average."""
-        numel, tag, slices = PIECE_BYTES // sent.itemsize, self._next_tag(), self._slices(buffer)
+        sent, slices, tag = sent_dtype(buffer.dtype, wire_dtype), self._slices(buffer), self._next_tag()
+        numel = PIECE_BYTES // sent.itemsize
         outs, own = torch.split(out, numel), torch.split(slices[self.rank], numel)
         ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(self._peers)))
         # Whole pieces whatever the bucket, so that buckets of all sizes use the same memory again: touching fresh pages
@@ -82,19 +71,31 @@ class MessageVerbs(NativeVerbs):
         def receive(index: int) -> list[dist.Work]:
             return [self._receive(arriving(index, peer), peer, tag) for peer in self._peers]
 
-        receives = deque(receive(index) for index in range(min(ahead, len(own))))
-        # Piece by piece over all peers, so that each of them can start summing at once.
-        for pieces in zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True):
-            sends += [self._send(piece, peer, tag) for piece, peer in zip(pieces, self._peers, strict=True)]
-        self.bytes_sent += len(self._peers) * slices[0].numel() * sent.itemsize
-        yield
-        for index, piece in enumerate(outs):
-            _wait_for(receives.popleft())
-            parts = [own[index] if rank == self.rank else arriving(index, rank) for rank in range(self.num_ranks)]
-            average_in_order(parts, sent=sent, out=piece, total=total[: piece.numel()], add=add)
-            if index + ahead < len(own):
-                receives.append(receive(index + ahead))
-        idle.append(scratch)
+        with record_function(REDUCE_SCATTER):
+            receives = {index: receive(index) for index in range(min(ahead, len(own)))}
+            # Piece by piece over all peers, so that each of them can start summing at once.
+            pieces_of_peers = zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True)
+            sends = [
+                self._send(piece, peer, tag)
+                for pieces in pieces_of_peers
+                for piece, peer in zip(pieces, self._peers, strict=True)
+            ]
+            self.bytes_sent += len(self._peers) * slices[0].numel() * sent.itemsize
+
+        def finish() -> None:
+            while receives:
+                index = min(receives)
+                _wait_for(receives[index])
+                parts = [own[index] if rank == self.rank else arriving(index, rank) for rank in range(self.num_ranks)]
+                average_in_order(parts, sent=sent, out=outs[index], total=total[: outs[index].numel()], add=add)
+                if index + ahead < len(own):
+                    receives[index + ahead] = receive(index + ahead)
+                del receives[index]
+            idle.append(scratch)
+
+        verb = Pending(REDUCE_SCATTER, finish, self._under_way, lambda: _wait_for(sends))
+        self._reductions.append(verb)
+        return verb
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`: received in place."""
@@ -129,4 +130,5 @@ class MessageVerbs(NativeVerbs):
 
 def _wait_for(handles: Iterable[dist.Work]) -> None:
     for handle in handles:
-        handle.wait()
+        if not handle.is_completed():  # nor may it be waited for again, after an interrupt
+            handle.wait()
