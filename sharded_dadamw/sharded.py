@@ -236,7 +236,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
         step = Step(plan.hypers, divisor, self._void(plan.found_inf))
         self._report = self._report.next(step)
-        self._cost.add("gather_s", self._gatherer.take_wait_s())
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._cost.start()

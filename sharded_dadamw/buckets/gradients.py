@@ -163,7 +163,25 @@ class HookedGradients(Gradients):
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
         self._layout = layout
+        self._marked = [False] * len(members)  # per slot whether there is a gradient, as last looked or delivered
         self._await_all()
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """See :meth:`Gradients.present`; as :meth:`collect` has found them."""
+        return tuple(map(and_, self._marked, map(_IS_TRAINABLE, self._params)))
+
+    @property
+    def are_clipped(self) -> bool:
+        """See :attr:`Gradients.are_clipped`."""
+        return self.stage is Stage.REDUCED and self.is_read and any(self._marked)
+
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
+        """See :meth:`Gradients.mark`."""
+        self.stage, self.is_read = stage, is_read
+        if stage is Stage.LOCAL:
+            self._reduction, self._is_lost = DONE, False
+            self._await_all()
 
     @property
     def are_complete(self) -> bool:
@@ -245,26 +263,8 @@ class FullGradients(HookedGradients):
         self._exchanged = self.buffer.data
         self.shard = self._exchanged[slice(*layout.shard_range(rank))]
         self._views = self._views_of(self.buffer)
-        self._marked = (False,) * len(members)
         self._version = 0
         self._sample: Tensor | None = None
-
-    @property
-    def present(self) -> tuple[bool, ...]:
-        """See :meth:`Gradients.present`; as :meth:`collect` has found them."""
-        return tuple(map(and_, self._marked, map(_IS_TRAINABLE, self._params)))
-
-    @property
-    def are_clipped(self) -> bool:
-        """See :attr:`Gradients.are_clipped`."""
-        return self.stage is Stage.REDUCED and self.is_read and any(self._marked)
-
-    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
-        """See :meth:`Gradients.mark`."""
-        self.stage, self.is_read = stage, is_read
-        if stage is Stage.LOCAL:
-            self._reduction, self._is_lost = DONE, False
-            self._await_all()
 
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
@@ -281,7 +281,7 @@ class FullGradients(HookedGradients):
                 self._marked = self._held()
             return
         held = self._held()
-        are_assigned = not all(held) and held != tuple(map(is_not, map(_GRAD_OF, self._params), repeat(None)))
+        are_assigned = not all(held) and held != list(map(is_not, map(_GRAD_OF, self._params), repeat(None)))
         if self.is_read and (are_assigned or held != self._marked or self.buffer._version != self._version):
             raise self._changed()
         if are_assigned:
@@ -336,9 +336,9 @@ class FullGradients(HookedGradients):
     def _adopt(self, slot: int) -> None:
         self._move(slot, self._views[slot])
 
-    def _held(self) -> tuple[bool, ...]:
+    def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""
-        return tuple(map(is_, map(_GRAD_OF, self._params), self._views))
+        return list(map(is_, map(_GRAD_OF, self._params), self._views))
 
     def _have_ended(self, *, arriving: int | None = None) -> bool:
         """Whether gradients that were averaged were dropped or cleared, by ``model.zero_grad`` or by hand.
@@ -406,36 +406,23 @@ class ShardedGradients(HookedGradients):
         self._buffer: Tensor | None = None
         self._views: list[Tensor] = []  # of the buffer, where there is one
         self._leaving: Tensor | None = None
-        self._had = bytearray(len(members))
         self._holds_a_mean = False
         self._is_cleared = True
 
-    @property
-    def present(self) -> tuple[bool, ...]:
-        """See :meth:`Gradients.present`; those that came since gradients were last dropped."""
-        return tuple(map(and_, map(bool, self._had), map(_IS_TRAINABLE, self._params)))
-
-    @property
-    def are_clipped(self) -> bool:
-        """See :attr:`Gradients.are_clipped`."""
-        return self.stage is Stage.REDUCED and self.is_read and any(self._had)
-
     def mark(self, stage: Stage, *, is_read: bool = False) -> None:
         """See :meth:`Gradients.mark`; LOCAL drops all there are."""
-        self.stage, self.is_read = stage, is_read
+        super().mark(stage, is_read=is_read)
         self._is_cleared = self._is_cleared and stage is not Stage.CONSUMED
         if stage is not Stage.LOCAL:
             return
-        self._reduction, self._is_lost = DONE, False
         if self._buffer is not None:
             for member, view in zip(self._members, self._views, strict=True):
                 if member.param.grad is view:
                     member.param.grad = None
             self._spares.give_back(self._buffer)
             self._buffer = None
-        self._had = bytearray(len(self._members))
+        self._marked = [False] * len(self._members)
         self._holds_a_mean = False
-        self._await_all()
 
     def drop(self) -> None:
         """See :meth:`Gradients.drop`."""
@@ -451,7 +438,7 @@ class ShardedGradients(HookedGradients):
             if member.param.grad is not None:
                 if self.is_read:
                     raise self._changed()
-                if self._had[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
+                if self._marked[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
                     raise RuntimeError(
                         f"the gradient of {member.name} is there again, after backward has delivered one; if something "
                         "else averages gradients, such as DistributedDataParallel, pass "
@@ -503,7 +490,7 @@ class ShardedGradients(HookedGradients):
             self._views = self._views_of(buffer)
             self._buffer = buffer
         self._move(slot, self._views[slot])
-        self._had[slot] = True
+        self._marked[slot] = True
 
 
 def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:

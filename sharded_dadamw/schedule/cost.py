@@ -14,8 +14,8 @@ class StepCost:
         reduce_s: Host seconds spent launching and waiting for reductions outside of backward, those of
             ``clip_grad_norm_`` included.
         update_s: Host seconds in the update. On an accelerator the time to launch it, unless state is in host memory.
-        gather_s: Host seconds launching and waiting for all-gathers. What was left in flight (``attach``) is waited for
-            later, and counted in the step after that.
+        gather_s: Host seconds launching and waiting for all-gathers within the step. What is left in flight
+            (``attach``) is waited for later, and not counted.
         wire_bytes: Gradient and parameter bytes this rank sent.
     """
 
@@ -42,10 +42,6 @@ class StepClock:
         mark = time.perf_counter()
         self._seconds[part] += mark - self._mark
         self._mark = mark
-
-    def add(self, part: str, seconds: float) -> None:
-        """Count seconds that were measured elsewhere."""
-        self._seconds[part] += seconds
 
     def stop(self, wire_bytes: int) -> StepCost:
         """Return what the step has cost, and begin the next."""

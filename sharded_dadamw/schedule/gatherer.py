@@ -36,7 +36,6 @@ class Gatherer:
         self._collectives = collectives
         self._under_way: dict[Bucket, Gather] = {}
         self._attachments: list[Attachment] = []
-        self._wait_s = 0.0
 
     def __del__(self) -> None:
         """Finish what is in flight: other ranks wait for our slices, and buffers must outlive their gathers."""
@@ -93,15 +92,8 @@ class Gatherer:
         Raises:
             RuntimeError: As :meth:`Gather.wait`, after the others have been finished.
         """
-        gathers = list(self._under_way.values())
-        finish(gathers)
+        finish(list(self._under_way.values()))
         self._under_way.clear()
-        self._wait_s += sum(gather.wait_s for gather in gathers)
-
-    def take_wait_s(self) -> float:
-        """Host seconds that readers have waited for what was left in flight and is finished, and were not yet told."""
-        wait_s, self._wait_s = self._wait_s, 0.0
-        return wait_s
 
     def attach(self, model: nn.Module) -> Attachment:
         """Leave the gathers of a model's buckets in flight from now on.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -33,11 +32,7 @@ _lock = threading.RLock()  # backward runs hooks on threads of its own
 
 
 class Gather:
-    """The all-gather of one bucket, under way.
-
-    Attributes:
-        wait_s: Host seconds for which it was waited for.
-    """
+    """The all-gather of one bucket, under way."""
 
     def __init__(self, weights: Weights, buffer: Tensor, handle: Pending) -> None:
         """Take over what has been started.
@@ -47,7 +42,6 @@ class Gather:
             buffer: [num_ranks * n], into which they are gathered.
             handle: To be waited for.
         """
-        self.wait_s = 0.0
         self._weights, self._buffer, self._handle = weights, buffer, handle
         self._params: Sequence[Tensor] = ()
         self._is_over = False
@@ -71,7 +65,6 @@ class Gather:
                 raise RuntimeError(_LOST) from self._error
             if self._is_over:
                 return
-            start = time.perf_counter()
             try:
                 self._handle.wait()
                 self._weights.accept_(self._buffer)
@@ -81,7 +74,6 @@ class Gather:
                 raise
             self._is_over = True  # and not after a KeyboardInterrupt: who reads next waits again
             self._give_back(Parameter)
-            self.wait_s = time.perf_counter() - start
 
     def _give_back(self, kind: type[Parameter]) -> None:
         for param in self._params:
