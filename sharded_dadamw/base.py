@@ -18,7 +18,7 @@ from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
 from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
-from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, spell_out
+from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, named_values
 from sharded_dadamw.update.adamw import Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
@@ -240,7 +240,7 @@ class DecoupledOptimizer(Optimizer):
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
         table = self._add_up()
-        return spell_out(self._report, self._norm_owners(), table, len(self.param_groups))
+        return named_values(self._report, self._norm_owners(), table, len(self.param_groups))
 
     @torch.no_grad()
     def report_per_parameter_metrics(

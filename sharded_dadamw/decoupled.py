@@ -269,7 +269,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         ]  # may be collective
         counted = [gradient for param, gradient in gradients if param in owners.counted]
         norm = global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
-        norm = self._clip.fold(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        norm = self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
         self._clip.remember(clipped)
         return norm
 

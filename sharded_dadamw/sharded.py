@@ -26,14 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, Shared, checked_defaults, evaluate
-from sharded_dadamw.buckets.bucket import Bucket, started
+from sharded_dadamw.buckets.bucket import Bucket, fetched
 from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.buckets.sharing import (
     agree_on_groups,
     check_shardable,
     connect_holders,
     group_of_replicas,
-    listed,
+    with_lists,
 )
 from sharded_dadamw.comm.agreement import StepAgreement
 from sharded_dadamw.comm.collectives import Collectives
@@ -133,7 +133,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self.param_groups: list[dict[str, Any]] = []
         try:
             if not isinstance(params, (Tensor, dict)):  # which torch refuses
-                params, given = listed(params)
+                params, given = with_lists(params)
                 placements = placements_of(given)
                 process_group = group_of_replicas(placements) if process_group is None else process_group
         except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
@@ -239,7 +239,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._cost.start()
-                for bucket in started(reduced_buckets, step):  # its shard is the mean
+                for bucket in fetched(reduced_buckets, step):  # its shard is the mean
                     self._cost.lap("reduce_s")
                     params, squares = bucket.update_(step, plan.present[bucket])
                     self._report.add(params, squares, step.hypers[bucket.group_index])
@@ -376,7 +376,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """Average the gradients and clip them by their norm over all parameters and ranks. Collective.
 
         Call it between the last backward and ``step``, in place of ``torch.nn.utils.clip_grad_norm_``, which would see
-        this rank's own gradients only. The clip is folded into the update.
+        this rank's own gradients only. The update applies the clip.
 
         Args:
             max_norm: The norm that the averaged gradients must not exceed.
@@ -404,7 +404,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             present = zip(bucket.members, plan.present[bucket], strict=True)
             runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
         whole = global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
-        return self._clip.fold(whole, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        return self._clip.add(whole, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def _params_here(self) -> list[Tensor]:
         return [member.param for bucket in self._buckets for member in bucket.members]

@@ -54,7 +54,7 @@ class Bucket:
     Constructing it allocates the state.
 
     Attributes:
-        num_ahead: For how many buckets ``start_`` is worth calling before the first of them is updated.
+        num_ahead: For how many buckets ``fetch_`` is worth calling before the first of them is updated.
         layout: Where everything lies.
         storage: In what dtypes.
         rank: This rank.
@@ -196,13 +196,13 @@ class Bucket:
             self._runs[wanted] = runs
         return self._runs[wanted]
 
-    def start_(self, step: Step) -> None:
-        """Begin what ``update_`` ends, once gradients are reduced."""
+    def fetch_(self, step: Step) -> None:
+        """Begin to bring in what ``update_`` reads, once gradients are reduced."""
         self.weights.refresh_()
         self._takes_edits = self._absorbs_edits and self.weights.may_be_edited()
 
     def update_(self, step: Step, present: tuple[bool, ...]) -> tuple[list[Tensor], Tensor | None]:
-        """Apply the update rule to this rank's shard, after ``start_``.
+        """Apply the update rule to this rank's shard, after ``fetch_``.
 
         Args:
             step: The same. Where ``found_inf`` is 1 no step is counted either.
@@ -292,8 +292,8 @@ class Bucket:
         return updated
 
 
-def started(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
-    """Start the updates of buckets, some ahead of the others, and yield the buckets in order, to be updated.
+def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
+    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated.
 
     Args:
         buckets: With their gradients reduced as they come.
@@ -301,7 +301,7 @@ def started(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
     """
     waiting: deque[Bucket] = deque()
     for bucket in buckets:
-        bucket.start_(step)
+        bucket.fetch_(step)
         waiting.append(bucket)
         if len(waiting) > bucket.num_ahead:
             yield waiting.popleft()

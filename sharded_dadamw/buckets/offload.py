@@ -50,16 +50,16 @@ class OffloadedBucket(Bucket):
 
     @property
     def grad(self) -> Tensor:
-        """See :attr:`Bucket.grad`; its values are there until the next ``start_``."""
+        """See :attr:`Bucket.grad`; its values are there until the next ``fetch_``."""
         return self._grad
 
     def current_param(self, part: slice) -> Tensor:
         """See :meth:`Bucket.current_param`; a copy. Waits for the device."""
         return self.weights.shard[part].to(self._param.device, copy=True)
 
-    def start_(self, step: Step) -> None:
-        """See :meth:`Bucket.start_`; begin to copy gradients down, and the parameters where the update reads them."""
-        super().start_(step)
+    def fetch_(self, step: Step) -> None:
+        """See :meth:`Bucket.fetch_`; begin to copy gradients down, and the parameters where the update reads them."""
+        super().fetch_(step)
         pairs = [(self._grad, self.gradients.shard)]
         if self._takes_edits or not self._absorbs_edits:
             pairs.append((self._param, self.weights.shard))

@@ -21,7 +21,7 @@ from sharded_dadamw.update.adamw import Hyperparameters
 from sharded_dadamw.update.storage import Storage
 
 
-def listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+def with_lists(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
     """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
     given: list[Any] = []
     tensors: list[Any] = []

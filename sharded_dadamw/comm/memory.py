@@ -143,7 +143,7 @@ def map_files(verbs: NativeVerbs) -> list[MemoryFile] | None:
         The files in rank order; None on all ranks where one of them cannot: they run on several hosts or in containers
         of their own, or not on Linux.
     """
-    invitation = ""
+    offer = ""
     files: list[MemoryFile] = []
     with ExitStack() as stack:
         try:
@@ -154,12 +154,12 @@ def map_files(verbs: NativeVerbs) -> list[MemoryFile] | None:
             stack.callback(os.close, fd)
             os.pwrite(fd, name.encode(), 0)
             os.ftruncate(fd, size)
-            invitation = json.dumps([_BOOT_ID.read_text(), [os.getpid(), fd, name, size]])
+            offer = json.dumps([_BOOT_ID.read_text(), [os.getpid(), fd, name, size]])
         except Exception:  # whatever it is, there is another way, and the other ranks are waiting to hear of it
             pass
-        invitations = verbs.gather_texts(invitation)
+        offers = verbs.gather_texts(offer)
         try:
-            for boot_id, where in map(json.loads, invitations):
+            for boot_id, where in map(json.loads, offers):
                 if boot_id != _BOOT_ID.read_text():
                     raise OSError("that process runs on another host")
                 files.append(MemoryFile(*where))

@@ -1,4 +1,4 @@
-"""Clipping by the global norm, folded into the update: gradients stay as they are, and a step divides by one number."""
+"""Clipping by the global norm, applied by the update: gradients stay as they are, and a step divides by one number."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class PendingClip:
         """Whether there is a clip that no step has used."""
         return self._waits
 
-    def fold(self, norm: Tensor, *, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    def add(self, norm: Tensor, *, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """Clip gradients that may have been clipped before, without touching them.
 
         Args:

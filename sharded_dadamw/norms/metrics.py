@@ -193,7 +193,7 @@ def add_up(report: StepReport, owners: NormOwners, params: Sequence[Tensor], loo
     return Table(squares, sorted(rows))
 
 
-def spell_out(report: StepReport, owners: NormOwners, table: Table, num_groups: int) -> dict[str, Tensor]:
+def named_values(report: StepReport, owners: NormOwners, table: Table, num_groups: int) -> dict[str, Tensor]:
     """Name everything that is known of the last step; see ``DecoupledAdamW.metrics``."""
     device = table.squares.device
     norms = [row.unbind() for row in table.squares.sqrt().to(torch.float32).unbind()]
