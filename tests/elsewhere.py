@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.dlpack import from_dlpack
 
-from sharded_dadamw.buckets import offload
+from sharded_dadamw.buckets import offload, weights
 from sharded_dadamw.comm.collectives import Collectives
 
 ELSEWHERE = torch.device("cuda", 0)
@@ -174,6 +175,12 @@ def _on_the_device(verb: Callable[..., Any]) -> Callable[..., Any]:
     return look
 
 
+def _from_dlpack(tensor: Tensor) -> Tensor:
+    """As a device's own memory, of which a tensor from outside is on that device."""
+    shared = from_dlpack(tensor)
+    return put_elsewhere(shared) if hasattr(tensor, "is_elsewhere") else shared
+
+
 @contextmanager
 def pretended_device() -> Iterator[_Pretence]:
     """A context with a second device."""
@@ -190,6 +197,7 @@ def pretended_device() -> Iterator[_Pretence]:
             ExitStack() as verbs,
             mock.patch.object(torch, "get_device_module", lambda device: module),
             mock.patch("torch.cuda.Event", _Event),
+            mock.patch.object(weights, "from_dlpack", _from_dlpack),
             pretence,
         ):
             for name in ("reduce_scatter_mean", "all_gather_", "all_reduce_", "broadcast_"):

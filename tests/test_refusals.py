@@ -519,9 +519,9 @@ def sparse_gradient(optimizer: Any, params: Params) -> Callable[[], None]:
     return lambda: setattr(params["weight"], "grad", saved)
 
 
-def moved_away(optimizer: Any, params: Params) -> Callable[[], None]:
+def cast(optimizer: Any, params: Params) -> Callable[[], None]:
     home = params["bias"].data
-    params["bias"].data = home.clone()
+    params["bias"].data = home.double()
     return lambda: setattr(params["bias"], "data", home)
 
 
@@ -545,11 +545,11 @@ SPOILT_STEPS: dict[str, tuple[Callable[[Any, Params], Callable[[], None]], tuple
     "another initial_lr": (with_entry("initial_lr", 0.75), ("initial_lr", r"0\.01", r"0\.75")),
     "an unfrozen parameter": (thawed, ("ice",)),
     "a sparse gradient": (sparse_gradient, ("weight", "sparse")),
-    "a parameter moved out of its buffer": (moved_away, ("bias",)),
+    "a parameter cast out of its buffer": (cast, ("bias",)),
 }
 
 
-WRONG_BY_THEMSELVES = ("a sparse gradient", "a parameter moved out of its buffer")
+WRONG_BY_THEMSELVES = ("a sparse gradient", "a parameter cast out of its buffer")
 
 
 def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str, overlap: bool) -> Seen:
