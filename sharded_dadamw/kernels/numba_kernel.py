@@ -233,11 +233,8 @@ def _prefetch_line(typing: Any, address: Any) -> Any:
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
     """``address`` as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
+    pointer = ir.IntType(8).as_pointer()
+    return types.voidptr(types.int64), lambda _, builder, __, arguments: builder.inttoptr(arguments[0], pointer)
 
 
 @intrinsic
@@ -267,7 +264,7 @@ def _pattern(typing: Any, value: Any) -> Any:
 def _round_to_fp16(typing: Any, value: Any) -> Any:
     """The nearest number of fp16, ties to even."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), _FLOAT)
 
     return types.float32(types.float32), generate

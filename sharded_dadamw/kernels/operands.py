@@ -67,14 +67,12 @@ class Operands:
     @property
     def is_plain(self) -> bool:
         """Whether addresses tell the truth: memory of one device, in the dtypes of the form, read as it is."""
-        device, moments = self.param.device, self.exp_avg.dtype
-        for tensor in (*self.tensors, self.step):
-            if tensor is not None and (tensor.device != device or not has_plain_memory(tensor)):
-                return False
+        there = [tensor for tensor in (*self.tensors, self.step) if tensor is not None]
+        squares = [tensor for tensor in (self.exp_avg_sq, self.max_exp_avg_sq) if tensor is not None]
         return (
             self.step.dtype is torch.float32
-            and self.exp_avg_sq.dtype is moments
-            and (self.max_exp_avg_sq is None or self.max_exp_avg_sq.dtype is moments)
+            and all(tensor.dtype is self.exp_avg.dtype for tensor in squares)
+            and all(tensor.device == self.param.device and has_plain_memory(tensor) for tensor in there)
         )
 
     @property
@@ -82,18 +80,9 @@ class Operands:
         """Param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq and main."""
         return self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.main
 
-    def addresses(self) -> tuple[int, ...]:
-        """Of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, main and step; 0 for what there is not."""
-        maximum, main = self.max_exp_avg_sq, self.main
-        return (
-            self.param.data_ptr(),
-            self.grad.data_ptr(),
-            self.exp_avg.data_ptr(),
-            self.exp_avg_sq.data_ptr(),
-            0 if maximum is None else maximum.data_ptr(),
-            0 if main is None else main.data_ptr(),
-            self.step.data_ptr(),
-        )
+    def addresses(self) -> list[int]:
+        """Those of ``tensors`` and of ``step``; 0 for what there is not."""
+        return [0 if tensor is None else tensor.data_ptr() for tensor in (*self.tensors, self.step)]
 
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))

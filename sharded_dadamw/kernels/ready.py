@@ -13,6 +13,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +57,10 @@ class Columns:
 
     def operands(self) -> list[Operands]:
         """Return the fragments."""
-        maxima: Sequence[Tensor | None] = self.max_exp_avg_sqs or [None] * len(self.params)
-        rows = zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, maxima, self.steps, strict=True)
-        return [
-            Operands(param, grad, exp_avg, exp_avg_sq, maximum, None, step)
-            for param, grad, exp_avg, exp_avg_sq, maximum, step in rows
-        ]
+        nothing: Sequence[None] = [None] * len(self.params)
+        maxima = self.max_exp_avg_sqs or nothing
+        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, maxima, nothing, self.steps)
+        return [Operands(*row) for row in zip(*columns, strict=True)]
 
 
 class ReadyUpdate:
@@ -219,24 +218,13 @@ def _alike_in_memory(fragment: Operands) -> tuple[Operands, _Copies]:
         return fragment, []
     param = fragment.param
     model = param if _is_dense(param) else param.contiguous()
-    copies: _Copies = []
-
-    def alike(tensor: Tensor) -> Tensor:
-        if tensor.stride() == model.stride():
-            return tensor
-        copies.append((tensor, torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)))
-        return copies[-1][1]
-
-    maximum = fragment.max_exp_avg_sq
-    laid_out = replace(
-        fragment,
-        param=alike(fragment.param),
-        grad=alike(fragment.grad),
-        exp_avg=alike(fragment.exp_avg),
-        exp_avg_sq=alike(fragment.exp_avg_sq),
-        max_exp_avg_sq=None if maximum is None else alike(maximum),
-    )
-    return laid_out, [(original, copy) for original, copy in copies if original is not fragment.grad]
+    copies: dict[str, Any] = {}
+    for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        tensor = getattr(fragment, name)
+        if tensor is not None and tensor.stride() != model.stride():
+            copies[name] = torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+    to_copy_back = [(getattr(fragment, name), copied) for name, copied in copies.items() if name != "grad"]
+    return replace(fragment, **copies), to_copy_back
 
 
 def _is_dense(tensor: Tensor) -> bool:
