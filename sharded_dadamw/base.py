@@ -19,12 +19,14 @@ from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, named_values
-from sharded_dadamw.update.adamw import Hyperparameters, check_group
+from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, check_group, read_groups
 
 log = logging.getLogger("sharded_dadamw")
 _T = TypeVar("_T")
 
 _HIGH_WEIGHT_DECAY = 1e-3
+_ROUNDING = 1e-4
+"""By how much an lr may exceed the peak of its schedule for being computed in fp32."""
 
 
 def checked_defaults(
@@ -40,7 +42,7 @@ def checked_defaults(
     _warn_if_high(weight_decay)
     beta1, beta2 = betas
     model = AdamW([torch.empty(0)], lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
-    return model.defaults
+    return {**model.defaults, "decoupled_weight_decay": FREE_OF_LR}
 
 
 def evaluate(closure: Callable[[], float]) -> float:
@@ -101,6 +103,7 @@ class DecoupledOptimizer(Optimizer):
     def _start_reporting(self, *, needs_names: bool) -> None:
         """Begin before the first step; with ``norm_group``, parameters need names."""
         self._needs_names = needs_names
+        self._may_warn = True
         self._report = StepReport()
         self._composer = ComposerProtocol()
         self._given_ranks: Collectives | None = None
@@ -119,6 +122,7 @@ class DecoupledOptimizer(Optimizer):
         self._ranks, self._owners, self._ranked = None, None, []
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
+        param_group["decoupled_weight_decay"] = FREE_OF_LR
         super().add_param_group(param_group)
         if self._needs_names and "param_names" not in self.param_groups[-1]:
             del self.param_groups[-1]
@@ -128,18 +132,56 @@ class DecoupledOptimizer(Optimizer):
             )
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Refuse a group that is added or loaded, or warn of it; what it lacks are the constructor's values."""
+        """Refuse a group, or warn of it; what it lacks are the constructor's values."""
         merged = {**self.defaults, **group}
         check_group(merged)
         if merged["weight_decay"] != self.defaults["weight_decay"]:  # of which the constructor has warned
             _warn_if_high(merged["weight_decay"])
 
+    def _check_loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse groups of a state dict, or warn of them.
+
+        Raises:
+            TypeError: As the constructor.
+            ValueError: As the constructor, or a weight decay is too high for one that does not scale with lr, and
+                nothing tells that it is one.
+        """
+        for index, group in enumerate(groups):
+            self._check_group(group)
+            weight_decay = float(group.get("weight_decay", 0.0))
+            if weight_decay > _HIGH_WEIGHT_DECAY and group.get("decoupled_weight_decay") != FREE_OF_LR:
+                raise ValueError(
+                    f"param_groups[{index}]['weight_decay']: expected one that does not scale with lr, got "
+                    f"{weight_decay:g}, which is probably that of torch.optim.AdamW. Convert such a state, and load it "
+                    "by torch's set_optimizer_state_dict: sharded_dadamw.interchange.from_torch(state_dict, "
+                    "model.named_parameters()); one of Composer's optimizer by from_composer"
+                )
+
     def _hypers(self) -> list[Hyperparameters]:
-        """Read the scalars of every group, for one step."""
+        """Read the scalars of every group, for one step.
+
+        Raises:
+            ValueError: A group's decay is 1 or more.
+        """
         for group in self.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
-        return [Hyperparameters.from_group(group) for group in self.param_groups]
+        return read_groups(self.param_groups)
+
+    def _warn_above_peak(self, hypers: Sequence[Hyperparameters]) -> None:
+        """Warn once of a step whose lr is above the peak of its schedule."""
+        for index, hyper in enumerate(hypers if self._may_warn else ()):
+            if hyper.weight_decay and not isinstance(hyper.lr, Tensor) and hyper.multiplier > 1.0 + _ROUNDING:
+                log.warning(
+                    "param_groups[%d]: lr=%g is above initial_lr=%g, which should be the peak of the schedule: the "
+                    "weights decay %g times as fast as weight_decay says. Set the group's initial_lr.",
+                    index,
+                    hyper.lr,
+                    hyper.reference_lr,
+                    hyper.multiplier,
+                )
+                self._may_warn = False
+                return
 
     @property
     def _device(self) -> torch.device:

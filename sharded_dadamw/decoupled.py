@@ -31,7 +31,7 @@ from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot
 from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of
-from sharded_dadamw.update.adamw import Hyperparameters, Step, value_of
+from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, Step, value_of
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
@@ -102,6 +102,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         self._clip = ClipOf()  # never another one: proxies of the optimizer share it
         self._updates = ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
+        self.defaults = defaults
         self.amsgrad = amsgrad
         self._connect_given(norm_group)
 
@@ -180,13 +181,16 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
         Raises:
             RuntimeError: A gradient is sparse.
+            ValueError: A group's decay is 1 or more.
         """
         loss = None if closure is None else evaluate(closure)
+        hypers = self._hypers()
+        self._warn_above_peak(hypers)
         present = [_with_gradients(group) for group in self.param_groups]
         found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
-        step = Step(self._hypers(), self._divisor(present), found_inf)
+        step = Step(hypers, self._divisor(present), found_inf)
         self._report = self._report.next(step)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         for index, (params, grads) in enumerate(present):
@@ -322,6 +326,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for group in self.param_groups:  # whose decay was checked
+            group["decoupled_weight_decay"] = FREE_OF_LR
         if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
             self._start_reporting(needs_names=state.get("_needs_names", False))
             self._clip, self._updates = ClipOf(), ReadyUpdates()
@@ -342,15 +348,15 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
-            ValueError: It is one rank's fragments, does not fit the groups, or has a hyperparameter out of range.
+            ValueError: It is one rank's fragments, does not fit the groups, has a hyperparameter out of range, or a
+                weight decay above 1e-3 that nothing tells to be free of lr.
         """
         if any(is_fragment(value) for entries in state_dict["state"].values() for value in entries.values()):
             raise ValueError(
                 "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "
                 "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
             )
-        for group in state_dict["param_groups"]:
-            self._check_group(group)
+        self._check_loaded(state_dict["param_groups"])
         state = {
             key: {name: value for name, value in entries.items() if not name.startswith("main_")}
             for key, entries in state_dict["state"].items()

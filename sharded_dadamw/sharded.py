@@ -194,6 +194,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def _shard_members(self, members: Sequence[NamedParameter]) -> None:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
+            if member.holds_integers:
+                continue
             if not member.param.requires_grad:
                 whole = member.local.contiguous()
                 self._collectives.broadcast_(whole)
@@ -233,6 +235,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """
         loss = None if closure is None else evaluate(closure)
         plan = self._plan_step()
+        self._warn_above_peak(plan.hypers)
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
         step = Step(plan.hypers, divisor, self._void(plan.found_inf))
         self._report = self._report.next(step)
@@ -485,8 +488,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        for group in state_dict["param_groups"]:
-            self._check_group(group)
+        self._check_loaded(state_dict["param_groups"])
         load_into(self._buckets, self.param_groups, self._frozen, state_dict)
         self._consolidated.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -63,7 +63,7 @@ NUM_STEPS = 6
 BATCH_SIZE = 8  # of all ranks together
 MAX_NORM = 0.5  # which every step's gradient exceeds
 # beta2 is so low that exp_avg_sq falls within these steps, and AMSGrad's maximum differs from it.
-HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.6), eps=1e-8, weight_decay=2e-2)
+HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.6), eps=1e-8, weight_decay=1e-3)
 
 
 class SavedByRank0(ShardedDecoupledAdamW):

@@ -6,18 +6,22 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from sharded_dadamw.interchange import from_torch
 from tests.models import BF16, F32, TiedLanguageModel, draw_gradient, make_groups, mean_in_rank_order, named
 from tests.pool import on_ranks, outcomes
 
@@ -1279,12 +1283,128 @@ def test_an_update_that_is_interrupted_leaves_no_message_for_the_next_step() -> 
 
 def test_a_loaded_group_is_checked_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
     weight = nn.Parameter(torch.ones(3))
-    theirs = AdamW([weight], weight_decay=1e-2)
-    DecoupledAdamW([weight]).load_state_dict(theirs.state_dict())
+    ours = DecoupledAdamW([weight], weight_decay=1e-2)
+    caplog.clear()
+    DecoupledAdamW([weight]).load_state_dict(ours.state_dict())
     assert "weight_decay=0.01" in caplog.text
+    theirs = AdamW([weight], weight_decay=0.0)
     theirs.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize"):
         DecoupledAdamW([weight]).load_state_dict(theirs.state_dict())
+
+
+def _trained(cls: Any, model: nn.Module, **settings: Any) -> Any:
+    optimizer = cls(model.named_parameters() if cls is not AdamW else model.parameters(), lr=1e-2, **settings)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["load_state_dict", "set_optimizer_state_dict"])
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_the_decay_of_torchs_adamw_is_not_taken_for_ours(cls: Any, by_name: bool) -> None:
+    model = nn.Linear(3, 2)
+    theirs = _trained(AdamW, model, weight_decay=0.3)
+    optimizer = cls(model.named_parameters(), lr=1e-2, weight_decay=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['weight_decay'\].*0\.3.*from_torch"):
+        if by_name:
+            set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, theirs))
+        else:
+            optimizer.load_state_dict(theirs.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+    set_optimizer_state_dict(model, optimizer, from_torch(theirs.state_dict(), model.named_parameters()))
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(3e-3)
+    with pytest.raises(ValueError, match="scales with lr"):
+        from_torch(optimizer.state_dict(), model.named_parameters())
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_a_high_decay_of_ours_loads_however_its_group_came_to_be(cls: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = cls([model.weight], lr=1e-2)
+    optimizer.load_state_dict(AdamW([model.weight], weight_decay=1e-4).state_dict())
+    optimizer.add_param_group({"params": [model.bias], "decoupled_weight_decay": True})
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.01
+    other = cls([{"params": [model.weight]}, {"params": [model.bias]}], lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["weight_decay"] for group in other.param_groups] == [0.01, 0.01]
+
+
+# --- lr and the peak of its schedule ---
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_an_lr_above_the_peak_is_warned_of_once(cls: Any, caplog: pytest.LogCaptureFixture) -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = cls([{"params": [weights[0]], "lr": torch.tensor(0.1)}, {"params": [weights[1]]}], lr=0.1)
+    for lr, num_warnings in ((0.1, 0), (0.1 + 1e-7, 0), (0.3, 1), (0.6, 1)):
+        optimizer.param_groups[1]["lr"] = lr
+        optimizer.step()
+        assert caplog.text.count("above initial_lr") == num_warnings
+    assert "param_groups[1]: lr=0.3 is above initial_lr=0.1" in caplog.text and "3 times" in caplog.text
+
+
+def search_learning_rates(group: Any, cls: Any) -> str:
+    """As Lightning's lr_find does, which writes a tiny start into ``initial_lr``; one rank alone goes too far."""
+    weight = nn.Parameter(torch.ones(5))
+    settings = {"process_group": group} if cls is ShardedDecoupledAdamW else {}
+    optimizer = cls([("w", weight)], lr=1e-2, **settings)
+    optimizer.param_groups[0].update(initial_lr=1e-8, lr=5e-4)
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.zero_grad()
+    weight.grad = torch.ones(5)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    before = weight.detach().clone(), copy.deepcopy(optimizer.state[weight])
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]: expected a decay per step below 1, got 10.*initial_lr"
+    ) as e:
+        optimizer.step()
+    assert torch.equal(weight, before[0]) and str(optimizer.state[weight]) == str(before[1])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    assert weight.isfinite().all() and not torch.equal(weight, before[0])
+    return str(e.value)
+
+
+@pytest.mark.parametrize(("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)])
+def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(cls: Any, num_ranks: int) -> None:
+    assert len(set(on_ranks(num_ranks, search_learning_rates, cls))) == 1
+
+
+# --- integers ---
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_frozen_integers_are_left_alone(cls: Any, tmp_path: Path) -> None:
+    def build(value: int) -> tuple[nn.Module, Any]:
+        model = nn.Linear(3, 2)
+        model.packed = nn.Parameter(torch.full((3,), value, dtype=torch.uint8), requires_grad=False)
+        model.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        kind = {} if cls is DecoupledAdamW else {"config": ShardingConfig(main_parameter=MainParameter.REMAINDER)}
+        return model.bfloat16(), cls(
+            [{"params": [(name, p)]} for name, p in reversed(list(model.named_parameters()))], lr=1e-2, **kind
+        )
+
+    model, optimizer = build(7)
+    packed, at = model.packed, model.packed.data_ptr()
+    model(torch.ones(2, 3, dtype=torch.bfloat16)).sum().backward()
+    assert optimizer.clip_grad_norm_(0.1) > 1.0
+    optimizer.step()
+    assert not [key for key in optimizer.metrics() if "packed" in key]
+    assert model.packed is packed and packed.data_ptr() == at and packed.tolist() == [7, 7, 7]
+
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    other_model, other = build(9)
+    load_checkpoint(tmp_path, model=other_model, optimizer=other)
+    assert other_model.packed.tolist() == [7, 7, 7] and not other_model.packed.requires_grad
+    assert str(get_optimizer_state_dict(other_model, other)) == str(get_optimizer_state_dict(model, optimizer))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(other.state_dict()["state"]) == 2
 
 
 @pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])

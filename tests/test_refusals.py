@@ -138,16 +138,6 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...], st
         EITHER,
         "odd.*complex64",
     ),
-    "an integer parameter": (
-        lambda: dict(params=with_param("odd", nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False))),
-        EITHER,
-        "odd.*int64",
-    ),
-    "a bool parameter": (
-        lambda: dict(params=with_param("odd", nn.Parameter(torch.zeros(3, dtype=torch.bool), requires_grad=False))),
-        EITHER,
-        "odd.*bool",
-    ),
     "a parameter without memory": (
         lambda: dict(params=with_param("odd", nn.Parameter(torch.zeros(3, device="meta")))),
         EITHER,

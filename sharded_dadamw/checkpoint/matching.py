@@ -23,6 +23,7 @@ from sharded_dadamw.checkpoint.metadata import nested, tree_of
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.layout.placement import like_parameter, local
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
+from sharded_dadamw.update.adamw import FREE_OF_LR
 from sharded_dadamw.update.precision import holds, join, remainder_of
 
 _OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
@@ -163,6 +164,8 @@ class Match:
         state, groups, wide = {}, [], {}
         for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
+            if IS_DECOUPLED.get(saved.manifest.optimizer):  # which tells what its weight decay means
+                kept["decoupled_weight_decay"] = FREE_OF_LR
             groups.append({**group, **nested(saved.under("optimizer", "param_groups", number), entries), **kept})
             for name in group["params"]:
                 known, own = self._state_of(name)

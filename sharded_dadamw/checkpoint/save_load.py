@@ -401,7 +401,9 @@ def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder:
 
 def _take_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state, by names, and its groups."""
-    frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
+    frozen = [
+        p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad and p.is_floating_point()
+    ]
     for param in frozen:  # of which torch's function would drop the state
         param.requires_grad_(True)
     try:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.run import canonical_name
-from sharded_dadamw.update.adamw import Hyperparameters, check_group
+from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -50,7 +50,7 @@ _SWITCHES: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
     "fused": None,
-    "decoupled_weight_decay": True,
+    "decoupled_weight_decay": FREE_OF_LR,
 }
 
 
@@ -116,7 +116,8 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"initial_lr: expected one > 0 to divide weight_decay {group['weight_decay']} by, got 0")
         theirs = float(group["weight_decay"]) / reference if reference else 0.0
         indices = list(range(first, first + len(names)))
-        groups.append({**group, "weight_decay": theirs, "params": indices, "param_names": names})
+        own = {"weight_decay": theirs, "decoupled_weight_decay": True, "params": indices, "param_names": names}
+        groups.append({**group, **own})
         for index, name in zip(indices, names, strict=True):
             if name in state["state"]:
                 entries = state["state"][name]
@@ -244,6 +245,8 @@ def imported_group(
         raise ValueError(f"{where}: {error}") from error
     if group.get("bias_correction", True) is False:
         raise ValueError(f"{where}: expected AdamW with bias correction, got one without")
+    if coupled and group.get("decoupled_weight_decay") == FREE_OF_LR:
+        raise ValueError(f"{where}: expected a weight decay that scales with lr, got ours, which is to stay as it is")
     if coupled and group.get("decoupled_weight_decay") is False and ours["weight_decay"]:
         raise ValueError(
             f"{where}: expected AdamW's weight decay, got Adam's, which adds {ours['weight_decay']} times the weights "

@@ -44,6 +44,11 @@ class NamedParameter:
         return local(self.param.detach() if self.placement.is_borrowed else self.param.data)
 
     @property
+    def holds_integers(self) -> bool:
+        """Whether it is frozen for ever, as torch differentiates no integers: what a quantised model is made of."""
+        return not (self.param.dtype.is_floating_point or self.param.dtype.is_complex)
+
+    @property
     def gradient_dtype(self) -> torch.dtype:
         """In what dtype autograd accumulates its gradient: ``p.grad_dtype``, or else its own."""
         return getattr(self.param, "grad_dtype", None) or self.param.dtype
@@ -79,7 +84,7 @@ def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter
 
 
 def check_parameters(members: Sequence[NamedParameter]) -> None:
-    """Refuse what cannot be laid into flat buffers.
+    """Refuse what cannot be laid into flat buffers, but for integers, which are left where they are.
 
     Raises:
         TypeError: A parameter is sparse, distributed, or of a dtype that is not fp16, bf16, fp32 or fp64.
@@ -88,6 +93,7 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
     """
     if not members:
         raise ValueError("expected at least one parameter, got empty groups")
+    members = [member for member in members if not member.holds_integers]
     first_use: dict[Tensor, NamedParameter] = {}
     for member in members:
         param = member.param

@@ -21,7 +21,7 @@ from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Claims, StepAgreem
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.norms.clipping import PendingClip
 from sharded_dadamw.schedule.reducer import Reducer
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.adamw import Hyperparameters, read_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def make_plan(
             bucket.gradients.collect(to_clip=asked.to_clip)
             present[bucket] = bucket.gradients.present
         _refuse_moved(moved)
-        hypers = [Hyperparameters.from_group(group) for group in groups]
+        hypers = read_groups(groups)
         _require_fitting_state(buckets, hypers)
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         refusal = refusal or error

@@ -121,7 +121,7 @@ def load_into(
         live.copy_(saved)
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         for key, value in saved_group.items():
-            if key not in ("params", "param_names"):
+            if key not in ("params", "param_names", "decoupled_weight_decay"):
                 group[key] = copy.deepcopy(value)
 
 

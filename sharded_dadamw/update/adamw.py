@@ -24,6 +24,10 @@ from torch import Tensor
 
 from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
 
+FREE_OF_LR = "free of lr"
+"""What our groups have as ``decoupled_weight_decay``, which is True in others'. A state dict has nothing else that
+tells what its weight decay means, and an entry of our own would be missing where torch's AdamW was saved."""
+
 _UNSUPPORTED_SWITCHES = ("maximize", "differentiable")
 
 
@@ -77,9 +81,14 @@ class Hyperparameters:
         return replace(self, lr=float(self.lr)) if is_to_be_read else self
 
     @property
+    def multiplier(self) -> float | Tensor:
+        """What the schedule multiplies the decay by; a 0-d tensor where ``lr`` is one."""
+        return self.lr / self.reference_lr if self.reference_lr else 1.0
+
+    @property
     def decay(self) -> float | Tensor:
         """Fraction by which every weight shrinks in this step; a 0-d tensor where ``lr`` is one."""
-        return self.weight_decay * (self.lr / self.reference_lr) if self.reference_lr else self.weight_decay
+        return self.weight_decay * self.multiplier
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,23 @@ class Step:
     hypers: Sequence[Hyperparameters]
     divisor: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+def read_groups(groups: Sequence[Mapping[str, Any]]) -> list[Hyperparameters]:
+    """Read the scalars of every group, for one step.
+
+    Raises:
+        ValueError: A group's decay, which is not looked at where ``lr`` is on an accelerator, is 1 or more.
+    """
+    hypers = [Hyperparameters.from_group(group) for group in groups]
+    for index, hyper in enumerate(hypers):
+        if not isinstance(hyper.decay, Tensor) and hyper.decay >= 1.0:
+            raise ValueError(
+                f"param_groups[{index}]: expected a decay per step below 1, got {hyper.decay:g}, which is weight_decay "
+                f"{hyper.weight_decay:g} times lr {hyper.lr:g} over initial_lr {hyper.reference_lr:g}; set the group's "
+                "initial_lr to the peak of the schedule, or for a search of learning rates its weight_decay to 0"
+            )
+    return hypers
 
 
 def check_group(group: Mapping[str, Any]) -> None:
