@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
 from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, named_values
@@ -87,6 +88,7 @@ class DecoupledOptimizer(Optimizer):
     _ranks = Shared[Collectives | None]()
     _owners = Shared[NormOwners | None]()
     _ranked = Shared[list[Tensor]]()
+    _clip: PendingClip
     _reports_whole: ClassVar[bool]
     """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
 
@@ -100,8 +102,13 @@ class DecoupledOptimizer(Optimizer):
         if "metric_functions" in vars(cls):
             raise cannot_replace()
 
-    def _start_reporting(self, *, needs_names: bool) -> None:
-        """Begin before the first step; with ``norm_group``, parameters need names."""
+    def _start_reporting(self, *, needs_names: bool, max_grad_norm: float | None) -> None:
+        """Begin before the first step; with ``norm_group``, parameters need names.
+
+        Raises:
+            ValueError: ``max_grad_norm`` is not above 0.
+        """
+        self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._needs_names = needs_names
         self._may_warn = True
         self._report = StepReport()
@@ -202,6 +209,20 @@ class DecoupledOptimizer(Optimizer):
         scale: Tensor = grad_scale.to(self._device, torch.float32).reshape(())
         return scale if divisor is None else divisor * scale
 
+    def _clip_within_step(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the step that is under way by ``max_grad_norm``, after whatever clip waited for it.
+
+        Args:
+            norm: 0-d fp32, of the gradients as they are, their loss scale included.
+
+        Returns:
+            For the report, 0-d fp32: the norm after earlier clips, and what all clips multiply gradients by.
+        """
+        assert self._max_grad_norm is not None
+        scale = self._with_loss_scale(None)
+        before = self._clip.add(norm if scale is None else norm / scale, max_norm=self._max_grad_norm)
+        return before, self._clip.coefficient
+
     @abstractmethod
     def _params_here(self) -> list[Tensor]:
         """Return the parameters of which this rank counts parts, in any order; cheap."""
@@ -274,7 +295,9 @@ class DecoupledOptimizer(Optimizer):
             0-d fp32 tensors on the parameters' device, the same keys in the same order on every rank:
             ``l2_norm/{moment,param,update,grad}/NAME`` for every trainable parameter of any rank, and the same with
             ``global`` for NAME over all of them; ``effective_decay/group_I``, the fraction by which the step shrank the
-            weights of a group; ``skipped_steps``, the number of steps so far that a non-finite gradient made void.
+            weights of a group; with ``max_grad_norm`` set, ``grad_norm``, the norm of the gradients before the step
+            clipped them, and ``clip_coefficient``, what it multiplied them by; ``skipped_steps``, the number of steps
+            so far that a non-finite gradient made void.
 
         Raises:
             RuntimeError: The update was made by a kernel that does not measure (in fp64, or without numba or Triton),

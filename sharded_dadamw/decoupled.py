@@ -65,6 +65,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     Source of the rule: MosaicML Composer, ``composer.optim.DecoupledAdamW``; Loshchilov & Hutter, arXiv:1711.05101.
     """
 
+    _clip: ClipOf
     _reports_whole = False
 
     def __init__(
@@ -77,6 +78,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         amsgrad: bool = False,
         *,
         norm_group: dist.ProcessGroup | DeviceMesh | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Take parameters, (name, parameter) pairs, or group dicts of either.
 
@@ -91,6 +93,10 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 parameters are sharded, which FSDP1's do not tell: for those, the group over which it shards. Stages of
                 a pipeline have to say: all ranks of all stages, with parameters whose names differ between stages, and
                 groups added on every stage or on none.
+            max_grad_norm: What every ``step`` clips the gradients to, as ``clip_grad_norm_`` just before it, their loss
+                scale taken off; ``metrics`` then has ``grad_norm`` and ``clip_coefficient``. After a
+                ``clip_grad_norm_`` it clips what that has left. None: no clipping. Where parameters are sharded, steps
+                are collective with it.
 
         Raises:
             TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
@@ -98,7 +104,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 given.
         """
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
-        self._start_reporting(needs_names=norm_group is not None)
+        self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
         self._clip = ClipOf()  # never another one: proxies of the optimizer share it
         self._updates = ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
@@ -190,8 +196,12 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
-        step = Step(hypers, self._divisor(present), found_inf)
-        self._report = self._report.next(step)
+        self._keep_clip_of(present, for_step=True)
+        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(present, 2.0))
+        if clip is not None:
+            self._clip.remember([grad for _, grads in present for grad in grads])
+        step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
+        self._report = self._report.next(step, clip)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         for index, (params, grads) in enumerate(present):
             if not params:
@@ -203,11 +213,6 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             self._report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
-
-    def _divisor(self, present: Sequence[_Present]) -> Tensor | None:
-        """Return what gradients are to be divided by, for their clip and a loss scaler, 0-d; None means 1."""
-        self._keep_clip_of(present, for_step=True)
-        return self._with_loss_scale(self._clip.use() if self._clip else None)
 
     def _make_ready(self, index: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Columns, ReadyUpdate]:
         """Return this rank's parts of parameters of one group with their state, and the update that is for them."""
@@ -266,16 +271,19 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         check_clip(max_norm, norm_type)
         present = [_with_gradients(group) for group in self.param_groups]
         self._keep_clip_of(present)
+        norm = self._norm(present, norm_type)
+        norm = self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        self._clip.remember([grad for _, grads in present for grad in grads])
+        return norm
+
+    def _norm(self, present: Sequence[_Present], norm_type: float) -> Tensor:
+        """Return the norm of gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
-        clipped = [grad for _, grads in present for grad in grads]
         gradients = [
             (id(param), local_gradient(param)) for params, _ in present for param in params
         ]  # may be collective
         counted = [gradient for param, gradient in gradients if param in owners.counted]
-        norm = global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
-        norm = self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
-        self._clip.remember(clipped)
-        return norm
+        return global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
 
     def _keep_clip_of(self, present: Sequence[_Present], *, for_step: bool = False) -> None:
         """Forget a clip of other gradients than those that there are now; a step must not miss that."""
@@ -321,7 +329,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
-        return {**super().__getstate__(), "_needs_names": self._needs_names}
+        own = {"_needs_names": self._needs_names, "_max_grad_norm": self._max_grad_norm}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave, which is not what was made ready for other tensors."""
@@ -329,7 +338,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         for group in self.param_groups:  # whose decay was checked
             group["decoupled_weight_decay"] = FREE_OF_LR
         if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
-            self._start_reporting(needs_names=state.get("_needs_names", False))
+            own = {"needs_names": state.get("_needs_names", False), "max_grad_norm": state.get("_max_grad_norm")}
+            self._start_reporting(**own)
             self._clip, self._updates = ClipOf(), ReadyUpdates()
         self._updates.forget()
 

@@ -97,6 +97,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         config: ShardingConfig | None = None,
         norm_group: dist.ProcessGroup | DeviceMesh | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
@@ -114,6 +115,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 that hold the same parts of them, or None for the mesh axis along which they are replicated.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
             norm_group: As in :class:`~sharded_dadamw.DecoupledAdamW`.
+            max_grad_norm: As there: ``step`` clips the averaged gradients to it.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -141,7 +143,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         try:
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
-            self._start_reporting(needs_names=norm_group is not None)
+            self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
             self._connect_given(norm_group)
@@ -236,9 +238,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         loss = None if closure is None else evaluate(closure)
         plan = self._plan_step()
         self._warn_above_peak(plan.hypers)
+        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
         step = Step(plan.hypers, divisor, self._void(plan.found_inf))
-        self._report = self._report.next(step)
+        self._report = self._report.next(step, clip)
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._cost.start()
@@ -267,9 +270,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; "
                 "use bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
             )
-        doing = (
-            "step()" + " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
-        )
+        doing = "step()" if self._max_grad_norm is None else f"step() with max_grad_norm={self._max_grad_norm}"
+        doing += " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
         return self._plan(doing, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal)
 
     def _plan(self, doing: str, **asked: Any) -> Plan:
@@ -400,14 +402,17 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         except ValueError as error:  # which the other ranks are waiting to hear of
             refusal = error
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
-        plan = self._plan(doing, to_clip=True, refusal=refusal)
+        norm = self._norm(self._plan(doing, to_clip=True, refusal=refusal), norm_type)
+        return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+
+    def _norm(self, plan: Plan, norm_type: float) -> Tensor:
+        """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
         runs = []
         for bucket in self._average():
             present = zip(bucket.members, plan.present[bucket], strict=True)
             runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
-        whole = global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
-        return self._clip.add(whole, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        return global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
 
     def _params_here(self) -> list[Tensor]:
         return [member.param for bucket in self._buckets for member in bucket.members]

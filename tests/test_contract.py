@@ -19,7 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import (
+    DecoupledAdamW,
+    GradientResidency,
+    MainParameter,
+    ShardedDecoupledAdamW,
+    ShardingConfig,
+)
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.interchange import from_torch
 from tests.models import BF16, F32, TiedLanguageModel, draw_gradient, make_groups, mean_in_rank_order, named
@@ -1374,6 +1380,136 @@ def search_learning_rates(group: Any, cls: Any) -> str:
 @pytest.mark.parametrize(("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)])
 def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(cls: Any, num_ranks: int) -> None:
     assert len(set(on_ranks(num_ranks, search_learning_rates, cls))) == 1
+
+
+# --- max_grad_norm ---
+
+
+def clipped(group: Any, cls: Any, within: bool, settings: dict[str, Any], wrap: bool) -> tuple[Params, list[Any]]:
+    """Four steps with a clip within ``step`` or just before it: of two micro-batches, a new group, a loaded state."""
+    params, own = make(), {"max_grad_norm": 0.3} if within else {}
+    if cls is ShardedDecoupledAdamW:
+        own |= {"process_group": group, "config": ShardingConfig(bucket_cap_mb=1e-3, **settings)}
+    first, *rest = params.items()
+    optimizer = cls(rest, lr=3e-3, weight_decay=2e-4, **own)
+    optimizer = Proxy(optimizer) if wrap else optimizer
+    told: list[Any] = []
+    for step in range(4):
+        with optimizer.no_sync() if cls is ShardedDecoupledAdamW else contextlib.nullcontext():
+            backward_onto(params, 2 * step, group.rank())
+        backward_onto(params, 2 * step + 1, group.rank())
+        norm = None if within else optimizer.clip_grad_norm_(0.3)
+        optimizer.step()
+        metrics = optimizer.metrics()
+        told.append(str(metrics.pop("grad_norm") if within else norm))
+        coefficient = metrics.pop("clip_coefficient") if within else torch.clamp(0.3 / (norm + 1e-6), max=1.0)
+        assert coefficient < 0.5
+        told += [str(coefficient), str(metrics)]
+        optimizer.zero_grad()
+        if step == 1:
+            optimizer.add_param_group({"params": [first]})
+        if step == 2:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return {name: p.detach().clone() for name, p in params.items()}, told
+
+
+def backward_onto(params: Params, step: int, rank: int) -> None:
+    used = [p for p in params.values() if p.requires_grad]
+    torch.autograd.backward([p.view_as(p) for p in used], [draw_gradient(p, step, rank, i) for i, p in enumerate(used)])
+
+
+def clips_within_the_step_as_before_it(group: Any, cls: Any, settings: dict[str, Any]) -> None:
+    expected, said = clipped(group, cls, False, settings, False)
+    for wrap in (False, True):
+        params, told = clipped(group, cls, True, settings, wrap)
+        assert told == said
+        assert all(torch.equal(p, expected[name]) for name, p in params.items())
+
+
+@pytest.mark.parametrize(
+    ("cls", "num_ranks", "settings"),
+    [
+        (DecoupledAdamW, 1, {}),
+        (ShardedDecoupledAdamW, 1, {}),
+        (ShardedDecoupledAdamW, 2, {}),
+        (ShardedDecoupledAdamW, 2, {"overlap": False, "skip_nonfinite": True}),
+        (ShardedDecoupledAdamW, 2, {"gradient_residency": GradientResidency.SHARDED}),
+    ],
+)
+def test_max_grad_norm_clips_as_clip_grad_norm_does_before_the_step(
+    cls: Any, num_ranks: int, settings: dict[str, Any]
+) -> None:
+    on_ranks(num_ranks, clips_within_the_step_as_before_it, cls, settings)
+
+
+def unscales_then_clips(group: Any, cls: Any, unscale_first: bool) -> list[Any]:
+    params = make()
+    settings = {"process_group": group} if cls is ShardedDecoupledAdamW else {}
+    optimizer = cls(params.items(), lr=3e-3, max_grad_norm=0.3, **settings)
+    scaler, told = GradScaler("cpu", init_scale=8.0), []
+    for step in range(3):
+        give_gradients(params, step, group.rank())
+        for p in params.values():
+            p.grad.mul_(8.0)
+        scaler.scale(torch.zeros(()))  # which makes the scale
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        told.append({name: str(value) for name, value in optimizer.metrics().items()})
+        optimizer.zero_grad()
+    return [told, [p.tolist() for p in params.values()]]
+
+
+@pytest.mark.parametrize(("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)])
+def test_max_grad_norm_is_that_of_unscaled_gradients(cls: Any, num_ranks: int) -> None:
+    scaled, unscaled = (on_ranks(num_ranks, unscales_then_clips, cls, first) for first in (False, True))
+    assert scaled == unscaled
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+def test_of_max_grad_norm_and_a_clip_by_hand_the_tighter_one_wins(cls: Any) -> None:
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = cls([weight], max_grad_norm=0.5)
+    for by_hand, expected in ((0.25, 0.25), (2.0, 0.5), (None, 0.5)):
+        weight.grad = torch.full((4,), 2.0)
+        if by_hand is not None:
+            assert optimizer.clip_grad_norm_(by_hand) == 4.0
+        optimizer.step()
+        metrics = optimizer.metrics()
+        assert metrics["l2_norm/grad/global"] == pytest.approx(expected, rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(by_hand or 4.0, rel=1e-5)
+        assert metrics["clip_coefficient"] == pytest.approx(expected / 4.0, rel=1e-5)
+        optimizer.zero_grad()
+
+
+def steps_with_other_norms(group: Any) -> str:
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = ShardedDecoupledAdamW([weight], process_group=group, max_grad_norm=[1.0, None][group.rank()])
+    weight.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"max_grad_norm=1\.0") as error:
+        optimizer.step()
+    assert not weight.any()
+    return str(error.value)
+
+
+def test_ranks_that_clip_to_other_norms_are_told_so() -> None:
+    on_ranks(2, steps_with_other_norms)
+
+
+@pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
+def test_a_max_grad_norm_without_a_meaning_is_refused(cls: Any, max_grad_norm: float) -> None:
+    with pytest.raises(ValueError, match="max_grad_norm: expected a number > 0"):
+        cls([nn.Parameter(torch.zeros(4))], max_grad_norm=max_grad_norm)
+
+
+def test_a_copy_clips_to_the_same_norm() -> None:
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = copy.deepcopy(DecoupledAdamW([weight], max_grad_norm=0.5))
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"] == 2.0
 
 
 # --- integers ---

@@ -12,6 +12,17 @@ from torch import Tensor
 from sharded_dadamw.layout.placement import local
 
 
+def checked_max_grad_norm(max_grad_norm: float | None) -> float | None:
+    """Return the norm to which every step clips, as a float; None means that it does not.
+
+    Raises:
+        ValueError: It is not above 0.
+    """
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm: expected a number > 0, or None for no clipping, got {max_grad_norm}")
+    return None if max_grad_norm is None else float(max_grad_norm)
+
+
 def check_clip(max_norm: float, norm_type: float) -> None:
     """Refuse what no gradient can be clipped by.
 
@@ -68,7 +79,7 @@ class PendingClip:
         """Whether there is a clip that no step has used."""
         return self._waits
 
-    def add(self, norm: Tensor, *, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    def add(self, norm: Tensor, *, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip gradients that may have been clipped before, without touching them.
 
         Args:

@@ -64,6 +64,8 @@ class StepReport:
 
     Attributes:
         step: What its updates were told.
+        clip: 0-d fp32 each, the norm of the gradients before a clip within the step, and what all clips together
+            multiplied them by; None where steps do not clip.
         num_skipped: 0-d fp64, the number of steps so far that changed nothing; None means 0.
         updated: The parameters that had a gradient, on any rank.
         values: Per updated parameter, by its id, fp32 [4] in the order of NORMS, once they were asked for.
@@ -72,19 +74,20 @@ class StepReport:
 
     step: Step = _NO_STEP
     num_skipped: Tensor | None = None
+    clip: tuple[Tensor, Tensor] | None = None
     updated: list[Tensor] = field(default_factory=list)
     values: Mapping[int, Tensor] | None = None
     names: dict[str, int] = field(default_factory=dict)
     _measured: list[tuple[Sequence[Tensor], Tensor]] = field(default_factory=list)
     _unmeasured: list[tuple[Tensor, Hyperparameters]] = field(default_factory=list)
 
-    def next(self, step: Step) -> StepReport:
-        """Begin the report of the step after this one."""
+    def next(self, step: Step, clip: tuple[Tensor, Tensor] | None = None) -> StepReport:
+        """Begin the report of the step after this one, given what is known of it at once."""
         skipped = self.num_skipped
         if step.found_inf is not None:
             void = (step.found_inf != 0).to(torch.float64)
             skipped = void if skipped is None else skipped + void
-        return StepReport(step, skipped)
+        return StepReport(step, skipped, clip)
 
     def add(self, params: Sequence[Tensor], squares: Tensor | None, hyper: Hyperparameters) -> None:
         """Take what an update of one group has yielded.
@@ -205,6 +208,8 @@ def named_values(report: StepReport, owners: NormOwners, table: Table, num_group
         decay = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True)
         found[f"effective_decay/group_{index}"] = report.unless_skipped(decay)
     skipped = torch.zeros(()) if report.num_skipped is None else report.num_skipped
+    if report.clip is not None:
+        found["grad_norm"], found["clip_coefficient"] = report.clip
     found["skipped_steps"] = skipped.to(device, torch.float32, non_blocking=True)
     return found
 
