@@ -1,7 +1,7 @@
 """``ShardedDecoupledAdamW``: builds the parts, sequences a step, and keeps the torch.optim contract.
 
     backward    hooks move each gradient into its bucket and launch its reduce-scatter;
-                backward ends when all means have landed                                   (reducer, comm)
+                backward ends when all means are there                                     (reducer, comm)
     step        ranks compare what they are about to do, then bucket by bucket:            (plan, agreement)
                     one fused update of this rank's shard                                  (kernels)
                     all-gather the parameters in place, while the next bucket is updated   (gatherer, comm)

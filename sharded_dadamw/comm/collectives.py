@@ -31,6 +31,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 REDUCE_SCATTER = "sharded_dadamw::reduce_scatter"
 ALL_GATHER = "sharded_dadamw::all_gather"
+ALL_REDUCE = "sharded_dadamw::all_reduce"
 """What the verbs are called in a profiler's trace, where they start and where they finish."""
 
 PIECE_BYTES = 1 << 20

@@ -40,6 +40,7 @@ from torch.profiler import record_function
 
 from sharded_dadamw.comm.collectives import (
     ALL_GATHER,
+    ALL_REDUCE,
     PIECE_BYTES,
     REDUCE_SCATTER,
     NativeVerbs,
@@ -253,7 +254,7 @@ class MemoryVerbs(NativeVerbs):
                 torch.maximum(tensor, theirs, out=tensor)
             self._leave(number, is_copy=True)
 
-        Pending("", finish, self._under_way).wait()
+        Pending(ALL_REDUCE, finish, self._under_way).wait()
 
     def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:
         """Memory for sums, kept: new memory costs a page fault for every 4 KiB, as much as the sum itself."""

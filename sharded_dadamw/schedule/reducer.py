@@ -5,7 +5,7 @@
 
 [Note: rounds] A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks
 send each other cannot get mixed up. A backward pass outside ``no_sync`` is a round: hooks launch each bucket whose turn
-has come, and the end of backward launches the others and waits until all have landed. So nobody ever finds a gradient
+has come, and the end of backward launches the others and waits until all are done. So nobody ever finds a gradient
 under way. With ``overlap=False`` full gradients wait for ``step``.
 
 [Note: nested backwards] Reentrant activation checkpointing runs a backward of its own for each part, within the
