@@ -68,6 +68,7 @@ def train(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int, step: i
     optimizer.clip_grad_norm_(0.1)
     optimizer.step()
     optimizer.zero_grad()
+    model(data)  # where parameters that are in flight arrive
 
 
 def interrupt_everywhere(group: Any, every: int, attached: bool, config: dict[str, Any]) -> int:

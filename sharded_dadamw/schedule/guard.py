@@ -72,8 +72,8 @@ class Gather:
                 self._error = error
                 self._give_back(LostParameter)
                 raise
-            self._is_over = True  # and not after a KeyboardInterrupt: who reads next waits again
             self._give_back(Parameter)
+            self._is_over = True  # and not before: after a KeyboardInterrupt, who reads next waits again
 
     def _give_back(self, kind: type[Parameter]) -> None:
         for param in self._params:
