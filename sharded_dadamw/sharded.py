@@ -25,26 +25,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, Shared, checked_defaults, evaluate
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.bucket import Bucket, fetched
-from sharded_dadamw.buckets.build import Bucketing
-from sharded_dadamw.buckets.sharing import (
-    agree_on_groups,
-    check_shardable,
-    connect_holders,
-    group_of_replicas,
-    with_lists,
-)
-from sharded_dadamw.comm.agreement import StepAgreement
+from sharded_dadamw.buckets.shards import Shards
+from sharded_dadamw.buckets.sharing import with_lists
+from sharded_dadamw.comm.agreement import Refusal, StepAgreement
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
-from sharded_dadamw.layout.placement import Placement, placements_of
 from sharded_dadamw.norms.clipping import PendingClip, check_clip
-from sharded_dadamw.norms.global_norm import Part, global_norm
+from sharded_dadamw.norms.global_norm import Part
 from sharded_dadamw.norms.metrics import Snapshot, Table
-from sharded_dadamw.norms.of_buckets import make_measurable, parts_of, snapshot_of
+from sharded_dadamw.norms.of_buckets import gradient_norm, make_measurable, parts_of, snapshot_of
 from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.plan import Asked, Plan, make_plan
@@ -81,9 +72,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     _reports_whole = True
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to always call ``step``, and to leave scale and flag in attributes."""
-    last_step = Shared[StepCost]()
-    _frozen = Shared[list[NamedParameter]]()
-    _sent_before = Shared[int]()
 
     def __init__(
         self,
@@ -122,50 +110,29 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             ValueError: A value out of range or a parameter that cannot be sharded, here or on another rank; or ranks
                 were given different things. Raised on every rank, before any parameter is touched.
         """
-        self._ready = False
+        self._is_built = False
         self._config = ShardingConfig() if config is None else config
-        self._buckets: list[Bucket] = []
-        self._frozen = []
         self._clip = PendingClip()  # never another one: proxies of the optimizer share it
-        self._slots: dict[int, tuple[Bucket, int]] = {}
         self._consolidated: dict[int, dict[str, Tensor]] = {}  # likewise
-        self._cost = StepClock()
-        refusal: Exception | None = None
-        placements: list[Placement] = []
         self.param_groups: list[dict[str, Any]] = []
-        try:
-            if not isinstance(params, (Tensor, dict)):  # which torch refuses
-                params, given = with_lists(params)
-                placements = placements_of(given)
-                process_group = group_of_replicas(placements) if process_group is None else process_group
-        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-            refusal = error
-        try:
+        given: list[Tensor] = []
+        refusal = Refusal()
+        with refusal:
+            params, given = with_lists(params)
+        with refusal:
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
             self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
             self._connect_given(norm_group)
-            check_shardable(self.param_groups, self._config)
-        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-            refusal = refusal or error
-        members = named_parameters(self.param_groups) if refusal is None else []
-        device = members[0].param.device if members else torch.device("cpu")
-        self._collectives = connect(process_group, device, exchange=None)
-        self._everyone = connect_holders(placements, self._collectives, device)
-        agree_on_groups(self.param_groups, 0, self._config, self._collectives, self._everyone, refusal)
-        # Which takes all ranks, so they had to agree on who they are, and on how, before.
-        self._collectives = connect(process_group, device, exchange=self._config.exchange)
-        self._everyone = connect_holders(placements, self._collectives, device)
-        self._reducer = Reducer(self._collectives, overlap=self._config.overlap)
-        self._gatherer = Gatherer(self._collectives)
-        self._bucketing = Bucketing(self._collectives, self._config)
-        self._agreement = StepAgreement(self._everyone, device, refuse=self._reducer.refuse)
-        self._shard_members(members)
-        self._sent_before = self._collectives.bytes_sent
-        self.last_step = StepCost(0.0, 0.0, 0.0, 0)
-        self._ready = True
+        self._shards = Shards(given, self.param_groups, process_group, self._config, refusal)
+        self._reducer = Reducer(self._shards.collectives, overlap=self._config.overlap)
+        self._gatherer = Gatherer(self._shards.collectives)
+        self._agreement = StepAgreement(self._shards.everyone, self._shards.device, refuse=self._reducer.refuse)
+        self._clock = StepClock(self._shards.collectives)
+        self._take_in(self._shards.buckets)
+        self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and shard it. Collective.
@@ -174,42 +141,26 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             TypeError: As the constructor.
             ValueError: As the constructor; the optimizer then is as it was, on every rank.
         """
-        if not self._ready:  # the base class's constructor calls this for each group; all are sharded together later
+        if not self._is_built:  # the base class's constructor calls this for each group; all are sharded together later
             super().add_param_group(param_group)
             return
         self._gatherer.finish()
-        num_groups = len(self.param_groups)
-        refusal: Exception | None = None
-        try:
-            super().add_param_group(param_group)
-            check_shardable(self.param_groups, self._config)
-        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-            refusal = error
         self._reducer.finish_round()
+        refusal, num_groups = Refusal(), len(self.param_groups)
+        with refusal:
+            super().add_param_group(param_group)
         try:
-            agree_on_groups(self.param_groups, num_groups, self._config, self._collectives, self._everyone, refusal)
+            buckets = self._shards.add(self.param_groups, num_groups, refusal)
         except Exception:
             del self.param_groups[num_groups:]
             raise
-        self._shard_members([m for m in named_parameters(self.param_groups) if m.group_index == num_groups])
+        self._take_in(buckets)
 
-    def _shard_members(self, members: Sequence[NamedParameter]) -> None:
-        """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
-        for member in members:
-            if member.holds_integers:
-                continue
-            if not member.param.requires_grad:
-                whole = member.local.contiguous()
-                self._collectives.broadcast_(whole)
-                member.local.copy_(whole)
-                self._frozen.append(member)
-        trainable = [member for member in members if member.param.requires_grad]
-        for bucket in self._bucketing.fill(trainable, self.param_groups):
+    def _take_in(self, buckets: Sequence[Bucket]) -> None:
+        """Have new buckets reduced from now on, and show their state."""
+        for bucket in buckets:
             self._reducer.watch(bucket)
-            self._buckets.append(bucket)
-            for slot, member in enumerate(bucket.members):
-                self.state[member.param] = bucket.state_of(slot)
-                self._slots[id(member.param)] = bucket, slot
+            self.state.update({member.param: bucket.state_of(slot) for slot, member in enumerate(bucket.members)})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -240,23 +191,24 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._warn_above_peak(plan.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
-        step = Step(plan.hypers, divisor, self._void(plan.found_inf))
+        step = Step(plan.hypers, divisor, self._void(plan))
         self._report = self._report.next(step, clip)
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
-                self._cost.start()
+                self._clock.start()
                 for bucket in fetched(reduced_buckets, step):  # its shard is the mean
-                    self._cost.lap("reduce_s")
+                    self._clock.lap("reduce_s")
                     params, squares = bucket.update_(step, plan.present[bucket])
                     self._report.add(params, squares, step.hypers[bucket.group_index])
-                    self._cost.lap("update_s")
+                    self._clock.lap("update_s")
                     self._gatherer.publish(bucket)
-                    self._cost.lap("gather_s")
+                    self._clock.lap("gather_s")
             self._reducer.consume()
-            for bucket in self._buckets:
+            for bucket in self._shards.buckets:
                 self._report.updated += bucket.announce_update(plan.present[bucket])
-        self._cost.lap("gather_s")
-        self._end_step()
+        self._clock.stop()
+        self._clip.clear()
+        self._consolidated.clear()
         return loss
 
     def _plan_step(self) -> Plan:
@@ -276,41 +228,38 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
     def _plan(self, doing: str, **asked: Any) -> Plan:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
-        self._collectives.check_alive()
+        shards = self._shards
+        shards.collectives.check_alive()
         self._gatherer.finish()
         while True:
             request = Asked(doing, self._gatherer.num_attached, self._clip, **asked)
-            plan = make_plan(request, self._buckets, self.param_groups, self._frozen, self._reducer, self._agreement)
+            plan = make_plan(request, shards.buckets, self.param_groups, shards.frozen, self._reducer, self._agreement)
             if not plan.unfrozen:
                 return plan
-            self._frozen = [member for member in self._frozen if not member.param.requires_grad]
-            self._shard_members(plan.unfrozen)
+            self._take_in(shards.add_unfrozen(self.param_groups))
 
-    def _end_step(self) -> None:
-        sent = self._collectives.bytes_sent
-        self.last_step = self._cost.stop(sent - self._sent_before)
-        self._sent_before = sent
-        self._clip.clear()
-        self._consolidated.clear()
+    @property
+    def last_step(self) -> StepCost:
+        """What the most recent step cost this rank."""
+        return self._clock.last
 
-    def _void(self, found_inf: Tensor | None) -> Tensor | None:
+    def _void(self, plan: Plan) -> Tensor | None:
         """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
         if not self._config.skip_nonfinite:
-            return found_inf
+            return plan.found_inf
         if self._clip:
             largest = self._clip.norm
         else:
-            runs = [run for bucket in self._average() for run in bucket.gradient_runs(bucket.gradients.present)]
-            largest = global_norm(runs, math.inf, collectives=self._everyone, device=self._device)
+            self._average()
+            largest = gradient_norm(plan.present, math.inf, collectives=self._shards.everyone, device=self._device)
         is_void = (~largest.isfinite()).to(torch.float32)
-        return is_void if found_inf is None else torch.maximum(is_void, found_inf)
+        return is_void if plan.found_inf is None else torch.maximum(is_void, plan.found_inf)
 
-    def _average(self) -> list[Bucket]:
-        """Return all buckets, with their gradients averaged. Collective."""
-        self._cost.start()
-        buckets = self._reducer.reduce_all()
-        self._cost.lap("reduce_s")
-        return buckets
+    def _average(self) -> None:
+        """Average what is not averaged yet of all gradients. Collective."""
+        self._clock.start()
+        self._reducer.reduce_all()
+        self._clock.lap("reduce_s")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
@@ -396,46 +345,43 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
-        refusal = None
-        try:
+        refusal = Refusal()
+        with refusal:
             check_clip(max_norm, norm_type)
-        except ValueError as error:  # which the other ranks are waiting to hear of
-            refusal = error
         doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
-        norm = self._norm(self._plan(doing, to_clip=True, refusal=refusal), norm_type)
+        norm = self._norm(self._plan(doing, to_clip=True, refusal=refusal.error), norm_type)
         return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def _norm(self, plan: Plan, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
-        runs = []
-        for bucket in self._average():
-            present = zip(bucket.members, plan.present[bucket], strict=True)
-            runs += bucket.gradient_runs([here and id(member.param) in owners.counted for member, here in present])
-        return global_norm(runs, norm_type, collectives=owners.collectives, device=self._device)
+        self._average()
+        return gradient_norm(
+            plan.present, norm_type, collectives=owners.collectives, device=self._device, counted=owners.counted
+        )
 
     def _params_here(self) -> list[Tensor]:
-        return [member.param for bucket in self._buckets for member in bucket.members]
+        return [member.param for bucket in self._shards.buckets for member in bucket.members]
 
     def _parts(self, collectives: Collectives) -> list[Part]:
-        return parts_of(self._buckets)
+        return parts_of(self._shards.buckets)
 
     def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
-        members = [member for bucket in self._buckets for member in bucket.members]
+        members = [member for bucket in self._shards.buckets for member in bucket.members]
         others = [group for member in members for group in member.placement.others]
-        return self._norm_ranks_over(others, also=self._collectives)
+        return self._norm_ranks_over(others, also=self._shards.collectives)
 
     def _add_up(self) -> Table:
-        make_measurable(self._buckets, self._report)
+        make_measurable(self._shards.buckets, self._report)
         return super()._add_up()
 
     def _look(self, param: Tensor) -> Snapshot:
-        return snapshot_of(*self._slots[id(param)])
+        return snapshot_of(*self._shards.slots[id(param)])
 
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state (moments, main parameters) on this rank, as allocated."""
-        return sum(bucket.state_bytes for bucket in self._buckets)
+        return sum(bucket.state_bytes for bucket in self._shards.buckets)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's format; not collective.
@@ -445,7 +391,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
         """
         state_dict = super().state_dict()
-        state_dict["state"].update(self._consolidated or fragments_of(self._buckets, self._collectives))
+        state_dict["state"].update(self._consolidated or fragments_of(self._shards.buckets, self._shards.collectives))
         self._consolidated.clear()
         return state_dict
 
@@ -462,13 +408,13 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             ValueError: There is no such rank.
             RuntimeError: The process group is gone.
         """
-        if not 0 <= to < self._collectives.num_ranks:
-            raise ValueError(f"to: expected a rank in [0, {self._collectives.num_ranks}), got {to}")
-        self._collectives.check_alive()
+        if not 0 <= to < self._shards.collectives.num_ranks:
+            raise ValueError(f"to: expected a rank in [0, {self._shards.collectives.num_ranks}), got {to}")
+        self._shards.collectives.check_alive()
         self._gatherer.finish()
-        keep = to == self._collectives.rank
-        self._consolidated.update(gather_state(self._buckets, self._collectives, keep=keep))
-        self._sent_before = self._collectives.bytes_sent
+        keep = to == self._shards.collectives.rank
+        self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, keep=keep))
+        self._clock.skip_bytes()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -494,7 +440,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self._check_loaded(state_dict["param_groups"])
-        load_into(self._buckets, self.param_groups, self._frozen, state_dict)
+        load_into(self._shards.buckets, self.param_groups, self._shards.frozen, state_dict)
         self._consolidated.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -1270,7 +1270,7 @@ def interrupted_update(group: Any) -> bool:
     optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, process_group=group, config=config)
     control = DecoupledAdamW(control_params.items(), lr=1e-2)
     give_gradients(params, 0, group.rank())
-    first: Any = optimizer._buckets[0]
+    first: Any = optimizer._shards.buckets[0]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(first, "update_", interrupt)
         optimizer.step()

@@ -88,7 +88,7 @@ class _SlowHandle:
 
 def place(optimizer: ShardedDecoupledAdamW, param: Tensor) -> int:
     """What SlowVerbs knows the bucket of a parameter by; does not read the parameter."""
-    bucket, _ = optimizer._slots[id(param)]
+    bucket, _ = optimizer._shards.slots[id(param)]
     return bucket.weights.buffer.data_ptr()
 
 
@@ -102,7 +102,7 @@ def build(
         process_group=group,
         config=ShardingConfig(bucket_cap_mb=cap, **config),
     )
-    slow = SlowVerbs(optimizer._collectives)
+    slow = SlowVerbs(optimizer._shards.collectives)
     if attached:
         optimizer._gatherer._collectives = slow  # type: ignore[assignment]
         optimizer.attach(model if attached is True else attached)
@@ -272,7 +272,7 @@ def train(
     losses = []
     for step in range(first_step, first_step + num_steps):
         with torch.autocast("cpu", enabled=amp):
-            loss = model(data_of(optimizer._collectives.rank, step)).square().mean()
+            loss = model(data_of(optimizer._shards.collectives.rank, step)).square().mean()
         losses.append(loss.detach())
         loss.backward()
         if clip:
@@ -346,7 +346,7 @@ def train_bf16(group: Any) -> None:
         model = made("mlp").bfloat16()
         optimizer, _ = build(model, group, attached=attached, main_parameter=MainParameter.FP32)
         for step in range(4):
-            model(data_of(optimizer._collectives.rank, step).bfloat16()).square().mean().backward()
+            model(data_of(optimizer._shards.collectives.rank, step).bfloat16()).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         results.append(everything_of(model, optimizer))
@@ -615,7 +615,7 @@ def report(group: Any) -> None:
         model = made("mlp")
         optimizer, slow = build(model, group, attached=attached)
         for step in range(3):
-            model(data_of(optimizer._collectives.rank, step)).square().mean().backward()
+            model(data_of(optimizer._shards.collectives.rank, step)).square().mean().backward()
             optimizer.clip_grad_norm_(0.1)
             optimizer.step()
             num_waited = len(slow.waited)
@@ -663,7 +663,7 @@ def step_twice(group: Any) -> None:
         optimizer, _ = build(model, group, attached=attached)
         for step in range(3):
             for index, param in enumerate(model.parameters()):
-                param.grad = torch.full(param.shape, 0.1 * step + index + optimizer._collectives.rank)
+                param.grad = torch.full(param.shape, 0.1 * step + index + optimizer._shards.collectives.rank)
             if step == 1:
                 optimizer.clip_grad_norm_(1.0)
             optimizer.step()
@@ -703,7 +703,7 @@ def step_that_fails(group: Any, attached: bool) -> list[Tensor]:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=attached)
     train(model, optimizer, num_steps=1)
-    third = optimizer._buckets[2]
+    third = optimizer._shards.buckets[2]
     update = third.update_
 
     def fail(*_args: Any, **_kwargs: Any) -> Any:
@@ -899,7 +899,7 @@ def keep_other_classes(group: Any) -> None:
     loose = torch.ones(4, requires_grad=True)
     optimizer = ShardedDecoupledAdamW([*model.parameters()], process_group=group)
     optimizer.add_param_group({"params": [loose]})
-    slow = optimizer._gatherer._collectives = SlowVerbs(optimizer._collectives)  # type: ignore[assignment]
+    slow = optimizer._gatherer._collectives = SlowVerbs(optimizer._shards.collectives)  # type: ignore[assignment]
     optimizer.attach(model)
     for param in (*model.parameters(), loose):
         param.grad = torch.ones(param.shape)

@@ -109,7 +109,7 @@ def train(group: Any, name: str, way: Way, num_steps: int) -> None:
         for key, value in control.state[other].items():
             own = optimizer.state[param][key]
             if key != "step":
-                bucket, slot = optimizer._slots[id(param)]
+                bucket, slot = optimizer._shards.slots[id(param)]
                 fragment = bucket.layout.fragment(slot, group.rank())
                 value = value.flatten()[fragment.param_start :][: fragment.numel]
             assert torch.equal(own, value), f"{label}/{key}"
@@ -185,7 +185,7 @@ def loss_of(model: nn.Module, rank: int, step: int = 0) -> Tensor:
 
 
 def launched(optimizer: ShardedDecoupledAdamW) -> list[Stage]:
-    return [bucket.gradients.stage for bucket in optimizer._buckets]
+    return [bucket.gradients.stage for bucket in optimizer._shards.buckets]
 
 
 def reductions_begin_in_backward(group: Any) -> list[str]:
@@ -292,7 +292,7 @@ def seconds_of_a_step(group: Any, overlap: bool, attached: bool) -> float:
     model = nn.Sequential(*(part for layer in layers for part in (Paused(), layer)))
     config = ShardingConfig(bucket_cap_mb=64 * 4 / 2**20, overlap=overlap)  # a bucket for each weight
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    slow: Any = Slow(optimizer._collectives, PAUSE_S)
+    slow: Any = Slow(optimizer._shards.collectives, PAUSE_S)
     optimizer._reducer._collectives = optimizer._gatherer._collectives = slow
     if attached:
         optimizer.attach(model)
@@ -948,7 +948,7 @@ def learn(group: Any, with_unused: bool) -> list[int]:
     model = RegisteredBackwards(with_unused)
     config = ShardingConfig(bucket_cap_mb=ONE_EACH)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
-    verbs, begun, in_time = optimizer._collectives, 0, 0
+    verbs, begun, in_time = optimizer._shards.collectives, 0, 0
 
     def reduce_scatter_mean(*args: Any, **kwargs: Any) -> Any:
         nonlocal begun
@@ -988,10 +988,10 @@ def test_where_the_last_bucket_comes_first_the_others_wait_for_it_once() -> None
 def read_at_once(group: Any, how: str) -> None:
     """Right after backward, in a slow network: this rank's slice must be the mean, the rest its own gradient."""
     model, optimizer = small(group, bucket_cap_mb=ALL_IN_ONE)
-    slow: Any = Slow(optimizer._collectives, 0.05)
+    slow: Any = Slow(optimizer._shards.collectives, 0.05)
     optimizer._reducer._collectives = slow
     loss_of(model, group.rank()).backward()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer._shards.buckets
     params = [member.param for member in bucket.members]
     if how == "read":
         found = torch.cat([param.grad.flatten() for param in params if param.grad is not None])
@@ -1179,7 +1179,7 @@ def bytes_held(group: Any, residency: GradientResidency, dtype: torch.dtype, mai
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
         shards = optimizer.state_bytes
         if residency is SHARDED:
-            shards += sum(bucket.gradients.shard.nbytes for bucket in optimizer._buckets)
+            shards += sum(bucket.gradients.shard.nbytes for bucket in optimizer._shards.buckets)
         for step in range(3):
             data = torch.randn(4, width, generator=torch.Generator().manual_seed(step)).to(dtype)
             model(data).square().mean().backward()
@@ -1188,7 +1188,7 @@ def bytes_held(group: Any, residency: GradientResidency, dtype: torch.dtype, mai
         numel = sum(param.numel() for param in model.parameters())
         at_rest = sum(sizes[each] for each in alive) + shards
         held = {"rest": at_rest / numel, "peak": (peak + shards) / numel, "bucket": per_bucket / numel}
-        storages = [weakref.ref(bucket.weights.buffer.untyped_storage()) for bucket in optimizer._buckets]  # type: ignore[union-attr]
+        storages = [weakref.ref(bucket.weights.buffer.untyped_storage()) for bucket in optimizer._shards.buckets]  # type: ignore[union-attr]
         del model, optimizer
         gc.collect()
         assert not alive, "deleting model and optimizer frees every buffer"
@@ -1240,7 +1240,7 @@ def accumulate_in_fp32(group: Any, residency: GradientResidency, wire_dtype: tor
         own = first.float() + second.float()
         total += own if wire_dtype is None else own.to(wire_dtype).float()
     mean = total / group.size()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer._shards.buckets
     start, stop = bucket.layout.shard_range(group.rank())
     kept = mean.flatten()[start:stop]
     assert torch.equal(bucket.gradients.shard[: kept.numel()], kept)

@@ -261,7 +261,7 @@ def in_groups(group: Any, seed: int, reordered: bool) -> Run:
     alignment = 128 if reordered else 64
     with patch("sharded_dadamw.layout.bucket_layout.ALIGNMENT", alignment):
         optimizer = ShardedDecoupledAdamW(groups, **LAW, amsgrad=True, process_group=group, config=config)
-    assert all(bucket.layout.shard_numel % alignment == 0 for bucket in optimizer._buckets)
+    assert all(bucket.layout.shard_numel % alignment == 0 for bucket in optimizer._shards.buckets)
     return Run(model, optimizer, group)
 
 
@@ -440,7 +440,7 @@ def test_one_rank_gets_the_whole_state_on_request_and_once(to: int) -> None:
 def sizes_while_consolidating(group: Any) -> tuple[list[int], int]:
     """Bytes of what is gathered at a time, and of the largest parameter's moment."""
     run = ours(group, 0)
-    verbs, sizes = run.optimizer._collectives, []
+    verbs, sizes = run.optimizer._shards.collectives, []
     gather = verbs.all_gather_
     verbs.all_gather_ = lambda buffer: sizes.append(buffer.nbytes) or gather(buffer)
     run.optimizer.consolidate_state_dict(1)

@@ -207,7 +207,7 @@ def test_what_was_saved_with_one_residency_goes_on_with_the_other(whole: bool) -
 
 def test_on_a_cpu_updates_work_on_copies_all_the_same() -> None:
     config = ShardingConfig(state_residency=StateResidency.HOST)
-    (bucket,) = ShardedDecoupledAdamW(make_params(BF16).items(), config=config)._buckets
+    (bucket,) = ShardedDecoupledAdamW(make_params(BF16).items(), config=config)._shards.buckets
     at_work, at_rest = (bucket.param, bucket.grad), (bucket.weights.shard, bucket.gradients.shard)
     assert len({tensor.untyped_storage().data_ptr() for tensor in (*at_work, *at_rest)}) == 4
 

@@ -12,7 +12,6 @@ from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.foreign_gradients import CopiedGradients, ForeignGradients
 from sharded_dadamw.buckets.gradients import FullGradients, Gradients, ShardedGradients, SpareBuffers
 from sharded_dadamw.buckets.offload import OffloadedBucket
-from sharded_dadamw.buckets.sharing import is_reduced_by_others
 from sharded_dadamw.buckets.weights import BorrowedWeights, OwnWeights, Weights
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig, StateResidency
@@ -56,7 +55,8 @@ class Bucketing:
         """Those that can share buckets, with their storage, and whether it is us who reduces their gradients."""
         kinds: dict[tuple[Storage, torch.dtype, bool, bool], list[NamedParameter]] = {}
         for member in members:
-            reduces = self._config.reduce_gradients and not is_reduced_by_others(member, self._collectives)
+            by_fsdp = member.placement.is_replicated_over(self._collectives.are_all_of)
+            reduces = self._config.reduce_gradients and not by_fsdp
             storage = Storage.of(member.local, self._config)
             kind = storage, member.gradient_dtype, member.placement.is_borrowed, reduces
             kinds.setdefault(kind, []).append(member)

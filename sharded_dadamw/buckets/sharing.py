@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.buckets.offload import check_residency
-from sharded_dadamw.comm.agreement import Claims, require_agreement
+from sharded_dadamw.comm.agreement import Claims, Refusal, require_agreement
 from sharded_dadamw.comm.collectives import Collectives, common_group
 from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.config import ShardingConfig
@@ -21,8 +21,10 @@ from sharded_dadamw.update.adamw import Hyperparameters
 from sharded_dadamw.update.storage import Storage
 
 
-def with_lists(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor]]:
     """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
+    if isinstance(params, (Tensor, dict)):
+        return params, []  # which torch refuses
     given: list[Any] = []
     tensors: list[Any] = []
     for entry in params:
@@ -59,11 +61,6 @@ def group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | No
     return group
 
 
-def is_reduced_by_others(member: NamedParameter, collectives: Collectives) -> bool:
-    """Whether FSDP replicates a parameter over the ranks that shard it, and so reduces its gradient over them."""
-    return any(collectives.are_all_of(group) for group in member.placement.same)
-
-
 def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, config: ShardingConfig) -> None:
     """Refuse parameters that the ranks of a group do not share, or whose gradients nobody would average.
 
@@ -71,7 +68,11 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
         ValueError: A parameter is sharded among these ranks already, or is a plain one beside HSDP's, or has
             strides that whoever else reduces its gradient may go by.
     """
-    replicated = [member for member in members if member.placement.others and is_reduced_by_others(member, collectives)]
+    replicated = [
+        member
+        for member in members
+        if member.placement.others and member.placement.is_replicated_over(collectives.are_all_of)
+    ]
     for member in members:
         among_us = [collectives.are_all_of(group) for group in member.placement.others]
         if any(among_us) and collectives.num_ranks > 1:
@@ -122,7 +123,7 @@ def agree_on_groups(
     config: ShardingConfig,
     collectives: Collectives,
     everyone: Collectives,
-    refusal: Exception | None,
+    refusal: Refusal,
 ) -> None:
     """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective.
 
@@ -132,19 +133,21 @@ def agree_on_groups(
         config: How to shard.
         collectives: The ranks among which to shard.
         everyone: Those that hold any parts of the parameters.
-        refusal: The error with which this rank refuses the groups already; raised on every rank.
+        refusal: What this rank has to object already; raised on every rank.
+
+    Raises:
+        Exception: This rank's refusal, where it has one.
+        ValueError: Another rank refuses, or ranks were given different groups.
     """
     claims: Claims = {}
     parts: Claims = {}
-    if refusal is None:
+    with refusal:
+        check_shardable(groups, config)
         members = named_parameters(groups)
         claims = claims_of(members, groups, first_group, config)
         parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
-        try:
-            check_sharing(members, collectives, config)
-        except ValueError as error:  # which the other ranks are waiting to hear of
-            refusal = error
-    require_agreement(everyone, claims, refusal)
+        check_sharing(members, collectives, config)
+    require_agreement(everyone, claims, refusal.error)
     if parts:
         require_agreement(collectives, parts, None)
 

@@ -44,6 +44,29 @@ _THE_STEP = "this step"
 _ABSENT = "nothing"
 
 
+class Refusal:
+    """What one rank has to object, kept until the others can hear of it: they are waiting.
+
+    As a context it catches whatever is raised inside.
+
+    Attributes:
+        error: The first error, or None.
+    """
+
+    def __init__(self) -> None:
+        """Object to nothing so far."""
+        self.error: Exception | None = None
+
+    def __enter__(self) -> None:
+        """Begin to catch."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        """Keep the error, unless there is one already."""
+        if isinstance(error, Exception):
+            self.error = self.error or error
+        return isinstance(error, Exception)
+
+
 def require_agreement(collectives: Collectives, claims: Claims, refusal: Exception | None) -> None:
     """Check at construction that every rank's arguments are valid and equal. Collective, and host-blocking.
 

@@ -11,7 +11,7 @@ State can be spread over ranks that hold the same; norms have to be added up ove
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
@@ -58,6 +58,10 @@ class Placement:
     def others(self) -> list[ProcessGroup]:
         """Groups of ranks that hold different parts, one for each axis along which it is sharded."""
         return [group for reference in self._others if (group := reference()) is not None]
+
+    def is_replicated_over(self, are_ours: Callable[[ProcessGroup], bool]) -> bool:
+        """Whether FSDP replicates it over ranks that are ours, and so reduces its gradient over them."""
+        return any(map(are_ours, self.same))
 
 
 def placements_of(params: Sequence[Tensor]) -> list[Placement]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.norms.global_norm import Part
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, gone
 from sharded_dadamw.update.adamw import value_of
 
@@ -20,6 +24,30 @@ def parts_of(buckets: Iterable[Bucket]) -> list[Part]:
             part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
             parts.append((member.index, Part(member.param, member.name, part)))
     return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+
+
+def gradient_norm(
+    present: Mapping[Bucket, Sequence[bool]],
+    norm_type: float,
+    *,
+    collectives: Collectives,
+    device: torch.device,
+    counted: Collection[int] | None = None,
+) -> Tensor:
+    """The norm of averaged gradients, as :func:`~sharded_dadamw.norms.global_norm.global_norm` takes it. Collective.
+
+    Args:
+        present: Per bucket and slot whether there is a gradient.
+        norm_type: 2 or inf.
+        collectives: The ranks to add up.
+        device: Where the result goes.
+        counted: The ids of the parameters that this rank counts; None for all.
+    """
+    runs: list[Tensor] = []
+    for bucket, slots in present.items():
+        members = zip(bucket.members, slots, strict=True)
+        runs += bucket.gradient_runs([here and (counted is None or id(m.param) in counted) for m, here in members])
+    return global_norm(runs, norm_type, collectives=collectives, device=device)
 
 
 def make_measurable(buckets: Iterable[Bucket], report: StepReport) -> None:

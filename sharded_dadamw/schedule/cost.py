@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from sharded_dadamw.comm.collectives import Collectives
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -26,10 +28,17 @@ class StepCost:
 
 
 class StepClock:
-    """Adds up the host seconds of a step that is under way, lap by lap, by the part they belong to."""
+    """Adds up the host seconds of a step that is under way, lap by lap, by the part they belong to.
 
-    def __init__(self) -> None:
-        """Begin the first step."""
+    Attributes:
+        last: What the step before that has cost.
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        """Begin the first step; what it sends is what these ranks exchange."""
+        self.last = StepCost(0.0, 0.0, 0.0, 0)
+        self._collectives = collectives
+        self.skip_bytes()
         self._seconds = {"reduce_s": 0.0, "update_s": 0.0, "gather_s": 0.0}
         self._mark = 0.0
 
@@ -43,8 +52,13 @@ class StepClock:
         self._seconds[part] += mark - self._mark
         self._mark = mark
 
-    def stop(self, wire_bytes: int) -> StepCost:
-        """Return what the step has cost, and begin the next."""
-        cost = StepCost(**self._seconds, wire_bytes=wire_bytes)
+    def stop(self) -> None:
+        """End the last lap, which published parameters, and the step; begin the next."""
+        self.lap("gather_s")
+        self.last = StepCost(**self._seconds, wire_bytes=self._collectives.bytes_sent - self._sent_before)
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        return cost
+        self.skip_bytes()
+
+    def skip_bytes(self) -> None:
+        """Count no bytes that have been sent so far."""
+        self._sent_before = self._collectives.bytes_sent

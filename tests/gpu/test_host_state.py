@@ -124,7 +124,7 @@ def bytes_in_use(group: Any, dtype: torch.dtype, residency: GradientResidency) -
         optimizer.step()
         optimizer.zero_grad()
     torch.cuda.synchronize()
-    is_pinned = all(bucket.param.is_pinned() and bucket.grad.is_pinned() for bucket in optimizer._buckets)
+    is_pinned = all(bucket.param.is_pinned() and bucket.grad.is_pinned() for bucket in optimizer._shards.buckets)
     return torch.cuda.memory_allocated() - before, optimizer.state_bytes, is_pinned
 
 

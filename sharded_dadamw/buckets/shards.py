@@ -1,0 +1,96 @@
+"""What one optimizer shards: the ranks among which it does, the buckets, and what is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.build import Bucketing
+from sharded_dadamw.buckets.sharing import agree_on_groups, connect_holders, group_of_replicas
+from sharded_dadamw.comm.agreement import Refusal
+from sharded_dadamw.comm.connect import connect
+from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
+from sharded_dadamw.layout.placement import Placement, placements_of
+
+
+class Shards:
+    """The parameters of an optimizer, spread over ranks.
+
+    Attributes:
+        device: Where they live.
+        collectives: The ranks among which they are sharded.
+        everyone: The ranks that hold any parts of them: others may have other parts of DTensors.
+        buckets: The trainable ones.
+        slots: Per trainable parameter, by its id, its bucket and its slot there.
+        frozen: The others.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        process_group: dist.ProcessGroup | DeviceMesh | None,
+        config: ShardingConfig,
+        refusal: Refusal,
+    ) -> None:
+        """Shard the first groups of an optimizer. Collective.
+
+        Args:
+            params: The tensors that it was given. They tell the ranks even where there are no groups of them.
+            groups: All groups.
+            process_group: As the optimizer takes it.
+            config: How to shard.
+            refusal: What this rank has to object so far.
+
+        Raises:
+            Exception: As :func:`agree_on_groups` and :func:`connect`.
+        """
+        placements: list[Placement] = []
+        with refusal:
+            placements = placements_of(params)
+            process_group = group_of_replicas(placements) if process_group is None else process_group
+        self._config = config
+        self.device = next((param.device for param in params if not param.is_meta), torch.device("cpu"))
+        self.collectives = connect(process_group, self.device, exchange=None)
+        self.everyone = connect_holders(placements, self.collectives, self.device)
+        agree_on_groups(groups, 0, config, self.collectives, self.everyone, refusal)
+        # Which takes all ranks, so they had to agree on who they are, and on how, before.
+        self.collectives = connect(process_group, self.device, exchange=config.exchange)
+        self.everyone = connect_holders(placements, self.collectives, self.device)
+        self._bucketing = Bucketing(self.collectives, config)
+        self.buckets: list[Bucket] = []
+        self.slots: dict[int, tuple[Bucket, int]] = {}
+        self.frozen: list[NamedParameter] = []
+        self._shard(named_parameters(groups), groups)
+
+    def add(self, groups: Sequence[Mapping[str, Any]], first_group: int, refusal: Refusal) -> list[Bucket]:
+        """Shard the groups from ``first_group`` on, and return their buckets. Collective; raises as the constructor."""
+        agree_on_groups(groups, first_group, self._config, self.collectives, self.everyone, refusal)
+        return self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
+
+    def add_unfrozen(self, groups: Sequence[Mapping[str, Any]]) -> list[Bucket]:
+        """Shard what was frozen and is trainable now, and return its buckets. Collective."""
+        unfrozen = [member for member in self.frozen if member.param.requires_grad]
+        self.frozen = [member for member in self.frozen if not member.param.requires_grad]
+        return self._shard(unfrozen, groups)
+
+    def _shard(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> list[Bucket]:
+        """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
+        for member in members:
+            if not member.param.requires_grad and not member.holds_integers:
+                whole = member.local.contiguous()
+                self.collectives.broadcast_(whole)
+                member.local.copy_(whole)
+                self.frozen.append(member)
+        buckets = list(self._bucketing.fill([m for m in members if m.param.requires_grad], groups))
+        for bucket in buckets:
+            self.slots.update({id(member.param): (bucket, slot) for slot, member in enumerate(bucket.members)})
+        self.buckets += buckets
+        return buckets
