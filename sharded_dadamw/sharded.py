@@ -27,8 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.bucket import Bucket, fetched
-from sharded_dadamw.buckets.shards import Shards
-from sharded_dadamw.buckets.sharing import with_lists
+from sharded_dadamw.buckets.shards import Shards, with_lists
 from sharded_dadamw.comm.agreement import Refusal, StepAgreement
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,22 +19,6 @@ from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, n
 from sharded_dadamw.layout.placement import Placement
 from sharded_dadamw.update.adamw import Hyperparameters
 from sharded_dadamw.update.storage import Storage
-
-
-def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor]]:
-    """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
-    if isinstance(params, (Tensor, dict)):
-        return params, []  # which torch refuses
-    given: list[Any] = []
-    tensors: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
-            entry = {**entry, "params": list(entry["params"])}
-        given.append(entry)
-        of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
-        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
-        tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
-    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | None:
