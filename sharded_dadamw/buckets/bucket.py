@@ -30,15 +30,15 @@ from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import Storage
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
-_NUM_READY = 8
-"""Updates kept ready. More than one is in use where the set of parameters with a gradient alternates."""
+_NUM_KEPT = 8
+"""Prepared updates that are kept. More than one is in use where the set of parameters with a gradient alternates."""
 
 
-class _Ready(NamedTuple):
+class _Prepared(NamedTuple):
     """What a step needs for one set of present slots, made once.
 
     Attributes:
-        update: The kernel, ready to be called; None where this rank holds nothing of those slots.
+        update: The kernel with its operands; None where this rank holds nothing of those slots.
         params: The parameters of the fragments that it updates, in their order.
         counted: fp32 [num_slots], 1 where a slot is updated.
     """
@@ -98,7 +98,7 @@ class Bucket:
         self.weights = weights
         self.gradients = gradients
         self._params = [member.param for member in members]
-        self._ready: dict[tuple[object, ...], _Ready] = {}
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
         self._runs: dict[tuple[bool, ...], list[slice]] = {}
         self._takes_edits = False
 
@@ -214,30 +214,30 @@ class Bucket:
         """
         if self._takes_edits:
             self._absorb_edits_()
-        ready = self._ready_for(present)
-        self.steps.add_(ready.counted if step.found_inf is None else ready.counted * (1 - step.found_inf))
-        return ready.params, None if ready.update is None else ready.update(step, self.group_index)
+        prepared = self._prepared_for(present)
+        self.steps.add_(prepared.counted if step.found_inf is None else prepared.counted * (1 - step.found_inf))
+        return prepared.params, None if prepared.update is None else prepared.update(step, self.group_index)
 
-    def _ready_for(self, present: tuple[bool, ...]) -> _Ready:
+    def _prepared_for(self, present: tuple[bool, ...]) -> _Prepared:
         """What a step needs; nothing that grows with the number of slots is done twice for the same ones.
 
         Not for tensors that have moved since, as by Tensor.share_memory_(): kernels go by addresses.
         """
         tensors = (self.param, self.grad, self.steps, *self.shards.values())
         key = (present, *map(Tensor.data_ptr, tensors))
-        ready = self._ready.pop(key, None)  # put back as the latest
-        if ready is None:
-            _make_room(self._ready)
+        prepared = self._prepared.pop(key, None)  # put back as the latest
+        if prepared is None:
+            _make_room(self._prepared)
             fragments = self._fragments_of(present)
             operands = [self._operands_at(fragment, self.param[_part(fragment)]) for fragment in fragments]
             counted = torch.tensor([float(here) for here in present], dtype=torch.float32)
-            ready = _Ready(
+            prepared = _Prepared(
                 kernels.prepare(operands) if operands else None,
                 [self._params[fragment.slot] for fragment in fragments],
                 counted.to(self.steps.device, non_blocking=True),  # or the host would wait for the device
             )
-        self._ready[key] = ready
-        return ready
+        self._prepared[key] = prepared
+        return prepared
 
     def _fragments_of(self, present: Sequence[bool]) -> list[Fragment]:
         return [fragment for fragment in self.layout.fragments(self.rank) if present[fragment.slot]]
@@ -315,5 +315,5 @@ def _part(fragment: Fragment) -> slice:
 
 def _make_room(kept: dict[Any, Any]) -> None:
     """Drop the oldest entry where there are as many as are kept."""
-    if len(kept) == _NUM_READY:
+    if len(kept) == _NUM_KEPT:
         del kept[next(iter(kept))]
