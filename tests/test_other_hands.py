@@ -5,6 +5,7 @@ DistributedDataParallel, or given to a second optimizer.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,59 @@ def under_ddp(group: Any) -> float:
 def test_strides_by_which_ddp_would_go_are_refused_with_what_works() -> None:
     assert all("w:" in said and "contiguous_format" in said for said in on_ranks(2, refusal_of_strides))
     assert max(on_ranks(2, under_ddp)) < 1e-5
+
+
+# --- who averages, and who clips ---
+
+
+def steps_under(group: Any, wraps: bool, reduces: bool, how: str, residency: GradientResidency) -> tuple[str, Tensor]:
+    """Three steps on different data; returns what was said, as a warning or as an error, and the weights."""
+    model = make_model()
+    config = {"reduce_gradients": reduces, "gradient_residency": residency, "overlap": how != "without overlap"}
+    optimizer = build(model, group, **config)
+    called = DistributedDataParallel(model, process_group=group) if wraps else model
+    rank, said = dist.get_rank(group), ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            data = 0 if how == "the same data" else rank
+            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + data))
+            called(x).square().mean().backward()
+            if how != "the same data":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                said = str(error)
+                break
+            optimizer.zero_grad()
+    return said or "; ".join(str(each.message) for each in caught if each.category is UserWarning), values_of(model)
+
+
+@pytest.mark.parametrize("how", ["", "without overlap"])
+def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(how: str) -> None:
+    for said, _ in on_ranks(2, steps_under, False, True, how, FULL):
+        assert "use optimizer.clip_grad_norm_() in place of torch's" in said
+
+
+def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong() -> None:
+    right = on_ranks(2, steps_under, True, False, "", FULL)
+    for (said, values), (silence, expected) in zip(on_ranks(2, steps_under, True, True, "", FULL), right, strict=True):
+        assert "DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)" in said and not silence
+        assert torch.equal(values, expected)
+
+
+def test_where_nobody_averages_the_first_step_is_an_error() -> None:
+    for said, values in on_ranks(2, steps_under, False, False, "", FULL):
+        assert "wrap the model in DistributedDataParallel" in said
+        assert torch.equal(values, values_of(make_model()))
+
+
+def test_the_same_data_on_all_ranks_is_trained_on_with_a_warning() -> None:
+    alone = on_ranks(1, steps_under, False, True, "the same data", FULL)[0]
+    for said, values in on_ranks(2, steps_under, False, True, "the same data", FULL):
+        assert "the same on all ranks" in said
+        assert torch.equal(values, alone[1])
 
 
 # --- a second optimizer over the same model ---

@@ -13,6 +13,7 @@ other file assigns ``p.grad``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from enum import Enum
 from itertools import repeat
@@ -25,9 +26,11 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.pending import DONE
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.placement import local
 from sharded_dadamw.update.storage import Allocate
 
 _GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUM_SAMPLES = 64
 """Elements of a slice that are remembered, to tell how averages were changed."""
 
@@ -113,8 +116,14 @@ class Gradients(ABC):
             raise
         self._reduction = DONE
 
+    def remember(self) -> None:  # noqa: B027 - most have nothing to do
+        """Take note of local gradients as backward has left them, for :meth:`change`."""
+
     def change(self, *, is_unscaled: bool) -> Tensor | None:
-        """Return by what factors the mean was multiplied since it was made, or since this was last asked.
+        """Return by what factors gradients were multiplied since they were made, or since this was last asked.
+
+        To local ones a user may do what he likes, and it is averaged; but not clip them by the norm that this rank
+        sees. So of them it is told only what is one factor for all elements.
 
         Args:
             is_unscaled: A loss scaler says that it has divided gradients, which torch does not count as a change.
@@ -124,6 +133,15 @@ class Gradients(ABC):
             where nobody wrote into the mean.
         """
         return None
+
+    def sum_of_bits(self) -> Tensor:
+        """Return the sum of all elements of all gradients there are, taken as integers: 0-d int64, in [0, 2**60).
+
+        It does not depend on the order of addition, so equal gradients have equal sums on any rank.
+        """
+        grads = [local(param.grad.detach()).nan_to_num() for param in self._params if param.grad is not None]
+        sums = [grad.view(_INTEGERS[grad.itemsize]).sum(dtype=torch.int64) for grad in grads]
+        return torch.stack([torch.zeros((), dtype=torch.int64, device=self.shard.device), *sums]).sum() & (2**60 - 1)
 
     def _name(self) -> str:
         """A parameter with a gradient, for messages."""
@@ -261,7 +279,8 @@ class FullGradients(HookedGradients):
         self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
         # Another name for the same memory: what is written through it does not count as a change to p.grad.
         self._exchanged = self.buffer.data
-        self.shard = self._exchanged[slice(*layout.shard_range(rank))]
+        self._range = layout.shard_range(rank)
+        self.shard = self._exchanged[slice(*self._range)]
         self._views = self._views_of(self.buffer)
         self._version = 0
         self._sample: Tensor | None = None
@@ -307,10 +326,22 @@ class FullGradients(HookedGradients):
         if self._sample is None:
             self._sample = self._take_sample()
 
+    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
+        """See :meth:`Gradients.mark`."""
+        super().mark(stage, is_read=is_read)
+        if stage is Stage.LOCAL:
+            self._sample = None
+
+    def remember(self) -> None:
+        """See :meth:`Gradients.remember`."""
+        if self.stage is Stage.LOCAL:
+            self._marked, self._version = self._held(), self.buffer._version
+            self._sample = self._take_sample()
+
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         """See :meth:`Gradients.change`."""
         may_differ = is_unscaled or self.buffer._version != self._version
-        if self.stage is not Stage.REDUCED or self._sample is None or not may_differ:
+        if self.stage is Stage.CONSUMED or self._sample is None or not may_differ:
             return None
         before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
         then, now = before.to(torch.float64), self._sample.to(torch.float64)
@@ -318,13 +349,28 @@ class FullGradients(HookedGradients):
         if self._dtype is torch.float16:  # which has few digits below its smallest normal number
             shows &= now.abs() >= torch.finfo(self._dtype).smallest_normal
         factors = now / then
-        return torch.where(shows, torch.where(factors >= 0, factors, torch.inf), torch.nan)
+        factors = torch.where(shows, torch.where(factors >= 0, factors, torch.inf), torch.nan)
+        if self.stage is Stage.REDUCED:
+            return factors
+        known = factors.nan_to_num(nan=0.0, posinf=torch.inf).amax(), factors.nan_to_num(nan=torch.inf).amin()
+        is_one = known[0] <= known[1] * (1 + 4 * torch.finfo(self._dtype).eps)
+        return torch.where(is_one, factors, torch.nan)
 
     def _take_sample(self) -> Tensor:
-        return self.shard[:: max(1, self.shard.numel() // _NUM_SAMPLES)].clone()
+        """A sample of the mean's shard, or of local gradients; nan where there is no gradient."""
+        start, stop = self._range if self.stage is Stage.REDUCED else (0, self.buffer.numel())
+        stride = max(1, (stop - start) // _NUM_SAMPLES)
+        sample = self._exchanged[start:stop:stride].clone()
+        if not all(self._marked):
+            slots = [bisect_right(self._layout.offsets, place) - 1 for place in range(start, stop, stride)]
+            absent = torch.tensor([not self._marked[slot] for slot in slots], dtype=torch.bool)
+            absent = absent.to(sample.device, non_blocking=True)
+            sample.masked_fill_(absent, torch.nan)
+        return sample
 
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.LOCAL:
+            self._sample = None
             return
         if self._have_ended(arriving=slot):
             self.mark(Stage.LOCAL)

@@ -4,7 +4,7 @@ Each rank states what it is about to do as a list of labelled claims. Ranks firs
 where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
 
 At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale and
-with what became of averaged gradients, in one all-reduce of seven integers: max(h) and max(-h) are equal in size only
+with what became of averaged gradients, in one all-reduce of nine integers: max(h) and max(-h) are equal in size only
 where all h are equal.
 """
 
@@ -26,15 +26,15 @@ Claims = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
 
 LOSS_SCALE = "the loss scale"
-FACTOR = "the factors by which averaged gradients were changed"
+FACTOR = "the factors by which gradients were multiplied"
 """Labels of claims about which there is more to say."""
 
 _ADVICE = {
     LOSS_SCALE: "use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with "
     "scaler.unscale_(optimizer) before each step, which agrees on what ranks have found",
-    FACTOR: "averages may only be multiplied by one number that is the same on every rank: use "
-    "optimizer.clip_grad_norm_() in place of torch's, give all loss scalers one scale, or pass "
-    "ShardingConfig(overlap=False), which averages in step()",
+    FACTOR: "gradients may only be multiplied by one number that is the same on every rank: use "
+    "optimizer.clip_grad_norm_() in place of torch's, and give all loss scalers one scale; for any other change pass "
+    "ShardingConfig(overlap=False), which averages in step() what it has left",
 }
 
 _BITS_OF_INF = 0x7FF0000000000000
@@ -137,6 +137,9 @@ class StepAgreement:
     so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
     one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients. A rank that
     refuses a step raises at once there, and leaves the others to the backend's timeout.
+
+    Attributes:
+        sums_differ: Whether the sums that ranks gave last differ; None while that is not known, or where all were 0.
     """
 
     def __init__(self, collectives: Collectives, device: torch.device, *, refuse: Callable[..., None]) -> None:
@@ -151,6 +154,7 @@ class StepAgreement:
         self._collectives = collectives
         self._refuse = refuse
         self._device = device
+        self.sums_differ: bool | None = None
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], float] | None = None
 
     def check(
@@ -162,6 +166,7 @@ class StepAgreement:
         grad_scale: Tensor | None,
         factors: Sequence[Tensor] = (),
         tolerance: float = 0.0,
+        sums: Tensor | None = None,
         refusal: Exception | None,
     ) -> Tensor | None:
         """Compare what every rank is about to do in this step. Collective.
@@ -174,6 +179,7 @@ class StepAgreement:
             factors: fp64 [k] each, >= 0: by what factors averages were multiplied since they were made; nan where that
                 cannot be told.
             tolerance: By how much factors may differ relatively, between ranks and on one.
+            sums: 0-d int64, >= 0, to be compared for ``sums_differ``, where it is of interest to all ranks.
             refusal: The error with which this rank refuses the step, or None.
 
         Returns:
@@ -193,7 +199,9 @@ class StepAgreement:
         # Positive floats are ordered like their bits; of factors there are the largest and the smallest, 0 and inf
         # where there are none.
         nothing = [0, -_BITS_OF_INF]
-        note = torch.tensor([digest, -digest, 0, 0, 0, *nothing], dtype=torch.int64).to(self._device, non_blocking=True)
+        note = torch.tensor([digest, -digest, 0, 0, 0, *nothing, 0, 0], dtype=torch.int64).to(
+            self._device, non_blocking=True
+        )
         if found_inf is not None:
             note[2] = (found_inf != 0).to(torch.int64).reshape(())
         if grad_scale is not None:
@@ -203,6 +211,8 @@ class StepAgreement:
             known = torch.cat([*factors, factors[0].new_full((1,), torch.nan)])
             note[5] = known.nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1).view(torch.int64)[0]
             note[6] = -known.nan_to_num(nan=torch.inf, posinf=torch.inf).amin().reshape(1).view(torch.int64)[0]
+        if sums is not None:
+            note[7], note[8] = sums, -sums
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX)
         difference = None
         if note.is_cuda:
@@ -243,6 +253,8 @@ class StepAgreement:
 
     def _difference(self, note: Tensor, claims: Callable[[], Claims], tolerance: float) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
+        if note[7]:
+            self.sums_differ = bool(note[7] != -note[8])
         if note[0] == -note[1] and not _differ(note, tolerance):
             return None
         return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})

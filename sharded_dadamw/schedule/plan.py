@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.foreign_gradients import ForeignGradients
+from sharded_dadamw.buckets.gradients import ShardedGradients
 from sharded_dadamw.buckets.sharing import hyperparameter_claims
 from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Claims, StepAgreement
 from sharded_dadamw.layout.parameters import NamedParameter
@@ -122,9 +124,39 @@ def make_plan(
         grad_scale=asked.grad_scale,
         factors=list(changes.values()),
         tolerance=notes.tolerance,
+        sums=None if reducer.knows_source else _sum_of_gradients(buckets),
         refusal=refusal,
     )
+    if not reducer.knows_source:
+        _learn_source(buckets, reducer, agreement)
     return Plan(present, hypers, void, unfrozen)
+
+
+def _is_comparable(buckets: Sequence[Bucket]) -> bool:
+    """Whether ranks that see equal gradients must have averaged them, and hold whole ones to be compared."""
+    return not any(bucket.is_borrowed or isinstance(bucket.gradients, ShardedGradients) for bucket in buckets)
+
+
+def _sum_of_gradients(buckets: Sequence[Bucket]) -> Tensor | None:
+    sums = [bucket.gradients.sum_of_bits() for bucket in buckets] if _is_comparable(buckets) else []
+    return torch.stack(sums).sum() if sums else None
+
+
+def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, agreement: StepAgreement) -> None:
+    """Find out by the first gradients whether somebody else averages them. Equal on all ranks.
+
+    Raises:
+        RuntimeError: Somebody else should, and nobody does.
+    """
+    differ, agreement.sums_differ = agreement.sums_differ, None
+    if differ and any(isinstance(bucket.gradients, ForeignGradients) for bucket in buckets):
+        raise RuntimeError(
+            "gradients differ between ranks, and ShardingConfig(reduce_gradients=False) says that something else has "
+            "averaged them; wrap the model in DistributedDataParallel and call the wrapper, or leave out "
+            "reduce_gradients=False"
+        )
+    if differ is not None or not _is_comparable(buckets):
+        reducer.learn_source(are_equal=differ is False)
 
 
 def _refuse_moved(moved: Sequence[tuple[NamedParameter, str]]) -> None:

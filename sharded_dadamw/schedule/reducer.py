@@ -17,9 +17,10 @@ by the next call.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,6 +43,7 @@ class Reducer:
 
     Attributes:
         is_accumulating: Whether backward passes leave gradients local.
+        knows_source: Whether it is known that nothing else averages these gradients, as far as can be told.
         num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
@@ -50,7 +52,10 @@ class Reducer:
         self.is_accumulating = False
         self.num_rounds = 0
         self._collectives = collectives
+        self.knows_source = collectives.num_ranks == 1
         self._overlap = overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
+        self._is_overlapping = False  # in the first step we look at gradients first
+        self._remembers = False  # likewise
         self._hooked: list[Bucket] = []
         self._others: list[Bucket] = []
         self._is_begun = False
@@ -108,6 +113,8 @@ class Reducer:
             self._launch_complete()
             if bucket in self._launched:  # it comes from another pass
                 self._finish_round()
+        elif self._remembers:
+            self._await_end_of_local_backward()
         gradients.deliver(slot, counts=reduces)
         if reduces:
             self._is_begun = True
@@ -125,6 +132,11 @@ class Reducer:
             self._backward = None
         self._finish_round()
 
+    def remember(self) -> None:
+        """Take note of what backward has left, so that :meth:`changes` tells what was done to it since."""
+        for bucket in self._hooked:
+            bucket.gradients.remember()
+
     def finish_round(self) -> None:
         """Finish a round that backward has begun, if that was broken off or could not be told its end. Collective."""
         self._backward = None
@@ -138,6 +150,23 @@ class Reducer:
         """
         self._is_begun = self._is_begun or (self._reduces_in_backward and not self.num_rounds)
         self.finish_round()
+
+    def learn_source(self, *, are_equal: bool) -> None:
+        """Take note whether gradients were the same on all ranks before we have averaged them.
+
+        Warns:
+            UserWarning: They were.
+        """
+        self.knows_source = True
+        self._remembers = not are_equal
+        if are_equal and self._hooked:
+            self._overlap = False
+            warnings.warn(
+                "gradients are the same on all ranks before ShardedDecoupledAdamW has averaged them; if something else "
+                "does, such as DistributedDataParallel, pass ShardingConfig(reduce_gradients=False); from now on they "
+                "are averaged in step() only, which is right in either case",
+                stacklevel=2,
+            )
 
     def still_local(self) -> list[Bucket]:
         """The buckets that :meth:`reduced` will reduce, which have to be the same on all ranks."""
@@ -181,6 +210,7 @@ class Reducer:
             bucket.gradients.mark(Stage.CONSUMED)
         self.num_rounds = 0
         self._learn_order()
+        self._is_overlapping = self._overlap and self.knows_source
 
     def refuse(self, *, differ: bool) -> None:
         """Say that all ranks have refused a call. Where they differ, averages are of no use; what is local stays."""
@@ -196,12 +226,12 @@ class Reducer:
             bucket.gradients.drop()
 
     def changes(self, *, is_unscaled: bool) -> dict[Bucket, Tensor]:
-        """By what factors averages were multiplied, as :meth:`Gradients.change` says; empty where nobody did that.
+        """By what factors gradients were multiplied, as :meth:`Gradients.change` says; empty where nobody did that.
 
-        Where somebody did, the averages that nobody touched are there with a factor of 1.
+        Where somebody did, the buckets that nobody touched are there with a factor of 1.
         """
-        averaged = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.REDUCED]
-        factors = {bucket: bucket.gradients.change(is_unscaled=is_unscaled) for bucket in averaged}
+        unused = [bucket for bucket in self._hooked if bucket.gradients.stage is not Stage.CONSUMED]
+        factors = {bucket: bucket.gradients.change(is_unscaled=is_unscaled) for bucket in unused}
         if all(factor is None for factor in factors.values()):
             return {}
         return {
@@ -228,14 +258,20 @@ class Reducer:
                 self._finish_round()  # of a pass that was broken off
             self._backward = current
         if not will_be_told:
-            Variable._execution_engine.queue_callback(_End(weakref.ref(self), is_nested))
+            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self.end_backward), is_nested=is_nested))
+
+    def _await_end_of_local_backward(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._graph_task:
+            self._graph_task = current
+            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self.remember)))
 
     def _learn_order(self) -> None:
         """Take over the order in which rank 0's first backward completed buckets, once per set of them.
 
         Buckets that it did not complete, for want of a gradient, come last, so that they hold up no other.
         """
-        if self._knows_order or not (self._overlap and self._hooked):
+        if self._knows_order or not (self._is_overlapping and self._hooked):
             return
         first = [self._hooked.index(bucket) for bucket in self._completed]
         order = first + [index for index in range(len(self._hooked)) if index not in first]
@@ -250,7 +286,7 @@ class Reducer:
 
     @property
     def _reduces_in_backward(self) -> bool:
-        return bool(self._hooked) and (self._overlap or self._keeps_shards)
+        return bool(self._hooked) and (self._is_overlapping or self._keeps_shards)
 
     def _launch_complete(self) -> None:
         """Launch the buckets whose turn has come."""
@@ -327,12 +363,12 @@ class _Delivery:
 class _End:
     """What autograd calls at the end of a backward pass."""
 
-    def __init__(self, reducer: weakref.ref[Reducer], is_nested: bool) -> None:
-        self._reducer, self._is_nested = reducer, is_nested
+    def __init__(self, method: weakref.WeakMethod[Callable[..., None]], **arguments: bool) -> None:
+        self._method, self._arguments = method, arguments
 
     def __call__(self) -> None:
-        if (reducer := self._reducer()) is not None:
-            reducer.end_backward(is_nested=self._is_nested)
+        if (method := self._method()) is not None:
+            method(**self._arguments)
 
 
 def _is_nested() -> bool:
