@@ -140,22 +140,11 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         weight_decay: float,
         eps: float,
     ) -> None:
-        """Apply the update rule to lists of tensors, in place, with Composer's signature.
+        """Apply the update rule to lists of tensors of any shapes, with Composer's signature.
 
-        Args:
-            params: Tensors of any shape; decayed and updated.
-            grads: Their gradients; only read.
-            exp_avgs: Moving averages of the gradients; updated.
-            exp_avg_sqs: Moving averages of the squared gradients; updated.
-            max_exp_avg_sqs: Running maxima of those; updated. Empty without amsgrad.
-            state_steps: 0-d each: the number of this update, counted from 1.
-            amsgrad: Whether the maxima go into the denominator.
-            beta1: Coefficient of ``exp_avgs``.
-            beta2: Coefficient of ``exp_avg_sqs``.
-            lr: Learning rate of this step.
-            initial_lr: Peak of the schedule; 0 means full decay.
-            weight_decay: Decay at the peak.
-            eps: Added to the denominator.
+        ``params``, the moments and, with amsgrad, ``max_exp_avg_sqs`` are updated in place. ``grads`` and
+        ``state_steps``, the number of this update counted from 1, 0-d each, are only read. ``initial_lr`` is the peak
+        of the schedule, where 0 means full decay, and ``weight_decay`` the decay there.
         """
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps)
         hyper = Hyperparameters(lr, initial_lr, beta1, beta2, eps, weight_decay, amsgrad)
@@ -279,10 +268,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def _norm(self, present: Sequence[_Present], norm_type: float) -> Tensor:
         """Return the norm of gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
-        gradients = [
-            (id(param), local_gradient(param)) for params, _ in present for param in params
-        ]  # may be collective
-        counted = [gradient for param, gradient in gradients if param in owners.counted]
+        params = [param for of_group, _ in present for param in of_group]
+        gradients = [*map(local_gradient, params)]  # of all, since it may be collective
+        counted = [grad for param, grad in zip(params, gradients, strict=True) if id(param) in owners.counted]
         return global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
 
     def _keep_clip_of(self, present: Sequence[_Present], *, for_step: bool = False) -> None:

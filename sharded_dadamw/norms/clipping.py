@@ -35,29 +35,6 @@ def check_clip(max_norm: float, norm_type: float) -> None:
         raise ValueError(f"norm_type: expected 2 or inf, got {norm_type}")
 
 
-def require_finite(norm: Tensor, norm_type: float) -> None:
-    """Wait for a norm of gradients.
-
-    Raises:
-        RuntimeError: It is nan or infinite.
-    """
-    if not torch.isfinite(norm):
-        raise RuntimeError(
-            f"the norm of order {norm_type} of the averaged gradients is {float(norm)}; to clip by it anyway, pass "
-            "error_if_nonfinite=False"
-        )
-
-
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are multiplied by, at most 1; torch's ``clip_grad_norm_`` has the same formula.
-
-    Args:
-        norm: 0-d fp32.
-        max_norm: The norm that must not be exceeded.
-    """
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-
-
 class PendingClip:
     """The clips that wait for the next step, as one number; gradients stay as they are.
 
@@ -92,12 +69,15 @@ class PendingClip:
             0-d fp32: the norm before this clip and after earlier ones.
 
         Raises:
-            RuntimeError: As :func:`require_finite`.
+            RuntimeError: That norm is nan or infinite, and ``error_if_nonfinite`` is set.
         """
         before = norm * self.coefficient if self._waits else norm
-        if error_if_nonfinite:
-            require_finite(before, norm_type)
-        coefficient = clip_coefficient(before, max_norm)
+        if error_if_nonfinite and not torch.isfinite(before):
+            raise RuntimeError(
+                f"the norm of order {norm_type} of the averaged gradients is {float(before)}; to clip by it anyway, "
+                "pass error_if_nonfinite=False"
+            )
+        coefficient = torch.clamp(max_norm / (before + 1e-6), max=1.0)  # the formula of torch's clip_grad_norm_
         self.coefficient = self.coefficient * coefficient if self._waits else coefficient
         self.norm = norm
         self._waits = True

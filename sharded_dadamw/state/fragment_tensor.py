@@ -260,27 +260,10 @@ def _to(own: FragmentTensor, *args: Any, **kwargs: Any) -> FragmentTensor:
     return own._with(lambda fragment: fragment.to(device or fragment.device, copy=True))
 
 
-def _empty(own: FragmentTensor, size: Any = None, **kwargs: Any) -> FragmentTensor:
-    if size is not None and tuple(size) not in (tuple(own.shape), ()):
+def _new_empty(own: FragmentTensor, size: Sequence[int], *, device: Any = None) -> FragmentTensor:
+    if tuple(size) not in (tuple(own.shape), ()):
         raise own._refusal(f"new_empty({tuple(size)})")
-    device = kwargs.get("device")
     return own._with(lambda fragment: torch.empty_like(fragment, device=device))
-
-
-def _zeros(own: FragmentTensor, **kwargs: Any) -> FragmentTensor:
-    return _empty(own, **kwargs)._with(Tensor.zero_)
-
-
-def _copy_(own: FragmentTensor, source: FragmentTensor, non_blocking: bool = False) -> FragmentTensor:
-    if not isinstance(source, FragmentTensor) or source.span != own.span:
-        raise own._refusal("copy_ of another range")
-    own.fragment.copy_(source.fragment, non_blocking=non_blocking)
-    return own
-
-
-def _share_memory_(own: FragmentTensor) -> FragmentTensor:
-    own.fragment.share_memory_()
-    return own
 
 
 _ANSWERS: dict[str, Callable[..., Any]] = {
@@ -292,12 +275,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "clone": lambda own, **kwargs: copy.deepcopy(own),
     "to": _to,
     "cpu": lambda own, **kwargs: _to(own, "cpu"),
-    "new_empty": _empty,
-    "empty_like": _empty,
-    "zeros_like": _zeros,
-    "copy_": _copy_,
-    "share_memory_": _share_memory_,
-    "pin_memory": lambda own, **kwargs: own._with(Tensor.pin_memory),
+    "new_empty": _new_empty,
 }
 
 
