@@ -545,7 +545,7 @@ WRONG_BY_THEMSELVES = ("a sparse gradient", "a parameter cast out of its buffer"
 def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str, overlap: bool) -> Seen:
     """A step that goes wrong, then the repair, then steps that must be those of the control.
 
-    With overlap gradients are averaged before ranks compare notes, and have to be dropped where they disagree.
+    With overlap gradients are averaged before ranks compare, and have to be dropped where they disagree.
     """
     rank = group.rank()
     params, control_params = plain_params(), plain_params()

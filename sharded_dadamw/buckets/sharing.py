@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.buckets.offload import check_residency
-from sharded_dadamw.comm.agreement import Claims, Refusal, require_agreement
+from sharded_dadamw.comm.agreement import Description, Refusal, require_agreement
 from sharded_dadamw.comm.collectives import Collectives, common_group
 from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.config import ShardingConfig
@@ -123,32 +123,33 @@ def agree_on_groups(
         Exception: This rank's refusal, where it has one.
         ValueError: Another rank refuses, or ranks were given different groups.
     """
-    claims: Claims = {}
-    parts: Claims = {}
+    description: Description = {}
+    parts: Description = {}
     with refusal:
         check_shardable(groups, config)
         members = named_parameters(groups)
-        claims = claims_of(members, groups, first_group, config)
+        description = describe_groups(members, groups, first_group, config)
         parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
         check_sharing(members, collectives, config)
-    require_agreement(everyone, claims, refusal.error)
+    require_agreement(everyone, description, refusal.error)
     if parts:
         require_agreement(collectives, parts, None)
 
 
-def claims_of(
+def describe_groups(
     members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]], first_group: int, config: ShardingConfig
-) -> Claims:
+) -> Description:
     """What a rank is about to build of the groups from ``first_group`` on."""
-    claims = {f"parameter {member.index}": member.describe() for member in members if member.group_index >= first_group}
+    new = [member for member in members if member.group_index >= first_group]
+    description = {f"parameter {member.index}": member.describe() for member in new}
     for index, group in enumerate(groups[first_group:], start=first_group):
-        claims[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
-        claims.update(hyperparameter_claims(index, Hyperparameters.from_group(group)))
-    claims.update({f"config.{key}": str(value) for key, value in asdict(config).items()})
-    return claims
+        description[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"
+        description.update(describe_hyperparameters(index, Hyperparameters.from_group(group)))
+    description.update({f"config.{key}": str(value) for key, value in asdict(config).items()})
+    return description
 
 
-def hyperparameter_claims(index: int, hyper: Hyperparameters) -> Claims:
+def describe_hyperparameters(index: int, hyper: Hyperparameters) -> Description:
     """The scalars of a group, by the names they have there."""
     lr = hyper.lr
     values = {

@@ -1,4 +1,4 @@
-"""The verbs between ranks, and the notes by which ranks agree before they exchange data.
+"""The verbs between ranks, and how ranks agree before they exchange data.
 
 ``collectives`` defines the verbs and serves them for one rank and by a backend's own means. ``messages`` and ``memory``
 serve ranks on CPUs, ``mesh`` joins two axes, and ``connect`` chooses. ``pending`` is a verb under way. ``agreement``

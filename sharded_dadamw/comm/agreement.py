@@ -1,7 +1,7 @@
-"""Ranks compare notes before they exchange data, so that a disagreement is an error everywhere and a hang nowhere.
+"""Ranks compare before they exchange data, so that a disagreement is an error everywhere and a hang nowhere.
 
-Each rank states what it is about to do as a list of labelled claims. Ranks first exchange a digest of that list; only
-where digests differ do they exchange the claims themselves, find the first difference, and all raise the same error.
+Each rank describes what it is about to do, label by label. Ranks first exchange a digest of that; only where digests
+differ do they exchange the descriptions themselves, find the first difference, and all raise the same error.
 
 At construction the digest travels in a gather of texts. At each step it rides, with a loss scaler's flag and scale and
 with what became of averaged gradients, in one all-reduce of nine integers: max(h) and max(-h) are equal in size only
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
 
-Claims = dict[str, str]
+Description = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
 
 LOSS_SCALE = "the loss scale"
 FACTOR = "the factors by which gradients were multiplied"
-"""Labels of claims about which there is more to say."""
+"""Labels about which there is more to say."""
 
 _ADVICE = {
     LOSS_SCALE: "use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with "
@@ -67,20 +67,20 @@ class Refusal:
         return isinstance(error, Exception)
 
 
-def require_agreement(collectives: Collectives, claims: Claims, refusal: Exception | None) -> None:
+def require_agreement(collectives: Collectives, description: Description, refusal: Exception | None) -> None:
     """Check at construction that every rank's arguments are valid and equal. Collective, and host-blocking.
 
     Args:
         collectives: The group.
-        claims: What this rank is about to build; ignored where ``refusal`` is given.
+        description: What this rank is about to build; ignored where ``refusal`` is given.
         refusal: The error with which this rank refuses its own arguments, or None.
 
     Raises:
         Exception: ``refusal`` itself, on the ranks that have one.
-        ValueError: Another rank refuses its arguments, or claims differ; names the first difference and both sides.
+        ValueError: Another rank refuses its arguments, or ranks differ; names the first difference and both sides.
     """
     message = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
-    answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([_digest(claims), message]))]
+    answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([_digest(description), message]))]
     if refusal is not None:
         raise refusal
     for rank, (_, refused) in enumerate(answers):
@@ -88,7 +88,7 @@ def require_agreement(collectives: Collectives, claims: Claims, refusal: Excepti
             raise ValueError(f"rank {rank} refused its arguments: {refused}")
     if len({digest for digest, _ in answers}) > 1:
         raise ValueError(
-            f"ranks were given different things to build; {_find_difference(collectives, claims)}; "
+            f"ranks were given different things to build; {_find_difference(collectives, description)}; "
             "build the same model and optimizer on every rank of the group"
         )
 
@@ -131,7 +131,7 @@ def _kind_of(error: Exception) -> str:
 
 
 class StepAgreement:
-    """The ranks' comparison of notes at each step.
+    """The ranks' handshake at each step.
 
     On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
     so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
@@ -143,7 +143,7 @@ class StepAgreement:
     """
 
     def __init__(self, collectives: Collectives, device: torch.device, *, refuse: Callable[..., None]) -> None:
-        """Compare notes.
+        """Compare what ranks are about to do.
 
         Args:
             collectives: The ranks.
@@ -155,11 +155,11 @@ class StepAgreement:
         self._refuse = refuse
         self._device = device
         self.sums_differ: bool | None = None
-        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Claims], float] | None = None
+        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Description], float] | None = None
 
     def check(
         self,
-        claims: Callable[[], Claims],
+        describe: Callable[[], Description],
         key: bytes,
         *,
         found_inf: Tensor | None,
@@ -172,8 +172,8 @@ class StepAgreement:
         """Compare what every rank is about to do in this step. Collective.
 
         Args:
-            claims: Makes the claims, now or later; called only where an error message needs them.
-            key: Bytes that differ where the claims differ.
+            describe: Makes the description, now or later; called only where an error message needs it.
+            key: Bytes that differ where descriptions differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
             grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
             factors: fp64 [k] each, >= 0: by what factors averages were multiplied since they were made; nan where that
@@ -188,13 +188,13 @@ class StepAgreement:
 
         Raises:
             Exception: ``refusal`` itself, on the ranks that have one.
-            RuntimeError: Another rank refuses, or claims, scales or factors differ; names the first difference and both
-                sides. On every rank.
+            RuntimeError: Another rank refuses, or ranks differ; names the first difference and both sides. On
+                every rank.
         """
         self._read_previous()
         if refusal is not None:
             text = f"refused ({type(refusal).__name__}: {refusal})"
-            claims, key = (lambda: {_THE_STEP: text}), text.encode()
+            describe, key = (lambda: {_THE_STEP: text}), text.encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
         # Positive floats are ordered like their bits; of factors there are the largest and the smallest, 0 and inf
         # where there are none.
@@ -216,9 +216,9 @@ class StepAgreement:
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX)
         difference = None
         if note.is_cuda:
-            self._read_later(note, claims, tolerance)
+            self._read_later(note, describe, tolerance)
         else:
-            difference = self._difference(note, claims, tolerance)
+            difference = self._difference(note, describe, tolerance)
         if difference is not None or refusal is not None:
             self._refuse(differ=difference is not None)
             raise refusal or RuntimeError(
@@ -229,21 +229,21 @@ class StepAgreement:
             return None
         return ((note[2] != 0) | _differ(note, tolerance)).to(torch.float32)
 
-    def _read_later(self, note: Tensor, claims: Callable[[], Claims], tolerance: float) -> None:
+    def _read_later(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
         host.copy_(note, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._unread = (host, event, claims, tolerance)
+        self._unread = (host, event, describe, tolerance)
 
     def _read_previous(self) -> None:
         # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
-        # since a disagreement makes them exchange claims.
+        # since a disagreement makes them exchange descriptions.
         if self._unread is not None:
-            host, arrived, claims, tolerance = self._unread
+            host, arrived, describe, tolerance = self._unread
             self._unread = None
             arrived.synchronize()
-            if (difference := self._difference(host, claims, tolerance)) is not None:
+            if (difference := self._difference(host, describe, tolerance)) is not None:
                 self._refuse(differ=True)
                 was_void = host[0] == -host[1]
                 outcome = (
@@ -251,39 +251,39 @@ class StepAgreement:
                 )
                 raise RuntimeError(f"ranks disagreed about the step before this one; {difference}; that step {outcome}")
 
-    def _difference(self, note: Tensor, claims: Callable[[], Claims], tolerance: float) -> str | None:
+    def _difference(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
         if note[7]:
             self.sums_differ = bool(note[7] != -note[8])
         if note[0] == -note[1] and not _differ(note, tolerance):
             return None
-        return _find_difference(self._collectives, {_THE_STEP: "accepted", **claims()})
+        return _find_difference(self._collectives, {_THE_STEP: "accepted", **describe()})
 
 
 def _differ(note: Tensor, tolerance: float) -> Tensor:
-    """Whether ranks have different loss scales, or have changed averages by different factors, by their notes."""
+    """Whether ranks have different loss scales, or have changed averages by different factors, by what they sent."""
     largest, smallest = note[5:6].view(torch.float64)[0], (-note[6:7]).view(torch.float64)[0]
     return (note[3] != -note[4]) | (largest > smallest * (1 + tolerance))
 
 
-def _digest(claims: Claims) -> str:
-    return hashlib.blake2b(repr(list(claims.items())).encode(), digest_size=16).hexdigest()
+def _digest(description: Description) -> str:
+    return hashlib.blake2b(repr(list(description.items())).encode(), digest_size=16).hexdigest()
 
 
-def _find_difference(collectives: Collectives, claims: Claims) -> str:
-    """Exchange claims that are known to differ, and name the first difference. Collective."""
-    return _first_difference([json.loads(text) for text in collectives.gather_texts(json.dumps(claims))])
+def _find_difference(collectives: Collectives, description: Description) -> str:
+    """Exchange descriptions that are known to differ, and name the first difference. Collective."""
+    return _first_difference([json.loads(text) for text in collectives.gather_texts(json.dumps(description))])
 
 
-def _first_difference(claims_of_ranks: list[Claims]) -> str:
-    """The first claim on which a rank differs from rank 0, with both values and that rank."""
-    reference = claims_of_ranks[0]
-    for rank, claims in enumerate(claims_of_ranks):
-        for expected, found in zip_longest(reference, claims):
+def _first_difference(descriptions: list[Description]) -> str:
+    """The first label on which a rank differs from rank 0, with both values and that rank."""
+    reference = descriptions[0]
+    for rank, description in enumerate(descriptions):
+        for expected, found in zip_longest(reference, description):
             # Where the lists part, one of the two labels is what only its own side has.
-            label = found if expected is None or expected in claims else expected
-            ours, theirs = reference.get(label, _ABSENT), claims.get(label, _ABSENT)
+            label = found if expected is None or expected in description else expected
+            ours, theirs = reference.get(label, _ABSENT), description.get(label, _ABSENT)
             if ours != theirs:
                 advice = f"; {_ADVICE[label]}" if label in _ADVICE else ""
                 return f"the first difference is {label}: rank 0 has {ours}, rank {rank} has {theirs}{advice}"
-    raise AssertionError("digests differ but claims do not")
+    raise AssertionError("digests differ but descriptions do not")

@@ -1,7 +1,7 @@
 """What ranks compare before a step, or a clip, and what it will do once they have agreed.
 
 A plan touches no parameter. Whatever a rank has to object is told to the others instead of raised at once, since they
-are waiting for its notes: see :mod:`sharded_dadamw.comm.agreement`.
+are waiting for it: see :mod:`sharded_dadamw.comm.agreement`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.foreign_gradients import ForeignGradients
 from sharded_dadamw.buckets.gradients import ShardedGradients
-from sharded_dadamw.buckets.sharing import hyperparameter_claims
-from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Claims, StepAgreement
+from sharded_dadamw.buckets.sharing import describe_hyperparameters
+from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Description, StepAgreement
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.norms.clipping import PendingClip
 from sharded_dadamw.schedule.reducer import Reducer
@@ -116,14 +116,14 @@ def make_plan(
     unfrozen = [member for member in frozen if member.param.requires_grad]
     reducer.catch_up()
     changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
-    notes = _Notes(asked, hypers, unfrozen, present, reducer.still_local(), changes)
+    side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
     void = agreement.check(
-        notes.spell_out,
-        notes.key(),
+        side.describe,
+        side.key(),
         found_inf=asked.found_inf,
         grad_scale=asked.grad_scale,
         factors=list(changes.values()),
-        tolerance=notes.tolerance,
+        tolerance=side.tolerance,
         sums=None if reducer.knows_source else _sum_of_gradients(buckets),
         refusal=refusal,
     )
@@ -180,12 +180,12 @@ def _require_fitting_state(buckets: Sequence[Bucket], hypers: Sequence[Hyperpara
 
 
 @dataclass(frozen=True)
-class _Notes:
+class _Side:
     """One rank's side of a step.
 
     Attributes:
-        asked: What this rank is asked to do. The loss scale in it is here for the message alone: notes that ranks
-            exchange have scales and factors of their own, which need no reading on the host.
+        asked: What this rank is asked to do. The loss scale in it is here for the message alone: what ranks
+            compare has scales and factors of its own, which need no reading on the host.
         hypers: The scalars of every group.
         unfrozen: Parameters that have been unfrozen since the last step.
         present: Per bucket and slot whether there is a gradient.
@@ -201,7 +201,7 @@ class _Notes:
     changes: Mapping[Bucket, Tensor]
 
     def key(self) -> bytes:
-        """Bytes that differ where what is spelled out differs."""
+        """Bytes that differ where descriptions differ."""
         unfrozen = [member.index for member in self.unfrozen]
         summary = (self.asked.doing, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
         # Ranks that hold other parts of the parameters may have other buckets.
@@ -213,33 +213,33 @@ class _Notes:
         """By how much factors may differ, for each element was rounded."""
         return 2.0 * max((torch.finfo(bucket.gradients.shard.dtype).eps for bucket in self.changes), default=0.0)
 
-    def spell_out(self) -> Claims:
+    def describe(self) -> Description:
         """All of it, in the order in which differences should be reported."""
-        claims: Claims = {
+        description: Description = {
             "the call": self.asked.doing,
             "the number of attached models": str(self.asked.num_attached),
             "clip_grad_norm_() before it": str(bool(self.asked.clip)),
             **self._scalars,
         }
         for member in self.unfrozen:
-            claims[f"{member.name}.requires_grad"] = "True"
+            description[f"{member.name}.requires_grad"] = "True"
         gradients = {
             member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
             for bucket, present in self.present.items()
             for member, here in zip(bucket.members, present, strict=True)
         }
-        claims.update(gradients[index] for index in sorted(gradients))
-        claims["the averages of gradients"] = "to come" if self.local else "made"
+        description.update(gradients[index] for index in sorted(gradients))
+        description["the averages of gradients"] = "to come" if self.local else "made"
         if self.asked.grad_scale is not None:
-            claims[LOSS_SCALE] = str(float(self.asked.grad_scale))
-        claims[FACTOR] = _range(torch.cat([*self.changes.values()]).tolist()) if self.changes else "untouched"
-        return claims
+            description[LOSS_SCALE] = str(float(self.asked.grad_scale))
+        description[FACTOR] = _range(torch.cat([*self.changes.values()]).tolist()) if self.changes else "untouched"
+        return description
 
     @cached_property
-    def _scalars(self) -> Claims:
-        scalars: Claims = {}
+    def _scalars(self) -> Description:
+        scalars: Description = {}
         for index, hyper in enumerate(self.hypers):
-            scalars.update(hyperparameter_claims(index, hyper))
+            scalars.update(describe_hyperparameters(index, hyper))
         return scalars
 
 

@@ -143,7 +143,7 @@ class Reducer:
         self._finish_round()
 
     def catch_up(self) -> None:
-        """Do what other ranks may be waiting for in backward, before they and this one compare notes. Collective.
+        """Do what other ranks may be waiting for in backward, before they and this one compare. Collective.
 
         A rank without a backward since the last step, or without a gradient in it, does its part of a round with the
         gradients it has, such as those that were assigned by hand.
