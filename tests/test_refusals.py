@@ -231,6 +231,22 @@ def test_a_parameter_that_wraps_others_is_refused() -> None:
     assert_refused([seen], ("TypeError",), "weight", "TwoTensor", "DecoupledAdamW")
 
 
+@pytest.mark.parametrize("kind", ["wrapped", "fp8"])
+def test_what_is_frozen_and_cannot_be_sharded_is_left_alone_until_it_is_unfrozen(kind: str) -> None:
+    value = TwoTensor(torch.ones(3), torch.ones(3)) if kind == "wrapped" else torch.ones(3).to(torch.float8_e4m3fn)
+    odd, plain = nn.Parameter(value, requires_grad=False), nn.Parameter(torch.zeros(3))
+    optimizer = ShardedDecoupledAdamW([("odd", odd), ("plain", plain)])
+    plain.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert plain.all() and len(optimizer.state_dict()["state"]) == 1
+    odd.requires_grad_(True)
+    plain.grad, before = torch.ones(3), plain.detach().clone()
+    with pytest.raises(TypeError, match="odd: expected a"):
+        optimizer.step()
+    assert torch.equal(plain, before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
 def test_parameters_on_two_devices_are_refused() -> None:
     params = [("here", nn.Parameter(torch.zeros(3))), ("there", nn.Parameter(torch.zeros(3, device="cuda")))]

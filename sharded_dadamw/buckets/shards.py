@@ -84,11 +84,12 @@ class Shards:
     def _shard(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> list[Bucket]:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
-            if not member.param.requires_grad and not member.holds_integers:
-                whole = member.local.contiguous()
-                self.collectives.broadcast_(whole)
-                member.local.copy_(whole)
+            if not member.param.requires_grad:
                 self.frozen.append(member)
+                if not member.is_left_alone:
+                    whole = member.local.contiguous()
+                    self.collectives.broadcast_(whole)
+                    member.local.copy_(whole)
         buckets = list(self._bucketing.fill([m for m in members if m.param.requires_grad], groups))
         for bucket in buckets:
             self.slots.update({id(member.param): (bucket, slot) for slot, member in enumerate(bucket.members)})

@@ -88,7 +88,7 @@ def check_shardable(groups: Sequence[Mapping[str, Any]], config: ShardingConfig)
     members = named_parameters(groups)
     check_parameters(members)
     check_residency(config.state_residency, members[0].param.device)
-    for member in (member for member in members if not member.holds_integers):
+    for member in (member for member in members if not member.is_left_alone):
         Storage.of(member.local, config).check_beta2(float(groups[member.group_index]["betas"][1]))
 
 

@@ -44,9 +44,10 @@ class NamedParameter:
         return local(self.param.detach() if self.placement.is_borrowed else self.param.data)
 
     @property
-    def holds_integers(self) -> bool:
-        """Whether it is frozen for ever, as torch differentiates no integers: what a quantised model is made of."""
-        return not (self.param.dtype.is_floating_point or self.param.dtype.is_complex)
+    def is_left_alone(self) -> bool:
+        """Whether it is frozen, and in a form that could not be sharded, as the weights of a quantised model are."""
+        could_be = self.param.dtype in _SHARDABLE_DTYPES and has_plain_memory(self.local)
+        return not self.param.requires_grad and not could_be
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -84,7 +85,7 @@ def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter
 
 
 def check_parameters(members: Sequence[NamedParameter]) -> None:
-    """Refuse what cannot be laid into flat buffers, but for integers, which are left where they are.
+    """Refuse what cannot be laid into flat buffers, but for what is left alone.
 
     Raises:
         TypeError: A parameter is sparse, distributed, or of a dtype that is not fp16, bf16, fp32 or fp64.
@@ -93,7 +94,7 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
     """
     if not members:
         raise ValueError("expected at least one parameter, got empty groups")
-    members = [member for member in members if not member.holds_integers]
+    members = [member for member in members if not member.is_left_alone]
     first_use: dict[Tensor, NamedParameter] = {}
     for member in members:
         param = member.param

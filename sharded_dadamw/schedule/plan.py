@@ -20,7 +20,7 @@ from sharded_dadamw.buckets.foreign_gradients import ForeignGradients
 from sharded_dadamw.buckets.gradients import ShardedGradients
 from sharded_dadamw.buckets.sharing import describe_hyperparameters
 from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Description, StepAgreement
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, check_parameters
 from sharded_dadamw.norms.clipping import PendingClip
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.update.adamw import Hyperparameters, read_groups
@@ -92,6 +92,7 @@ def make_plan(
     present: dict[Bucket, tuple[bool, ...]] = {}
     hypers: list[Hyperparameters] = []
     refusal = asked.refusal
+    unfrozen = [member for member in frozen if member.param.requires_grad]
     try:
         if reducer.is_accumulating:
             raise RuntimeError(f"{asked.doing} was called inside no_sync(); leave the context first")
@@ -109,11 +110,12 @@ def make_plan(
         _refuse_moved(moved)
         hypers = read_groups(groups)
         _require_fitting_state(buckets, hypers)
+        if unfrozen:
+            check_parameters(unfrozen)
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         refusal = refusal or error
     if not any(bucket.gradients.are_clipped for bucket in buckets):
         asked.clip.clear()
-    unfrozen = [member for member in frozen if member.param.requires_grad]
     reducer.catch_up()
     changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
     side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
