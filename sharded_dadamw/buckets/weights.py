@@ -109,12 +109,9 @@ class OwnWeights(Weights):
         super().__init__(members, layout, rank)
         self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
-        # Each has a storage of its own over the buffer's memory. Who saves a tensor saves its storage, and takes those
-        # that share one for tied weights.
-        self.views = list(map(from_dlpack, self._views_of(self.buffer)))
-        for member, view in zip(members, self.views, strict=True):
-            member.param.data = view
-        self._places = list(map(Tensor.data_ptr, self.views))
+        self._homes = self._views_of(self.buffer)
+        self._move_in()
+        self._places = list(map(Tensor.data_ptr, self._params))
         self.note_update()
         _alive.add(self)
 
@@ -123,24 +120,30 @@ class OwnWeights(Weights):
         if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
             return []
         return [
-            (member, self._why(member.param, view))
-            for member, view in zip(self._members, self.views, strict=True)
-            if member.param.data_ptr() != view.data_ptr()
+            (member, self._why(member.param, home))
+            for member, home, place in zip(self._members, self._homes, self._places, strict=True)
+            if member.param.data_ptr() != place
         ]
 
-    def _why(self, param: Tensor, view: Tensor) -> str:
+    def _why(self, param: Tensor, home: Tensor) -> str:
         if any(param.data_ptr() in others._places for others in _alive if others is not self):
             return "it was given to another optimizer, which has it now"
-        return _difference(param, tuple(view.shape), view.dtype, view.device)
+        return _difference(param, tuple(home.shape), home.dtype, home.device)
 
     def take_back_(self) -> None:
         """Move parameters that are elsewhere back into the buffer, with the values that they have there."""
-        for member, view in zip(self._members, self.views, strict=True):
-            if member.param.data_ptr() != view.data_ptr():
-                view.copy_(member.param.data)
-                member.param.data = view
+        for param, home, place in zip(self._params, self._homes, self._places, strict=True):
+            if param.data_ptr() != place:
+                home.copy_(param.data)
+        self._move_in()
         self._versions = [-1]  # whatever was written elsewhere is for main parameters, too
         _log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
+
+    def _move_in(self) -> None:
+        # Each gets a storage of its own over the buffer's memory. Who saves a tensor saves its storage, and takes those
+        # that share one for tied weights.
+        for param, home in zip(self._params, self._homes, strict=True):
+            param.data = from_dlpack(home)
 
     def refresh_(self) -> None:
         """See :meth:`Weights.refresh_`; the shard is the parameters' own memory."""
