@@ -544,6 +544,9 @@ def refuse_alike(group: Any, residency: GradientResidency) -> None:
     """
     model, optimizer = small(group, gradient_residency=residency)
     loss_of(model, group.rank()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, group.rank()).backward()
     with pytest.raises(ValueError, match="max_norm"):
         optimizer.clip_grad_norm_(-1.0)
     optimizer.zero_grad()
@@ -650,6 +653,9 @@ def test_the_users_own_hooks_see_this_ranks_gradient_whatever_the_buckets(
 def one_backward_more(group: Any, residency: GradientResidency) -> list[str]:
     """Rank 1 runs a second backward while rank 0 is in its step; what comes after that error fails as well."""
     model, optimizer = small(group, gradient_residency=residency)
+    loss_of(model, group.rank()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
     loss_of(model, group.rank()).backward()
     if group.rank() == 1 and residency is FULL:
         optimizer.zero_grad()
