@@ -117,6 +117,33 @@ def test_a_model_that_was_cast_is_an_error_that_says_so(cast: Callable[[nn.Modul
         model(x).sum().backward()
 
 
+def replace_parameters(group: Any) -> str:
+    """What fully_shard does to a model, and accelerate then to the groups of its optimizer."""
+    model, other = make_model(), make_model()
+    optimizer = build(model, group)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    other(torch.ones(1, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="param_groups do not hold the parameters"):
+        optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match="Build the optimizer when the model is as it will be trained") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_parameters_that_were_replaced_in_the_groups_are_an_error() -> None:
+    assert all(on_ranks(2, replace_parameters))
+
+
+def test_several_ranks_without_a_process_group_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        RuntimeError, match=r"WORLD_SIZE is 2 .* call torch\.distributed\.init_process_group\(\) before"
+    ):
+        build(make_model(), None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    build(make_model(), None)
+
+
 # --- storages ---
 
 

@@ -34,6 +34,7 @@ class Weights(ABC):
 
     Attributes:
         shard: [n], what this rank updates.
+        ids: The ``id`` of each parameter.
     """
 
     shard: Tensor
@@ -48,6 +49,7 @@ class Weights(ABC):
         """
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
+        self.ids = frozenset(map(id, self._params))
         self._layout = layout
         self._range = layout.shard_range(rank)
 

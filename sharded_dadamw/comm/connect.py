@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -39,8 +40,14 @@ def connect(
         TypeError: It is none of these.
         ValueError: The mesh has more than two axes, or two that leave ranks out, or the group does not have this rank,
             is destroyed, or cannot reach the device's memory.
+        RuntimeError: There is no group, though the environment says that there are several ranks.
     """
     if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RuntimeError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and torch.distributed is not initialised, "
+                "so each rank would be on its own; call torch.distributed.init_process_group() before, or unset it"
+            )
         return Collectives()
     if not isinstance(process_group, DeviceMesh) or process_group.ndim != 2:
         return _connect_group(_group_of(process_group, device, called), device, exchange)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def make_plan(
     try:
         if reducer.is_accumulating:
             raise RuntimeError(f"{asked.doing} was called inside no_sync(); leave the context first")
+        _require_own_parameters(buckets, groups, frozen)
         moved: list[tuple[NamedParameter, str]] = []
         for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
             if misplaced := bucket.weights.misplaced():
@@ -159,6 +161,19 @@ def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, agreement: StepAg
         )
     if differ is not None or not _is_comparable(buckets):
         reducer.learn_source(are_equal=differ is False)
+
+
+def _require_own_parameters(
+    buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]], frozen: Sequence[NamedParameter]
+) -> None:
+    given = set(map(id, chain.from_iterable(group["params"] for group in groups)))
+    ours = [bucket.weights.ids for bucket in buckets] + [{id(member.param)} for member in frozen]
+    if len(given) != sum(map(len, ours)) or not all(ids <= given for ids in ours):
+        raise RuntimeError(
+            "param_groups do not hold the parameters that this optimizer was built with; something has replaced them, as "
+            "fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters by "
+            "add_param_group"
+        )
 
 
 def _refuse_moved(moved: Sequence[tuple[NamedParameter, str]]) -> None:
