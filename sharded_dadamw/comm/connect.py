@@ -45,7 +45,7 @@ def connect(
     if process_group is None and not (dist.is_available() and dist.is_initialized()):
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RuntimeError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and torch.distributed is not initialised, "
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, torch.distributed is not initialised, "
                 "so each rank would be on its own; call torch.distributed.init_process_group() before, or unset it"
             )
         return Collectives()

@@ -170,7 +170,7 @@ def _require_own_parameters(
     ours = [bucket.weights.ids for bucket in buckets] + [{id(member.param)} for member in frozen]
     if len(given) != sum(map(len, ours)) or not all(ids <= given for ids in ours):
         raise RuntimeError(
-            "param_groups do not hold the parameters that this optimizer was built with; something has replaced them, as "
+            "param_groups do not hold the parameters that this optimizer was built with; something replaced them, as "
             "fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters by "
             "add_param_group"
         )
