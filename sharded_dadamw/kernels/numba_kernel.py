@@ -263,11 +263,8 @@ def _pattern(typing: Any, value: Any) -> Any:
 @intrinsic
 def _round_to_fp16(typing: Any, value: Any) -> Any:
     """The nearest number of fp16, ties to even."""
-
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), _FLOAT)
-
-    return types.float32(types.float32), generate
+    half = ir.HalfType()
+    return types.float32(types.float32), lambda _, make, __, args: make.fpext(make.fptrunc(args[0], half), _FLOAT)
 
 
 @intrinsic

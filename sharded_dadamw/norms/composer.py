@@ -59,21 +59,14 @@ def cannot_replace() -> AttributeError:
 
 
 class ComposerProtocol:
-    """What Composer's monitor asks of an optimizer."""
+    """What Composer's monitor asks of an optimizer, whose methods say what they take; ``metrics`` is changed."""
 
     def __init__(self) -> None:
         """Know no metric yet."""
         self._keys: Sequence[str] = ()
 
     def report(self, report: StepReport, param: Tensor, name: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Add the norms of one parameter, if the last step has updated it.
-
-        Args:
-            report: With ``values``.
-            param: The parameter.
-            name: What to call it.
-            metrics: Changed.
-        """
+        """Add the norms of one parameter, if the step of the report, which has its ``values``, has updated it."""
         assert report.values is not None
         row = report.values.get(id(param))
         if row is not None:
@@ -83,13 +76,7 @@ class ComposerProtocol:
         return metrics
 
     def pre_reduce(self, report: StepReport, counted: Collection[int], metrics: dict[str, Any]) -> dict[str, Any]:
-        """Turn norms into squares that can be added up over ranks.
-
-        Args:
-            report: Of the last step.
-            counted: The ids of the parameters that this rank counts.
-            metrics: Changed.
-        """
+        """Turn norms into squares that can be added up over ranks; ``counted`` are ids of what this rank counts."""
         others = {name for name, key in report.names.items() if key not in counted}
         zeroed = {f"{key}/{name}" for name in others for key in METRICS}
         for key, value in metrics.items():
@@ -99,13 +86,7 @@ class ComposerProtocol:
         return metrics
 
     def dist_reduce(self, collectives: Collectives, device: torch.device, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Add up squares over ranks, and average whatever is no norm over those that have it.
-
-        Args:
-            collectives: The ranks.
-            device: Where to compute.
-            metrics: May lack what other ranks have; changed.
-        """
+        """Add up squares over ranks, and average whatever is no norm over those that have it."""
         while True:
             packed = _pack(metrics, self._keys, device)
             collectives.all_reduce_(packed, dist.ReduceOp.SUM)
