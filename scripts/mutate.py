@@ -53,7 +53,7 @@ MUTATIONS = {
         ("uint32(_canonical(value) + uint32(0x8000))", "_canonical(value)", "kernels"),
     ],
     "layout/boxes.py": [
-        ("(first + 1) * row)", "(first + 2) * row)", "layout"),
+        ("(first + 1) * row)", "(first + 2) * row)", "resharding"),
     ],
     "layout/bucket_layout.py": [
         ("bisect_right(self.offsets, shard_start) - 1)", "bisect_right(self.offsets, 0))", "layout sharded"),

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on the CPU, slowly; read at its import
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "clients: with other frameworks, the launcher, or processes that die")
     torch.set_num_threads(1)  # tensors are tiny, and idle threads would spin on the cores that the ranks need
 
 

@@ -29,6 +29,8 @@ if importlib.util.find_spec("composer") is None:
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.clients
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 BETA1, BETA2, EPS = 0.9, 0.6, 1e-8
 MAX_NORM = 0.5

@@ -19,6 +19,7 @@ from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from tests.pool import on_ranks
 
 pytest.importorskip("fairscale")
+pytestmark = pytest.mark.clients
 
 HYPER: dict[str, Any] = dict(lr=3e-3, weight_decay=5e-4)
 

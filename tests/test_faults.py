@@ -19,6 +19,8 @@ from sharded_dadamw.checkpoint import checkpoints
 from tests.forked_train import Ended, train
 from tests.test_launch import CHECKOUT, ROUNDING, TEXT, environment
 
+pytestmark = pytest.mark.clients
+
 NUM_STEPS = 24
 EVERY = 4
 OPTIONS = [

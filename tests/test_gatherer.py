@@ -834,6 +834,7 @@ if ending == "synchronized":
 """
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize(("ending", "status"), [("late", 0), ("error", 3), ("synchronized", 0)])
 def test_a_process_may_end_in_flight(ending: str, status: int) -> None:
     with socket.socket() as probe:

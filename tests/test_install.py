@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.clients
+
 TRAIN_WITHOUT_NUMPY = """
 import sys, weakref
 sys.modules["numpy"] = None  # importing it now fails, as where it is not installed

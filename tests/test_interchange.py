@@ -296,6 +296,7 @@ def run_client(module: str, folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.clients
 def test_a_checkpoint_of_composers_trainer_goes_on_here(composer_folder: Path) -> None:
     from_file, weights = read_state(composer_folder / "composer.pt", Source.COMPOSER)
     truth = torch.load(composer_folder / "truth.pt")
@@ -327,6 +328,7 @@ def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ROUND_ROBIN = "stage 2, bf16 round robin, 2 ranks"
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("name", [name for name in RUNS if name != ROUND_ROBIN])
 def test_a_checkpoint_of_deepspeed_goes_on_here(deepspeed_folder: Path, name: str) -> None:
     state, weights = from_deepspeed(deepspeed_folder / name)
@@ -346,6 +348,7 @@ def test_a_checkpoint_of_deepspeed_goes_on_here(deepspeed_folder: Path, name: st
     assert_goes_on(state, weights, truth["grads"], truth["next"], Tied().to(run.dtype))
 
 
+@pytest.mark.clients
 def test_deepspeeds_round_robin_is_undone(deepspeed_folder: Path) -> None:
     shuffled, weights = from_deepspeed(deepspeed_folder / ROUND_ROBIN)
     plain, same_weights = from_deepspeed(deepspeed_folder / "stage 2, bf16, 2 ranks")

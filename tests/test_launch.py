@@ -23,6 +23,8 @@ from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
 from tests import forked_train
 from tests.pool import on_ranks
 
+pytestmark = pytest.mark.clients
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRAIN = str(CHECKOUT / "launch" / "train.py")
 NUM_STEPS = 24

@@ -722,6 +722,7 @@ def on_composers_side(path: str) -> None:
     torch.save(whole(run)[0], f"{path}/further.pt")
 
 
+@pytest.mark.clients
 @pytest.mark.skipif(importlib.util.find_spec("composer") is None, reason="Composer is not installed")
 def test_composers_optimizer_loads_ours_and_we_load_theirs(tmp_path: Path) -> None:
     (state, _), _ = on_ranks(3, save_at, "ours", str(tmp_path / "ours"))[0]
