@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from operator import is_
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -76,6 +77,12 @@ class Shared(Generic[_T]):
         instance.__dict__.setdefault("_shared", {})[self._name] = value
 
 
+@cache
+def _stay_out_of_graphs() -> None:
+    """Have dynamo break its graph where it meets this package, and trace none of its hooks and comparisons."""
+    torch._dynamo.trace_rules.add(__package__)  # any torch.optim.Optimizer has imported dynamo
+
+
 class DecoupledOptimizer(Optimizer):
     """The part of the contract that does not depend on where parameters and state are.
 
@@ -123,6 +130,7 @@ class DecoupledOptimizer(Optimizer):
             TypeError: As the constructor.
             ValueError: As the constructor, or a parameter is in a group already.
         """
+        _stay_out_of_graphs()
         self._check_group(param_group)
         # Who clears groups and adds others wants the parameters freed that the report refers to.
         self._report = StepReport(num_skipped=self._report.num_skipped)

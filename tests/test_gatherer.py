@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sharded_dadamw import MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import GradientResidency, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from tests.models import whole_state_dict
 from tests.pool import on_ranks, outcomes
 
@@ -1035,6 +1035,35 @@ def test_buckets_go_out_as_they_were_registered_and_then_as_forward_reads_them_o
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compile_training(group: Any, what: str, residency: GradientResidency) -> Tensor:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    config = ShardingConfig(gradient_residency=residency)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    take_step: Any = optimizer.step if what != "the step" else torch.compile(optimizer.step, backend="aot_eager")
+
+    def train_on(x: Tensor) -> None:
+        model(x).square().mean().backward()
+        take_step()
+        optimizer.zero_grad()
+
+    train_on = torch.compile(train_on, backend="aot_eager") if what == "all" else train_on
+    for step in range(3):
+        train_on(torch.randn(5, 8, generator=torch.Generator().manual_seed(10 * step + group.rank())))
+    torch.compiler.reset()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("what", "residency"), [("all", GradientResidency.SHARDED), ("the step", GradientResidency.FULL)]
+)
+def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(
+    what: str, residency: GradientResidency
+) -> None:
+    plain = on_ranks(2, compile_training, "", residency)
+    assert_equal(on_ranks(2, compile_training, what, residency), plain)
 
 
 def compile_whole(model: Any) -> nn.Module:
