@@ -1,8 +1,11 @@
-"""Whole runs saved and loaded in one call: bit for bit, by name, whole or not at all, whatever happens to the files."""
+"""Whole runs saved and loaded in one call: bit for bit, by name, whole or not at all.
+
+Layouts, forms of state and numbers of ranks meet in chosen pairs: a checkpoint knows nothing of who wrote it, so that
+each need only be written once and read once, at a larger, a smaller and an odd number of ranks.
+"""
 
 import contextlib
 import copy
-import itertools
 import os
 import random
 import threading
@@ -182,16 +185,17 @@ def loaded_at(group: Any, kind: str, root: Path, settings: dict[str, Any]) -> di
 
 
 @pytest.mark.parametrize("kind", ["ours", "fsdp2"])
-@pytest.mark.parametrize("num_saving", [1, 2, 3, 4])
-def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_saving", "num_loading"), [(1, 3), (3, 2), (2, 4), (4, 1)])
+def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, num_loading: int, tmp_path: Path) -> None:
     expected = on_ranks(num_saving, saved_at, kind, tmp_path, {})[0]
-    for num_loading in (1, 2, 3, 4):
-        for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, {}):
-            assert differences(expected, loaded) == []
+    for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, {}):
+        assert differences(expected, loaded) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OURS if kind != "ours, no main"])
-@pytest.mark.parametrize(("num_saving", "num_loading"), [(3, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize(
+    ("kind", "num_saving", "num_loading"),
+    [("ours", 1, 3), ("ours, remainder", 3, 2), ("ours, fp32 main", 2, 4)],
+)
 def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
     kind: str, num_saving: int, num_loading: int, tmp_path: Path
 ) -> None:
@@ -230,8 +234,14 @@ def loaded_and_trained_on(group: Any, kind: str, root: Path) -> Any:
     return then, wide(whole(*parts[:2]))
 
 
-@pytest.mark.parametrize(("wrote", "reads"), list(itertools.permutations(["ours, remainder", "ours, fp32 main"])))
-@pytest.mark.parametrize(("num_saving", "num_loading"), [(2, 3), (1, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("wrote", "reads", "num_saving", "num_loading"),
+    [
+        ("ours, remainder", "ours, fp32 main", 2, 3),
+        ("ours, fp32 main", "ours, remainder", 2, 3),
+        ("ours, fp32 main", "ours, remainder", 3, 1),
+    ],
+)
 def test_main_parameters_change_their_form_and_lose_no_bit(
     wrote: str, reads: str, num_saving: int, num_loading: int, tmp_path: Path
 ) -> None:
@@ -297,8 +307,15 @@ def loads_without_main(group: Any, wrote: str, reads: str, root: Path) -> list[s
     return differences({key: value.float() for key, value in expected.items()}, found)
 
 
-@pytest.mark.parametrize("wrote", ["ours, remainder", "ours, fp32 main"])
-@pytest.mark.parametrize("reads", ["ours, no main", "ours", "DecoupledAdamW"])
+@pytest.mark.parametrize(
+    ("wrote", "reads"),
+    [
+        ("ours, remainder", "ours, no main"),
+        ("ours, fp32 main", "ours, no main"),
+        ("ours, remainder", "ours"),
+        ("ours, fp32 main", "DecoupledAdamW"),
+    ],
+)
 def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_a_word(
     wrote: str, reads: str, tmp_path: Path
 ) -> None:
@@ -748,8 +765,19 @@ def misfit(kind: str) -> tuple[nn.Module, Any, str]:
     return model, AdamW(model.parameters(), **LAW), said
 
 
-@pytest.mark.parametrize("has_stepped", [False, True])
-@pytest.mark.parametrize("kind", ["missing", "left over", "shape", "dtype", "groups", "group members", "state"])
+@pytest.mark.parametrize(
+    ("kind", "has_stepped"),
+    [
+        ("missing", False),
+        ("left over", True),
+        ("shape", False),
+        ("dtype", True),
+        ("groups", False),
+        ("group members", True),
+        ("state", False),
+        ("state", True),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, has_stepped: bool, tmp_path: Path) -> None:
     parts = build("AdamW", None)
     fit(*parts, 2)
