@@ -1,4 +1,7 @@
-"""State in fewer bits: exact remainders, moments in bf16, on any number of ranks with the same bits."""
+"""State in fewer bits: exact remainders, moments in bf16, on any number of ranks with the same bits.
+
+Remainders and random bits are proved for all patterns; training shows that they are used, in pairs of settings.
+"""
 
 from typing import Any
 
@@ -213,9 +216,15 @@ SIZES = (1000, 7, 4096, 64, 513)
 REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize("moments", [Moments.FP32, Moments.BF16], ids=str)
-@pytest.mark.parametrize(("num_ranks", "num_steps"), [(1, 1000), (2, 50), (3, 50)])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_steps", "moments", "amsgrad"),
+    [
+        (1, 1000, Moments.BF16, True),
+        (2, 50, Moments.FP32, True),
+        (3, 50, Moments.FP32, False),
+        (3, 50, Moments.BF16, True),
+    ],
+)
 def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
     num_ranks: int, num_steps: int, moments: Moments, amsgrad: bool
 ) -> None:
@@ -239,14 +248,13 @@ NARROW: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize("case", NARROW)
+@pytest.mark.parametrize(("case", "amsgrad"), [*zip(NARROW, (True, False), strict=True)])
 def test_narrow_moments_have_the_same_bits_on_any_number_of_ranks_and_in_any_buckets(case: str, amsgrad: bool) -> None:
     dtype, settings = NARROW[case]
     sizes = (*SIZES, 256 * 17, 256 * 16 + 1)
     hyper = dict(amsgrad=amsgrad)
     control = on_ranks(1, train, dtype, sizes, 12, settings, hyper)
-    for num_ranks, cap in ((1, EXACT), (2, 16.0), (2, EXACT), (4, 16.0), (4, 2**-7)):
+    for num_ranks, cap in ((1, EXACT), (2, 16.0), (2, EXACT), (4, 2**-7)):
         results = on_ranks(num_ranks, train, dtype, sizes, 12, settings | dict(bucket_cap_mb=cap), hyper)
         for name, param in control[0][1].items():
             assert torch.equal(results[0][1][name], param), f"{name} on {num_ranks} ranks, {cap} MiB"
@@ -266,9 +274,9 @@ def test_parameters_with_equal_values_are_rounded_independently() -> None:
     torch.testing.assert_close(first, second, rtol=2**-7, atol=0.0)
 
 
-@pytest.mark.parametrize("beta2", [0.997, 0.999])
-def test_bf16_second_moments_fall_where_rounding_to_nearest_would_freeze_them(beta2: float) -> None:
+def test_bf16_second_moments_fall_where_rounding_to_nearest_would_freeze_them() -> None:
     """From gradients of size 1 to gradients of size 1e-2: exp_avg_sq falls from 1 towards 1e-4."""
+    beta2 = 0.997
     final = {}
     for moments in (Moments.FP32, Moments.BF16):
         param = nn.Parameter(torch.zeros(256))
