@@ -111,7 +111,8 @@ def interpreter_that_prepares_once() -> Iterator[None]:
 @every_amsgrad
 @every_kernel_and_kind
 def test_a_kernel_obeys_the_law_within_fp32s_rounding(kernel: ModuleType, kind: Kind, hyper: Hyperparameters) -> None:
-    for divisor, betas in ((None, (0.9, 0.95)), (3.7, (0.95, 0.9999)), (0.25, (0.0, 0.0))):
+    scalings = [(None, (0.9, 0.95)), (3.7, (0.95, 0.9999)), (0.25, (0.0, 0.0))]
+    for divisor, betas in scalings[1:2] if hyper.amsgrad else scalings:
         if not kind.stochastic and kind.moments in (BF16, F16) and betas[1] > 0.995:
             continue
         now = replace(hyper, beta1=betas[0], beta2=betas[1])
@@ -188,15 +189,12 @@ def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_t
 def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
     numel = 2 * 4096 + 77 if kernel is not triton_kernel else triton_kernel._TILE + 77
     cuts = [1, 3, 7, 13, 100, 1001, numel - 1]
-    if kernel is triton_kernel:
-        cuts += list(range(64, numel, 64))[:: 16 if kind.stochastic else 8]  # interpreted, each takes some time
-    else:
-        cuts += list(range(64, numel, 64))
+    cuts += list(range(64, numel, 64))[:: 16 if kernel is triton_kernel else 1]  # interpreted, each takes some time
     for amsgrad, hyper in ((False, HYPER), (True, HYPER_AMSGRAD)):
         whole = make_operands(kind, [numel], amsgrad=amsgrad)
         start = copied(whole)
         run(kernel, whole, hyper, divisor=1.7)
-        for at in cuts if not amsgrad else cuts[:7]:
+        for at in cuts if not amsgrad else cuts[3:6]:
             sliced = copied(start)
             run(kernel, cut(sliced[0], at), hyper, divisor=1.7)
             assert same_bits(sliced, whole), f"cut at {at}"
