@@ -167,7 +167,7 @@ MUTATIONS = {
     "state/state_dict.py": [
         ("if not takes(live", "if False and not takes(live", "state_dict"),
         ("matched = [(piece.live, bucket.main_of_weight(slot))]", "matched = []", "state_dict resharding"),
-        ("(piece.shape, piece.start, stop)", "(piece.shape, saved_start, saved_stop)", "state_dict resharding"),
+        ("(piece.shape, piece.start, stop)", "(piece.shape, saved_start, saved_stop)", "contract"),
     ],
     "state/fragment_tensor.py": [
         ("if func is Tensor.copy_ and not takes(own.dtype, args[1]):", "if False:", "resharding state_dict"),
