@@ -6,25 +6,21 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import is_
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
-from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
-from sharded_dadamw.norms.composer import ComposerProtocol, MetricFunctions, cannot_replace
-from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
-from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up, named_values
+from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
+from sharded_dadamw.norms.global_norm import NormOwners
+from sharded_dadamw.norms.metrics import named_values
+from sharded_dadamw.norms.reporting import Held, Reporting
 from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, check_group, read_groups
 
 log = logging.getLogger("sharded_dadamw")
-_T = TypeVar("_T")
 
 _HIGH_WEIGHT_DECAY = 1e-3
 _ROUNDING = 1e-4
@@ -53,30 +49,6 @@ def evaluate(closure: Callable[[], float]) -> float:
         return closure()
 
 
-class Shared(Generic[_T]):
-    """An attribute of an optimizer that every copy of its ``__dict__`` shares, whoever sets it.
-
-    Lightning and Fabric hand out objects of a class made from the optimizer's, with the attributes it had then. Such
-    an object takes calls of its own, but leaves ``step`` to the optimizer, and each must see what the other has left.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        """Take the name that it is assigned to."""
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type) -> _T:
-        """Return the value that was set last."""
-        try:
-            value: _T = instance.__dict__["_shared"][self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None
-        return value
-
-    def __set__(self, instance: Any, value: _T) -> None:
-        """Set it for all."""
-        instance.__dict__.setdefault("_shared", {})[self._name] = value
-
-
 @cache
 def _stay_out_of_graphs() -> None:
     """Have dynamo break its graph where it meets this package, and trace none of its hooks and comparisons."""
@@ -91,10 +63,6 @@ class DecoupledOptimizer(Optimizer):
     """
 
     metric_functions = MetricFunctions()
-    _report = Shared[StepReport]()
-    _ranks = Shared[Collectives | None]()
-    _owners = Shared[NormOwners | None]()
-    _ranked = Shared[list[Tensor]]()
     _clip: PendingClip
     _reports_whole: ClassVar[bool]
     """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
@@ -116,12 +84,8 @@ class DecoupledOptimizer(Optimizer):
             ValueError: ``max_grad_norm`` is not above 0.
         """
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
-        self._needs_names = needs_names
         self._may_warn = True
-        self._report = StepReport()
-        self._composer = ComposerProtocol()
-        self._given_ranks: Collectives | None = None
-        self._ranks, self._owners, self._ranked = None, None, []
+        self._reporting = Reporting(needs_names=needs_names)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -132,14 +96,12 @@ class DecoupledOptimizer(Optimizer):
         """
         _stay_out_of_graphs()
         self._check_group(param_group)
-        # Who clears groups and adds others wants the parameters freed that the report refers to.
-        self._report = StepReport(num_skipped=self._report.num_skipped)
-        self._ranks, self._owners, self._ranked = None, None, []
+        self._reporting.start_anew()
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
         param_group["decoupled_weight_decay"] = FREE_OF_LR
         super().add_param_group(param_group)
-        if self._needs_names and "param_names" not in self.param_groups[-1]:
+        if self._reporting.needs_names and "param_names" not in self.param_groups[-1]:
             del self.param_groups[-1]
             raise ValueError(
                 "expected (name, parameter) pairs, such as model.named_parameters(), beside norm_group: names tell "
@@ -232,65 +194,16 @@ class DecoupledOptimizer(Optimizer):
         return before, self._clip.coefficient
 
     @abstractmethod
-    def _params_here(self) -> list[Tensor]:
-        """Return the parameters of which this rank counts parts, in any order; cheap."""
-
-    @abstractmethod
-    def _parts(self, collectives: Collectives) -> list[Part]:
-        """Return this rank's parts of those parameters, in the order of their groups."""
-
-    @abstractmethod
-    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
-        """Return the ranks over which norms are added up."""
-
-    @abstractmethod
-    def _look(self, param: Tensor) -> Snapshot:
-        """Return this rank's part of a parameter as it is now."""
-
-    def _connect_given(self, norm_group: dist.ProcessGroup | DeviceMesh | None) -> None:
-        """Take the ranks over which norms are added up, if the caller knows better than the parameters."""
-        if norm_group is not None:
-            self._given_ranks = connect(norm_group, self._device, exchange=None, called="norm_group")
-
-    def _default_ranks(self) -> Collectives:
-        return connect(None, self._device, exchange=None)
-
-    def _norm_ranks_over(self, groups: Sequence[dist.ProcessGroup], *, also: Collectives | None = None) -> Collectives:
-        """Return the ranks over which norms are added up, given those among which parameters are spread.
-
-        Raises:
-            ValueError: They are not known, or ``norm_group`` is not all of them.
-        """
-        if self._given_ranks is None:
-            return connect_over(groups, self._device, also=also)
-        also = None if also is None else also.everyone
-        spread = [*groups, also.group] if isinstance(also, NativeVerbs) else groups
-        if not all(self._given_ranks.include(group) for group in spread):
-            raise ValueError(
-                "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
-                "parameters are spread; pass the default group, or one of all these ranks"
-            )
-        return self._given_ranks
+    def _held(self) -> Held:
+        """Return what this rank holds of the parameters."""
 
     def _norm_ranks(self, *, for_composer: bool = False) -> Collectives:
-        """Return the ranks over which norms are added up, found anew where parameters have changed."""
-        params = self._params_here()
-        if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
-            self._ranks, self._owners, self._ranked = None, None, params
-        if self._ranks is None:
-            self._ranks = self._find_norm_ranks(for_composer=for_composer)
-        return self._ranks
+        """Return the ranks over which norms are added up."""
+        return self._reporting.ranks(self._held(), self._device, for_composer=for_composer)
 
     def _norm_owners(self, *, for_composer: bool = False) -> NormOwners:
         """Return who counts what. Collective where parameters have changed."""
-        ranks = self._norm_ranks(for_composer=for_composer)
-        if self._owners is None:
-            self._owners = find_norm_owners(ranks, self._parts(ranks))
-        return self._owners
-
-    def _add_up(self) -> Table:
-        """Return the norms of all parameters of all ranks. Collective."""
-        return add_up(self._report, self._norm_owners(), self._params_here(), self._look, self._device)
+        return self._reporting.owners(self._held(), self._device, for_composer=for_composer)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
@@ -312,8 +225,8 @@ class DecoupledOptimizer(Optimizer):
                 and a gradient that would have to be measured now is gone.
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
-        table = self._add_up()
-        return named_values(self._report, self._norm_owners(), table, len(self.param_groups))
+        table = self._reporting.table(self._held(), self._device)
+        return named_values(self._reporting.report, self._norm_owners(), table, len(self.param_groups))
 
     @torch.no_grad()
     def report_per_parameter_metrics(
@@ -337,18 +250,18 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             RuntimeError: As ``metrics``.
         """
-        if self._report.values is None:
+        report = self._reporting.report
+        if report.values is None:
             if self._reports_whole:
-                table, row_of = self._add_up(), self._norm_owners().row_of
-                squares = table.squares
-                places = {id(updated): row_of[id(updated)] for updated in self._report.updated}
+                squares = self._reporting.table(self._held(), self._device).squares
+                row_of = self._norm_owners().row_of
+                places = {id(updated): row_of[id(updated)] for updated in report.updated}
             else:
-                here = self._report.updated_here()
-                here, squares = self._report.squares_of(here, self._look, self._device)
+                here, squares = report.squares_of(report.updated_here(), self._held().look, self._device)
                 places = {id(updated): place for place, updated in enumerate(here)}
             norms = squares.sqrt().to(torch.float32).unbind()
-            self._report.values = {key: norms[place] for key, place in places.items()}
-        return self._composer.report(self._report, param, name, optimizer_metrics)
+            report.values = {key: norms[place] for key, place in places.items()}
+        return self._reporting.composer.report(report, param, name, optimizer_metrics)
 
     @torch.no_grad()
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
@@ -365,7 +278,7 @@ class DecoupledOptimizer(Optimizer):
         """
         owners = self._norm_owners(for_composer=True)
         counted = owners.first_here if self._reports_whole else owners.counted
-        return self._composer.pre_reduce(self._report, counted, optimizer_metrics)
+        return self._reporting.composer.pre_reduce(self._reporting.report, counted, optimizer_metrics)
 
     @torch.no_grad()
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +294,7 @@ class DecoupledOptimizer(Optimizer):
             ``l2_norm...`` the mean over the ranks that had it.
         """
         collectives = self._norm_ranks(for_composer=True)
-        return self._composer.dist_reduce(collectives, self._device, optimizer_metrics)
+        return self._reporting.composer.dist_reduce(collectives, self._device, optimizer_metrics)
 
 
 def _warn_if_high(weight_decay: float) -> None:

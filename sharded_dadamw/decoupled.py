@@ -16,22 +16,13 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
-from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
-from sharded_dadamw.layout.parameters import named_parameters
-from sharded_dadamw.layout.placement import (
-    OF_ONE_RANK,
-    is_fragment,
-    is_of_fsdp1,
-    local,
-    local_gradient,
-    placements_of,
-)
+from sharded_dadamw.layout.placement import is_fragment, is_of_fsdp1, local, local_gradient
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
-from sharded_dadamw.norms.global_norm import Part, global_norm
-from sharded_dadamw.norms.metrics import Snapshot
+from sharded_dadamw.norms.global_norm import global_norm
+from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
 from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of
-from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, Step, value_of
+from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, Step
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
@@ -110,7 +101,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.defaults = defaults
         self.amsgrad = amsgrad
-        self._connect_given(norm_group)
+        self._reporting.connect(norm_group, self._device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and make its state; entries it lacks take the constructor's values, ``initial_lr`` its own lr.
@@ -190,7 +181,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         if clip is not None:
             self._clip.remember([grad for _, grads in present for grad in grads])
         step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
-        self._report = self._report.next(step, clip)
+        report = self._reporting.report = self._reporting.report.next(step, clip)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         for index, (params, grads) in enumerate(present):
             if not params:
@@ -198,8 +189,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             columns, update = self._make_ready(index, params, grads)
             torch._foreach_add_(update.counts, counted)
             for places, squares in update(columns, step, index):
-                self._report.add([params[place] for place in places], squares, step.hypers[index])
-            self._report.updated += params
+                report.add([params[place] for place in places], squares, step.hypers[index])
+            report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
 
@@ -286,38 +277,12 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         super().zero_grad(set_to_none)
         self._clip.clear()
 
-    def _params_here(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _parts(self, collectives: Collectives) -> list[Part]:
-        of_one_rank = {OF_ONE_RANK: f"held by rank {collectives.rank}"}
-        members = named_parameters(self.param_groups)
-        return [Part(m.param, m.name, of_one_rank.get(m.placement.part, m.placement.part)) for m in members]
-
-    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
-        if self._needs_names and self._given_ranks is None:
-            raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
-        params = self._params_here()
-        if self._given_ranks is None and any(is_of_fsdp1(param) for param in params):
-            if for_composer:
-                return self._default_ranks()  # over which Composer's own adds up
-            raise ValueError(
-                "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
-                "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 (fully_shard)"
-            )
-        return self._norm_ranks_over([group for placement in placements_of(params) for group in placement.others])
-
-    def _look(self, param: Tensor) -> Snapshot:
-        state = self.state.get(param, {})
-        exp_avg, exp_avg_sq, maximum = (
-            local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        )
-        grad = None if param.grad is None else local_gradient(param)
-        return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
+    def _held(self) -> HeldAsTheyLie:
+        return HeldAsTheyLie(self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
-        own = {"_needs_names": self._needs_names, "_max_grad_norm": self._max_grad_norm}
+        own = {"_needs_names": self._reporting.needs_names, "_max_grad_norm": self._max_grad_norm}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -325,7 +290,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:  # whose decay was checked
             group["decoupled_weight_decay"] = FREE_OF_LR
-        if not hasattr(self, "_report"):  # torch calls this for a loaded state, too
+        if not hasattr(self, "_reporting"):  # torch calls this for a loaded state, too
             own = {"needs_names": state.get("_needs_names", False), "max_grad_norm": state.get("_max_grad_norm")}
             self._start_reporting(**own)
             self._clip, self._updates = ClipOf(), ReadyUpdates()
@@ -333,7 +298,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's format, of every parameter that is trainable or was."""
-        drop_strangers(self.state, self._params_here())
+        drop_strangers(self.state, self._held().params())
         for group in self.param_groups:
             self._fill_in_state(group)
         return super().state_dict()

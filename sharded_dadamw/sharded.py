@@ -29,12 +29,9 @@ from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.bucket import Bucket, fetched
 from sharded_dadamw.buckets.shards import Shards, with_lists
 from sharded_dadamw.comm.agreement import Refusal, StepAgreement
-from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import GradientResidency, ShardingConfig
 from sharded_dadamw.norms.clipping import PendingClip, check_clip
-from sharded_dadamw.norms.global_norm import Part
-from sharded_dadamw.norms.metrics import Snapshot, Table
-from sharded_dadamw.norms.of_buckets import gradient_norm, make_measurable, parts_of, snapshot_of
+from sharded_dadamw.norms.of_buckets import HeldInBuckets, gradient_norm
 from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.plan import Asked, Plan, make_plan
@@ -124,7 +121,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
-            self._connect_given(norm_group)
+            self._reporting.connect(norm_group, self._device)
         self._shards = Shards(given, self.param_groups, process_group, self._config, refusal)
         self._reducer = Reducer(self._shards.collectives, overlap=self._config.overlap)
         self._gatherer = Gatherer(self._shards.collectives)
@@ -191,20 +188,20 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
         step = Step(plan.hypers, divisor, self._void(plan))
-        self._report = self._report.next(step, clip)
+        report = self._reporting.report = self._reporting.report.next(step, clip)
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._clock.start()
                 for bucket in fetched(reduced_buckets, step):  # its shard is the mean
                     self._clock.lap("reduce_s")
                     params, squares = bucket.update_(step, plan.present[bucket])
-                    self._report.add(params, squares, step.hypers[bucket.group_index])
+                    report.add(params, squares, step.hypers[bucket.group_index])
                     self._clock.lap("update_s")
                     self._gatherer.publish(bucket)
                     self._clock.lap("gather_s")
             self._reducer.consume()
             for bucket in self._shards.buckets:
-                self._report.updated += bucket.announce_update(plan.present[bucket])
+                report.updated += bucket.announce_update(plan.present[bucket])
         self._clock.stop()
         self._clip.clear()
         self._consolidated.clear()
@@ -213,8 +210,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def _plan_step(self) -> Plan:
         """Have all ranks agree on this step. Collective."""
         found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
-        if found_inf is not None and self._given_ranks is not None:
-            self._given_ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
+        if found_inf is not None and self._reporting.given is not None:
+            self._reporting.given.all_reduce_(found_inf, dist.ReduceOp.MAX)
         refusal = None
         if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
             refusal = RuntimeError(
@@ -359,23 +356,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             plan.present, norm_type, collectives=owners.collectives, device=self._device, counted=owners.counted
         )
 
-    def _params_here(self) -> list[Tensor]:
-        return [member.param for bucket in self._shards.buckets for member in bucket.members]
-
-    def _parts(self, collectives: Collectives) -> list[Part]:
-        return parts_of(self._shards.buckets)
-
-    def _find_norm_ranks(self, *, for_composer: bool) -> Collectives:
-        members = [member for bucket in self._shards.buckets for member in bucket.members]
-        others = [group for member in members for group in member.placement.others]
-        return self._norm_ranks_over(others, also=self._shards.collectives)
-
-    def _add_up(self) -> Table:
-        make_measurable(self._shards.buckets, self._report)
-        return super()._add_up()
-
-    def _look(self, param: Tensor) -> Snapshot:
-        return snapshot_of(*self._shards.slots[id(param)])
+    def _held(self) -> HeldInBuckets:
+        return HeldInBuckets(self._shards)
 
     @property
     def state_bytes(self) -> int:

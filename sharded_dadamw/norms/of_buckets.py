@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.global_norm import Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, gone
 from sharded_dadamw.update.adamw import value_of
 
 
-def parts_of(buckets: Iterable[Bucket]) -> list[Part]:
-    """Return this rank's parts of all parameters, in the order of their groups; some are empty."""
-    parts = []
-    for bucket in buckets:
-        for slot, member in enumerate(bucket.members):
-            fragment = bucket.layout.fragment(slot, bucket.rank)
-            stop = fragment.param_start + fragment.numel
-            part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
-            parts.append((member.index, Part(member.param, member.name, part)))
-    return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+class HeldInBuckets:
+    """The trainable parameters of an optimizer, of which each rank holds a slice of every bucket.
+
+    Attributes:
+        axis: The ranks among which they are sharded.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        """Look at what is sharded, also at what comes later."""
+        self._shards = shards
+        self.axis = shards.collectives
+
+    def params(self) -> list[Tensor]:
+        """Return all of them."""
+        return [member.param for bucket in self._shards.buckets for member in bucket.members]
+
+    def parts(self, rank: int) -> list[Part]:
+        """Return this rank's parts, in the order of groups; some are empty."""
+        parts = []
+        for bucket in self._shards.buckets:
+            for slot, member in enumerate(bucket.members):
+                fragment = bucket.layout.fragment(slot, bucket.rank)
+                stop = fragment.param_start + fragment.numel
+                part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
+                parts.append((member.index, Part(member.param, member.name, part)))
+        return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+
+    def spread_over(self) -> list[dist.ProcessGroup]:
+        """Return the groups of ranks that hold other parts of DTensors."""
+        members = [member for bucket in self._shards.buckets for member in bucket.members]
+        return [group for member in members for group in member.placement.others]
+
+    def look(self, param: Tensor) -> Snapshot:
+        """Return this rank's fragment of a parameter as it is now."""
+        bucket, slot = self._shards.slots[id(param)]
+        now = bucket.operands_of(slot)
+        grad = now.grad if bucket.gradients.still_holds_last_step else None
+        return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)
+
+    def make_measurable(self, report: StepReport) -> None:
+        """Read weights that others own, and see that gradients are there which have to be measured.
+
+        Raises:
+            RuntimeError: Some are gone; on all ranks, those without a fragment too.
+        """
+        updated = {id(param) for param in report.updated}
+        for bucket in self._shards.buckets:
+            bucket.weights.refresh_()
+            are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
+            if are_needed and not bucket.gradients.still_holds_last_step:
+                raise gone()
 
 
 def gradient_norm(
@@ -48,24 +91,3 @@ def gradient_norm(
         members = zip(bucket.members, slots, strict=True)
         runs += bucket.gradient_runs([here and (counted is None or id(m.param) in counted) for m, here in members])
     return global_norm(runs, norm_type, collectives=collectives, device=device)
-
-
-def make_measurable(buckets: Iterable[Bucket], report: StepReport) -> None:
-    """Read weights that others own, and see that gradients are there which have to be measured.
-
-    Raises:
-        RuntimeError: Some are gone; on all ranks, those without a fragment too.
-    """
-    updated = {id(param) for param in report.updated}
-    for bucket in buckets:
-        bucket.weights.refresh_()
-        are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
-        if are_needed and not bucket.gradients.still_holds_last_step:
-            raise gone()
-
-
-def snapshot_of(bucket: Bucket, slot: int) -> Snapshot:
-    """Return this rank's fragment of one parameter as it is now."""
-    now = bucket.operands_of(slot)
-    grad = now.grad if bucket.gradients.still_holds_last_step else None
-    return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)

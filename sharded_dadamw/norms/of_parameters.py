@@ -1,0 +1,51 @@
+"""What this rank holds of parameters as they lie, as norms and reports want to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_dadamw.layout.parameters import named_parameters
+from sharded_dadamw.layout.placement import OF_ONE_RANK, local, local_gradient, placements_of
+from sharded_dadamw.norms.global_norm import Part
+from sharded_dadamw.norms.metrics import Snapshot, StepReport
+from sharded_dadamw.update.adamw import value_of
+
+
+class HeldAsTheyLie:
+    """The parameters of groups, of which each rank holds what their own placement says."""
+
+    axis = None
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Look at groups, and at the state of their parameters by the keys of torch's AdamW."""
+        self._groups, self._state = groups, state
+
+    def params(self) -> list[Tensor]:
+        """Return all of them."""
+        return [param for group in self._groups for param in group["params"]]
+
+    def parts(self, rank: int) -> list[Part]:
+        """Return what this rank, of this number, holds of them."""
+        of_one_rank = {OF_ONE_RANK: f"held by rank {rank}"}
+        members = named_parameters(self._groups)
+        return [Part(m.param, m.name, of_one_rank.get(m.placement.part, m.placement.part)) for m in members]
+
+    def spread_over(self) -> list[dist.ProcessGroup]:
+        """Return the groups of ranks that hold other parts."""
+        return [group for placement in placements_of(self.params()) for group in placement.others]
+
+    def look(self, param: Tensor) -> Snapshot:
+        """Return this rank's part of a parameter as it is now."""
+        state = self._state.get(param, {})
+        exp_avg, exp_avg_sq, maximum = (
+            local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        )
+        grad = None if param.grad is None else local_gradient(param)
+        return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
+
+    def make_measurable(self, report: StepReport) -> None:
+        """Do nothing: they always are."""

@@ -1,0 +1,129 @@
+"""What an optimizer remembers for its metrics: the report of its last step, and over which ranks to add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.layout.placement import is_of_fsdp1
+from sharded_dadamw.norms.composer import ComposerProtocol
+from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
+from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up
+
+
+class Held(Protocol):
+    """What one rank holds of an optimizer's parameters."""
+
+    @property
+    def axis(self) -> Collectives | None:
+        """The ranks among which the optimizer itself spreads all of them."""
+
+    def params(self) -> list[Tensor]:
+        """Return the parameters of which this rank counts parts, in any order; cheap."""
+
+    def parts(self, rank: int) -> list[Part]:
+        """Return the parts of them that this rank, of this number, holds, in the order of their groups."""
+
+    def spread_over(self) -> list[dist.ProcessGroup]:
+        """Return the groups of ranks among which others have spread them."""
+
+    def look(self, param: Tensor) -> Snapshot:
+        """Return this rank's part of a parameter as it is now."""
+
+    def make_measurable(self, report: StepReport) -> None:
+        """See to it that what a report needs of them is there, or raise on all ranks that it is gone."""
+
+
+class Reporting:
+    """The report of the last step, and the ranks over which norms are added up.
+
+    It is changed in place and never replaced, since proxies of an optimizer share it: Lightning and Fabric hand out
+    objects of a class made from the optimizer's, with the attributes it had then. Such an object takes calls of its
+    own, but leaves ``step`` to the optimizer, and each must see what the other has left.
+
+    Attributes:
+        report: Of the last step.
+        given: The ranks that the caller has named, who may know better than the parameters.
+        needs_names: Whether he has, or had for the optimizer of which this one's is a copy.
+        composer: What Composer's monitor asks.
+    """
+
+    def __init__(self, *, needs_names: bool) -> None:
+        """Begin before the first step."""
+        self.report = StepReport()
+        self.given: Collectives | None = None
+        self.needs_names = needs_names
+        self.composer = ComposerProtocol()
+        self._ranks: Collectives | None = None
+        self._owners: NormOwners | None = None
+        self._ranked: Sequence[Tensor] = []
+
+    def connect(self, norm_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device) -> None:
+        """Add up over these ranks, unless they are None."""
+        if norm_group is not None:
+            self.given = connect(norm_group, device, exchange=None, called="norm_group")
+
+    def start_anew(self) -> None:
+        """Forget all parameters, since there are to be others, but not how many steps were skipped."""
+        # Who clears groups and adds others wants the parameters freed that the report refers to.
+        self.report = StepReport(num_skipped=self.report.num_skipped)
+        self._forget([])
+
+    def ranks(self, held: Held, device: torch.device, *, for_composer: bool = False) -> Collectives:
+        """Return the ranks over which norms are added up, found anew where parameters have changed.
+
+        Raises:
+            ValueError: They are not known, or ``norm_group`` is not all of them.
+        """
+        params = held.params()
+        if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
+            self._forget(params)
+        if self._ranks is None:
+            self._ranks = self._find_ranks(held, device, for_composer=for_composer)
+        return self._ranks
+
+    def owners(self, held: Held, device: torch.device, *, for_composer: bool = False) -> NormOwners:
+        """Return who counts what. Collective where parameters have changed."""
+        ranks = self.ranks(held, device, for_composer=for_composer)
+        if self._owners is None:
+            self._owners = find_norm_owners(ranks, held.parts(ranks.rank))
+        return self._owners
+
+    def table(self, held: Held, device: torch.device) -> Table:
+        """Return the norms of all parameters of all ranks. Collective."""
+        held.make_measurable(self.report)
+        return add_up(self.report, self.owners(held, device), held.params(), held.look, device)
+
+    def _forget(self, params: Sequence[Tensor]) -> None:
+        """Know nothing of who counts what, of parameters that are others now."""
+        self._ranks, self._owners, self._ranked = None, None, params
+
+    def _find_ranks(self, held: Held, device: torch.device, *, for_composer: bool) -> Collectives:
+        if self.given is None:
+            if self.needs_names:
+                raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
+            if any(map(is_of_fsdp1, held.params())):
+                if for_composer:
+                    return connect(None, device, exchange=None)  # over which Composer's own adds up
+                raise ValueError(
+                    "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
+                    "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 "
+                    "(fully_shard)"
+                )
+            return connect_over(held.spread_over(), device, also=held.axis)
+        axis = None if held.axis is None else held.axis.everyone
+        spread = [*held.spread_over(), *([axis.group] if isinstance(axis, NativeVerbs) else [])]
+        if not all(self.given.include(group) for group in spread):
+            raise ValueError(
+                "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
+                "parameters are spread; pass the default group, or one of all these ranks"
+            )
+        return self.given
