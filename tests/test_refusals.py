@@ -80,7 +80,7 @@ def with_param(name: str, param: Any) -> list[tuple[str, Any]]:
 
 def shared_memory() -> list[tuple[str, Any]]:
     whole = torch.zeros(10)
-    return [("first", nn.Parameter(whole[:6])), ("second", nn.Parameter(whole[4:]))]
+    return [("first", nn.Parameter(whole[:6])), ("second", nn.Parameter(whole[5:]))]
 
 
 def twice() -> list[tuple[str, Any]]:
