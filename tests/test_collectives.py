@@ -48,7 +48,10 @@ def verbs_of(group: Any, verbs: str) -> Collectives:
 
 
 def local_gradient(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
+    if dtype is torch.bfloat16:
+        gradient[:1] = 2.0**17  # which fp16 does not have
+    return gradient.to(dtype)
 
 
 def mean_in_rank_order(
