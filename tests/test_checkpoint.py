@@ -989,3 +989,20 @@ def test_ranks_that_do_not_share_storage_are_told(tmp_path: Path) -> None:
     for message in on_ranks(2, on_storage_of_its_own, tmp_path):
         assert "rank 1: expected to see" in message and "storage that all ranks share" in message
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5) ** step)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    data = {"sample": np.int64(7), "weights": [np.float32(0.5)], "done": np.bool_(True)}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": schedule}
+    save_checkpoint(tmp_path, step=np.int64(3), data=data, **parts)  # type: ignore[arg-type]
+    assert type(optimizer.param_groups[0]["lr"]) is np.float64
+    resumed = load_checkpoint(tmp_path, **parts)  # type: ignore[arg-type]
+    assert resumed is not None and resumed.step == 3
+    assert resumed.data == {"sample": 7, "weights": [0.5], "done": True}
+    assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 5e-3

@@ -220,6 +220,41 @@ def test_without_one_before_it_the_refusal_says_so(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, **run(None, *parts), fall_back=True)
 
 
+NO_ROOTS: dict[str, tuple[str, str]] = {
+    # what is given, and what the error says of it
+    "weights.pt": ("weights.pt", "got a file$"),
+    "a file in a checkpoint": ("run/step_00000001/manifest.json", "got a file; give .*step_00000001, the checkpoint"),
+    "a folder of torch's": ("dcp", "got one of torch.distributed.checkpoint.save, without manifest.json"),
+    "another program's folder": ("deepspeed", "got a folder with latest in it$"),
+    "the folder above": ("", "got a folder with .* in it; give .*run$"),
+    "a step that is not there": ("run/step_5", "there is no such folder"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROOTS)
+def test_what_is_no_folder_of_checkpoints_is_not_taken_for_one_without_any_yet(kind: str, tmp_path: Path) -> None:
+    parts, then = saved(tmp_path / "run", 1)
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").touch()
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "latest").touch()
+    name, said = NO_ROOTS[kind]
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        load_checkpoint(tmp_path / name, **run(None, *parts))
+    assert differences(whole(*parts[:2]), then[1]) == []
+
+
+@pytest.mark.parametrize("leftover", [None, ".step_00000003.5f0c9a1e"])
+def test_a_folder_that_is_empty_but_for_what_dead_saves_left_has_no_checkpoint_yet(
+    leftover: str | None, tmp_path: Path
+) -> None:
+    parts = build("DecoupledAdamW", None)
+    if leftover is not None:
+        (tmp_path / leftover).mkdir()
+    assert load_checkpoint(tmp_path, **run(None, *parts)) is None
+
+
 def refused_on(group: Any, root: Path, fall_back: bool) -> str:
     parts = build("ours", group)
     try:

@@ -28,8 +28,10 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
+_MEANT = re.compile(r"step_\d+")
 _UNFINISHED = re.compile(r"\.step_\d{8,}\.[0-9a-f]+")
 _BLOCK = 1 << 20
+_EXPECTED = "expected a checkpoint of save_checkpoint, a folder of them, or one that is empty or not there yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +175,36 @@ def step_of(folder: Path) -> int | None:
     return None if match is None else int(match[1])
 
 
+def is_one(path: Path) -> bool:
+    """Return whether a path is that of a checkpoint, be it there or not, and not of a folder of them."""
+    return _MEANT.fullmatch(path.name) is not None or (path / MANIFEST).exists()
+
+
 def folders(root: Path) -> list[Path]:
     """Return everything under ``root`` that has the name of a complete checkpoint, in the order of steps."""
     if not root.is_dir():
         return []
     found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found)]
+
+
+def require_root(path: Path) -> None:
+    """Refuse what can hold no checkpoints of ours: they go into a folder that is empty, or is not there yet.
+
+    Raises:
+        ValueError: It is something else; says what.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        inside = f"; give {path.parent}, the checkpoint that it is in" if (path.parent / MANIFEST).exists() else ""
+        raise ValueError(f"{path}: {_EXPECTED}, got a file{inside}")
+    if (path / ".metadata").exists():
+        raise ValueError(f"{path}: {_EXPECTED}, got one of torch.distributed.checkpoint.save, without {MANIFEST}")
+    others = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    if others:
+        within = next((f"; give {entry}" for entry in others if entry.is_dir() and folders(entry)), "")
+        raise ValueError(f"{path}: {_EXPECTED}, got a folder with {others[0].name} in it{within}")
 
 
 def older(folder: Path) -> list[Path]:

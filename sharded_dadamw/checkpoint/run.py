@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
@@ -104,6 +105,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, A
     """
     has_stepped = bool(optimizer.state)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    state["param_groups"] = _with_own_numbers(state["param_groups"])
     if not has_stepped:
         optimizer.state.clear()
     return state, has_stepped
@@ -145,8 +147,14 @@ def on_host(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def _with_own_numbers(value: Any) -> Any:
+    """Return the same with Python's numbers for NumPy's, which schedules compute, and torch does not load."""
+    numpy = sys.modules.get("numpy")
+    return value if numpy is None else tree_map_only(numpy.generic, lambda number: number.item(), value)
+
+
 def pack(label: str, value: Any) -> Tensor:
-    """Serialise plain data: numbers, texts, None, tensors, and containers of them.
+    """Serialise plain data: numbers, NumPy's too, texts, None, tensors, and containers of them.
 
     Args:
         label: What it is called in messages.
@@ -160,7 +168,7 @@ def pack(label: str, value: Any) -> Tensor:
     """
     file = io.BytesIO()
     try:
-        torch.save(value, file)
+        torch.save(_with_own_numbers(value), file)
         file.seek(0)
         load_plain(file)
     except Exception as error:  # anything in it may object to being pickled, in its own way

@@ -18,8 +18,9 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,9 @@ from sharded_dadamw.checkpoint.folder import (
     folder_of,
     folders,
     is_complete,
+    is_one,
     older,
-    step_of,
+    require_root,
 )
 from sharded_dadamw.checkpoint.matching import Match, SavedEntries
 from sharded_dadamw.checkpoint.metadata import read_metadata
@@ -136,6 +138,7 @@ def save_checkpoint(
     """
     global _latest
     collectives = _connect(model, process_group)
+    step = index(step) if isinstance(step, SupportsIndex) else step  # NumPy's too
     arguments = {
         "root": str(root),
         "step": str(step),
@@ -303,7 +306,7 @@ def load_checkpoint(
         fall_back: Where the newest of a root is damaged, warn and take the one before it.
 
     Returns:
-        What was loaded, or None where ``path`` has no checkpoint yet, and nothing has been touched.
+        What was loaded, or None where ``path`` is empty or not there yet, and nothing has been touched.
 
     Raises:
         ValueError: A file is damaged: names it, and the checkpoint before it. Or an entry is missing, left over, or of
@@ -420,8 +423,10 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedE
     """Return the checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
 
     def look() -> list[str]:
-        is_one = step_of(path) is not None or (path / MANIFEST).exists()
-        return [str(path)] if is_one else [str(folder) for folder in folders(path)]
+        found = [path] if is_one(path) else folders(path)
+        if not found:
+            require_root(path)
+        return [str(folder) for folder in found]
 
     candidates = everyone(collectives, look)[0]
     saved: SavedEntries | None = None
