@@ -124,6 +124,7 @@ MUTATIONS = {
         ("return self._read_versions() != self._versions", "return False", "contract precision"),
     ],
     "buckets/shards.py": [
+        ("del groups[first_group:]", "pass", "refusals sharded contract"),
         ("member.local.copy_(whole)", "pass", "sharded contract"),
     ],
     "buckets/sharing.py": [
@@ -146,6 +147,7 @@ MUTATIONS = {
         ("self._give_back(LostParameter)", "self._give_back(Parameter)", "gatherer"),
     ],
     "schedule/plan.py": [
+        ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
         ("_require_own_parameters(buckets, groups, frozen)\n        moved", "moved", "contract other_hands refusals"),
@@ -207,8 +209,6 @@ MUTATIONS = {
     "sharded.py": [
         ("self._consolidated.clear()\n        return loss", "return loss", "state_dict sharded"),
         ("1.0 / self._clip.coefficient if", "self._clip.coefficient if", "contract sharded"),
-        ("del self.param_groups[num_groups:]", "pass", "refusals sharded contract"),
-        ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
     ],
     "base.py": [
         ("_ROUNDING = 1e-4", "_ROUNDING = 1e9", "contract law"),

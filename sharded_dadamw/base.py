@@ -86,6 +86,7 @@ class DecoupledOptimizer(Optimizer):
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._may_warn = True
         self._reporting = Reporting(needs_names=needs_names)
+        self._clip = PendingClip()  # never another one: proxies of the optimizer share it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -197,6 +198,10 @@ class DecoupledOptimizer(Optimizer):
     def _held(self) -> Held:
         """Return what this rank holds of the parameters."""
 
+    @abstractmethod
+    def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
+        """Return the norm of the gradients as they are, 0-d fp32, if they can be clipped so. Collective."""
+
     def _norm_ranks(self, *, for_composer: bool = False) -> Collectives:
         """Return the ranks over which norms are added up."""
         return self._reporting.ranks(self._held(), self._device, for_composer=for_composer)
@@ -204,6 +209,30 @@ class DecoupledOptimizer(Optimizer):
     def _norm_owners(self, *, for_composer: bool = False) -> NormOwners:
         """Return who counts what. Collective where parameters have changed."""
         return self._reporting.owners(self._held(), self._device, for_composer=for_composer)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the gradients by their norm over all parameters and ranks. Collective where anything is sharded.
+
+        Call it between the last backward and ``step``, in place of torch's, which would see this rank's gradients only.
+        Gradients are averaged where ``step`` averages them, and else stay as they are; ``step`` uses them clipped.
+
+        Args:
+            max_norm: The norm that gradients must not exceed.
+            norm_type: 2 or inf.
+            error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
+
+        Returns:
+            0-d fp32: the norm of the (averaged) gradients before this clipping, the same bits on every rank.
+
+        Raises:
+            RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set; or as ``step``, where that averages.
+            ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf; or the ranks over which
+                to add up are not known.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        norm = self._norm_to_clip(max_norm, norm_type)
+        return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
@@ -234,9 +263,9 @@ class DecoupledOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """Add the metrics of one parameter's last update. Composer's protocol.
 
-        :class:`~sharded_dadamw.DecoupledAdamW` reports norms of what this rank holds of the parameter, which is all of
-        it unless that is sharded. :class:`~sharded_dadamw.ShardedDecoupledAdamW` reports final values, the same on
-        every rank; so call it there on all ranks or on none: the first call after a step is collective.
+        :class:`~sharded_dadamw.DecoupledAdamW` reports norms of what this rank holds of the parameter.
+        :class:`~sharded_dadamw.ShardedDecoupledAdamW` reports those of the whole, the same on every rank; call it there
+        on all ranks or on none: the first call after a step is collective.
 
         Args:
             param: A parameter.

@@ -96,8 +96,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
         self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
-        self._clip = ClipOf()  # never another one: proxies of the optimizer share it
-        self._updates = ReadyUpdates()
+        self._clip, self._updates = ClipOf(), ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.defaults = defaults
         self.amsgrad = amsgrad
@@ -226,33 +225,11 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         if fill_in(self.state, group["params"], beta2=float(group["betas"][1]), amsgrad=group["amsgrad"]):
             self._updates.forget()  # of parameters that others have been put in place of
 
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip the gradients by their norm over all parameters, parts on other ranks included.
-
-        Call it between the last backward and ``step``, in place of ``torch.nn.utils.clip_grad_norm_``. Gradients stay
-        as they are; the next ``step`` uses them clipped. Collective where parameters are sharded: one all-reduce, and
-        an exchange of names the first time.
-
-        Args:
-            max_norm: The norm that gradients must not exceed.
-            norm_type: 2 or inf.
-            error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
-
-        Returns:
-            0-d fp32: the norm of the gradients before this clipping, the same bits on every rank.
-
-        Raises:
-            RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
-            ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf; or the ranks over which
-                to add up are not known.
-        """
-        max_norm, norm_type = float(max_norm), float(norm_type)
+    def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         check_clip(max_norm, norm_type)
         present = [_with_gradients(group) for group in self.param_groups]
         self._keep_clip_of(present)
         norm = self._norm(present, norm_type)
-        norm = self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
         self._clip.remember([grad for _, grads in present for grad in grads])
         return norm
 

@@ -15,8 +15,8 @@ This module conducts and touches no element itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from typing import Any, NoReturn, overload
 
 import torch
@@ -26,41 +26,34 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
-from sharded_dadamw.buckets.bucket import Bucket, fetched
-from sharded_dadamw.buckets.shards import Shards, with_lists
-from sharded_dadamw.comm.agreement import Refusal, StepAgreement
-from sharded_dadamw.config import GradientResidency, ShardingConfig
-from sharded_dadamw.norms.clipping import PendingClip, check_clip
-from sharded_dadamw.norms.of_buckets import HeldInBuckets, gradient_norm
+from sharded_dadamw.buckets.shards import Shards, fetched, with_lists
+from sharded_dadamw.comm.agreement import Refusal
+from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
-from sharded_dadamw.schedule.plan import Asked, Plan, make_plan
+from sharded_dadamw.schedule.plan import Asked, Plan, Planner
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
-from sharded_dadamw.update.adamw import Step
 
 
 class ShardedDecoupledAdamW(DecoupledOptimizer):
     """:class:`~sharded_dadamw.DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
 
-    Every rank holds the same parameters. They are laid end to end in flat buckets; each rank owns one equal slice of
-    every bucket, keeps the moments (and the fp32 main parameters of narrower ones) of that slice only, averages
-    gradients by reduce-scatter, updates its slice and all-gathers the parameters in place. Given equal averaged
-    gradients the result is that of the unsharded optimizer, bit for bit.
+    Every rank holds the same parameters, end to end in flat buckets. It keeps the moments, and the fp32 main parameters
+    of narrower ones, of an equal slice of every bucket, averages gradients by reduce-scatter, updates its slice and
+    all-gathers the parameters in place. Given equal averages the result is the unsharded optimizer's, bit for bit.
 
-    The constructor is collective: it checks that all ranks were given the same things, broadcasts the parameters of the
-    group's rank 0, and turns ``p.data`` of every trainable parameter into a contiguous view of a flat buffer (``p``
-    stays the same object). So move the model to its device and dtype first.
+    The constructor is collective. It checks that ranks were given the same things, broadcasts rank 0's parameters, and
+    makes ``p.data`` of trainable ones views of flat buffers: move the model to its device and dtype before.
 
-    ``optimizer.state[p]`` holds ``step`` (0-d fp32) and this rank's 1-D fragments of ``exp_avg``, ``exp_avg_sq``,
-    ``max_exp_avg_sq`` and, where parameters are narrower than fp32, ``main_param`` or ``main_remainder``; they may be
-    empty, and joined over ranks in rank order they are the flattened whole.
+    ``optimizer.state[p]`` holds ``step`` (0-d fp32) and of what there is of ``exp_avg``, ``exp_avg_sq``,
+    ``max_exp_avg_sq``, ``main_param`` and ``main_remainder`` this rank's part of the flattened whole, in rank order.
 
-    A parameter whose ``grad`` is None on all ranks stays as it is, decay included. Gradients are averaged in place, as
-    backward completes their buckets, and backward ends when all are averaged: one backward per step outside
-    ``no_sync``, and ``zero_grad`` before the next. Until they are used, averages may be multiplied by a number that is
-    the same on every rank, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this rank's shard of
-    the mean is kept, ``p.grad`` is None once it is reduced, and the means of several backwards add up.
+    A parameter whose ``grad`` is None on all ranks stays as it is. Gradients are averaged in place by the end of
+    backward: call it once per step outside ``no_sync``, and ``zero_grad`` before the next. Averages may be multiplied
+    by one number that all ranks share, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this
+    rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and means of several backwards add up.
 
     Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """
@@ -85,21 +78,21 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     ) -> None:
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
+        ``lr`` to ``amsgrad``, ``norm_group`` and ``max_grad_norm`` are as in :class:`~sharded_dadamw.DecoupledAdamW`.
+
         Args:
-            params: Parameters, (name, parameter) pairs (messages and metrics then use the names), or group dicts of
-                either.
-            lr: As in :class:`~sharded_dadamw.DecoupledAdamW`, and so are the next four.
+            params: Parameters, (name, parameter) pairs for messages and metrics, or group dicts of either.
+            lr: Learning rate.
             betas: Coefficients of the moving averages.
             eps: Added to the denominator.
             weight_decay: Decay per step at the schedule's peak.
             amsgrad: Use the running maximum of ``exp_avg_sq``.
-            process_group: The ranks that hold the same parameters: a group, a 1-D mesh, or None for the default group,
-                which is one rank where torch.distributed is not initialised. In a 2-D mesh the second axis has the
-                ranks to shard over, and the first the replicas of each shard. Where parameters are DTensors: the ranks
-                that hold the same parts of them, or None for the mesh axis along which they are replicated.
+            process_group: The ranks that hold the same parameters, or of DTensors the same parts: a group, a 1-D mesh,
+                or a 2-D mesh of replicas and shards in this order. None: the mesh axis along which DTensors are
+                replicated, else the default group, which is one rank where torch.distributed is not initialised.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
-            norm_group: As in :class:`~sharded_dadamw.DecoupledAdamW`.
-            max_grad_norm: As there: ``step`` clips the averaged gradients to it.
+            norm_group: The ranks over which norms are added up.
+            max_grad_norm: What ``step`` clips the averaged gradients to.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -108,13 +101,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """
         self._is_built = False
         self._config = ShardingConfig() if config is None else config
-        self._clip = PendingClip()  # never another one: proxies of the optimizer share it
-        self._consolidated: dict[int, dict[str, Tensor]] = {}  # likewise
+        self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
         self.param_groups: list[dict[str, Any]] = []
-        given: list[Tensor] = []
         refusal = Refusal()
-        with refusal:
-            params, given = with_lists(params)
+        params, given = with_lists(params, refusal)
         with refusal:
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
@@ -123,11 +113,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self.amsgrad = amsgrad
             self._reporting.connect(norm_group, self._device)
         self._shards = Shards(given, self.param_groups, process_group, self._config, refusal)
-        self._reducer = Reducer(self._shards.collectives, overlap=self._config.overlap)
+        self._reducer = Reducer(self._shards.collectives, self._config)
         self._gatherer = Gatherer(self._shards.collectives)
-        self._agreement = StepAgreement(self._shards.everyone, self._shards.device, refuse=self._reducer.refuse)
+        self._planner = Planner(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
-        self._take_in(self._shards.buckets)
+        self._take_in()
         self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -145,16 +135,12 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         refusal, num_groups = Refusal(), len(self.param_groups)
         with refusal:
             super().add_param_group(param_group)
-        try:
-            buckets = self._shards.add(self.param_groups, num_groups, refusal)
-        except Exception:
-            del self.param_groups[num_groups:]
-            raise
-        self._take_in(buckets)
+        self._shards.add(self.param_groups, num_groups, refusal)
+        self._take_in()
 
-    def _take_in(self, buckets: Sequence[Bucket]) -> None:
+    def _take_in(self) -> None:
         """Have new buckets reduced from now on, and show their state."""
-        for bucket in buckets:
+        for bucket in self._shards.buckets[len(self._reducer.buckets()) :]:
             self._reducer.watch(bucket)
             self.state.update({member.param: bucket.state_of(slot) for slot, member in enumerate(bucket.members)})
 
@@ -176,10 +162,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
         Raises:
             RuntimeError: Called inside ``no_sync()``; gradients of the last step were not cleared; a parameter was
-                moved out of the optimizer's buffers; the process group is gone; or, on every rank, ranks disagree
-                about which parameters have a gradient, about a hyperparameter, about the loss scale, or about what was
-                done to averaged gradients. No parameter or state has then been changed; gradients that backward has
-                averaged have to be dropped by ``zero_grad``. (On an accelerator the next step reports it.)
+                moved out of the optimizer's buffers; the process group is gone; or ranks disagree about gradients,
+                what was done to them, a hyperparameter or the loss scale: on every rank, and on an accelerator at the
+                next step. No parameter or state has then been changed; drop averaged gradients by ``zero_grad``.
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = None if closure is None else evaluate(closure)
@@ -187,7 +172,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._warn_above_peak(plan.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
         divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
-        step = Step(plan.hypers, divisor, self._void(plan))
+        step = plan.step(divisor, self._largest(plan) if self._config.skip_nonfinite else None)
         report = self._reporting.report = self._reporting.report.next(step, clip)
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
@@ -209,47 +194,33 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
 
     def _plan_step(self) -> Plan:
         """Have all ranks agree on this step. Collective."""
-        found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
-        if found_inf is not None and self._reporting.given is not None:
-            self._reporting.given.all_reduce_(found_inf, dist.ReduceOp.MAX)
-        refusal = None
-        if self._config.gradient_residency is GradientResidency.SHARDED and found_inf is not None:
-            refusal = RuntimeError(
-                "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; "
-                "use bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
-            )
-        doing = "step()" if self._max_grad_norm is None else f"step() with max_grad_norm={self._max_grad_norm}"
-        doing += " with a non-finite check" * (found_inf is not None) + " with a scale" * (grad_scale is not None)
-        return self._plan(doing, found_inf=found_inf, grad_scale=grad_scale, refusal=refusal)
+        found_inf, ranks = self._scalers_flag(), self._reporting.given
+        if found_inf is not None and ranks is not None:
+            ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
+        grad_scale = getattr(self, "grad_scale", None)
+        return self._plan(max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
 
-    def _plan(self, doing: str, **asked: Any) -> Plan:
+    def _plan(self, **asked: Any) -> Plan:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
-        shards = self._shards
-        shards.collectives.check_alive()
+        self._shards.collectives.check_alive()
         self._gatherer.finish()
-        while True:
-            request = Asked(doing, self._gatherer.num_attached, self._clip, **asked)
-            plan = make_plan(request, shards.buckets, self.param_groups, shards.frozen, self._reducer, self._agreement)
-            if not plan.unfrozen:
-                return plan
-            self._take_in(shards.add_unfrozen(self.param_groups))
+        request = Asked(self._gatherer.num_attached, self._clip, **asked)
+        while (plan := self._planner.plan(request, self.param_groups)).unfrozen:
+            self._shards.add_unfrozen(self.param_groups)
+            self._take_in()
+        return plan
 
     @property
     def last_step(self) -> StepCost:
         """What the most recent step cost this rank."""
         return self._clock.last
 
-    def _void(self, plan: Plan) -> Tensor | None:
-        """Whether a step is to change nothing, 0-d fp32: where a loss scaler says so, or a gradient is not finite."""
-        if not self._config.skip_nonfinite:
-            return plan.found_inf
+    def _largest(self, plan: Plan) -> Tensor:
+        """Return a norm of the averaged gradients of all ranks, 0-d, which is finite if they are. Collective."""
         if self._clip:
-            largest = self._clip.norm
-        else:
-            self._average()
-            largest = gradient_norm(plan.present, math.inf, collectives=self._shards.everyone, device=self._device)
-        is_void = (~largest.isfinite()).to(torch.float32)
-        return is_void if plan.found_inf is None else torch.maximum(is_void, plan.found_inf)
+            return self._clip.norm
+        self._average()
+        return self._held().gradient_norm(plan.present, math.inf)
 
     def _average(self) -> None:
         """Average what is not averaged yet of all gradients. Collective."""
@@ -268,17 +239,14 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.
 
-        From then on a module's forward first waits for the buckets of the module's own parameters, and whoever else
-        reads a parameter waits for everything in flight. Results are the same. Call it on all ranks or on none, after
-        ``model`` was compiled where it is to be, with the module that training calls. It puts hooks on the modules.
+        A module's forward then first waits for the buckets of its own parameters, and whoever else reads a parameter
+        waits for everything in flight; results are the same. Call it on all ranks or on none, with the module that
+        training calls, after it was compiled where it is to be. Buckets with parameters outside of attached models,
+        DTensors, and parameters of a class of their own are finished within ``step``.
 
-        What shares a parameter's memory without being it cannot be made to wait: a ``p.detach()`` or ``state_dict()``
-        taken before ``step``, a CUDA graph. Nor can C++ that is given a parameter outside the module it belongs to,
-        such as a transform of ``torch.func``, or another stream than the one that reads first. Call ``synchronize``
-        before such a use, and before ``destroy_process_group``.
-
-        Buckets with parameters outside of attached models, DTensors, and parameters of a class of their own are
-        finished within ``step``, as without ``attach``.
+        Call ``synchronize`` before ``destroy_process_group``, and before a read that cannot be made to wait: by a
+        ``p.detach()`` or ``state_dict()`` taken before ``step``, a CUDA graph, another stream than the first to read,
+        or C++ that is given a parameter outside of its module, as by ``torch.func``.
 
         Args:
             model: A module that has parameters of this optimizer.
@@ -290,11 +258,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             TypeError: ``model`` is no module, or has scripted ones in it.
             ValueError: None of its parameters is this optimizer's.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
-        if not any(param in self.state for param in model.parameters()):
-            raise ValueError("model: expected parameters that this optimizer updates, found none")
-        return self._gatherer.attach(model)
+        return self._gatherer.attach(model, self.state)
 
     def synchronize(self) -> None:
         """Wait until all parameters are what the last step made of them; only after ``attach`` can they be otherwise.
@@ -304,57 +268,24 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         """
         self._gatherer.finish()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """A context for all backward passes of a step but the last: they accumulate, and exchange nothing.
 
         ``step`` and ``clip_grad_norm_`` raise inside. With sharded gradients, the buffers of all buckets then exist.
 
         Raises:
-            RuntimeError: Something else reduces the gradients (``reduce_gradients=False``), and its own ``no_sync``
-                is needed.
+            RuntimeError: With ``reduce_gradients=False``: what reduces gradients has a ``no_sync`` of its own.
         """
-        if not self._config.reduce_gradients:
-            raise RuntimeError(
-                "reduce_gradients=False: the wrapper that reduces the gradients has the no_sync() to use"
-            )
-        with self._reducer.no_sync():
-            yield
+        return self._reducer.no_sync()
 
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Average the gradients and clip them by their norm over all parameters and ranks. Collective.
-
-        Call it between the last backward and ``step``, in place of ``torch.nn.utils.clip_grad_norm_``, which would see
-        this rank's own gradients only. The update applies the clip.
-
-        Args:
-            max_norm: The norm that the averaged gradients must not exceed.
-            norm_type: 2 or inf.
-            error_if_nonfinite: Wait for the norm, and raise if it is nan or infinite.
-
-        Returns:
-            0-d fp32: the norm of the averaged gradients before this clipping, the same bits on every rank.
-
-        Raises:
-            RuntimeError: As ``step``; or the norm is not finite and ``error_if_nonfinite`` is set.
-            ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
-        """
-        max_norm, norm_type = float(max_norm), float(norm_type)
-        refusal = Refusal()
-        with refusal:
-            check_clip(max_norm, norm_type)
-        doing = f"clip_grad_norm_(max_norm={max_norm}, norm_type={norm_type})"
-        norm = self._norm(self._plan(doing, to_clip=True, refusal=refusal.error), norm_type)
-        return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+    def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
+        return self._norm(self._plan(to_clip=(max_norm, norm_type)), norm_type)
 
     def _norm(self, plan: Plan, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
         self._average()
-        return gradient_norm(
-            plan.present, norm_type, collectives=owners.collectives, device=self._device, counted=owners.counted
-        )
+        return self._held().gradient_norm(plan.present, norm_type, owners)
 
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)
@@ -389,25 +320,20 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             ValueError: There is no such rank.
             RuntimeError: The process group is gone.
         """
-        if not 0 <= to < self._shards.collectives.num_ranks:
-            raise ValueError(f"to: expected a rank in [0, {self._shards.collectives.num_ranks}), got {to}")
         self._shards.collectives.check_alive()
         self._gatherer.finish()
-        keep = to == self._shards.collectives.rank
-        self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, keep=keep))
+        self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, to=to))
         self._clock.skip_bytes()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` has returned on this rank, or whole tensors from anywhere; all or nothing.
 
-        To load what was saved at another number of ranks, give ``state_dict()`` to ``torch.distributed.checkpoint``,
-        which fills it, and then load it here; or use :func:`sharded_dadamw.checkpoint.load_checkpoint`, which does
-        that. Whole tensors may come from this class on any number of ranks, from
-        :class:`~sharded_dadamw.DecoupledAdamW`, torch's AdamW or Composer's optimizer. Hyperparameters come from
-        ``state_dict``, ``initial_lr`` included, as in torch. State is copied into place, and never rounded. A main
-        parameter of which nothing was saved is taken from the weight as it is now; if that is loaded later, from that
-        one at the next step.
+        Whole tensors may come from this class on any number of ranks, from :class:`~sharded_dadamw.DecoupledAdamW`,
+        torch's AdamW or Composer's optimizer. Fragments of another number of ranks are read by
+        :func:`sharded_dadamw.checkpoint.load_checkpoint`, or by ``torch.distributed.checkpoint`` into ``state_dict()``.
+        Hyperparameters are taken over, ``initial_lr`` included. State is copied into place, and never rounded. A main
+        parameter of which nothing was saved is taken from the weight as it is at the next step.
 
         Raises:
             ValueError: Fragments come from another rank or layout, or an entry is missing, surplus, has another shape

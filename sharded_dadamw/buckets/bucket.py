@@ -10,8 +10,7 @@ shard, or the 16 bits that it lacks. Where they are not, there is none.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -290,22 +289,6 @@ class Bucket:
         if self._absorbs_edits:
             self.weights.note_update()
         return updated
-
-
-def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
-    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated.
-
-    Args:
-        buckets: With their gradients reduced as they come.
-        step: What to do to them.
-    """
-    waiting: deque[Bucket] = deque()
-    for bucket in buckets:
-        bucket.fetch_(step)
-        waiting.append(bucket)
-        if len(waiting) > bucket.num_ahead:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _part(fragment: Fragment) -> slice:

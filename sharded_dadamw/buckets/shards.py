@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
+from sharded_dadamw.update.adamw import Step
 
 
 class Shards:
@@ -70,18 +72,22 @@ class Shards:
         self.frozen: list[NamedParameter] = []
         self._shard(named_parameters(groups), groups)
 
-    def add(self, groups: Sequence[Mapping[str, Any]], first_group: int, refusal: Refusal) -> list[Bucket]:
-        """Shard the groups from ``first_group`` on, and return their buckets. Collective; raises as the constructor."""
-        agree_on_groups(groups, first_group, self._config, self.collectives, self.everyone, refusal)
-        return self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
+    def add(self, groups: list[dict[str, Any]], first_group: int, refusal: Refusal) -> None:
+        """Shard the groups from ``first_group`` on. Collective; raises as the constructor, and then deletes them."""
+        try:
+            agree_on_groups(groups, first_group, self._config, self.collectives, self.everyone, refusal)
+            self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
+        except Exception:
+            del groups[first_group:]
+            raise
 
-    def add_unfrozen(self, groups: Sequence[Mapping[str, Any]]) -> list[Bucket]:
-        """Shard what was frozen and is trainable now, and return its buckets. Collective."""
+    def add_unfrozen(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Shard what was frozen and is trainable now. Collective."""
         unfrozen = [member for member in self.frozen if member.param.requires_grad]
         self.frozen = [member for member in self.frozen if not member.param.requires_grad]
-        return self._shard(unfrozen, groups)
+        self._shard(unfrozen, groups)
 
-    def _shard(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> list[Bucket]:
+    def _shard(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> None:
         """Give parameters, in group order, rank 0's values, and the trainable ones buckets. Collective."""
         for member in members:
             if not member.param.requires_grad:
@@ -94,20 +100,36 @@ class Shards:
         for bucket in buckets:
             self.slots.update({id(member.param): (bucket, slot) for slot, member in enumerate(bucket.members)})
         self.buckets += buckets
-        return buckets
 
 
-def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor]]:
+def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
+    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated.
+
+    Args:
+        buckets: With their gradients reduced as they come.
+        step: What to do to them.
+    """
+    waiting: deque[Bucket] = deque()
+    for bucket in buckets:
+        bucket.fetch_(step)
+        waiting.append(bucket)
+        if len(waiting) > bucket.num_ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def with_lists(params: Iterable[Any], refusal: Refusal) -> tuple[Any, list[Tensor]]:
     """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
     if isinstance(params, (Tensor, dict)):
         return params, []  # which torch refuses
     given: list[Any] = []
     tensors: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
-            entry = {**entry, "params": list(entry["params"])}
-        given.append(entry)
-        of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
-        of_group = [of_group] if isinstance(of_group, Tensor) else of_group
-        tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
+    with refusal:
+        for entry in params:
+            if isinstance(entry, dict) and "params" in entry and not isinstance(entry["params"], Tensor):
+                entry = {**entry, "params": list(entry["params"])}
+            given.append(entry)
+            of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
+            of_group = [of_group] if isinstance(of_group, Tensor) else of_group
+            tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
     return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -98,7 +98,7 @@ class ClipOf(PendingClip):
         self._is_used = False
 
     def remember(self, grads: Sequence[Tensor]) -> None:
-        """Take note of which gradients were clipped; they are referred to weakly."""
+        """Take note of which gradients are clipped; they are referred to weakly."""
         self._clipped = [(ref(grad), _version(grad)) for grad in grads]
         self._is_used = False
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import NORMS
@@ -49,10 +48,6 @@ class Snapshot(NamedTuple):
     max_exp_avg_sq: Tensor | None = None
     step: Tensor | None = None
     grad: Tensor | None = None
-
-
-Look = Callable[[Tensor], Snapshot]
-"""Returns this rank's part of a parameter as it is now."""
 
 
 _NO_STEP = Step(())
@@ -107,7 +102,9 @@ class StepReport:
         of_measured = [param for params, _ in self._measured for param in params]
         return of_measured + [param for param, _ in self._unmeasured]
 
-    def squares_of(self, params: Sequence[Tensor], look: Look, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    def squares_of(
+        self, params: Sequence[Tensor], look: Callable[[Tensor], Snapshot], device: torch.device
+    ) -> tuple[list[Tensor], Tensor]:
         """Square and sum this rank's parts of parameters, where the update has not done so.
 
         Args:
@@ -169,31 +166,6 @@ class Table(NamedTuple):
 
     squares: Tensor
     rows: list[int]
-
-
-def add_up(report: StepReport, owners: NormOwners, params: Sequence[Tensor], look: Look, device: torch.device) -> Table:
-    """Add up the squares of all ranks. Collective: one all-reduce.
-
-    Args:
-        report: Of the last step.
-        owners: Of the parameters of these ranks.
-        params: Those of this rank.
-        look: As :meth:`StepReport.squares_of` takes it.
-        device: Where to compute.
-
-    Raises:
-        RuntimeError: A gradient that has to be measured is gone.
-    """
-    rows = {row for row, was_trainable in enumerate(owners.trainable) if was_trainable}
-    rows |= {owners.row_of[id(param)] for param in params if param.requires_grad}
-    squares = torch.zeros(len(owners.names), len(NORMS), dtype=torch.float64, device=device)
-    here, parts = report.squares_of([p for p in params if owners.row_of[id(p)] in rows], look, device)
-    counted = [(place, owners.row_of[id(p)]) for place, p in enumerate(here) if id(p) in owners.counted]
-    if counted:
-        sources, targets = torch.tensor(counted).to(device, non_blocking=True).unbind(1)
-        squares[targets] = parts[sources]
-    owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
-    return Table(squares, sorted(rows))
 
 
 def named_values(report: StepReport, owners: NormOwners, table: Table, num_groups: int) -> dict[str, Tensor]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import and_
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.shards import Shards
-from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.norms.global_norm import Part, global_norm
+from sharded_dadamw.norms.global_norm import NormOwners, Part, global_norm
 from sharded_dadamw.norms.metrics import Snapshot, StepReport, gone
 from sharded_dadamw.update.adamw import value_of
 
@@ -29,7 +28,7 @@ class HeldInBuckets:
         self.axis = shards.collectives
 
     def params(self) -> list[Tensor]:
-        """Return all of them."""
+        """Return all of them, in any order; cheap."""
         return [member.param for bucket in self._shards.buckets for member in bucket.members]
 
     def parts(self, rank: int) -> list[Part]:
@@ -68,26 +67,19 @@ class HeldInBuckets:
             if are_needed and not bucket.gradients.still_holds_last_step:
                 raise gone()
 
+    def gradient_norm(
+        self, present: Mapping[Bucket, Sequence[bool]], norm_type: float, owners: NormOwners | None = None
+    ) -> Tensor:
+        """The norm of averaged gradients, as :func:`global_norm` gives it. Collective.
 
-def gradient_norm(
-    present: Mapping[Bucket, Sequence[bool]],
-    norm_type: float,
-    *,
-    collectives: Collectives,
-    device: torch.device,
-    counted: Collection[int] | None = None,
-) -> Tensor:
-    """The norm of averaged gradients, as :func:`~sharded_dadamw.norms.global_norm.global_norm` takes it. Collective.
-
-    Args:
-        present: Per bucket and slot whether there is a gradient.
-        norm_type: 2 or inf.
-        collectives: The ranks to add up.
-        device: Where the result goes.
-        counted: The ids of the parameters that this rank counts; None for all.
-    """
-    runs: list[Tensor] = []
-    for bucket, slots in present.items():
-        members = zip(bucket.members, slots, strict=True)
-        runs += bucket.gradient_runs([here and (counted is None or id(m.param) in counted) for m, here in members])
-    return global_norm(runs, norm_type, collectives=collectives, device=device)
+        Args:
+            present: Per bucket and slot whether there is a gradient.
+            norm_type: 2 or inf.
+            owners: Who counts what; None where it does no harm that several ranks count the same.
+        """
+        runs: list[Tensor] = []
+        for bucket, slots in present.items():
+            counted = [owners is None or id(member.param) in owners.counted for member in bucket.members]
+            runs += bucket.gradient_runs([*map(and_, slots, counted)])
+        ranks = self._shards.everyone if owners is None else owners.collectives
+        return global_norm(runs, norm_type, collectives=ranks, device=self._shards.device)

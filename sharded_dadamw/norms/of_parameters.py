@@ -19,6 +19,7 @@ class HeldAsTheyLie:
     """The parameters of groups, of which each rank holds what their own placement says."""
 
     axis = None
+    """Not spread by the optimizer itself."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Look at groups, and at the state of their parameters by the keys of torch's AdamW."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,33 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
 from sharded_dadamw.comm.connect import connect, connect_over
+from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.layout.placement import is_of_fsdp1
 from sharded_dadamw.norms.composer import ComposerProtocol
-from sharded_dadamw.norms.global_norm import NormOwners, Part, find_norm_owners
-from sharded_dadamw.norms.metrics import Snapshot, StepReport, Table, add_up
+from sharded_dadamw.norms.global_norm import NormOwners, find_norm_owners
+from sharded_dadamw.norms.metrics import StepReport, Table
+from sharded_dadamw.norms.of_buckets import HeldInBuckets
+from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
 
-
-class Held(Protocol):
-    """What one rank holds of an optimizer's parameters."""
-
-    @property
-    def axis(self) -> Collectives | None:
-        """The ranks among which the optimizer itself spreads all of them."""
-
-    def params(self) -> list[Tensor]:
-        """Return the parameters of which this rank counts parts, in any order; cheap."""
-
-    def parts(self, rank: int) -> list[Part]:
-        """Return the parts of them that this rank, of this number, holds, in the order of their groups."""
-
-    def spread_over(self) -> list[dist.ProcessGroup]:
-        """Return the groups of ranks among which others have spread them."""
-
-    def look(self, param: Tensor) -> Snapshot:
-        """Return this rank's part of a parameter as it is now."""
-
-    def make_measurable(self, report: StepReport) -> None:
-        """See to it that what a report needs of them is there, or raise on all ranks that it is gone."""
+Held = HeldAsTheyLie | HeldInBuckets
 
 
 class Reporting:
@@ -75,7 +56,7 @@ class Reporting:
         """Forget all parameters, since there are to be others, but not how many steps were skipped."""
         # Who clears groups and adds others wants the parameters freed that the report refers to.
         self.report = StepReport(num_skipped=self.report.num_skipped)
-        self._forget([])
+        self._ranks, self._owners, self._ranked = None, None, []
 
     def ranks(self, held: Held, device: torch.device, *, for_composer: bool = False) -> Collectives:
         """Return the ranks over which norms are added up, found anew where parameters have changed.
@@ -85,7 +66,7 @@ class Reporting:
         """
         params = held.params()
         if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
-            self._forget(params)
+            self._ranks, self._owners, self._ranked = None, None, params
         if self._ranks is None:
             self._ranks = self._find_ranks(held, device, for_composer=for_composer)
         return self._ranks
@@ -98,13 +79,23 @@ class Reporting:
         return self._owners
 
     def table(self, held: Held, device: torch.device) -> Table:
-        """Return the norms of all parameters of all ranks. Collective."""
-        held.make_measurable(self.report)
-        return add_up(self.report, self.owners(held, device), held.params(), held.look, device)
+        """Add up the squares of all parameters of all ranks. Collective: one all-reduce.
 
-    def _forget(self, params: Sequence[Tensor]) -> None:
-        """Know nothing of who counts what, of parameters that are others now."""
-        self._ranks, self._owners, self._ranked = None, None, params
+        Raises:
+            RuntimeError: A gradient that has to be measured is gone.
+        """
+        held.make_measurable(self.report)
+        owners, params = self.owners(held, device), held.params()
+        rows = {row for row, was_trainable in enumerate(owners.trainable) if was_trainable}
+        rows |= {owners.row_of[id(param)] for param in params if param.requires_grad}
+        squares = torch.zeros(len(owners.names), len(NORMS), dtype=torch.float64, device=device)
+        here, parts = self.report.squares_of([p for p in params if owners.row_of[id(p)] in rows], held.look, device)
+        counted = [(place, owners.row_of[id(p)]) for place, p in enumerate(here) if id(p) in owners.counted]
+        if counted:
+            sources, targets = torch.tensor(counted).to(device, non_blocking=True).unbind(1)
+            squares[targets] = parts[sources]
+        owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
+        return Table(squares, sorted(rows))
 
     def _find_ranks(self, held: Held, device: torch.device, *, for_composer: bool) -> Collectives:
         if self.given is None:

@@ -11,7 +11,7 @@ Compiled code is specialised on classes and must not be interrupted: there the e
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -95,12 +95,17 @@ class Gatherer:
         finish(list(self._under_way.values()))
         self._under_way.clear()
 
-    def attach(self, model: nn.Module) -> Attachment:
-        """Leave the gathers of a model's buckets in flight from now on.
+    def attach(self, model: nn.Module, params: Container[Tensor]) -> Attachment:
+        """Leave the gathers of a model's buckets in flight from now on; ``params`` are those of the optimizer.
 
         Raises:
-            TypeError: A module is scripted: its parameters are read from C++.
+            ValueError: None of them is the model's.
+            TypeError: It is no module, or has a scripted one in it, whose parameters are read from C++.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+        if not any(param in params for param in model.parameters()):
+            raise ValueError("model: expected parameters that this optimizer updates, found none")
         attachment = Attachment(self, model)
         self._attachments.append(attachment)
         return attachment

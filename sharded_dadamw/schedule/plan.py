@@ -19,12 +19,13 @@ from torch import Tensor
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.foreign_gradients import ForeignGradients
 from sharded_dadamw.buckets.gradients import ShardedGradients
+from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.buckets.sharing import describe_hyperparameters
-from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Description, StepAgreement
+from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Description, Refusal, StepAgreement
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters
-from sharded_dadamw.norms.clipping import PendingClip
+from sharded_dadamw.norms.clipping import PendingClip, check_clip
 from sharded_dadamw.schedule.reducer import Reducer
-from sharded_dadamw.update.adamw import Hyperparameters, read_groups
+from sharded_dadamw.update.adamw import Hyperparameters, Step, read_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +33,29 @@ class Asked:
     """What a rank is asked to do.
 
     Attributes:
-        doing: The call, with its arguments.
         num_attached: Models that are attached.
         clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
-        to_clip: Whether gradients are about to be clipped only.
+        to_clip: ``max_norm`` and ``norm_type``, where gradients are about to be clipped only.
+        max_grad_norm: To what the step clips, if it does.
         found_inf: 0-d, this rank's non-finite flag, or None without a loss scaler.
         grad_scale: 0-d, this rank's loss scale, or None where gradients are not scaled.
-        refusal: The error with which this rank refuses the call already.
     """
 
-    doing: str
     num_attached: int
     clip: PendingClip
-    to_clip: bool = False
+    to_clip: tuple[float, float] | None = None
+    max_grad_norm: float | None = None
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
-    refusal: Exception | None = None
+
+    @property
+    def call(self) -> str:
+        """The call, with its arguments and with what a loss scaler makes of it."""
+        if self.to_clip is not None:
+            return "clip_grad_norm_(max_norm={}, norm_type={})".format(*self.to_clip)
+        clips = "" if self.max_grad_norm is None else f" with max_grad_norm={self.max_grad_norm}"
+        checks, scales = self.found_inf is not None, self.grad_scale is not None
+        return "step()" + clips + " with a non-finite check" * checks + " with a scale" * scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,73 +75,82 @@ class Plan:
     found_inf: Tensor | None
     unfrozen: list[NamedParameter]
 
+    def step(self, divisor: Tensor | None, largest: Tensor | None) -> Step:
+        """What updates are to be told.
 
-def make_plan(
-    asked: Asked,
-    buckets: Sequence[Bucket],
-    groups: Sequence[Mapping[str, Any]],
-    frozen: Sequence[NamedParameter],
-    reducer: Reducer,
-    agreement: StepAgreement,
-) -> Plan:
-    """Have all ranks confirm that they are about to do the same. Collective; raises before anything is changed.
+        Args:
+            divisor: 0-d fp32, what they divide gradients by; None means 1.
+            largest: 0-d, a norm of the gradients that makes the step void unless it is finite; None where none does.
+        """
+        void = self.found_inf
+        if largest is not None:
+            is_void = (~largest.isfinite()).to(torch.float32)
+            void = is_void if void is None else torch.maximum(is_void, void)
+        return Step(self.hypers, divisor, void)
 
-    Args:
-        asked: What this rank is asked to do.
-        buckets: All of them.
-        groups: All parameter groups.
-        frozen: Parameters without a bucket, some of which may have been unfrozen.
-        reducer: Brings in what other ranks may be waiting for in backward.
-        agreement: Compares.
 
-    Raises:
-        Exception: This rank's refusal, on ranks that have one.
-        RuntimeError: Another rank refuses, or ranks differ; names the first difference.
-    """
-    present: dict[Bucket, tuple[bool, ...]] = {}
-    hypers: list[Hyperparameters] = []
-    refusal = asked.refusal
-    unfrozen = [member for member in frozen if member.param.requires_grad]
-    try:
-        if reducer.is_accumulating:
-            raise RuntimeError(f"{asked.doing} was called inside no_sync(); leave the context first")
-        _require_own_parameters(buckets, groups, frozen)
-        moved: list[tuple[NamedParameter, str]] = []
-        for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
-            if misplaced := bucket.weights.misplaced():
-                moved += [(member, why) for member, why in misplaced if why]
-                if not moved:
-                    bucket.weights.take_back_()
-                    reducer.hook(bucket)
-            if moved:  # which explains whatever else is wrong
-                continue
-            bucket.gradients.collect(to_clip=asked.to_clip)
-            present[bucket] = bucket.gradients.present
-        _refuse_moved(moved)
-        hypers = read_groups(groups)
-        _require_fitting_state(buckets, hypers)
-        if unfrozen:
-            check_parameters(unfrozen)
-    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-        refusal = refusal or error
-    if not any(bucket.gradients.are_clipped for bucket in buckets):
-        asked.clip.clear()
-    reducer.catch_up()
-    changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
-    side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
-    void = agreement.check(
-        side.describe,
-        side.key(),
-        found_inf=asked.found_inf,
-        grad_scale=asked.grad_scale,
-        factors=list(changes.values()),
-        tolerance=side.tolerance,
-        sums=None if reducer.knows_source else _sum_of_gradients(buckets),
-        refusal=refusal,
-    )
-    if not reducer.knows_source:
-        _learn_source(buckets, reducer, agreement)
-    return Plan(present, hypers, void, unfrozen)
+class Planner:
+    """Has all ranks confirm that they are about to do the same."""
+
+    def __init__(self, shards: Shards, reducer: Reducer) -> None:
+        """Plan for these parameters; the reducer brings in what other ranks may be waiting for in backward."""
+        self._shards = shards
+        self._reducer = reducer
+        self._agreement = StepAgreement(shards.everyone, shards.device, refuse=reducer.refuse)
+
+    def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Plan:
+        """Plan a call, given all parameter groups. Collective; raises before anything is changed.
+
+        Raises:
+            Exception: This rank's refusal, on ranks that have one.
+            RuntimeError: Another rank refuses, or ranks differ; names the first difference.
+        """
+        buckets, frozen, reducer = self._shards.buckets, self._shards.frozen, self._reducer
+        present: dict[Bucket, tuple[bool, ...]] = {}
+        hypers: list[Hyperparameters] = []
+        unfrozen = [member for member in frozen if member.param.requires_grad]
+        refusal = Refusal()
+        with refusal:
+            if asked.to_clip is not None:
+                check_clip(*asked.to_clip)
+            _refuse_scaler(asked, buckets)
+            if reducer.is_accumulating:
+                raise RuntimeError(f"{asked.call} was called inside no_sync(); leave the context first")
+            _require_own_parameters(buckets, groups, frozen)
+            moved: list[tuple[NamedParameter, str]] = []
+            for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
+                if misplaced := bucket.weights.misplaced():
+                    moved += [(member, why) for member, why in misplaced if why]
+                    if not moved:
+                        bucket.weights.take_back_()
+                        reducer.hook(bucket)
+                if moved:  # which explains whatever else is wrong
+                    continue
+                bucket.gradients.collect(to_clip=asked.to_clip is not None)
+                present[bucket] = bucket.gradients.present
+            _refuse_moved(moved)
+            hypers = read_groups(groups)
+            _require_fitting_state(buckets, hypers)
+            if unfrozen:
+                check_parameters(unfrozen)
+        if not any(bucket.gradients.are_clipped for bucket in buckets):
+            asked.clip.clear()
+        reducer.catch_up()
+        changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
+        side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
+        void = self._agreement.check(
+            side.describe,
+            side.key(),
+            found_inf=asked.found_inf,
+            grad_scale=asked.grad_scale,
+            factors=list(changes.values()),
+            tolerance=side.tolerance,
+            sums=None if reducer.knows_source else _sum_of_gradients(buckets),
+            refusal=refusal.error,
+        )
+        if not reducer.knows_source:
+            _learn_source(buckets, reducer, self._agreement)
+        return Plan(present, hypers, void, unfrozen)
 
 
 def _is_comparable(buckets: Sequence[Bucket]) -> bool:
@@ -173,6 +190,14 @@ def _require_own_parameters(
             "param_groups do not hold the parameters that this optimizer was built with; something replaced them, as "
             "fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters by "
             "add_param_group"
+        )
+
+
+def _refuse_scaler(asked: Asked, buckets: Sequence[Bucket]) -> None:
+    if asked.found_inf is not None and any(isinstance(bucket.gradients, ShardedGradients) for bucket in buckets):
+        raise RuntimeError(
+            "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; use "
+            "bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"
         )
 
 
@@ -220,7 +245,7 @@ class _Side:
     def key(self) -> bytes:
         """Bytes that differ where descriptions differ."""
         unfrozen = [member.index for member in self.unfrozen]
-        summary = (self.asked.doing, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
+        summary = (self.asked.call, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
         # Ranks that hold other parts of the parameters may have other buckets.
         flags = bytes([bool(self.local), bool(self.changes)])
         return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
@@ -233,7 +258,7 @@ class _Side:
     def describe(self) -> Description:
         """All of it, in the order in which differences should be reported."""
         description: Description = {
-            "the call": self.asked.doing,
+            "the call": self.asked.call,
             "the number of attached models": str(self.asked.num_attached),
             "clip_grad_norm_() before it": str(bool(self.asked.clip)),
             **self._scalars,

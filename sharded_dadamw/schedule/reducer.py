@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.gradients import HookedGradients, ShardedGradients, Stage
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.config import ShardingConfig
 
 _BUCKETS_AHEAD = 1
 """Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""
@@ -47,13 +48,14 @@ class Reducer:
         num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
-    def __init__(self, collectives: Collectives, *, overlap: bool) -> None:
-        """Reduce over ranks; ``overlap`` says whether full gradients are reduced in backward."""
+    def __init__(self, collectives: Collectives, config: ShardingConfig) -> None:
+        """Reduce over ranks; ``config`` says whether that is ours to do, and for full gradients whether in backward."""
+        self._config = config
         self.is_accumulating = False
         self.num_rounds = 0
         self._collectives = collectives
         self.knows_source = collectives.num_ranks == 1
-        self._overlap = overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
+        self._overlap = config.overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
         self._is_overlapping = False  # in the first step we look at gradients first
         self._remembers = False  # likewise
         self._hooked: list[Bucket] = []
@@ -89,7 +91,15 @@ class Reducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A context in which backward only accumulates."""
+        """A context in which backward only accumulates.
+
+        Raises:
+            RuntimeError: Something else reduces gradients.
+        """
+        if not self._config.reduce_gradients:
+            raise RuntimeError(
+                "reduce_gradients=False: the wrapper that reduces the gradients has the no_sync() to use"
+            )
         before, self.is_accumulating = self.is_accumulating, True
         try:
             yield

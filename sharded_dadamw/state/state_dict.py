@@ -60,21 +60,25 @@ def _as_plain(piece: Piece, *, like: Tensor) -> Tensor:
     return like_parameter(part, like) if piece.shape == tuple(like.shape) else part
 
 
-def gather_state(
-    buckets: Sequence[Bucket], collectives: Collectives, *, keep: bool = True
-) -> dict[int, dict[str, Tensor]]:
+def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int) -> dict[int, dict[str, Tensor]]:
     """The state of whole parameters. Collective; needs memory for one more flat buffer at a time.
 
     Args:
         buckets: All buckets of the rank.
         collectives: The ranks that have the other shards.
-        keep: Whether this rank wants it, or only takes part.
+        to: The rank that wants it; the others only take part.
 
     Returns:
         Per parameter index ``step`` [] and, in the parameter's shape, what there is of ``exp_avg``, ``exp_avg_sq``,
         ``max_exp_avg_sq``, ``main_param`` and ``main_remainder``: copies in host memory; DTensors where the parameter
-        is one. Empty where this rank does not want it.
+        is one. Empty on the others.
+
+    Raises:
+        ValueError: There is no such rank.
     """
+    if not 0 <= to < collectives.num_ranks:
+        raise ValueError(f"to: expected a rank in [0, {collectives.num_ranks}), got {to}")
+    keep = to == collectives.rank
     state: dict[int, dict[str, Tensor]] = {}
     for bucket in buckets:
         layout = bucket.layout
