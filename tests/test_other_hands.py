@@ -227,6 +227,26 @@ def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(how: str) -> 
         assert "use optimizer.clip_grad_norm_() in place of torch's" in said
 
 
+def assign_after_backward(group: Any, assign: Callable[[Tensor], Tensor]) -> str:
+    model = make_model()
+    optimizer = build(model, group)
+    train(model, optimizer, 0, group)
+    before = values_of(model)
+    model(torch.ones(1, 8) + dist.get_rank(group)).square().mean().backward()
+    for p in model.parameters():
+        p.grad = None if p.grad is None else assign(p.grad)
+    with pytest.raises(RuntimeError, match=r"p\.grad was assigned after its average") as caught:
+        optimizer.step()
+    assert torch.equal(values_of(model), before)
+    optimizer.zero_grad()
+    train(model, optimizer, 1, group)
+    return str(caught.value)
+
+
+def test_averages_that_were_replaced_are_an_error() -> None:
+    assert all("reduce_gradients=False" in said for said in on_ranks(2, assign_after_backward, torch.neg))
+
+
 def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong() -> None:
     right = on_ranks(2, steps_under, True, False, "", FULL)
     for (said, values), (silence, expected) in zip(on_ranks(2, steps_under, True, True, "", FULL), right, strict=True):

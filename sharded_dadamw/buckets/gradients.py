@@ -288,6 +288,13 @@ class FullGradients(HookedGradients):
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
         if self.stage is not Stage.LOCAL and self._have_ended():
+            if (
+                self.stage is Stage.REDUCED
+                and not self.is_read
+                and any(self._marked)
+                and any(are_present(self._params))
+            ):
+                raise self._assigned()
             self.mark(Stage.LOCAL)
         self._require_reduced()
         if self.stage is Stage.CONSUMED:
@@ -304,10 +311,7 @@ class FullGradients(HookedGradients):
         if self.is_read and (are_assigned or held != self._marked or self.buffer._version != self._version):
             raise self._changed()
         if are_assigned:
-            raise RuntimeError(
-                f"p.grad was assigned after its average over ranks was made, in the bucket of {self._name()}; change "
-                "gradients in place, or pass ShardingConfig(overlap=False), which averages in step()"
-            )
+            raise self._assigned()
         self._marked = held
 
     def reduce(self, collectives: Collectives) -> None:
@@ -385,6 +389,13 @@ class FullGradients(HookedGradients):
     def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""
         return list(map(is_, map(_GRAD_OF, self._params), self._views))
+
+    def _assigned(self) -> RuntimeError:
+        return RuntimeError(
+            f"p.grad was assigned after its average over ranks was made, in the bucket of {self._name()}; multiply "
+            "gradients in place, by one number on all ranks; for any other change have DistributedDataParallel average "
+            "them, and pass ShardingConfig(reduce_gradients=False). Before gradients of your own, call zero_grad()"
+        )
 
     def _have_ended(self, *, arriving: int | None = None) -> bool:
         """Whether gradients that were averaged were dropped or cleared, by ``model.zero_grad`` or by hand.

@@ -33,8 +33,8 @@ _ADVICE = {
     LOSS_SCALE: "use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with "
     "scaler.unscale_(optimizer) before each step, which agrees on what ranks have found",
     FACTOR: "gradients may only be multiplied by one number that is the same on every rank: use "
-    "optimizer.clip_grad_norm_() in place of torch's, and give all loss scalers one scale; for any other change pass "
-    "ShardingConfig(overlap=False), which averages in step() what it has left",
+    "optimizer.clip_grad_norm_() in place of torch's, and give all loss scalers one scale; for any other change have "
+    "DistributedDataParallel average them, and pass ShardingConfig(reduce_gradients=False)",
 }
 
 _BITS_OF_INF = 0x7FF0000000000000
