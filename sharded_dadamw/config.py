@@ -62,8 +62,8 @@ class ShardingConfig:
     Attributes:
         bucket_cap_mb: Size in MiB (of parameters) up to which parameters share a bucket. Each bucket is one reduction,
             one kernel call and one all-gather. Results do not depend on it.
-        reduce_gradients: True: each rank brings its own gradients, and ``step`` averages them. False: something else,
-            such as DistributedDataParallel, has averaged them already; they are only read.
+        reduce_gradients: True: each rank brings its own gradients, and the optimizer averages them. False: something
+            else, such as DistributedDataParallel, has averaged them already; they are only read.
         overlap: True: a bucket's reduction begins in backward, once its gradients are there; of several backward passes
             before a step all but the last belong inside ``no_sync()``. False: reductions begin in ``step``, after
             however many passes; with sharded gradients, one after the other in each pass. Results are the same.

@@ -247,6 +247,30 @@ def test_averages_that_were_replaced_are_an_error() -> None:
     assert all("reduce_gradients=False" in said for said in on_ranks(2, assign_after_backward, torch.neg))
 
 
+def double_one_alike(group: Any) -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer = build(model, group, bucket_cap_mb=1e-6)  # so that each rank has a part of either layer
+    for step in range(2):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(100 * step + dist.get_rank(group)))
+        model(x).square().mean().backward()
+        if step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    for layer in (0, 1):
+        for p in model[layer].parameters():
+            if p.grad is not None:
+                p.grad.mul_(2.0 - layer)
+    with pytest.raises(RuntimeError, match=r"use optimizer\.clip_grad_norm_\(\) in place of torch's") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_averages_that_every_rank_has_changed_alike_but_not_by_one_number_are_an_error() -> None:
+    first, second = on_ranks(2, double_one_alike)
+    assert first == second
+
+
 def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong() -> None:
     right = on_ranks(2, steps_under, True, False, "", FULL)
     for (said, values), (silence, expected) in zip(on_ranks(2, steps_under, True, True, "", FULL), right, strict=True):

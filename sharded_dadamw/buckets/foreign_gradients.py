@@ -29,7 +29,6 @@ class ForeignGradients(Gradients):
         super().__init__(members)
         self.shard = torch.zeros(layout.shard_numel, dtype=members[0].gradient_dtype, device=members[0].param.device)
         self._layout = layout
-        self._rank = rank
         self._fragments = tuple(layout.fragments(rank))
         self._marked: list[tuple[ReferenceType[Tensor], int]] = []
 

@@ -122,15 +122,15 @@ class Gradients(ABC):
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         """Return by what factors gradients were multiplied since they were made, or since this was last asked.
 
-        To local ones a user may do what he likes, and it is averaged; but not clip them by the norm that this rank
-        sees. So of them it is told only what is one factor for all elements.
+        Local gradients may be edited freely, and the result is averaged. Of them only a common factor is reported,
+        because it may come from torch's ``clip_grad_norm_``, whose norm differs from rank to rank.
 
         Args:
             is_unscaled: A loss scaler says that it has divided gradients, which torch does not count as a change.
 
         Returns:
             fp64 [k], of a sample of elements; nan where that does not show, inf where it is no multiplication. None
-            where nobody wrote into the mean.
+            where nobody wrote into them.
         """
         return None
 
@@ -251,10 +251,14 @@ class HookedGradients(Gradients):
         ]
 
     def _too_late(self, slot: int) -> RuntimeError:
+        instead = (
+            "all of them before clip_grad_norm_()"
+            if self.is_read
+            else "or pass ShardingConfig(overlap=False), which averages in step()"
+        )
         return RuntimeError(
             f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks; run every "
-            "backward of a step but the last inside optimizer.no_sync(), all of them before clip_grad_norm_(), or pass "
-            "ShardingConfig(overlap=False), which averages in step()"
+            f"backward of a step but the last inside optimizer.no_sync(), {instead}"
         )
 
 

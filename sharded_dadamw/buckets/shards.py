@@ -63,7 +63,7 @@ class Shards:
         self.collectives = connect(process_group, self.device, exchange=None)
         self.everyone = connect_holders(placements, self.collectives, self.device)
         agree_on_groups(groups, 0, config, self.collectives, self.everyone, refusal)
-        # Which takes all ranks, so they had to agree on who they are, and on how, before.
+        # This connects all ranks, so they had to agree on the group and on the configuration before.
         self.collectives = connect(process_group, self.device, exchange=config.exchange)
         self.everyone = connect_holders(placements, self.collectives, self.device)
         self._bucketing = Bucketing(self.collectives, config)

@@ -154,7 +154,7 @@ def save_checkpoint(
         packed = run.pack("data and scheduler", {"random": run.random_state(), "data": data, "scheduler": its})
     except Exception as error:  # a scheduler may raise what it likes, and a file system too
         refusal = refusal or error
-    require_agreement(collectives, arguments, refusal)
+    require_agreement(collectives, arguments, refusal, advice="save with equal arguments on every rank")
     root = Path(root).absolute()  # a save in the background must not follow the working directory
     final = folder_of(root, step)
     group = None
@@ -326,7 +326,8 @@ def load_checkpoint(
         "scheduler": str(scheduler is not None),
         "fall_back": str(fall_back),
     }
-    require_agreement(collectives, arguments, run.refuse_parts(model, [] if optimizer is None else [optimizer]))
+    refusal = run.refuse_parts(model, [] if optimizer is None else [optimizer])
+    require_agreement(collectives, arguments, refusal, advice="load with equal arguments on every rank")
     saved = _find_sound(collectives, Path(path), fall_back)
     if saved is None:
         return None

@@ -1,4 +1,4 @@
-"""Ranks compare before they exchange data, so that a disagreement is an error everywhere and a hang nowhere.
+"""Ranks compare before they change parameters, so that a disagreement is an error everywhere, and on CPUs no hang.
 
 Each rank describes what it is about to do, label by label. Ranks first exchange a digest of that; only where digests
 differ do they exchange the descriptions themselves, find the first difference, and all raise the same error.
@@ -67,13 +67,20 @@ class Refusal:
         return isinstance(error, Exception)
 
 
-def require_agreement(collectives: Collectives, description: Description, refusal: Exception | None) -> None:
-    """Check at construction that every rank's arguments are valid and equal. Collective, and host-blocking.
+def require_agreement(
+    collectives: Collectives,
+    description: Description,
+    refusal: Exception | None,
+    *,
+    advice: str = "build the same model and optimizer on every rank of the group",
+) -> None:
+    """Check that every rank's arguments are valid and equal. Collective, and host-blocking.
 
     Args:
         collectives: The group.
-        description: What this rank is about to build; ignored where ``refusal`` is given.
+        description: What this rank was given; ignored where ``refusal`` is given.
         refusal: The error with which this rank refuses its own arguments, or None.
+        advice: What to do where they differ.
 
     Raises:
         Exception: ``refusal`` itself, on the ranks that have one.
@@ -88,8 +95,7 @@ def require_agreement(collectives: Collectives, description: Description, refusa
             raise ValueError(f"rank {rank} refused its arguments: {refused}")
     if len({digest for digest, _ in answers}) > 1:
         raise ValueError(
-            f"ranks were given different things to build; {_find_difference(collectives, description)}; "
-            "build the same model and optimizer on every rank of the group"
+            f"ranks were given different arguments; {_find_difference(collectives, description)}; {advice}"
         )
 
 
@@ -133,10 +139,10 @@ def _kind_of(error: Exception) -> str:
 class StepAgreement:
     """The ranks' handshake at each step.
 
-    On CPU a disagreement raises before any data moves. On an accelerator reading the answer would wait for the device,
-    so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong numbers for
-    one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients. A rank that
-    refuses a step raises at once there, and leaves the others to the backend's timeout.
+    On CPU a disagreement raises before a parameter changes. On an accelerator reading the answer would wait for the
+    device, so it is read at the next step. Ranks that disagree about gradients or hyperparameters then get wrong
+    numbers for one step but no hang, since every rank takes part in every bucket's collectives whatever its gradients.
+    A rank that refuses a step raises at once there, and leaves the others to the backend's timeout.
 
     Attributes:
         sums_differ: Whether the sums that ranks gave last differ; None while that is not known, or where all were 0.
@@ -286,4 +292,5 @@ def _first_difference(descriptions: list[Description]) -> str:
             if ours != theirs:
                 advice = f"; {_ADVICE[label]}" if label in _ADVICE else ""
                 return f"the first difference is {label}: rank 0 has {ours}, rank {rank} has {theirs}{advice}"
-    raise AssertionError("digests differ but descriptions do not")
+    # Every rank has changed gradients in the same way, but not by one number.
+    return f"{FACTOR} are {reference.get(FACTOR, _ABSENT)} on every rank; {_ADVICE[FACTOR]}"

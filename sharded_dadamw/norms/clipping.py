@@ -74,7 +74,7 @@ class PendingClip:
         before = norm * self.coefficient if self._waits else norm
         if error_if_nonfinite and not torch.isfinite(before):
             raise RuntimeError(
-                f"the norm of order {norm_type} of the averaged gradients is {float(before)}; to clip by it anyway, "
+                f"the norm of order {norm_type} of the gradients is {float(before)}; to clip by it anyway, "
                 "pass error_if_nonfinite=False"
             )
         coefficient = torch.clamp(max_norm / (before + 1e-6), max=1.0)  # the formula of torch's clip_grad_norm_

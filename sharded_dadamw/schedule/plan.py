@@ -1,7 +1,7 @@
 """What ranks compare before a step, or a clip, and what it will do once they have agreed.
 
-A plan touches no parameter. Whatever a rank has to object is told to the others instead of raised at once, since they
-are waiting for it: see :mod:`sharded_dadamw.comm.agreement`.
+A plan changes no value of a parameter, and no state. Whatever a rank has to object is told to the others instead of
+raised at once, since they are waiting for it: see :mod:`sharded_dadamw.comm.agreement`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _refuse_moved(moved: Sequence[tuple[NamedParameter, str]]) -> None:
     if moved:
         first, why = min(moved, key=lambda each: each[0].index)
         raise RuntimeError(
-            f"{first.name} no longer lives in the optimizer's flat buffer: {why}. Build the optimizer after the model "
+            f"{first.name} is no longer as the optimizer was built with it: {why}. Build the optimizer after the model "
             "is on its device and in its dtype, and use one optimizer for a parameter"
         )
 

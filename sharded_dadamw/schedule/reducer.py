@@ -6,7 +6,8 @@
 [Note: rounds] A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks
 send each other cannot get mixed up. A backward pass outside ``no_sync`` is a round: hooks launch each bucket whose turn
 has come, and the end of backward launches the others and waits until all are done. So nobody ever finds a gradient
-under way. With ``overlap=False`` full gradients wait for ``step``.
+under way. With ``overlap=False``, in the first step and on one rank, full
+gradients wait for ``step``.
 
 [Note: nested backwards] Reentrant activation checkpointing runs a backward of its own for each part, within the
 backward of a ``torch.autograd.Function``. Only the outermost end is that of the round. Where no gradient came in the
@@ -44,7 +45,7 @@ class Reducer:
 
     Attributes:
         is_accumulating: Whether backward passes leave gradients local.
-        knows_source: Whether it is known that nothing else averages these gradients, as far as can be told.
+        knows_source: Whether ranks have found out if something else averages these gradients.
         num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
@@ -311,7 +312,7 @@ class Reducer:
         self._launch(bucket)
         self._launched.add(bucket)
         if self._keeps_shards:  # what is under way holds a buffer
-            self._finish_all_but(_BUCKETS_AHEAD * self._overlap)
+            self._finish_all_but(_BUCKETS_AHEAD if self._overlap else 0)
 
     def _finish_all_but(self, num_ahead: int) -> None:
         while len(self._under_way) > num_ahead:

@@ -97,8 +97,7 @@ class Step:
 
     Attributes:
         hypers: Per parameter group its scalars.
-        divisor: 0-d fp32 by which gradients are divided (number of ranks, loss scale, inverse clip coefficient). None
-            means 1.
+        divisor: 0-d fp32 by which gradients are divided (loss scale, inverse clip coefficient). None means 1.
         found_inf: 0-d fp32; where it is not 0 nothing changes. None means 0.
     """
 
