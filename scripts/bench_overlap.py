@@ -13,7 +13,6 @@ In every round every contender takes a few steps in a row over each link, in an 
 has under way after the last of them is waited for on its own time.
 """
 
-import importlib
 import math
 import queue
 import sys
@@ -45,6 +44,7 @@ from launch.options import PRESETS, GPTConfig, Preset  # noqa: E402
 from scripts import measuring  # noqa: E402
 from scripts.measuring import Spread  # noqa: E402
 from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
+from sharded_dadamw.buckets import shards  # noqa: E402
 from sharded_dadamw.config import GradientResidency  # noqa: E402
 
 
@@ -196,9 +196,8 @@ class Benchmark:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._link = Link()
-        module: Any = importlib.import_module(ShardedDecoupledAdamW.__module__)
-        connect = module.connect
-        with mock.patch.object(module, "connect", lambda *args, **kwargs: over(self._link, connect(*args, **kwargs))):
+        connect = shards.connect
+        with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(self._link, connect(*args, **kwargs))):
             self._contenders = [build(name, plan, self._link) for name in Name]
         self._corpus = Corpus(None, plan.context)
 
