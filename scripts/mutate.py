@@ -76,7 +76,7 @@ MUTATIONS = {
     "comm/messages.py": [
         ("len(self._reductions) >= _REDUCTIONS_RECEIVING", "False", "collectives"),
     ],
-    "comm/memory.py": [
+    "comm/shared_memory.py": [
         ("if theirs != ours:", "if False:", "collectives faults"),
         ("if start + nbytes <= taken:", "if start <= taken:", "collectives sharded"),
         ("torch.maximum(tensor, theirs, out=tensor)", "tensor.copy_(theirs)", "collectives refusals"),
@@ -150,7 +150,7 @@ MUTATIONS = {
         ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
-        ("_require_own_parameters(buckets, groups, frozen)\n        moved", "moved", "contract other_hands refusals"),
+        ("            _require_own_parameters(buckets, groups, frozen)\n", "", "contract other_hands refusals"),
     ],
     "norms/clipping.py": [
         ("max=1.0)", "max=2.0)", "sharded contract"),

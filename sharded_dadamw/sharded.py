@@ -131,7 +131,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             super().add_param_group(param_group)
             return
         self._gatherer.finish()
-        self._reducer.finish_round()
+        self._reducer.complete_round()
         refusal, num_groups = Refusal(), len(self.param_groups)
         with refusal:
             super().add_param_group(param_group)
@@ -231,7 +231,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         with torch._C.DisableTorchFunctionSubclass():  # of parameters in flight, which would be asked one by one
-            self._reducer.finish_round()
+            self._reducer.complete_round()
             super().zero_grad(set_to_none)
             self._reducer.clear()
         self._clip.clear()

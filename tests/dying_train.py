@@ -16,7 +16,7 @@ from launch.train import Training
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
 from sharded_dadamw.checkpoint.save_load import wait_for_latest
-from sharded_dadamw.comm.memory import MemoryVerbs
+from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.schedule.reducer import Reducer
 
 SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a checkpoint
@@ -66,9 +66,9 @@ def empty_disk() -> None:
 # Where each strikes: a place in the code, whether before or after what happens there, and what happens instead.
 POINTS: dict[str, tuple[Callable[[Any, str, Callable[[], None]], None], Any, str, Callable[[], None]]] = {
     "backward": (before, Reducer, "deliver", die_alone),
-    "reduction": (after, MemoryVerbs, "reduce_scatter_mean", die_alone),  # it has begun
+    "reduction": (after, SharedMemoryVerbs, "reduce_scatter_mean", die_alone),  # it has begun
     "update": (after, Bucket, "update_", die_alone),  # of the first bucket; nobody else knows of it
-    "gather": (after, MemoryVerbs, "all_gather_", die_alone),  # it has begun
+    "gather": (after, SharedMemoryVerbs, "all_gather_", die_alone),  # it has begun
     "save": (after, checkpoint_dcp._SummedFile, "write", die),  # part of a file is there
     "rename": (before, checkpoint_dcp, "publish", die),  # everything is there but the name
     "step": (before, Training, "train_step", die_alone),

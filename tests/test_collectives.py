@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from sharded_dadamw.comm import memory
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, RankOrderVerbs
+from sharded_dadamw.comm import shared_memory
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives, RankOrderVerbs
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.comm.memory import MemoryVerbs
 from sharded_dadamw.comm.messages import MessageVerbs
+from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.config import Exchange
 from tests.pool import on_ranks
 
@@ -40,7 +40,7 @@ def verbs_of(group: Any, verbs: str) -> Collectives:
         "native": lambda: connect(group, CPU, exchange=Exchange.BACKEND),
         "ordered all-to-all": lambda: RankOrderVerbs(group, CPU),  # which connect() takes where there is no gloo
     }
-    kinds = {"memory": MemoryVerbs, "messages": MessageVerbs, "native": NativeVerbs}
+    kinds = {"memory": SharedMemoryVerbs, "messages": MessageVerbs, "native": BackendVerbs}
     ours = made[verbs]()
     if dist.get_world_size(group) > 1:
         assert type(ours) is kinds.get(verbs, RankOrderVerbs)
@@ -430,7 +430,7 @@ def connect_part_of_a_mesh(_: Any) -> str:
 
 
 def test_a_mesh_with_one_replica_needs_no_verbs_of_its_own() -> None:
-    assert on_ranks(4, connect_part_of_a_mesh) == ["MemoryVerbs"] * 3 + [""]
+    assert on_ranks(4, connect_part_of_a_mesh) == ["SharedMemoryVerbs"] * 3 + [""]
 
 
 # --- memory that ranks share -----------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ WAYS: dict[str, tuple[Any, str, Any]] = {
     "memory": (os, "memfd_create", refuse),
     "way to others' files": (os, "readlink", refuse),
     "permission to open them": (os, "open", refuse),
-    "host in common": (memory, "_BOOT_ID", Path("/proc/sys/kernel/osrelease")),
+    "host in common": (shared_memory, "_BOOT_ID", Path("/proc/sys/kernel/osrelease")),
     "container in common": (os, "readlink", lambda _: "somebody else's file"),
 }
 
@@ -467,9 +467,9 @@ def test_where_one_rank_cannot_share_memory_all_ranks_send_messages(missing: str
 @pytest.mark.parametrize(
     ("choice", "kind"),
     [
-        (Exchange.FASTEST, "MemoryVerbs"),
+        (Exchange.FASTEST, "SharedMemoryVerbs"),
         (Exchange.RANK_ORDER, "MessageVerbs"),
-        (Exchange.BACKEND, "NativeVerbs"),
+        (Exchange.BACKEND, "BackendVerbs"),
     ],
 )
 def test_the_exchange_can_be_chosen(choice: Exchange, kind: str) -> None:

@@ -144,7 +144,7 @@ class Bucket:
         return fuses_norms
 
     @property
-    def shards(self) -> dict[str, Tensor]:
+    def state_shards(self) -> dict[str, Tensor]:
         """The state tensors [n] of this rank, by their names in ``optimizer.state``."""
         shards = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
@@ -156,12 +156,12 @@ class Bucket:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state tensors of this rank, as stored."""
-        return sum(shard.nbytes for shard in self.shards.values())
+        return sum(shard.nbytes for shard in self.state_shards.values())
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
         part = _part(self.layout.fragment(slot, self.rank))
-        return {"step": self.steps[slot]} | {name: shard[part] for name, shard in self.shards.items()}
+        return {"step": self.steps[slot]} | {name: shard[part] for name, shard in self.state_shards.items()}
 
     def reset_main_(self) -> None:
         """Take the main parameter from the weights, after those were filled with others."""
@@ -222,7 +222,7 @@ class Bucket:
 
         Not for tensors that have moved since, as by Tensor.share_memory_(): kernels go by addresses.
         """
-        tensors = (self.param, self.grad, self.steps, *self.shards.values())
+        tensors = (self.param, self.grad, self.steps, *self.state_shards.values())
         key = (present, *map(Tensor.data_ptr, tensors))
         prepared = self._prepared.pop(key, None)  # put back as the latest
         if prepared is None:

@@ -28,7 +28,7 @@ class Shards:
     Attributes:
         device: Where they live.
         collectives: The ranks among which they are sharded.
-        everyone: The ranks that hold any parts of them: others may have other parts of DTensors.
+        holders: The ranks that hold any parts of them: others may have other parts of DTensors.
         buckets: The trainable ones.
         slots: Per trainable parameter, by its id, its bucket and its slot there.
         frozen: The others.
@@ -61,11 +61,11 @@ class Shards:
         self._config = config
         self.device = next((param.device for param in params if not param.is_meta), torch.device("cpu"))
         self.collectives = connect(process_group, self.device, exchange=None)
-        self.everyone = connect_holders(placements, self.collectives, self.device)
-        agree_on_groups(groups, 0, config, self.collectives, self.everyone, refusal)
+        self.holders = connect_holders(placements, self.collectives, self.device)
+        agree_on_groups(groups, 0, config, self.collectives, self.holders, refusal)
         # This connects all ranks, so they had to agree on the group and on the configuration before.
         self.collectives = connect(process_group, self.device, exchange=config.exchange)
-        self.everyone = connect_holders(placements, self.collectives, self.device)
+        self.holders = connect_holders(placements, self.collectives, self.device)
         self._bucketing = Bucketing(self.collectives, config)
         self.buckets: list[Bucket] = []
         self.slots: dict[int, tuple[Bucket, int]] = {}
@@ -75,7 +75,7 @@ class Shards:
     def add(self, groups: list[dict[str, Any]], first_group: int, refusal: Refusal) -> None:
         """Shard the groups from ``first_group`` on. Collective; raises as the constructor, and then deletes them."""
         try:
-            agree_on_groups(groups, first_group, self._config, self.collectives, self.everyone, refusal)
+            agree_on_groups(groups, first_group, self._config, self.collectives, self.holders, refusal)
             self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
         except Exception:
             del groups[first_group:]

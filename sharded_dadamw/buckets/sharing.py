@@ -106,7 +106,7 @@ def agree_on_groups(
     first_group: int,
     config: ShardingConfig,
     collectives: Collectives,
-    everyone: Collectives,
+    holders: Collectives,
     refusal: Refusal,
 ) -> None:
     """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective.
@@ -116,7 +116,7 @@ def agree_on_groups(
         first_group: Position of the first new one.
         config: How to shard.
         collectives: The ranks among which to shard.
-        everyone: Those that hold any parts of the parameters.
+        holders: Those that hold any parts of the parameters.
         refusal: What this rank has to object already; raised on every rank.
 
     Raises:
@@ -131,7 +131,7 @@ def agree_on_groups(
         description = describe_groups(members, groups, first_group, config)
         parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
         check_sharing(members, collectives, config)
-    require_agreement(everyone, description, refusal.error)
+    require_agreement(holders, description, refusal.error)
     if parts:
         require_agreement(collectives, parts, None)
 

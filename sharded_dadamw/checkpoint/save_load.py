@@ -6,7 +6,7 @@
            -> each rank reads what it needs into host memory -> optimizer, model, scheduler and generators take it
 
 Up to the last arrow nothing that exists is touched, and each arrow is taken by all ranks or by none: what fails on one
-is an error on all (`everyone`). A save under way is waited for before another, or a load, begins.
+is an error on all (`on_all_or_none`). A save under way is waited for before another, or a load, begins.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from sharded_dadamw.checkpoint.folder import (
 )
 from sharded_dadamw.checkpoint.matching import Match, SavedEntries
 from sharded_dadamw.checkpoint.metadata import read_metadata
-from sharded_dadamw.comm.agreement import everyone, require_agreement
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.agreement import on_all_or_none, require_agreement
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.connect import connect, group_in_background
 
 
@@ -158,7 +158,7 @@ def save_checkpoint(
     root = Path(root).absolute()  # a save in the background must not follow the working directory
     final = folder_of(root, step)
     group = None
-    if isinstance(collectives, NativeVerbs) and collectives.num_ranks > 1:
+    if isinstance(collectives, BackendVerbs) and collectives.num_ranks > 1:
         group = group_in_background(collectives) if asynchronous else collectives.group
     state: dict[str, Any] = {}
     manifest = None
@@ -178,7 +178,7 @@ def save_checkpoint(
         return begin(root, step).name if collectives.rank == 0 else ""
 
     try:
-        folder = root / everyone(collectives, take)[0]
+        folder = root / on_all_or_none(collectives, take)[0]
     except Exception:
         if collectives.rank == 0 and root.is_dir():
             clear(root)
@@ -367,15 +367,15 @@ def load_checkpoint(
         elif ranks:
             run.seed_from(own["random"], saved.manifest.step, collectives.rank)
 
-    everyone(collectives, look)
-    everyone(collectives, read)
+    on_all_or_none(collectives, look)
+    on_all_or_none(collectives, read)
     live.clear()
     own = ranks[collectives.rank] if collectives.rank < len(ranks) else next(iter(ranks), {})
     # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
     if scheduler is not None:
         _take_schedule(collectives, scheduler, own["scheduler"], saved.folder)
-    everyone(collectives, lambda: None if optimizer is None else _take_state(model, optimizer, state))
-    everyone(collectives, take_weights)
+    on_all_or_none(collectives, lambda: None if optimizer is None else _take_state(model, optimizer, state))
+    on_all_or_none(collectives, take_weights)
     data = tuple(rank["data"] for rank in ranks)
     return Resumed(saved.manifest.step, saved.folder, data, collectives.rank, collectives.num_ranks)
 
@@ -396,7 +396,7 @@ def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder:
             ) from error
 
     try:
-        everyone(collectives, take)
+        on_all_or_none(collectives, take)
     except ValueError:
         if before is not None:
             scheduler.load_state_dict(before)
@@ -429,7 +429,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedE
             require_root(path)
         return [str(folder) for folder in found]
 
-    candidates = everyone(collectives, look)[0]
+    candidates = on_all_or_none(collectives, look)[0]
     saved: SavedEntries | None = None
 
     def check() -> None:
@@ -447,7 +447,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedE
     while candidates:
         folder = Path(candidates.pop())
         try:
-            everyone(collectives, check)
+            on_all_or_none(collectives, check)
         except ValueError as error:
             if fall_back and candidates:
                 warnings.warn(f"{error}; going on from {candidates[-1]} instead", stacklevel=3)

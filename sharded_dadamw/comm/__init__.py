@@ -1,8 +1,8 @@
 """The verbs between ranks, and how ranks agree before they exchange data.
 
-``collectives`` defines the verbs and serves them for one rank and by a backend's own means. ``messages`` and ``memory``
-serve ranks on CPUs, ``mesh`` joins two axes, and ``connect`` chooses. ``pending`` is a verb under way. ``agreement``
-turns a disagreement into an error on every rank.
+``collectives`` defines the verbs and serves them for one rank and by a backend's own means. ``messages`` and
+``shared_memory`` serve ranks on CPUs, ``mesh`` joins two axes, and ``connect`` chooses. ``pending`` is a verb under
+way. ``agreement`` turns a disagreement into an error on every rank.
 
 A verb knows flat tensors and ranks. It does not know what a parameter, a gradient or a step is.
 """

@@ -99,7 +99,7 @@ def require_agreement(
         )
 
 
-def everyone(collectives: Collectives, work: Callable[[], Any]) -> list[Any]:
+def on_all_or_none(collectives: Collectives, work: Callable[[], Any]) -> list[Any]:
     """Do something that may fail on any rank, and go on only if it has not failed on one. Collective.
 
     Args:

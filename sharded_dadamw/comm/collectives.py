@@ -6,7 +6,7 @@ slice per rank:
     reduce_scatter_mean(buffer, out)    out <- mean over ranks of this rank's slice, in place or not
     all_gather_(buffer)                 other slices <- their owners' own slices
 
-:class:`Collectives` is one rank, for which everything is there already. :class:`NativeVerbs` are the backend's own
+:class:`Collectives` is one rank, for which everything is there already. :class:`BackendVerbs` are the backend's own
 verbs, and :class:`RankOrderVerbs` are those with sums in rank order. ``messages`` and ``memory`` serve CPUs, ``mesh``
 joins two axes, and ``connect`` chooses.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # see NativeVerbs
+import torch.distributed.nn  # see BackendVerbs
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -160,7 +160,7 @@ class Collectives:
         return [text]
 
 
-class NativeVerbs(Collectives):
+class BackendVerbs(Collectives):
     """The backend's own collectives.
 
     torch.distributed owns process groups until ``destroy_process_group``; we refer to one weakly. Another owner would
@@ -247,7 +247,7 @@ class NativeVerbs(Collectives):
         return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
 
 
-class RankOrderVerbs(NativeVerbs):
+class RankOrderVerbs(BackendVerbs):
     """The backend's own collectives, but sums are made here, in rank order.
 
     Every rank gets the others' values of its slice, and adds them in fp32 or wider: the same bits on any network, at

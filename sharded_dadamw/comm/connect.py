@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs, RankOrderVerbs, is_alive, ranks_of
-from sharded_dadamw.comm.memory import MemoryVerbs, map_files
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives, RankOrderVerbs, is_alive, ranks_of
 from sharded_dadamw.comm.mesh import MeshVerbs
 from sharded_dadamw.comm.messages import MessageVerbs
+from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs, map_files
 from sharded_dadamw.config import Exchange
 
 
@@ -53,7 +53,7 @@ def connect(
         return _connect_group(_group_of(process_group, device, called), device, exchange)
     everyone = _group_of(_spanning(process_group, called), device, called)
     if exchange is None:
-        return NativeVerbs(everyone, device)
+        return BackendVerbs(everyone, device)
     column, row = (_connect_group(process_group.get_group(axis), device, exchange) for axis in (0, 1))
     return MeshVerbs(row, column, everyone, device) if column.num_ranks > 1 else row
 
@@ -61,13 +61,13 @@ def connect(
 def _connect_group(group: dist.ProcessGroup, device: torch.device, exchange: Exchange | None) -> Collectives:
     uses_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
     if exchange is None or exchange is Exchange.BACKEND:
-        return NativeVerbs(group, device)
+        return BackendVerbs(group, device)
     if not uses_gloo:
-        return NativeVerbs(group, device) if exchange is Exchange.FASTEST else RankOrderVerbs(group, device)
+        return BackendVerbs(group, device) if exchange is Exchange.FASTEST else RankOrderVerbs(group, device)
     if exchange is Exchange.FASTEST and dist.get_world_size(group) > 1:
-        files = map_files(NativeVerbs(group, device))
+        files = map_files(BackendVerbs(group, device))
         if files is not None:
-            return MemoryVerbs(group, device, files)
+            return SharedMemoryVerbs(group, device, files)
     return MessageVerbs(group, device)
 
 
@@ -141,7 +141,7 @@ def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
 
 
 _in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]]
-_in_background = weakref.WeakKeyDictionary()  # weakly, as NativeVerbs does
+_in_background = weakref.WeakKeyDictionary()  # weakly, as BackendVerbs does
 
 
 def connect_over(
@@ -162,7 +162,7 @@ def connect_over(
     by_ranks = {ranks: group for ranks, group in by_ranks.items() if len(ranks) > 1}
     if also is not None and all(also.are_all_of(group) for group in by_ranks.values()):
         return also
-    if isinstance(also, NativeVerbs):
+    if isinstance(also, BackendVerbs):
         by_ranks[ranks_of(also.group)] = also.group
     if not by_ranks:
         return Collectives()

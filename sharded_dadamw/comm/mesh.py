@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from sharded_dadamw.comm.collectives import ALL_GATHER, REDUCE_SCATTER, Collectives, NativeVerbs, sent_dtype, sum_dtype
+from sharded_dadamw.comm.collectives import ALL_GATHER, REDUCE_SCATTER, BackendVerbs, Collectives, sent_dtype, sum_dtype
 from sharded_dadamw.comm.pending import Pending
 
 
-class MeshVerbs(NativeVerbs):
+class MeshVerbs(BackendVerbs):
     """The row's verbs and then the column's; what ranks agree on concerns all of them.
 
     ``rank`` and ``num_ranks`` are those of the row, and ``group`` has all ranks of the mesh.
@@ -48,7 +48,7 @@ class MeshVerbs(NativeVerbs):
     @property
     def everyone(self) -> Collectives:
         """See :attr:`Collectives.everyone`."""
-        return NativeVerbs(self.group, self.device)
+        return BackendVerbs(self.group, self.device)
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See :meth:`Collectives.new_buffer`."""

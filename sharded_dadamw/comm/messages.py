@@ -20,7 +20,7 @@ from sharded_dadamw.comm.collectives import (
     ALL_GATHER,
     PIECE_BYTES,
     REDUCE_SCATTER,
-    NativeVerbs,
+    BackendVerbs,
     average_in_order,
     sent_dtype,
     sum_dtype,
@@ -36,7 +36,7 @@ _tags: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.Wea
 """Of each process group, for all optimizers that use it: their verbs may overlap."""
 
 
-class MessageVerbs(NativeVerbs):
+class MessageVerbs(BackendVerbs):
     """Slices travel through gloo's connections, in pieces: the sum of one overlaps the transfer of the next."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:

@@ -96,7 +96,7 @@ class Planner:
         """Plan for these parameters; the reducer brings in what other ranks may be waiting for in backward."""
         self._shards = shards
         self._reducer = reducer
-        self._agreement = StepAgreement(shards.everyone, shards.device, refuse=reducer.refuse)
+        self._agreement = StepAgreement(shards.holders, shards.device, refuse=reducer.refuse)
 
     def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Plan:
         """Plan a call, given all parameter groups. Collective; raises before anything is changed.

@@ -148,7 +148,7 @@ class Reducer:
         for bucket in self._hooked:
             bucket.gradients.remember()
 
-    def finish_round(self) -> None:
+    def complete_round(self) -> None:
         """Finish a round that backward has begun, if that was broken off or could not be told its end. Collective."""
         self._backward = None
         self._finish_round()
@@ -160,7 +160,7 @@ class Reducer:
         gradients it has, such as those that were assigned by hand.
         """
         self._is_begun = self._is_begun or (self._reduces_in_backward and not self.num_rounds)
-        self.finish_round()
+        self.complete_round()
 
     def learn_source(self, *, are_equal: bool) -> None:
         """Take note whether gradients were the same on all ranks before we have averaged them.

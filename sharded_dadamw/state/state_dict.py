@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.comm.collectives import Collectives, NativeVerbs
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
 from sharded_dadamw.state.piece import Piece, pieces_of
@@ -42,7 +42,7 @@ def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[in
         # Importing DTensors takes a second, and who never saves can do without.
         made_of: Any = importlib.import_module("sharded_dadamw.state.fragment_tensor").FragmentTensor.of
         ranks = collectives.everyone
-        assert isinstance(ranks, NativeVerbs)
+        assert isinstance(ranks, BackendVerbs)
         # Meshes of equal ranks are equal to torch, which then takes the group of one for the other's; but for the name.
         name = (ranks.group.group_name,)
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=name)
@@ -85,7 +85,7 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
         if keep:
             for slot, member in enumerate(bucket.members):
                 state[member.index] = {"step": bucket.steps[slot].to("cpu", copy=True)}
-        for name, shard in bucket.shards.items():
+        for name, shard in bucket.state_shards.items():
             buffer = torch.empty(layout.numel, dtype=shard.dtype, device=bucket.weights.shard.device)
             buffer[slice(*layout.shard_range(bucket.rank))].copy_(shard)
             collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16

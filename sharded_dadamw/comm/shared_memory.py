@@ -43,7 +43,7 @@ from sharded_dadamw.comm.collectives import (
     ALL_REDUCE,
     PIECE_BYTES,
     REDUCE_SCATTER,
-    NativeVerbs,
+    BackendVerbs,
     average_in_order,
     sent_dtype,
     sum_dtype,
@@ -134,7 +134,7 @@ class MemoryFile:
             del self._live[start]
 
 
-def map_files(verbs: NativeVerbs) -> list[MemoryFile] | None:
+def map_files(verbs: BackendVerbs) -> list[MemoryFile] | None:
     """Make a file on every rank, and map those of all. Collective.
 
     Args:
@@ -169,7 +169,7 @@ def map_files(verbs: NativeVerbs) -> list[MemoryFile] | None:
         return files if all(verbs.gather_texts("mapped" if files else "")) else None
 
 
-class MemoryVerbs(NativeVerbs):
+class SharedMemoryVerbs(BackendVerbs):
     """Ranks of one host read what they need from each other's memory.
 
     ``new_buffer`` gives memory that others can read; what lies elsewhere is copied there first.
@@ -178,7 +178,7 @@ class MemoryVerbs(NativeVerbs):
     gathers_by_itself = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, files: Sequence[MemoryFile]) -> None:
-        """See :class:`NativeVerbs`.
+        """See :class:`BackendVerbs`.
 
         Args:
             group: The ranks.
