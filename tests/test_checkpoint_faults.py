@@ -220,6 +220,14 @@ def test_without_one_before_it_the_refusal_says_so(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, **run(None, *parts), fall_back=True)
 
 
+def test_a_file_is_no_folder_for_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(
+        ValueError, match=r"root: expected a folder, or one that is not there yet, got .*run, which is a file"
+    ):
+        save_checkpoint(tmp_path / "run", step=1, **run(None, *build("DecoupledAdamW", None)))
+
+
 NO_ROOTS: dict[str, tuple[str, str]] = {
     # what is given, and what the error says of it
     "weights.pt": ("weights.pt", "got a file$"),

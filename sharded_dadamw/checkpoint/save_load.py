@@ -223,6 +223,8 @@ def _refuse(
 ) -> Exception | None:
     if not isinstance(root, str | os.PathLike):
         return TypeError(f"root: expected a path, got {root!r}")
+    if Path(root).exists() and not Path(root).is_dir():
+        return ValueError(f"root: expected a folder, or one that is not there yet, got {root}, which is a file")
     if (Path(root) / MANIFEST).exists():  # or it would always be the one that is loaded
         return ValueError(f"root: expected a folder of checkpoints, got {root}, which is one itself; choose another")
     if (refusal := run.refuse_parts(model, [optimizer])) is not None:
