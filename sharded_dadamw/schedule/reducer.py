@@ -211,9 +211,9 @@ class Reducer:
             # Whatever stopped the caller, no message may be left over for the next step to receive.
             deque(self._finish(rest), maxlen=0)
 
-    def reduce_all(self) -> list[Bucket]:
-        """Return all buckets, with their gradients averaged. Collective."""
-        return list(self.reduced())
+    def reduce_all(self) -> None:
+        """Average the gradients of all buckets. Collective."""
+        deque(self.reduced(), maxlen=0)
 
     def consume(self) -> None:
         """Say that a step has used the gradients. Collective where the order of buckets is still to be learnt."""
