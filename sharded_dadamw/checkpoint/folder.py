@@ -188,6 +188,11 @@ def folders(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def root_within(path: Path) -> Path | None:
+    """Return a folder in a folder that holds checkpoints, which may be the one that was meant; None without one."""
+    return next((entry for entry in sorted(path.iterdir()) if folders(entry)), None)
+
+
 def require_root(path: Path) -> None:
     """Refuse what can hold no checkpoints of ours: they go into a folder that is empty, or is not there yet.
 
@@ -203,8 +208,8 @@ def require_root(path: Path) -> None:
         raise ValueError(f"{path}: {_EXPECTED}, got one of torch.distributed.checkpoint.save, without {MANIFEST}")
     others = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     if others:
-        within = next((f"; give {entry}" for entry in others if entry.is_dir() and folders(entry)), "")
-        raise ValueError(f"{path}: {_EXPECTED}, got a folder with {others[0].name} in it{within}")
+        hint = "" if (root := root_within(path)) is None else f"; give {root}"
+        raise ValueError(f"{path}: {_EXPECTED}, got a folder with {others[0].name} in it{hint}")
 
 
 def older(folder: Path) -> list[Path]:

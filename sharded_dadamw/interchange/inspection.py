@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sharded_dadamw.checkpoint.folder import MANIFEST, Manifest, folders, newest
+from sharded_dadamw.checkpoint.folder import MANIFEST, Manifest, newest, root_within
 from sharded_dadamw.checkpoint.metadata import read_metadata
 
 
@@ -38,8 +38,8 @@ def inspect(path: str | os.PathLike[str], *, num_largest: int = 5) -> dict[str, 
     folder = newest(Path(path))
     if not (folder / MANIFEST).exists():
         hint = "" if folder.exists() else ", which does not exist"
-        if folder.is_dir() and (roots := [child for child in folder.iterdir() if folders(child)]):
-            hint = f"; there are some in {roots[0]}"
+        if folder.is_dir() and (root := root_within(folder)) is not None:
+            hint = f"; there are some in {root}"
         raise ValueError(f"expected a checkpoint of ours, a folder with {MANIFEST}, got {path}{hint}")
     manifest = Manifest.read(folder)
     metadata = read_metadata(folder, manifest)
