@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import sharded_dadamw.checkpoint
+import sharded_dadamw.interchange
 from tests.pool import RankFailure, on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +102,15 @@ def test_blocks_run_on_several_ranks(page: Path, tmp_path: Path) -> None:
 def test_links_lead_to_files_that_are_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_site_builds_and_its_reference_finds_every_public_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    reference = (tmp_path / "api.html").read_text()
+    public = [*sharded_dadamw.__all__, *sharded_dadamw.checkpoint.__all__, *sharded_dadamw.interchange.__all__]
+    assert [name for name in public if not re.search(rf'id="sharded_dadamw[\w.]*\.{name}"', reference)] == []
 
 
 # --- the extraction itself ---
