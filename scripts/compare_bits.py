@@ -40,7 +40,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.append(str(CHECKOUT))  # last: where ranks run, PYTHONPATH has the version that is asked for
 
-import measuring  # noqa: E402 - which lies beside this file, whatever version of the package is asked for
+from bench import harness  # noqa: E402 - which lies beside this file, whatever version of the package is asked for
 
 import sharded_dadamw  # noqa: E402
 from sharded_dadamw import (  # noqa: E402
@@ -287,7 +287,7 @@ def warm_up(job: Job) -> None:
 def run_rank(rank: int, num_ranks: int, job: Job, work: Any, rendezvous: str) -> None:
     """Do work on one rank, and write down what comes of it."""
     records: dict[str, Any] = {}
-    with measuring.joined(rank, num_ranks, rendezvous, threads=1):
+    with harness.joined(rank, num_ranks, rendezvous, threads=1):
         try:
             for name, steps in work(job, num_ranks):
                 records[name] = steps
@@ -401,9 +401,9 @@ def main(
             for name, verdict in verdicts(jobs, work.__name__, num_ranks).items():
                 rows.setdefault(name, []).append(verdict)
     titles = ["scenario", *(f"on {size}" for size in sizes)]
-    measuring.print_table(measuring.console_of(200), titles, [[name, *found] for name, found in rows.items()])
+    harness.print_table(harness.console_of(200), titles, [[name, *found] for name, found in rows.items()])
     raise typer.Exit(any(verdict != SAME for found in rows.values() for verdict in found))
 
 
 if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.run_command(main)

@@ -1,7 +1,7 @@
 """Time training steps over links of many speeds, to see what hides behind forward and backward, all in one run.
 
-    python scripts/bench_overlap.py                       starts its own 2 ranks, over gloo
-    python scripts/bench_overlap.py --out overlap.json    also writes overlap.json, overlap.md, overlap.png
+    python -m scripts.bench overlap                       starts its own 2 ranks, over gloo
+    python -m scripts.bench overlap --out overlap.json    also writes overlap.json, overlap.md, overlap.png
 
 Data moves between ranks as it always does, and no result is there before a modelled link would have brought it: every
 rank sends through a link of its own that takes one transfer at a time, in the order in which they are started, and
@@ -15,7 +15,6 @@ has under way after the last of them is waited for on its own time.
 
 import math
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,18 +33,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from launch.contenders import Contender, Sharded  # noqa: E402
-from launch.data import Corpus  # noqa: E402
-from launch.model import GPT  # noqa: E402
-from launch.options import PRESETS, GPTConfig, Preset  # noqa: E402
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
-from sharded_dadamw.buckets import shards  # noqa: E402
-from sharded_dadamw.config import GradientResidency  # noqa: E402
+from launch.contenders import Contender, Sharded
+from launch.data import Corpus
+from launch.model import GPT
+from launch.options import PRESETS, GPTConfig, Preset
+from scripts.bench import harness
+from scripts.bench.harness import Spread
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.buckets import shards
+from sharded_dadamw.config import GradientResidency
 
 
 class Name(StrEnum):
@@ -206,10 +202,10 @@ class Benchmark:
         plan = self.plan
         rounds = plan.warmup + plan.rounds
         seconds = torch.zeros(rounds, len(plan.speeds), len(self._contenders), dtype=torch.float64)
-        for index in measuring.rounds(rounds, console):
+        for index in harness.rounds(rounds, console):
             for row, speed in enumerate(plan.speeds):
                 self._link.bytes_per_s = 1e9 * speed
-                for column in measuring.in_turn(range(len(self._contenders)), index + row):
+                for column in harness.in_turn(range(len(self._contenders)), index + row):
                     seconds[index, row, column] = self._steps(self._contenders[column], index)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[plan.warmup :]
@@ -271,7 +267,7 @@ def draw(path: Path, plan: Plan, seconds: Tensor, title: str) -> None:
 
 def show(plan: Plan, seconds: Tensor, console: Console) -> None:
     """Report what was measured, with a picture where it is written to files."""
-    around = measuring.surroundings("numba")
+    around = harness.surroundings("numba")
     titles = ["ms per step (ratio to DDP) over", *(speed_title(speed) for speed in plan.speeds)]
     rows = table_rows(plan, seconds)
     with torch.device("meta"):
@@ -281,7 +277,7 @@ def show(plan: Plan, seconds: Tensor, console: Console) -> None:
         f"{size}, 1 x {plan.context} tokens per rank and step, buckets of {plan.bucket_cap_mb:g} MiB, {plan.threads} "
         f"threads per rank; {plan.rounds} rounds of {plan.steps} steps per link after {plan.warmup} of warm-up.",
         "Links are modelled: full duplex, one transfer at a time, no latency. Medians; ratios within each round.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     record = {
         "plan": asdict(plan) | {"out": None, "speeds": [speed_title(speed) for speed in plan.speeds]},
@@ -289,15 +285,15 @@ def show(plan: Plan, seconds: Tensor, console: Console) -> None:
         "contenders": list(Name),
         "seconds": seconds.tolist(),
     }
-    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
+    harness.publish(console, titles, rows, lines, out=plan.out, record=record)
     if plan.out is not None:
         draw(plan.out.with_suffix(".png"), plan, seconds, size)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
-        console = measuring.console_of(180, quiet=rank != 0)
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
+        console = harness.console_of(180, quiet=rank != 0)
         seconds = Benchmark(plan).run(console)
         if rank == 0:
             show(plan, seconds, console)
@@ -321,10 +317,6 @@ def main(
     links: Sequence[float] = [float(speed) for speed in speeds.split(",")]
     if wrong := [speed for speed in links if not speed > 0]:
         raise typer.BadParameter(f"expected --speeds above 0, got {wrong}")
-    threads = measuring.threads_per_rank(threads, ranks)
+    threads = harness.threads_per_rank(threads, ranks)
     plan = Plan(ranks, preset, context, tuple(links), rounds, warmup, steps, bucket_cap_mb, threads, out)
-    measuring.start_ranks(work, ranks, plan)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.start_ranks(work, ranks, plan)

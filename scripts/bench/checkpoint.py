@@ -1,7 +1,7 @@
 """Measure saving and loading a run beside writing and reading as many bytes, their memory, and what training feels.
 
-    python scripts/bench_checkpoint.py                           2 ranks over gloo, 16 million parameters
-    python scripts/bench_checkpoint.py --parameters 100000000 --folder /mnt/disk --out checkpoint.json
+    python -m scripts.bench checkpoint                           2 ranks over gloo, 16 million parameters
+    python -m scripts.bench checkpoint --parameters 100000000 --folder /mnt/disk --out checkpoint.json
 
 In every round each rank writes a file as large as its files of the checkpoint and syncs it, saves, reads its file back,
 and loads. Files are dropped from the page cache before they are read, where the system lets us; whatever the disk does
@@ -29,14 +29,11 @@ import typer
 from rich.console import Console
 from torch import nn
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from scripts import measuring  # noqa: E402
-from scripts.bench_memory import Peak, bytes_held  # noqa: E402
-from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import ShardedDecoupledAdamW  # noqa: E402
-from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from scripts.bench import harness
+from scripts.bench.harness import Spread
+from scripts.bench.memory import Peak, bytes_held
+from sharded_dadamw import ShardedDecoupledAdamW
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 
 WIDTH = 1024
 BLOCK = 1 << 22
@@ -190,7 +187,7 @@ class Benchmark:
 
     def run(self, console: Console) -> None:
         """Fill `seconds` and `memory`. Collective."""
-        for number in measuring.rounds(self.plan.rounds, console):
+        for number in harness.rounds(self.plan.rounds, console):
             self.calls(number)
             for _ in range(self.plan.steps):
                 dist.barrier()
@@ -238,12 +235,12 @@ def table_rows(plan: Plan, benchmark: Benchmark) -> list[list[str]]:
 
 def show(plan: Plan, benchmark: Benchmark, console: Console) -> None:
     """Report what was measured."""
-    around = measuring.surroundings()
+    around = harness.surroundings()
     lines = [
         f"{plan.parameters / 1e6:.1f} M fp32 parameters, {benchmark.num_bytes / 1e6:.0f} MB per checkpoint, "
         f"{plan.ranks} ranks over gloo, {plan.threads} threads per rank; {plan.rounds} rounds, {plan.steps} steps in "
         "each state; the slower rank counts.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     record = {
         "plan": asdict(plan) | {"folder": None, "out": None},
@@ -252,13 +249,13 @@ def show(plan: Plan, benchmark: Benchmark, console: Console) -> None:
         "seconds": benchmark.seconds,
         "memory": benchmark.memory,
     }
-    measuring.publish(console, TITLES, table_rows(plan, benchmark), lines, out=plan.out, record=record)
+    harness.publish(console, TITLES, table_rows(plan, benchmark), lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
-        console = measuring.console_of(160, quiet=rank != 0)
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
+        console = harness.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         benchmark.run(console)
         if rank == 0:
@@ -278,12 +275,8 @@ def main(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(dir=folder))
-    plan = Plan(ranks, parameters, rounds, steps, measuring.threads_per_rank(threads, ranks), own, out)
+    plan = Plan(ranks, parameters, rounds, steps, harness.threads_per_rank(threads, ranks), own, out)
     try:
-        measuring.start_ranks(work, ranks, plan)
+        harness.start_ranks(work, ranks, plan)
     finally:
         shutil.rmtree(own)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)

@@ -1,7 +1,7 @@
-"""Measure what each contender of scripts/bench_step.py holds in memory, at rest and at most, beside its formula.
+"""Measure what each contender of scripts/bench/step.py holds in memory, at rest and at most, beside its formula.
 
-    python scripts/bench_memory.py                         starts 2 ranks per contender, one contender after the other
-    python scripts/bench_memory.py --dtype bfloat16 --out memory.json
+    python -m scripts.bench memory                         starts 2 ranks per contender, one contender after the other
+    python -m scripts.bench memory --dtype bfloat16 --out memory.json
 
 Processes of its own train with each contender, so that nothing is shared with another. Counted is what the kernel says
 is theirs, anonymous pages and shared ones, the latter divided by the number of processes that have them in use; what
@@ -14,7 +14,6 @@ import gc
 import multiprocessing
 import os
 import re
-import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +23,11 @@ import torch
 import torch.distributed as dist
 import typer
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from launch.data import Corpus  # noqa: E402
-from launch.options import Preset  # noqa: E402
-from scripts import measuring  # noqa: E402
-from scripts.bench_step import DEEPSPEED_STAGES, Name, Plan, Precision, build, num_parameters  # noqa: E402
-from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
+from launch.data import Corpus
+from launch.options import Preset
+from scripts.bench import harness
+from scripts.bench.step import DEEPSPEED_STAGES, Name, Plan, Precision, build, num_parameters
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 
 ADDED_UP = re.compile(rb"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
 
@@ -83,7 +79,7 @@ def work(rank: int, name: Name, plan: Plan, results: Any, rendezvous: str) -> No
     """One rank with one contender, from joining to leaving; puts a Held, or why there is none, into `results`."""
     os.environ.setdefault("LOCAL_RANK", str(rank))
     device = torch.device("cpu")
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
         corpus = Corpus(None, plan.context)
         warm_up(plan.precision.dtype)
         before = bytes_held()
@@ -164,7 +160,7 @@ def main(
         context=context,
         contenders=tuple(names),
         at_once=1,
-        threads=measuring.threads_per_rank(0, ranks),
+        threads=harness.threads_per_rank(0, ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
         lr=3e-4,
@@ -175,11 +171,11 @@ def main(
     # Memory that is freed goes back at once, so that what is held is what is in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**17)
     os.environ["MALLOC_ARENA_MAX"] = "2"
-    console = measuring.console_of(120)
+    console = harness.console_of(120)
     rows, record = [], {}
     results = multiprocessing.get_context("spawn").SimpleQueue()
     for name in names:
-        measuring.start_ranks(work, ranks, name, plan, results)
+        harness.start_ranks(work, ranks, name, plan, results)
         found = results.get()
         if isinstance(found, Held):
             record[name] = asdict(found)
@@ -189,16 +185,12 @@ def main(
             while not results.empty():  # the other ranks'
                 results.get()
         console.print(" ".join(rows[-1]))
-    around = measuring.surroundings()
+    around = harness.surroundings()
     lines = [
         f"Bytes per parameter and rank. {num_parameters(plan) / 1e6:.1f} M {plan.precision} parameters, {ranks} ranks "
         f"over gloo, 1 x {context} tokens per rank and step, buckets of {bucket_cap_mb:g} MiB.",
         "At rest: after zero_grad. At most: samples during a step, activations included.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     found_out = {"surroundings": around, "bytes_per_parameter": record}
-    measuring.publish(console, TITLES, rows, lines, out=out, record=found_out)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.publish(console, TITLES, rows, lines, out=out, record=found_out)

@@ -1,14 +1,13 @@
 """Time a step of the optimizers that leave parameters where they are, over many parameters: ours and torch's fused one.
 
-    python scripts/bench_parameters.py                        on the GPU if there is one, else on the CPU
-    python scripts/bench_parameters.py --out results/parameters.json
+    python -m scripts.bench parameters                        on the GPU if there is one, else on the CPU
+    python -m scripts.bench parameters --out results/parameters.json
 
 Plain parameters of 4,096 elements, and FSDP2 layers on one rank. Gradients are given, and new tensors in each step, as
 after `zero_grad()`. In each round every contender takes one step, in an order that rotates; ratios are taken within a
 round. "host" is the time until `step` returns, "step" until the device has done its part.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import DecoupledAdamW  # noqa: E402
+from scripts.bench import harness
+from scripts.bench.harness import Spread
+from sharded_dadamw import DecoupledAdamW
 
 ELEMENTS = 4096
 WIDTH = 64
@@ -98,13 +94,13 @@ def contenders(plan: Plan, device: torch.device) -> list[Contender]:
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """The only rank, from joining to leaving."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else measuring.CPU
-    with measuring.joined(rank, 1, rendezvous, threads=plan.threads, device=device):
-        console = measuring.console_of(120)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else harness.CPU
+    with harness.joined(rank, 1, rendezvous, threads=plan.threads, device=device):
+        console = harness.console_of(120)
         of_case = contenders(plan, device)
         samples = torch.zeros(plan.warmup + plan.rounds, len(of_case), 2, dtype=torch.float64)
-        for index in measuring.rounds(len(samples), console):
-            for column in measuring.in_turn(range(len(of_case)), index):
+        for index in harness.rounds(len(samples), console):
+            for column in harness.in_turn(range(len(of_case)), index):
                 samples[index, column] = torch.tensor(of_case[column].step(device), dtype=torch.float64)
         show(plan, [one.title for one in of_case], samples[plan.warmup :], device, console)
 
@@ -117,16 +113,14 @@ def show(plan: Plan, titles: list[str], samples: Tensor, device: torch.device, c
         host, step = (1e3 * samples[:, column].median(0).values).tolist()
         ratios = [str(Spread.of(samples[:, column, kind] / samples[:, yardstick, kind])) for kind in range(2)]
         rows.append([title, f"{host:.2f}", ratios[0], f"{step:.2f}", ratios[1]])
-    around = measuring.surroundings("triton", "numba", device=device)
+    around = harness.surroundings("triton", "numba", device=device)
     lines = [
         f"fp32, {plan.rounds} rounds after {plan.warmup} of warm-up, {plan.threads} threads; "
         "medians, ratios within each round with quartiles.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     record = {"surroundings": around, "contenders": titles, "seconds": samples.tolist()}
-    measuring.publish(
-        console, ["", "host ms", "/ torch", "step ms", "/ torch"], rows, lines, out=plan.out, record=record
-    )
+    harness.publish(console, ["", "host ms", "/ torch", "step ms", "/ torch"], rows, lines, out=plan.out, record=record)
 
 
 def main(
@@ -139,8 +133,4 @@ def main(
 ) -> None:
     """Time a step over many parameters that stay where they are."""
     numbers = tuple(int(count) for count in counts.split(","))
-    measuring.start_ranks(work, 1, Plan(numbers, layers, rounds, warmup, threads, out))
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.start_ranks(work, 1, Plan(numbers, layers, rounds, warmup, threads, out))

@@ -1,7 +1,7 @@
 """Measure what planning a save costs at a number of ranks that nobody has at hand, beside FSDP2's.
 
-    python scripts/bench_planning.py                                    Llama-3-8B's parameters on 1,024 ranks
-    python scripts/bench_planning.py --ranks 64 --out planning.json
+    python -m scripts.bench planning                                    Llama-3-8B's parameters on 1,024 ranks
+    python -m scripts.bench planning --ranks 64 --out planning.json
 
 Every rank's part of an optimizer's state is described by tensors without memory, by the code that describes it in a
 run; torch.distributed.checkpoint's own planner then makes the plan of all of them, which is what the coordinator does
@@ -11,7 +11,6 @@ or written, so gathering the plans at the coordinator, which grows with their nu
 
 import math
 import pickle
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,14 +28,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from scripts import measuring  # noqa: E402
-from sharded_dadamw.comm.collectives import Collectives  # noqa: E402
-from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets  # noqa: E402
-from sharded_dadamw.state.fragment_tensor import FragmentTensor  # noqa: E402
-from sharded_dadamw.state.piece import Piece  # noqa: E402
+from scripts.bench import harness
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
+from sharded_dadamw.state.fragment_tensor import FragmentTensor
+from sharded_dadamw.state.piece import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -171,7 +167,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Plan with both, and print what it took."""
-    console = measuring.console_of(120)
+    console = harness.console_of(120)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shapes = llama_3_8b()
     ours = next(our_state(shapes, ranks, bucket_cap_mb))
@@ -188,10 +184,10 @@ def main(
         ]
         for name, p in found.items()
     ]
-    around = measuring.surroundings()
-    lines = [f"{ranks:,} simulated ranks, {len(shapes)} parameters. " + measuring.sentence_of(around)]
+    around = harness.surroundings()
+    lines = [f"{ranks:,} simulated ranks, {len(shapes)} parameters. " + harness.sentence_of(around)]
     record = {"surroundings": around, "ranks": ranks, "found": {name: asdict(p) for name, p in found.items()}}
-    measuring.publish(console, titles, rows, lines, out=out, record=record)
+    harness.publish(console, titles, rows, lines, out=out, record=record)
 
 
 def _first(tensor: Tensor, num_ranks: int) -> Tensor:
@@ -206,7 +202,3 @@ def _first(tensor: Tensor, num_ranks: int) -> Tensor:
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)

@@ -1,8 +1,8 @@
 """Time the update alone, in every precision, beside a copy of memory and beside other optimizers' updates.
 
-    python scripts/bench_kernel.py                                     on the GPU if there is one, else on the CPU
-    python scripts/bench_kernel.py --device cpu --numel 1,16 --threads 1,2 --rounds 20
-    python scripts/bench_kernel.py --json kernel.json --markdown kernel.md
+    python -m scripts.bench kernel                                     on the GPU if there is one, else on the CPU
+    python -m scripts.bench kernel --device cpu --numel 1,16 --threads 1,2 --rounds 20
+    python -m scripts.bench kernel --json kernel.json --markdown kernel.md
 
 An update is bound by memory, so what counts is how close it comes to a plain copy:
 
@@ -17,7 +17,6 @@ those that are compared in the same dtypes stand next to each other; ratios are 
 import importlib
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,15 +31,12 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Clock, Spread  # noqa: E402
-from sharded_dadamw.kernels import choose as kernels  # noqa: E402
-from sharded_dadamw.kernels.operands import Form, Operands  # noqa: E402
-from sharded_dadamw.layout.bucket_layout import ALIGNMENT  # noqa: E402
-from sharded_dadamw.update.adamw import Hyperparameters, Step  # noqa: E402
+from scripts.bench import harness
+from scripts.bench.harness import Clock, Spread
+from sharded_dadamw.kernels import choose as kernels
+from sharded_dadamw.kernels.operands import Form, Operands
+from sharded_dadamw.layout.bucket_layout import ALIGNMENT
+from sharded_dadamw.update.adamw import Hyperparameters, Step
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
 HYPER = Hyperparameters(**LAW, reference_lr=1e-5, amsgrad=False)
@@ -515,7 +511,7 @@ def free_bytes(device: torch.device) -> float:
 def heading(around: dict[str, Any], rounds: int) -> list[str]:
     """Date, hardware and versions."""
     return [
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
         f"{rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
     ]
 
@@ -598,7 +594,7 @@ class Benchmark:
         medians = {name: float(samples[name].median()) for name in ("copy", "in place") if name in samples}
         rates = (f"{name} {case.tasks[name].num_bytes / median / 1e9:.1f} GB/s" for name, median in medians.items())
         title = f"{millions(case.numel)} elements{on}: {', '.join(rates)}"
-        measuring.print_table(self._console, *table_of(results, ("elements", "threads")), title)
+        harness.print_table(self._console, *table_of(results, ("elements", "threads")), title)
         self.results += results
         self.remarks += [remark for remark in case.remarks if remark not in self.remarks]
         seconds = {name: values.tolist() for name, values in samples.items()}
@@ -625,15 +621,15 @@ def main(
         rounds=rounds or DEFAULT_ROUNDS[device],
         with_peers=peers,
     )
-    console = measuring.console_of(240)
+    console = harness.console_of(240)
     packages = ("numba", "triton", "torchao", "torch-optimi", "mosaicml")
-    around = measuring.surroundings(*packages, device=torch.device(device.value))
+    around = harness.surroundings(*packages, device=torch.device(device.value))
     lines = heading(around, plan.rounds)
-    measuring.print_lines(console, lines)
+    harness.print_lines(console, lines)
     benchmark = Benchmark(plan, console)
     benchmark.run()
     notes = [*NOTES, CPU_NOTE if device is Device.CPU else GPU_NOTE, *benchmark.remarks]
-    measuring.print_lines(console, notes)
+    harness.print_lines(console, notes)
     if json_file is not None:
         record = {
             "plan": asdict(plan),
@@ -644,9 +640,5 @@ def main(
         }
         json_file.write_text(json.dumps(record, indent=1) + "\n")
     if markdown_file is not None:
-        table = measuring.markdown_table(*table_of(benchmark.results, () if device is Device.CPU else ("threads",)))
+        table = harness.markdown_table(*table_of(benchmark.results, () if device is Device.CPU else ("threads",)))
         markdown_file.write_text("\n".join([*lines, "", *table, "", *(f"- {note}" for note in notes)]) + "\n")
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)

@@ -1,14 +1,13 @@
 """Time what an optimizer's step costs the host as the same elements are cut into more parameters, all in one run.
 
-    python scripts/bench_host.py                                 2 ranks over gloo, 8 million elements
-    python scripts/bench_host.py --ranks 1 --elements 30000000 --out host.json
+    python -m scripts.bench host                                 2 ranks over gloo, 8 million elements
+    python -m scripts.bench host --ranks 1 --elements 30000000 --out host.json
 
 Every contender holds as many elements, in 100, 1,000 or 10,000 parameters, and gets its gradients from backward through
 a graph of one node. In every round each of them takes one step, in an order that rotates. An optimizer whose work per
 parameter is nothing beside its work per element takes as long for 10,000 as for 100.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +22,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
+from scripts.bench import harness
+from scripts.bench.harness import Spread
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
 
 
 class Name(StrEnum):
@@ -125,8 +121,8 @@ class Benchmark:
         """
         rounds = self.plan.warmup + self.plan.rounds
         samples = torch.zeros(rounds, len(self.contenders), 2, 3, dtype=torch.float64)
-        for index in measuring.rounds(rounds, console):
-            for column in measuring.in_turn(range(len(self.contenders)), index):
+        for index in harness.rounds(rounds, console):
+            for column in harness.in_turn(range(len(self.contenders)), index):
                 dist.barrier()
                 self.contenders[column].step(samples[index, column])
         dist.all_reduce(samples, dist.ReduceOp.MAX)
@@ -163,13 +159,13 @@ def table_rows(plan: Plan, keys: Sequence[tuple[Name, int]], samples: Tensor) ->
 
 def show(plan: Plan, keys: Sequence[tuple[Name, int]], samples: Tensor, console: Console) -> None:
     """Report what was measured."""
-    around = measuring.surroundings("numba")
+    around = harness.surroundings("numba")
     titles = [title.format(fewest=f"{plan.counts[0]:,}") for title in TITLES]
     rows = table_rows(plan, keys, samples)
     lines = [
         f"{plan.elements / 1e6:.1f} M fp32 elements, {plan.ranks} ranks over gloo, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up, ratios within each round, the slower rank counts.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     record = {
         "plan": asdict(plan) | {"out": None},
@@ -177,13 +173,13 @@ def show(plan: Plan, keys: Sequence[tuple[Name, int]], samples: Tensor, console:
         "contenders": keys,
         "seconds": samples.tolist(),
     }
-    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
+    harness.publish(console, titles, rows, lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
-        console = measuring.console_of(160, quiet=rank != 0)
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
+        console = harness.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         samples = benchmark.run(console)
         if rank == 0:
@@ -203,9 +199,5 @@ def main(
     numbers = tuple(int(count) for count in counts.split(","))
     if uneven := [count for count in numbers if count < 1 or elements % count]:
         raise typer.BadParameter(f"expected --counts to divide {elements} elements, got {uneven}")
-    plan = Plan(ranks, elements, numbers, rounds, warmup, measuring.threads_per_rank(threads, ranks), out)
-    measuring.start_ranks(work, ranks, plan)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    plan = Plan(ranks, elements, numbers, rounds, warmup, harness.threads_per_rank(threads, ranks), out)
+    harness.start_ranks(work, ranks, plan)

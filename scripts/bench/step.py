@@ -1,8 +1,8 @@
 """Time one training step of the sharded optimizer beside that of its peers, all in one run.
 
-    python scripts/bench_step.py                                  starts its own 2 ranks; gloo on CPU, NCCL on GPUs
-    python scripts/bench_step.py --preset 125m --out bench.json   also writes bench.json and bench.md
-    torchrun --nproc-per-node 2 scripts/bench_step.py             ranks that something else starts
+    python -m scripts.bench step                                  starts its own 2 ranks; gloo on CPU, NCCL on GPUs
+    python -m scripts.bench step --preset 125m --out bench.json   also writes bench.json and bench.md
+    torchrun --nproc-per-node 2 -m scripts.bench step             ranks that something else starts
 
 Peers are those of scripts/test.sh's environment; one that is missing is listed as missing.
 
@@ -36,17 +36,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from launch.contenders import Contender, Sharded, contender_for, imported, largest_over_ranks  # noqa: E402
-from launch.data import Corpus  # noqa: E402
-from launch.model import GPT  # noqa: E402
-from launch.options import PRESETS, Choice, GPTConfig, Preset, Settings  # noqa: E402
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Clock, Spread  # noqa: E402
-from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig  # noqa: E402
-from sharded_dadamw.config import Exchange, GradientResidency  # noqa: E402
+from launch.contenders import Contender, Sharded, contender_for, imported, largest_over_ranks
+from launch.data import Corpus
+from launch.model import GPT
+from launch.options import PRESETS, Choice, GPTConfig, Preset, Settings
+from scripts.bench import harness
+from scripts.bench.harness import Clock, Spread
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.config import Exchange, GradientResidency
 
 
 class Name(StrEnum):
@@ -380,10 +377,10 @@ class Benchmark:
         num_rounds, steps = len(self._samples), self.plan.steps
         contenders = list(enumerate(self.contenders.values()))
         console.print(f"contenders: {', '.join(self.contenders)}")
-        for index in measuring.rounds(num_rounds, console):
+        for index in harness.rounds(num_rounds, console):
             span = slice(index * steps, (index + 1) * steps)
             batches = [self._batch(number) for number in range(span.start, span.stop)]
-            for column, contender in measuring.in_turn(contenders, index):
+            for column, contender in harness.in_turn(contenders, index):
                 self._losses[span, column] = self._steps(contender, batches, self._samples[index, column])
         dist.all_reduce(samples := self._samples.to(self.device), dist.ReduceOp.MAX)
         dist.all_reduce(losses := self._losses.to(self.device))
@@ -531,7 +528,7 @@ def notes(plan: Plan, around: dict[str, Any]) -> list[str]:
         f"{plan.batch} x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds of {plan.steps} steps after {plan.warmup} of warm-up"
         + (f", {plan.at_once} contenders in memory at a time, the baseline among them." if plan.at_once else "."),
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
         "Medians over the rounds; the ratio is taken within each round. The slower rank counts. Wrappers reduce "
         "gradients within backward, and so do ours unless there is no overlap. In brackets, what is left for step() of "
         "reduction + update + gather; attached, gathers end in the next forward. CPU: what all threads of the rank "
@@ -545,7 +542,7 @@ def show(
     plan: Plan, device: torch.device, results: dict[Name, Result], missing: dict[Name, str], console: Console
 ) -> None:
     """Report what was measured."""
-    around = measuring.surroundings("numba", "fairscale", "deepspeed", device=device)
+    around = harness.surroundings("numba", "fairscale", "deepspeed", device=device)
     rows = table_rows(plan, results, missing)
     titles = [title.format(baseline=plan.baseline) for title in TITLES]
     record = {
@@ -557,7 +554,7 @@ def show(
         "contenders": {name: asdict(result) for name, result in results.items()},
         "not_installed": missing,
     }
-    measuring.publish(console, titles, rows, notes(plan, around), out=plan.out, record=record)
+    harness.publish(console, titles, rows, notes(plan, around), out=plan.out, record=record)
 
 
 def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
@@ -568,8 +565,8 @@ def work(local_rank: int, plan: Plan, rendezvous: str) -> None:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     rank = int(os.environ.get("RANK", local_rank))
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads, device=device):
-        console = measuring.console_of(200, quiet=rank != 0)
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads, device=device):
+        console = harness.console_of(200, quiet=rank != 0)
         results: dict[Name, Result] = {}
         missing: dict[Name, str] = {}
         for names in plan.groups:
@@ -614,7 +611,7 @@ def main(
         context=context,
         contenders=tuple(Name(name) for name in asked_for),
         at_once=at_once,
-        threads=measuring.threads_per_rank(threads, ranks),
+        threads=harness.threads_per_rank(threads, ranks),
         precision=dtype,
         bucket_cap_mb=bucket_cap_mb,
         lr=lr,
@@ -625,8 +622,4 @@ def main(
     if "RANK" in os.environ:
         work(int(os.environ["LOCAL_RANK"]), plan, "env://")
         return
-    measuring.start_ranks(work, ranks, plan)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.start_ranks(work, ranks, plan)

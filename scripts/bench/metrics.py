@@ -1,7 +1,7 @@
 """Time a training step that reports norms beside the same step without, all in one run.
 
-    python scripts/bench_metrics.py                     starts its own 2 ranks, on CPU over gloo
-    python scripts/bench_metrics.py --ranks 1 --out metrics.json
+    python -m scripts.bench metrics                     starts its own 2 ranks, on CPU over gloo
+    python -m scripts.bench metrics --ranks 1 --out metrics.json
 
 Every contender holds its own copy of one model and trains it on the same batches. In every round each of them takes two
 steps on the same batch, one after which it reports everything it can, as a monitor would, and one after which it does
@@ -10,7 +10,6 @@ not; which of the two comes first changes from round to round. What counts is th
 
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +22,12 @@ import typer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT))
-
-from launch.data import Corpus  # noqa: E402
-from launch.model import GPT  # noqa: E402
-from launch.options import PRESETS, GPTConfig, Preset  # noqa: E402
-from scripts import measuring  # noqa: E402
-from scripts.measuring import Spread  # noqa: E402
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW  # noqa: E402
+from launch.data import Corpus
+from launch.model import GPT
+from launch.options import PRESETS, GPTConfig, Preset
+from scripts.bench import harness
+from scripts.bench.harness import Spread
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 
 LAW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 3e-5}
 
@@ -140,11 +136,11 @@ class Benchmark:
         """Seconds [rounds, contenders, (plain, reporting)], the slower rank's. Collective."""
         rounds = self.plan.warmup + self.plan.rounds
         seconds = torch.zeros(rounds, len(self.contenders), 2, dtype=torch.float64)
-        for index in measuring.rounds(rounds, console):
+        for index in harness.rounds(rounds, console):
             rank, ranks = dist.get_rank(), self.plan.ranks
             batch = self._corpus.batch(0, index, range(rank, rank + 1), ranks, self.plan.context, torch.device("cpu"))
             for column, contender in enumerate(self.contenders.values()):
-                for kind in measuring.in_turn(range(2), index):
+                for kind in harness.in_turn(range(2), index):
                     seconds[index, column, kind] = self._step(contender, batch, reports=kind == 1)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[self.plan.warmup :]
@@ -170,12 +166,12 @@ def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> Non
         plain, reporting = seconds[:, column].unbind(1)
         rows.append([name, f"{1e3 * float(plain.median()):.0f}", str(Spread.of(reporting / plain))])
     rows += [[name, "not installed", reason] for name, reason in benchmark.missing.items()]
-    around = measuring.surroundings("numba", "mosaicml")
+    around = harness.surroundings("numba", "mosaicml")
     lines = [
         f"{sum(p.numel() for p in params) / 1e6:.1f} M fp32 parameters in {len(params)} tensors, {plan.ranks} ranks "
         f"over gloo, 1 x {plan.context} tokens per rank and step, {plan.threads} threads per rank; "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up.",
-        measuring.sentence_of(around),
+        harness.sentence_of(around),
     ]
     record = {
         "plan": asdict(plan) | {"out": None},
@@ -183,13 +179,13 @@ def show(plan: Plan, benchmark: Benchmark, seconds: Tensor, console: Any) -> Non
         "contenders": list(benchmark.contenders),
         "seconds": seconds.tolist(),
     }
-    measuring.publish(console, titles, rows, lines, out=plan.out, record=record)
+    harness.publish(console, titles, rows, lines, out=plan.out, record=record)
 
 
 def work(rank: int, plan: Plan, rendezvous: str) -> None:
     """One rank, from joining to leaving."""
-    with measuring.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
-        console = measuring.console_of(160, quiet=rank != 0)
+    with harness.joined(rank, plan.ranks, rendezvous, threads=plan.threads):
+        console = harness.console_of(160, quiet=rank != 0)
         benchmark = Benchmark(plan)
         seconds = benchmark.run(console)
         if rank == 0:
@@ -206,10 +202,6 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None,
 ) -> None:
     """Time a training step that reports norms beside the same step without."""
-    plan = Plan(ranks, preset, rounds, warmup, context, measuring.threads_per_rank(threads, ranks), out)
+    plan = Plan(ranks, preset, rounds, warmup, context, harness.threads_per_rank(threads, ranks), out)
     os.environ["NODE_RANK"] = "0"  # which Composer wants to know
-    measuring.start_ranks(work, ranks, plan)
-
-
-if __name__ == "__main__":
-    measuring.run_command(main)
+    harness.start_ranks(work, ranks, plan)

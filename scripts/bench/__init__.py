@@ -1,0 +1,1 @@
+"""The benchmarks, `python -m scripts.bench COMMAND`, run from the checkout."""
