@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from typing import Any, NoReturn, overload
 
 import torch
@@ -27,17 +28,17 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.shards import Shards, fetched, with_lists
-from sharded_dadamw.comm.agreement import Refusal
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
+from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
 from sharded_dadamw.schedule.plan import Asked, Plan, Planner
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
 
 
-class ShardedDecoupledAdamW(DecoupledOptimizer):
+class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     """:class:`~sharded_dadamw.DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
 
     Every rank holds the same parameters, end to end in flat buckets. It keeps the moments, and the fp32 main parameters
@@ -103,8 +104,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         self._config = ShardingConfig() if config is None else config
         self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
         self.param_groups: list[dict[str, Any]] = []
-        refusal = Refusal()
-        params, given = with_lists(params, refusal)
+        params, given, refusal = with_lists(params)
         with refusal:
             if not isinstance(self._config, ShardingConfig):
                 raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
@@ -113,7 +113,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             self.amsgrad = amsgrad
             self._reporting.connect(norm_group, self._device)
         self._shards = Shards(given, self.param_groups, process_group, self._config, refusal)
-        self._reducer = Reducer(self._shards.collectives, self._config)
+        self._joining = Joining(self._shards)
+        self._reducer = Reducer(self._shards.collectives, self._config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
         self._planner = Planner(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
@@ -132,10 +133,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
             return
         self._gatherer.finish()
         self._reducer.complete_round()
-        refusal, num_groups = Refusal(), len(self.param_groups)
-        with refusal:
-            super().add_param_group(param_group)
-        self._shards.add(self.param_groups, num_groups, refusal)
+        self._shards.add(self.param_groups, partial(super().add_param_group, param_group))
         self._take_in()
 
     def _take_in(self) -> None:
@@ -189,6 +187,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
                 report.updated += bucket.announce_update(plan.present[bucket])
         self._clock.stop()
         self._clip.clear()
+        self._joining.end_step(plan.present)
         self._consolidated.clear()
         return loss
 
@@ -203,8 +202,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
     def _plan(self, **asked: Any) -> Plan:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
+        self._joining.announce()
         self._gatherer.finish()
-        request = Asked(self._gatherer.num_attached, self._clip, **asked)
+        objection = self._joining.objection(self._reducer)
+        request = Asked(self._gatherer.num_attached, objection, self._clip, **asked)
         while (plan := self._planner.plan(request, self.param_groups)).unfrozen:
             self._shards.add_unfrozen(self.param_groups)
             self._take_in()
@@ -279,7 +280,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer):
         return self._reducer.no_sync()
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
-        return self._norm(self._plan(to_clip=(max_norm, norm_type)), norm_type)
+        norm = self._norm(self._plan(to_clip=(max_norm, norm_type)), norm_type)
+        self._joining.clips_now.append((max_norm, norm_type))
+        return norm
 
     def _norm(self, plan: Plan, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""

@@ -223,6 +223,12 @@ class HookedGradients(Gradients):
             self._has_come[slot] = True
             self.num_missing -= 1
 
+    def bring_zeros(self, present: Sequence[bool]) -> None:
+        """Give the parameters of these slots a gradient of zeros each."""
+        for param, is_present in zip(self._params, present, strict=True):
+            if is_present:
+                param.grad = torch.zeros_like(param, dtype=self._dtype)
+
     @abstractmethod
     def _make_room(self, slot: int) -> None:
         """Make sure that a gradient may come, and where it goes."""

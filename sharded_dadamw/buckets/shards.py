@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,11 @@ class Shards:
         self.frozen: list[NamedParameter] = []
         self._shard(named_parameters(groups), groups)
 
-    def add(self, groups: list[dict[str, Any]], first_group: int, refusal: Refusal) -> None:
-        """Shard the groups from ``first_group`` on. Collective; raises as the constructor, and then deletes them."""
+    def add(self, groups: list[dict[str, Any]], extend: Callable[[], None]) -> None:
+        """Shard what ``extend`` appends to the groups. Collective; raises as the constructor, and then deletes it."""
+        refusal, first_group = Refusal(), len(groups)
+        with refusal:
+            extend()
         try:
             agree_on_groups(groups, first_group, self._config, self.collectives, self.holders, refusal)
             self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
@@ -118,10 +121,11 @@ def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
     yield from waiting
 
 
-def with_lists(params: Iterable[Any], refusal: Refusal) -> tuple[Any, list[Tensor]]:
-    """What an optimizer was given, with a list in the place of every iterator, and the tensors in it."""
+def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor], Refusal]:
+    """What an optimizer was given, with a list in the place of every iterator; the tensors in it; and what is wrong."""
+    refusal = Refusal()
     if isinstance(params, (Tensor, dict)):
-        return params, []  # which torch refuses
+        return params, [], refusal  # which torch refuses
     given: list[Any] = []
     tensors: list[Any] = []
     with refusal:
@@ -132,4 +136,4 @@ def with_lists(params: Iterable[Any], refusal: Refusal) -> tuple[Any, list[Tenso
             of_group = entry.get("params", ()) if isinstance(entry, dict) else [entry]
             of_group = [of_group] if isinstance(of_group, Tensor) else of_group
             tensors += [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in of_group]
-    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    return given, [tensor for tensor in tensors if isinstance(tensor, Tensor)], refusal

@@ -34,6 +34,7 @@ class Asked:
 
     Attributes:
         num_attached: Models that are attached.
+        objection: Why this rank cannot take part, if that is so.
         clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
         to_clip: ``max_norm`` and ``norm_type``, where gradients are about to be clipped only.
         max_grad_norm: To what the step clips, if it does.
@@ -42,6 +43,7 @@ class Asked:
     """
 
     num_attached: int
+    objection: str | None
     clip: PendingClip
     to_clip: tuple[float, float] | None = None
     max_grad_norm: float | None = None
@@ -111,6 +113,8 @@ class Planner:
         unfrozen = [member for member in frozen if member.param.requires_grad]
         refusal = Refusal()
         with refusal:
+            if asked.objection is not None:
+                raise RuntimeError(asked.objection)
             if asked.to_clip is not None:
                 check_clip(*asked.to_clip)
             _refuse_scaler(asked, buckets)

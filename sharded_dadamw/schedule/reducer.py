@@ -49,8 +49,15 @@ class Reducer:
         num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
-    def __init__(self, collectives: Collectives, config: ShardingConfig) -> None:
-        """Reduce over ranks; ``config`` says whether that is ours to do, and for full gradients whether in backward."""
+    def __init__(self, collectives: Collectives, config: ShardingConfig, announce: Callable[[], None]) -> None:
+        """Reduce over ranks.
+
+        Args:
+            collectives: The ranks.
+            config: Says whether that is ours to do, and for full gradients whether in backward.
+            announce: Called before a backward pass sends anything.
+        """
+        self._announce = announce
         self._config = config
         self.is_accumulating = False
         self.num_rounds = 0
@@ -260,6 +267,7 @@ class Reducer:
         if current == self._graph_task:
             return
         self._graph_task = current
+        self._announce()
         is_nested = _is_nested()
         if is_nested:
             will_be_told = self._backward is not None
@@ -290,6 +298,11 @@ class Reducer:
         self._collectives.broadcast_(agreed)
         self._hooked = [self._hooked[index] for index in agreed.tolist()]
         self._completed, self._knows_order = [], True
+
+    @property
+    def averages_alone(self) -> bool:
+        """Whether ranks know that nothing else averages these gradients."""
+        return self.knows_source and self._remembers
 
     @property
     def _keeps_shards(self) -> bool:

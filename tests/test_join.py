@@ -1,0 +1,131 @@
+"""Ranks with uneven data under torch.distributed.algorithms.Join bring zeros, or an error comes on all."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from tests.pool import on_ranks, outcomes
+
+FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
+
+
+class Model(nn.Module):
+    """With a layer that never gets a gradient, and more than one bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def train(
+    group: Any, joins: bool, num_batches: tuple[int, ...], clip: str | None, is_attached: bool, config: Any
+) -> Tensor:
+    """Three epochs; the second is uneven. Without ``joins`` whoever is out of data has a loss of zero times itself."""
+    rank = dist.get_rank(group)
+    model: nn.Module = Model() if min(num_batches) else Model().layers
+    optimizer = ShardedDecoupledAdamW(
+        model.named_parameters(),
+        lr=1e-2,
+        process_group=group,
+        config=config,
+        max_grad_norm=0.5 if clip == "in step" else None,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    if is_attached:
+        optimizer.attach(model)
+
+    def step(seed: int, factor: float) -> None:
+        optimizer.zero_grad()
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * seed + rank))
+        (model(x).square().mean() * factor).backward()
+        if clip == "call":
+            optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        scheduler.step()
+
+    seed = 0
+    for sizes in (num_batches, (2,) * len(num_batches), num_batches):
+        mine, most = sizes[rank], max(sizes)
+        with Join([optimizer], scheduler=scheduler) if joins else nullcontext():
+            for index in range(mine if joins else most):
+                step(seed + index, 1.0 if index < mine else 0.0)
+        seed += most
+    optimizer.synchronize()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("clip", [None, "call", "in step"])
+@pytest.mark.parametrize(
+    ("residency", "is_attached", "exchange", "num_batches"),
+    [
+        (FULL, False, Exchange.FASTEST, (4, 1)),
+        (SHARDED, True, Exchange.RANK_ORDER, (2, 4)),
+        (FULL, True, Exchange.RANK_ORDER, (1, 3, 2)),
+        (SHARDED, False, Exchange.BACKEND, (3, 1)),
+    ],
+)
+def test_a_rank_without_data_brings_zeros(
+    clip: str | None, residency: GradientResidency, is_attached: bool, exchange: Exchange, num_batches: tuple[int, ...]
+) -> None:
+    config = ShardingConfig(gradient_residency=residency, exchange=exchange, bucket_cap_mb=0.0005)
+    joined, control = (
+        on_ranks(len(num_batches), train, joins, num_batches, clip, is_attached, config) for joins in (True, False)
+    )
+    for each in joined:
+        assert torch.equal(each, control[0])
+
+
+def test_the_first_step_may_find_a_rank_without_data() -> None:
+    joined, control = (on_ranks(2, train, joins, (3, 0), None, False, ShardingConfig()) for joins in (True, False))
+    assert torch.equal(joined[1], control[0])
+
+
+def test_the_optimizer_is_joinable() -> None:
+    assert isinstance(ShardedDecoupledAdamW([nn.Parameter(torch.ones(2))]), Joinable)
+
+
+def joined_wrongly(group: Any, case: str, num_mine: int) -> None:
+    module: nn.Module = Model() if "layer" in case else Model().layers
+    model = DistributedDataParallel(module, process_group=group) if "DDP" in case else module
+    config = ShardingConfig(reduce_gradients=case != "DDP averages")
+    optimizer = ShardedDecoupledAdamW(module.named_parameters(), lr=1e-2, process_group=group, config=config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    with Join([model, optimizer] if isinstance(model, DistributedDataParallel) else [optimizer]):
+        for step in range(num_mine if dist.get_rank(group) else 3):
+            optimizer.zero_grad()
+            model(torch.full((2, 8), step + 1.0 + dist.get_rank(group))).square().mean().backward()
+            if case == "a clip that was never seen":
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            scheduler.step()
+
+
+@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+@pytest.mark.parametrize(
+    ("case", "num_mine", "said"),
+    [
+        ("no scheduler", 1, "['lr']"),
+        ("a clip that was never seen", 0, "the call"),
+        ("a layer without gradients, and no step before", 0, "the gradient of unused.weight"),
+        ("DDP averages", 1, "Join([optimizer])"),
+        ("DDP averages", 0, "Join([optimizer])"),
+        ("DDP averages, too", 1, "Join([optimizer])"),
+        ("DDP averages, too", 0, "Join([optimizer])"),
+    ],
+)
+def test_what_zeros_cannot_make_right_is_an_error_on_every_rank(case: str, num_mine: int, said: str) -> None:
+    for outcome in outcomes(2, joined_wrongly, case, num_mine):
+        assert outcome.error == "RuntimeError" and said in outcome.message, outcome
