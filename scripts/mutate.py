@@ -44,7 +44,7 @@ MUTATIONS = {
     "kernels/torch_kernel.py": [
         ("if column != _GRAD:", "if column > 1:", "kernels"),
         ("grad_scale=step.divisor", "grad_scale=None", "kernels"),
-        ("hyper.weight_decay / hyper.reference_lr", "hyper.weight_decay", "kernels"),
+        ("hyper.weight_decay / hyper.initial_lr", "hyper.weight_decay", "kernels"),
     ],
     "kernels/numba_kernel.py": [
         ("_larger(maximum, exp_avg_sq)\n", "maximum\n", "kernels"),

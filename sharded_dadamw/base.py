@@ -155,7 +155,7 @@ class DecoupledOptimizer(Optimizer):
                     "weights decay %g times as fast as weight_decay says. Set the group's initial_lr.",
                     index,
                     hyper.lr,
-                    hyper.reference_lr,
+                    hyper.initial_lr,
                     hyper.multiplier,
                 )
                 self._may_warn = False

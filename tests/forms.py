@@ -16,9 +16,9 @@ from sharded_dadamw.update.precision import join, split
 
 F32, F16, BF16, I16 = torch.float32, torch.float16, torch.bfloat16, torch.int16
 
-HYPER = Hyperparameters(lr=3e-3, reference_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=False)
+HYPER = Hyperparameters(lr=3e-3, initial_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=False)
 HYPER_AMSGRAD = Hyperparameters(
-    lr=3e-3, reference_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=True
+    lr=3e-3, initial_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=True
 )
 """For tests in one argument."""
 
@@ -108,7 +108,7 @@ def copied(fragments: Sequence[Operands]) -> list[Operands]:
     return [
         Operands(
             *(None if tensor is None else tensor.clone() for tensor in fragment.tensors),  # type: ignore[arg-type]
-            fragment.step.clone(),
+            fragment.count.clone(),
             fragment.first_element,
         )
         for fragment in fragments
@@ -121,7 +121,7 @@ def cut(fragment: Operands, *at: int) -> list[Operands]:
     return [
         Operands(
             *(None if tensor is None else tensor[start:stop] for tensor in fragment.tensors),  # type: ignore[arg-type]
-            fragment.step,
+            fragment.count,
             None if fragment.first_element is None else fragment.first_element + start,
         )
         for start, stop in pairwise(edges)
@@ -169,13 +169,13 @@ def law_in_fp64(fragment: Operands, hyper: Hyperparameters, divisor: float = 1.0
     assert not isinstance(hyper.lr, Tensor)
     p, g = value_of(fragment), fragment.grad.double() / divisor
     m, v = fragment.exp_avg.double(), fragment.exp_avg_sq.double()
-    step = float(fragment.step)
+    step = float(fragment.count)
     size_m = hyper.beta1 * m.abs() + (1 - hyper.beta1) * g.abs()
     m = hyper.beta1 * m + (1 - hyper.beta1) * g
     v = hyper.beta2 * v + (1 - hyper.beta2) * g * g
     second = v if fragment.max_exp_avg_sq is None else torch.maximum(fragment.max_exp_avg_sq.double(), v)
     denom = (second / (1 - hyper.beta2**step)).sqrt() + hyper.eps
-    decay = hyper.weight_decay * (hyper.lr / hyper.reference_lr if hyper.reference_lr else 1.0)
+    decay = hyper.weight_decay * (hyper.lr / hyper.initial_lr if hyper.initial_lr else 1.0)
     rate = hyper.lr / (1 - hyper.beta1**step)
     update = decay * p + rate * m / denom
     size_update = decay * p.abs() + rate * size_m / denom
@@ -247,7 +247,7 @@ def apply_reference_(fragment: Operands, step: Step, group: int = 0) -> None:
         fragment.exp_avg,
         fragment.exp_avg_sq,
         fragment.max_exp_avg_sq,
-        fragment.step,
+        fragment.count,
         step,
         group,
         main=fragment.main,

@@ -129,8 +129,8 @@ def test_a_kernel_obeys_the_law_within_fp32s_rounding(kernel: ModuleType, kind: 
 
 
 @every_kernel_and_kind
-def test_without_a_reference_lr_the_whole_decay_applies(kernel: ModuleType, kind: Kind) -> None:
-    hyper = replace(HYPER, lr=0.0, reference_lr=0.0, weight_decay=0.25)
+def test_without_a_initial_lr_the_whole_decay_applies(kernel: ModuleType, kind: Kind) -> None:
+    hyper = replace(HYPER, lr=0.0, initial_lr=0.0, weight_decay=0.25)
     fragments = make_operands(kind, (100, 1), amsgrad=False)
     expected = [law_in_fp64(fragment, hyper) for fragment in fragments]
     run(kernel, fragments, hyper)
@@ -252,7 +252,7 @@ def test_every_kernel_rounds_stochastically_with_the_same_bits(kernel: ModuleTyp
         for tensor in (fragment.exp_avg_sq, fragment.max_exp_avg_sq):
             assert tensor is not None
             tensor.copy_(torch.randint(1, 120, (1500,), generator=draw))
-        fragment.step.fill_(step)
+        fragment.count.fill_(step)
         reference = copied([fragment])
         run(kernel, [fragment], hyper)
         apply_reference_(reference[0], Step([hyper]))
@@ -291,7 +291,7 @@ def test_norms_of_a_hundred_million_elements_are_right_to_1e6_and_the_same_bits_
     """A hundred times the same million and three elements, so that the truth is a hundred times that of one."""
     (block,) = make_operands(KINDS["fp32"], [1_000_003], amsgrad=False)
     columns = [None if tensor is None else tensor.repeat(100) for tensor in block.tensors]
-    fragment = Operands(*columns, block.step)  # type: ignore[arg-type]
+    fragment = Operands(*columns, block.count)  # type: ignore[arg-type]
     law = law_in_fp64(block, HYPER)
     norms = run(numba_kernel, [fragment], HYPER)
     truth = [law.values["g"], fragment.param[:1_000_003].double(), fragment.exp_avg[:1_000_003].double()]
@@ -356,7 +356,7 @@ def test_a_remainder_gives_the_bits_of_an_fp32_main_parameter_for_a_thousand_ste
             if getattr(main, name) is not None:
                 getattr(main, name).copy_(getattr(remainder, name))
         step = torch.tensor(0.0)
-        pairs = [replace(one, step=step) for one in (remainder, main)]
+        pairs = [replace(one, count=step) for one in (remainder, main)]
         updates = [kernel.Update([one]) for one in pairs]
         for number in range(1000):
             step.fill_(number + 1.0)
@@ -449,7 +449,7 @@ def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() 
     disguised = {
         "negated": replace(plain, grad=torch._neg_view(-grad)),
         "wrapped": replace(plain, grad=TwoTensor(grad, grad.clone())),
-        "counted in fp64": replace(plain, step=plain.step.double()),
+        "counted in fp64": replace(plain, count=plain.count.double()),
         "of two dtypes": replace(plain, exp_avg_sq=half),
     }
     for name, fragment in disguised.items():

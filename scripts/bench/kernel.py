@@ -39,7 +39,7 @@ from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Hyperparameters, Step
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
-HYPER = Hyperparameters(**LAW, reference_lr=1e-5, amsgrad=False)
+HYPER = Hyperparameters(**LAW, initial_lr=1e-5, amsgrad=False)
 BETAS = (HYPER.beta1, HYPER.beta2)
 STEP = 10.0
 SEED = 0
@@ -206,7 +206,7 @@ def fused(fragments: Sequence[Operands]) -> Callable[[], object]:
     """Torch's fused kernel, ready to be called."""
     *columns, maxima, _ = ([*column] for column in zip(*(each.tensors for each in fragments), strict=True))
     amsgrad = maxima[0] is not None
-    steps = [each.step for each in fragments]
+    steps = [each.count for each in fragments]
     law = partial(torch._fused_adamw_, **LAW, amsgrad=amsgrad, maximize=False)
     return partial(law, *columns, maxima if amsgrad else [], steps)
 
@@ -240,14 +240,14 @@ def composer_loop(at: Operands) -> Callable[[], object]:
     """Composer's function, or what it does."""
     if (adamw := composer_adamw()) is None:
         return partial(transcribed_adamw, at)
-    lists = [[at.param], [at.grad], [at.exp_avg], [at.exp_avg_sq], [], [at.step]]
-    return partial(adamw, *lists, **LAW, initial_lr=HYPER.reference_lr, amsgrad=False)
+    lists = [[at.param], [at.grad], [at.exp_avg], [at.exp_avg_sq], [], [at.count]]
+    return partial(adamw, *lists, **LAW, initial_lr=HYPER.initial_lr, amsgrad=False)
 
 
 def transcribed_adamw(at: Operands) -> None:
     """The operations of ``composer.optim.DecoupledAdamW.adamw``, in its order; like that one it waits for the step."""
-    step = at.step.item()
-    at.param.mul_(1 - HYPER.weight_decay * (HYPER.lr / HYPER.reference_lr))
+    step = at.count.item()
+    at.param.mul_(1 - HYPER.weight_decay * (HYPER.lr / HYPER.initial_lr))
     at.exp_avg.mul_(HYPER.beta1).add_(at.grad, alpha=1 - HYPER.beta1)
     at.exp_avg_sq.mul_(HYPER.beta2).addcmul_(at.grad, at.grad, value=1 - HYPER.beta2)
     denom = (at.exp_avg_sq.sqrt() / math.sqrt(1 - HYPER.beta2**step)).add_(HYPER.eps)

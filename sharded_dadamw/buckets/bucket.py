@@ -108,7 +108,7 @@ class Bucket:
             torch.zeros(numel, dtype=storage.moments, device=device) for _ in range(3 if amsgrad else 2)
         )
         self.max_exp_avg_sq = maximum[0] if amsgrad else None
-        self.steps = torch.zeros(len(members), dtype=torch.float32, device=device)
+        self.counts = torch.zeros(len(members), dtype=torch.float32, device=device)
 
     @property
     def param(self) -> Tensor:
@@ -161,7 +161,7 @@ class Bucket:
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
         part = _part(self.layout.fragment(slot, self.rank))
-        return {"step": self.steps[slot]} | {name: shard[part] for name, shard in self.state_shards.items()}
+        return {"step": self.counts[slot]} | {name: shard[part] for name, shard in self.state_shards.items()}
 
     def reset_main_(self) -> None:
         """Take the main parameter from the weights, after those were filled with others."""
@@ -214,7 +214,7 @@ class Bucket:
         if self._takes_edits:
             self._absorb_edits_()
         prepared = self._prepared_for(present)
-        self.steps.add_(prepared.counted if step.found_inf is None else prepared.counted * (1 - step.found_inf))
+        self.counts.add_(prepared.counted if step.found_inf is None else prepared.counted * (1 - step.found_inf))
         return prepared.params, None if prepared.update is None else prepared.update(step, self.group_index)
 
     def _prepared_for(self, present: tuple[bool, ...]) -> _Prepared:
@@ -222,7 +222,7 @@ class Bucket:
 
         Not for tensors that have moved since, as by Tensor.share_memory_(): kernels go by addresses.
         """
-        tensors = (self.param, self.grad, self.steps, *self.state_shards.values())
+        tensors = (self.param, self.grad, self.counts, *self.state_shards.values())
         key = (present, *map(Tensor.data_ptr, tensors))
         prepared = self._prepared.pop(key, None)  # put back as the latest
         if prepared is None:
@@ -233,7 +233,7 @@ class Bucket:
             prepared = _Prepared(
                 kernels.prepare(operands) if operands else None,
                 [self._params[fragment.slot] for fragment in fragments],
-                counted.to(self.steps.device, non_blocking=True),  # or the host would wait for the device
+                counted.to(self.counts.device, non_blocking=True),  # or the host would wait for the device
             )
         self._prepared[key] = prepared
         return prepared
@@ -250,7 +250,7 @@ class Bucket:
             exp_avg_sq=self.exp_avg_sq[part],
             max_exp_avg_sq=None if self.max_exp_avg_sq is None else self.max_exp_avg_sq[part],
             main=None if self.main is None else self.main[part],
-            step=self.steps[fragment.slot],
+            count=self.counts[fragment.slot],
             first_element=first if self.storage.is_stochastic else None,
         )
 

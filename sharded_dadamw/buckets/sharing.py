@@ -154,7 +154,7 @@ def describe_hyperparameters(index: int, hyper: Hyperparameters) -> Description:
     lr = hyper.lr
     values = {
         "lr": f"a tensor on {lr.device}" if isinstance(lr, Tensor) else str(lr),  # whose value the host cannot see
-        "initial_lr": hyper.reference_lr,
+        "initial_lr": hyper.initial_lr,
         "betas": (hyper.beta1, hyper.beta2),
         "eps": hyper.eps,
         "weight_decay": hyper.weight_decay,

@@ -8,9 +8,9 @@ The form in the middle is what `torch.distributed.checkpoint.state_dict.get_opti
 
 with canonical names, tensors in the parameter's shape, and `weight_decay` as our update rule reads it: independent of
 the learning rate. torch's AdamW, fairscale's and DeepSpeed's shrink a weight by `lr * weight_decay` per step, and ours
-by `weight_decay * lr / reference_lr`, where the reference is the larger of a group's `initial_lr` and `max_lr`. So
+by `weight_decay * lr / initial_lr`, where `max_lr` stands for an `initial_lr` that is smaller. So
 
-    ours = reference_lr * theirs
+    ours = initial_lr * theirs
 
 decays alike at every lr of the schedule.
 """
@@ -111,7 +111,7 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     first = 0
     for group in state["param_groups"]:
         names = list(group["params"])
-        reference = Hyperparameters.from_group(group).reference_lr
+        reference = Hyperparameters.from_group(group).initial_lr
         if group["weight_decay"] and not reference:
             raise ValueError(f"initial_lr: expected one > 0 to divide weight_decay {group['weight_decay']} by, got 0")
         theirs = float(group["weight_decay"]) / reference if reference else 0.0
@@ -265,7 +265,7 @@ def imported_group(
             log.warning("%s has no initial_lr: taking its lr, %g, for the peak of its schedule", where, ours["lr"])
         ours["initial_lr"] = ours["lr"]
     if coupled:
-        ours["weight_decay"] *= Hyperparameters.from_group(ours).reference_lr
+        ours["weight_decay"] *= Hyperparameters.from_group(ours).initial_lr
     return {**ours, "params": list(names), "param_names": list(names)}
 
 

@@ -36,7 +36,7 @@ class Operands:
         max_exp_avg_sq: Dtype of ``exp_avg``. Updated. None without amsgrad.
         main: fp32: the value that ``param`` is rounded from; int16: what ``param``, in bf16, lacks of its fp32 value.
             Updated. None where ``param`` is all there is.
-        step: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
+        count: 0-d fp32 on the same device: the number of this update, counted from 1. Only read.
         first_element: Number of the first element, counted over all parameters: the key of stochastic rounding of bf16
             moments. None: moments are rounded to the nearest.
     """
@@ -47,7 +47,7 @@ class Operands:
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
     main: Tensor | None
-    step: Tensor
+    count: Tensor
     first_element: int | None = None
 
     @property
@@ -67,10 +67,10 @@ class Operands:
     @property
     def is_plain(self) -> bool:
         """Whether addresses tell the truth: memory of one device, in the dtypes of the form, read as it is."""
-        there = [tensor for tensor in (*self.tensors, self.step) if tensor is not None]
+        there = [tensor for tensor in (*self.tensors, self.count) if tensor is not None]
         squares = [tensor for tensor in (self.exp_avg_sq, self.max_exp_avg_sq) if tensor is not None]
         return (
-            self.step.dtype is torch.float32
+            self.count.dtype is torch.float32
             and all(tensor.dtype is self.exp_avg.dtype for tensor in squares)
             and all(tensor.device == self.param.device and has_plain_memory(tensor) for tensor in there)
         )
@@ -81,8 +81,8 @@ class Operands:
         return self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.main
 
     def addresses(self) -> list[int]:
-        """Those of ``tensors`` and of ``step``; 0 for what there is not."""
-        return [0 if tensor is None else tensor.data_ptr() for tensor in (*self.tensors, self.step)]
+        """Those of ``tensors`` and of ``count``; 0 for what there is not."""
+        return [0 if tensor is None else tensor.data_ptr() for tensor in (*self.tensors, self.count)]
 
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))

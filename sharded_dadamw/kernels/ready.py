@@ -41,7 +41,7 @@ class Columns:
         exp_avgs: Updated.
         exp_avg_sqs: Updated.
         max_exp_avg_sqs: Updated. Empty without amsgrad.
-        steps: Only read.
+        counts: Only read.
     """
 
     params: Sequence[Tensor]
@@ -49,17 +49,17 @@ class Columns:
     exp_avgs: Sequence[Tensor]
     exp_avg_sqs: Sequence[Tensor]
     max_exp_avg_sqs: Sequence[Tensor]
-    steps: Sequence[Tensor]
+    counts: Sequence[Tensor]
 
     def kept(self) -> list[Tensor]:
         """Return all tensors but the gradients."""
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs, *self.steps]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs, *self.counts]
 
     def operands(self) -> list[Operands]:
         """Return the fragments."""
         nothing: Sequence[None] = [None] * len(self.params)
         maxima = self.max_exp_avg_sqs or nothing
-        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, maxima, nothing, self.steps)
+        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, maxima, nothing, self.counts)
         return [Operands(*row) for row in zip(*columns, strict=True)]
 
 
@@ -85,7 +85,7 @@ class ReadyUpdate:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._gradients = _described(columns.grads)
         self._captured = captured
-        self.counts = _joined(columns.steps)
+        self.counts = _joined(columns.counts)
         self._is_fixed = [_is_contiguous(fragment) and not _needs_tensors(fragment.form) for fragment in operands]
         self._fixed = _prepare(compress(enumerate(operands), self._is_fixed))
         self._others = [place for place, is_fixed in enumerate(self._is_fixed) if not is_fixed]
@@ -177,11 +177,11 @@ def _described(grads: Sequence[Tensor]) -> list[object]:
     return [*map(_dtype, grads), *map(type, grads), *map(Tensor.numel, grads)]
 
 
-def _joined(steps: Sequence[Tensor]) -> list[Tensor]:
+def _joined(counts: Sequence[Tensor]) -> list[Tensor]:
     """The same numbers in one tensor where they are all that it has."""
-    base = steps[0]._base if steps else None
-    is_all = base is not None and base.numel() == len(steps) and all(step._base is base for step in steps)
-    return [base] if base is not None and is_all else list(steps)
+    base = counts[0]._base if counts else None
+    is_all = base is not None and base.numel() == len(counts) and all(count._base is base for count in counts)
+    return [base] if base is not None and is_all else list(counts)
 
 
 def _needs_tensors(form: Form) -> bool:

@@ -55,7 +55,7 @@ class Update:
                 each.exp_avg,
                 each.exp_avg_sq,
                 each.max_exp_avg_sq,
-                each.step,
+                each.count,
                 step,
                 group,
                 main=each.main,
@@ -97,7 +97,7 @@ def _split(operands: Sequence[Operands]) -> tuple[_Columns, _Columns]:
         body = value.numel() // ALIGNMENT * ALIGNMENT
         for rows, part in ((bodies, slice(body)), (ends, slice(body, None))):
             if flat[0][part].numel():
-                rows.append([*(tensor[part] for tensor in flat), each.step])
+                rows.append([*(tensor[part] for tensor in flat), each.count])
     num_columns = 6 if operands[0].max_exp_avg_sq is not None else 5
     of_bodies, of_ends = ([[row[i] for row in rows] for i in range(num_columns)] for rows in (bodies, ends))
     return of_bodies, of_ends
@@ -122,9 +122,9 @@ def _fused_adamw_(columns: _Columns, step: Step, group: int) -> None:
     if not values:
         return
     hyper, found_inf = step.hypers[group], step.found_inf
-    if hyper.reference_lr:
-        # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / reference_lr, that is our decay.
-        coupled_weight_decay = hyper.weight_decay / hyper.reference_lr
+    if hyper.initial_lr:
+        # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / initial_lr, that is our decay.
+        coupled_weight_decay = hyper.weight_decay / hyper.initial_lr
     else:
         # Full decay whatever lr is: no coupled value expresses that.
         coupled_weight_decay = 0.0

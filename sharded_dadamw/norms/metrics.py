@@ -30,7 +30,8 @@ METRICS = {f"l2_norm/{norm}": NORMS.index(norm) for norm in ("moment", "param", 
 """Every metric of a parameter, in the order of reporting, and where in NORMS it is."""
 
 
-class Snapshot(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
     """This rank's part of a parameter as it is now; all of one shape, on one device.
 
     Attributes:
@@ -38,7 +39,7 @@ class Snapshot(NamedTuple):
         exp_avg: None where the parameter has no state.
         exp_avg_sq: None likewise.
         max_exp_avg_sq: None likewise, or without amsgrad.
-        step: 0-d, the number of updates so far. None likewise.
+        count: 0-d, the number of updates so far. None likewise.
         grad: The gradient; None where there is none.
     """
 
@@ -46,7 +47,7 @@ class Snapshot(NamedTuple):
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
     max_exp_avg_sq: Tensor | None = None
-    step: Tensor | None = None
+    count: Tensor | None = None
     grad: Tensor | None = None
 
 
@@ -140,11 +141,11 @@ class StepReport:
             if now.grad is None:
                 raise gone()
             second_moment = now.max_exp_avg_sq if hyper.amsgrad else now.exp_avg_sq
-            assert now.exp_avg is not None and second_moment is not None and now.step is not None
+            assert now.exp_avg is not None and second_moment is not None and now.count is not None
             grad = now.grad.to(torch.promote_types(now.grad.dtype, torch.float32))
             tensors["grad"] = grad if self.step.divisor is None else grad / self.step.divisor.to(grad.device)
             hyper = hyper.on(now.value.device)
-            update = applied_update(now.value, now.exp_avg, second_moment, now.step, hyper=hyper)
+            update = applied_update(now.value, now.exp_avg, second_moment, now.count, hyper=hyper)
             tensors["update"] = self.unless_skipped(update)
         sums = dict(zip(tensors, sums_of_squares(list(tensors.values())).unbind(), strict=True))
         zero = torch.zeros((), dtype=torch.float64, device=now.value.device)

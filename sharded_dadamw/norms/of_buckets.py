@@ -52,7 +52,7 @@ class HeldInBuckets:
         bucket, slot = self._shards.slots[id(param)]
         now = bucket.operands_of(slot)
         grad = now.grad if bucket.gradients.still_holds_last_step else None
-        return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.step, grad)
+        return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.count, grad)
 
     def make_measurable(self, report: StepReport) -> None:
         """Read weights that others own, and see that gradients are there which have to be measured.

@@ -84,7 +84,7 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
         layout = bucket.layout
         if keep:
             for slot, member in enumerate(bucket.members):
-                state[member.index] = {"step": bucket.steps[slot].to("cpu", copy=True)}
+                state[member.index] = {"step": bucket.counts[slot].to("cpu", copy=True)}
         for name, shard in bucket.state_shards.items():
             buffer = torch.empty(layout.numel, dtype=shard.dtype, device=bucket.weights.shard.device)
             buffer[slice(*layout.shard_range(bucket.rank))].copy_(shard)

@@ -1,13 +1,13 @@
 """The update rule: decoupled AdamW as one pure function over tensors, and the scalars it needs.
 
-    decay   = weight_decay * lr / reference_lr        (weight_decay where reference_lr is 0)
+    decay   = weight_decay * lr / initial_lr        (weight_decay where initial_lr is 0)
     param  *= 1 - decay
     exp_avg, exp_avg_sq: moving averages of g and g * g
     max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)                                (amsgrad only)
     denom   = sqrt(exp_avg_sq or max_exp_avg_sq) / sqrt(1 - beta2^step) + eps
     param  -= lr / (1 - beta1^step) * exp_avg / denom
 
-This is MosaicML Composer's ``DecoupledAdamW``: the decay follows the learning-rate *schedule*, lr / reference_lr, and
+This is MosaicML Composer's ``DecoupledAdamW``: the decay follows the learning-rate *schedule*, lr / initial_lr, and
 not the learning rate itself. The functions here are the reference. :mod:`sharded_dadamw.kernels` holds the fused twin
 that training runs, and falls back to this one where no fused kernel exists.
 """
@@ -37,7 +37,7 @@ class Hyperparameters:
 
     Attributes:
         lr: Learning rate of this step. A tensor where the group's is one on an accelerator: the host never reads it.
-        reference_lr: The schedule's peak; ``lr / reference_lr`` is the schedule's multiplier.
+        initial_lr: The schedule's peak; ``lr / initial_lr`` is the schedule's multiplier.
         beta1: Coefficient of ``exp_avg``.
         beta2: Coefficient of ``exp_avg_sq``.
         eps: Added to the denominator.
@@ -46,7 +46,7 @@ class Hyperparameters:
     """
 
     lr: float | Tensor
-    reference_lr: float
+    initial_lr: float
     beta1: float
     beta2: float
     eps: float
@@ -67,7 +67,7 @@ class Hyperparameters:
         beta1, beta2 = group["betas"]
         return cls(
             lr=lr,
-            reference_lr=max(float(group.get("initial_lr", lr)), float(group.get("max_lr", 0.0))),
+            initial_lr=max(float(group.get("initial_lr", lr)), float(group.get("max_lr", 0.0))),
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(group["eps"]),
@@ -83,7 +83,7 @@ class Hyperparameters:
     @property
     def multiplier(self) -> float | Tensor:
         """What the schedule multiplies the decay by; a 0-d tensor where ``lr`` is one."""
-        return self.lr / self.reference_lr if self.reference_lr else 1.0
+        return self.lr / self.initial_lr if self.initial_lr else 1.0
 
     @property
     def decay(self) -> float | Tensor:
@@ -117,7 +117,7 @@ def read_groups(groups: Sequence[Mapping[str, Any]]) -> list[Hyperparameters]:
         if not isinstance(hyper.decay, Tensor) and hyper.decay >= 1.0:
             raise ValueError(
                 f"param_groups[{index}]: expected a decay per step below 1, got {hyper.decay:g}, which is weight_decay "
-                f"{hyper.weight_decay:g} times lr {hyper.lr:g} over initial_lr {hyper.reference_lr:g}; set the group's "
+                f"{hyper.weight_decay:g} times lr {hyper.lr:g} over initial_lr {hyper.initial_lr:g}; set the group's "
                 "initial_lr to the peak of the schedule, or for a search of learning rates its weight_decay to 0"
             )
     return hypers

@@ -89,7 +89,7 @@ def widened(fragment: Operands, dtype: torch.dtype) -> Operands:
         fragment.exp_avg_sq.to(dtype, copy=True),
         None if maximum is None else maximum.to(dtype, copy=True),
         None,
-        fragment.step,
+        fragment.count,
     )
 
 
@@ -119,18 +119,18 @@ def test_the_kernel_obeys_the_law_within_fp32s_rounding(kind: Kind, hyper: Hyper
 
 
 @every_kind
-@pytest.mark.parametrize("reference_lr", [0.0, 6e-3])
+@pytest.mark.parametrize("initial_lr", [0.0, 6e-3])
 def test_a_learning_rate_of_zero_decays_fully_without_a_reference_and_not_at_all_with_one(
-    kind: Kind, reference_lr: float
+    kind: Kind, initial_lr: float
 ) -> None:
-    hyper = replace(HYPER, lr=0.0, reference_lr=reference_lr, weight_decay=0.25)
+    hyper = replace(HYPER, lr=0.0, initial_lr=initial_lr, weight_decay=0.25)
     fragments = on_device(kind, (100, 1, 1024), hyper)
     expected = [law_of(fragment, hyper, 1.0) for fragment in fragments]
     before = copied(fragments)
     run(fragments, hyper)
     for fragment, one, old in zip(fragments, expected, before, strict=True):
         assert_obeys(fragment, one, kind)
-        if reference_lr:
+        if initial_lr:
             assert torch.equal(value_of(fragment), value_of(old))
 
 
@@ -204,7 +204,7 @@ def test_every_kind_stores_the_bits_of_fp32_arithmetic_rounded_as_on_the_cpu(
         rounded = [new.exp_avg.cpu().to(kind.moments), new.exp_avg_sq.cpu().to(kind.moments)]
         if fragment.first_element is not None:
             elements = torch.arange(fragment.first_element, fragment.first_element + len(value))
-            bits = random_bits(fragment.step.cpu(), elements)
+            bits = random_bits(fragment.count.cpu(), elements)
             rounded = [
                 round_stochastically(moment.cpu(), of_moment)
                 for moment, of_moment in zip((new.exp_avg, new.exp_avg_sq), bits, strict=True)
@@ -353,7 +353,7 @@ def test_no_value_of_a_step_makes_triton_compile_again(label: str) -> None:
 
     def step(hyper: Hyperparameters, index: int) -> None:
         for fragment in fragments:
-            fragment.step.add_(index)
+            fragment.count.add_(index)
         update(Step([hyper], divisors[index], flags[index]), 0)
 
     for lr in (3e-3, scalar(3e-3)):
@@ -362,7 +362,7 @@ def test_no_value_of_a_step_makes_triton_compile_again(label: str) -> None:
     with compilations() as compiled:
         for index, lr in enumerate((0.0, 1.0, 1e-3, 16.0, 1e-30, 2.0)):
             for rate in (lr, scalar(lr)):
-                now = replace(HYPER, lr=rate, reference_lr=lr, weight_decay=lr, beta1=0.1 * index, eps=10.0**-index)
+                now = replace(HYPER, lr=rate, initial_lr=lr, weight_decay=lr, beta1=0.1 * index, eps=10.0**-index)
                 step(now, index)
                 step(now, index + 1)
     assert compiled == []
@@ -379,7 +379,7 @@ def test_compilations_are_noticed() -> None:
 def test_an_update_keeps_no_tensor_alive() -> None:
     (fragment,) = on_device(KINDS["bf16, remainder"], [100], HYPER_AMSGRAD)
     update = prepared([fragment])
-    references = [weakref.ref(tensor) for tensor in (*fragment.tensors, fragment.step) if tensor is not None]
+    references = [weakref.ref(tensor) for tensor in (*fragment.tensors, fragment.count) if tensor is not None]
     update(Step([HYPER_AMSGRAD]), 0)
     del fragment
     gc.collect()
