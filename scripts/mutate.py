@@ -179,10 +179,10 @@ MUTATIONS = {
         ("crc == self.crc32", "True", "checkpoint_faults"),
         ("(count - 1))]", "count)]", "checkpoint checkpoint_faults"),
     ],
-    "checkpoint/dcp.py": [
+    "checkpoint/metadata.py": [
         ("if held != expected:", "if False:", "checkpoint_faults interchange"),
     ],
-    "checkpoint/metadata.py": [
+    "checkpoint/entries.py": [
         ("if isinstance(node, str) or path[-1] in node:", "if False:", "checkpoint_faults"),
     ],
     "checkpoint/matching.py": [
@@ -199,8 +199,9 @@ MUTATIONS = {
     "interchange/state_dicts.py": [
         ('float(group["weight_decay"]) / reference if', 'float(group["weight_decay"]) if', "interchange"),
     ],
-    "interchange/torch_file.py": [
-        ("if not describes and root", "if False and root", "torch_file interchange"),
+    "checkpoint/pickles.py": [
+        ("acts = not describes and root", "acts = False and root", "torch_file interchange"),
+        ("if num_parts > _MOST_PARTS:", "if False:", "torch_file"),
     ],
     "decoupled.py": [
         ("counted = 1.0 if found_inf is None else", "counted = 1.0 if True else", "contract"),

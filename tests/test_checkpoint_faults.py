@@ -1,12 +1,16 @@
 """What can go wrong with a checkpoint: disks, files, saves that die or go on behind training, files made to harm."""
 
 import errno
+import io
 import os
 import pickle
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -569,6 +573,63 @@ def test_metadata_with_values_that_have_no_end_are_refused_at_once(where: str, t
             load_checkpoint(tmp_path, **run(None, *parts))
 
 
+def archive(pickled: bytes) -> bytes:
+    """A file of `torch.save` with this pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as records:
+        for name, data in (("data.pkl", pickled), ("byteorder", sys.byteorder.encode()), ("version", b"3")):
+            records.writestr(f"x/{name}", data)
+    return file.getvalue()
+
+
+def test_files_of_torch_in_a_checkpoint_with_keys_whose_hash_would_never_end_are_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own: torch's reader would not come back, and nothing in this one could end it."""
+    endless = archive(b"\x80\x02}" + TUPLES + b"K\x00s.")
+    packed = io.BytesIO()
+    torch.save(torch.frombuffer(bytearray(endless), dtype=torch.uint8), packed)
+    replaced = {
+        "model.embedding.weight": endless,
+        "optimizer.param_groups.0.lr": endless,
+        "ranks.0": packed.getvalue(),
+    }
+    for entry, data in replaced.items():
+        saved(tmp_path / entry, 1)
+        folder = tmp_path / entry / "step_00000001"
+        metadata: Any = dcp.FileSystemReader(folder).read_metadata()
+        if entry == "ranks.0":
+            known = metadata.state_dict_metadata[entry]
+            known.size = known.chunks[0].sizes = torch.Size([len(endless)])
+        info = next(info for index, info in metadata.storage_data.items() if index.fqn == entry)
+        with (folder / info.relative_path).open("ab") as file:
+            info.offset, info.length = file.tell(), len(data)
+            file.write(data)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        sign(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *(str(tmp_path / entry) for entry in replaced)],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 3 and all("tuples of tuples" in refusal for refusal in refusals), done
+
+
+LOADING = """
+import sys
+from sharded_dadamw.checkpoint import load_checkpoint
+from tests.test_checkpoint import build, run
+for root in sys.argv[1:]:
+    try:
+        load_checkpoint(root, **run(None, *build("DecoupledAdamW", None)))
+    except ValueError as refusal:
+        print(refusal)
+"""
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
         later.setattr("sharded_dadamw.checkpoint.folder.FORMAT", 2)
@@ -641,7 +702,7 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
     [
         ("metadata itself", r"\.metadata: .*mkdir, which is no data"),
         ("in the metadata", r"\.metadata: .*mkdir, which is no data"),
-        ("an entry", r"an entry cannot be read: .*[Ww]eights"),
+        ("an entry", r"an entry cannot be read: optimizer.param_groups.0.lr .*mkdir, which is no data"),
         ("a file elsewhere", r"expected entries in the files of the checkpoint"),
         ("a file elsewhere, listed", r"expected names of files in the folder"),
     ],

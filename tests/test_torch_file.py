@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharded_dadamw.checkpoint.pickles import Placeholder, load_torch
 from sharded_dadamw.interchange import Source, read_state
-from sharded_dadamw.interchange.torch_file import Placeholder, load_torch
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -116,6 +116,8 @@ def test_plain_data_comes_back(protocol: int) -> None:
     data = {
         "a": [1, 2.5, "x", b"bytes", None, True, (1, (2,)), 1j],
         "d": collections.OrderedDict(x=1),
+        "c": collections.Counter("xx"),
+        "s": {1, (2, (3, 4)), frozenset({5})},
         "e": torch.bfloat16,
         "f": torch.Size([2, 3]),
         "i": torch.device("cpu"),
@@ -332,6 +334,13 @@ def test_programs_that_pass_on_what_stands_in_itself_many_times_end(inside: byte
             load(b"\x80\x04" + program)
         except ValueError as error:
             assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("kind", [torch.Size, set, collections.Counter])
+def test_a_tensor_whose_one_element_stands_for_many_is_not_gone_through(kind: Any, tmp_path: Path) -> None:
+    torch.save(Calls(kind, torch.ones(1, dtype=torch.int64).expand(1 << 20)), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="expected a list of things, got Tensor"):
+        load_torch(tmp_path / "x.pt")
 
 
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Entries in torch.distributed.checkpoint's format, written whole or not at all and read without running anything.
+"""Checkpoints written in torch.distributed.checkpoint's format, whole or not at all; torch's own `load` reads them.
 
-torch's own `load` reads what is written here. Writing adds checksums, taken from the very bytes on their way to a file,
-a manifest, and the new folder's name as the last act. Reading takes metadata that have been read already (see
-`checkpoint.metadata`), and entries that are no tensors, which are pickles, as plain data alone.
+Added are checksums, taken from the very bytes on their way to a file, a manifest, and the new folder's name as the last
+act.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -31,7 +28,6 @@ from torch.futures import Future
 import sharded_dadamw
 from sharded_dadamw.checkpoint.folder import FileSum, Manifest, keep, publish
 from sharded_dadamw.checkpoint.metadata import METADATA
-from sharded_dadamw.checkpoint.run import load_plain
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
@@ -187,51 +183,3 @@ def _explained(error: CheckpointException, final: Path) -> Exception:
     if isinstance(failure, OSError) and failure.errno is not None:
         return OSError(failure.errno, message)
     return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)
-
-
-class _Reader(FileSystemReader):
-    """Reads entries by metadata that are known to be sound."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return what was read before, so that no rank can fail here and go its own way."""
-        return self._metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    """Takes entries by their flat names, and those that are no tensors as plain data."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Unpickle an entry that is no tensor, if nothing but data is in it."""
-        self.state_dict[read_item.dest_index.fqn] = load_plain(value)
-
-
-def read_entries(folder: Path, metadata: Metadata, into: dict[str, Any]) -> None:
-    """Read entries, of tensors the parts that this rank needs. Not collective.
-
-    Args:
-        folder: The checkpoint.
-        metadata: What ``read_metadata`` says is in it.
-        into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the entry
-            is no tensor, replaced.
-
-    Raises:
-        ValueError: An entry cannot be read, or its chunks are not all of it.
-    """
-    for entry in into:
-        known = metadata.state_dict_metadata[entry]
-        if isinstance(known, TensorStorageMetadata):
-            expected, held = known.size.numel(), sum(chunk.sizes.numel() for chunk in known.chunks)
-            if held != expected:
-                raise ValueError(f"{folder}, {entry}: expected {expected} elements in chunks, got {held}")
-    try:
-        _load_state_dict(into, _Reader(folder, metadata), no_dist=True, planner=_Planner())
-    except CheckpointException as error:
-        (failure, _), *_ = error.failures.values()
-        raise ValueError(f"{folder}: an entry cannot be read: {failure}") from error

@@ -6,7 +6,6 @@ them, are found by name, in whatever order they were saved; a main parameter cha
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,90 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
+from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest
-from sharded_dadamw.checkpoint.metadata import nested, tree_of
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.layout.placement import like_parameter, local
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.update.adamw import FREE_OF_LR
-from sharded_dadamw.update.precision import holds, join, remainder_of
+from sharded_dadamw.update.precision import join, remainder_of
 
 _OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
 """The forms of a main parameter: which one is the other, and the dtype of this one."""
 
 _DECAYS = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
-
-
-class SavedEntries:
-    """The entries of a checkpoint, by where they stood in the nested state dict.
-
-    Attributes:
-        folder: The checkpoint.
-        manifest: What it says that it is.
-        metadata: What entries it has.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, metadata: Metadata) -> None:
-        """Take what ``metadata`` tells.
-
-        Raises:
-            ValueError: An entry stands where another one does, or below it.
-        """
-        self.folder = folder
-        self.manifest = manifest
-        self.metadata = metadata
-        self._num_bytes = sum(known.size for known in manifest.files.values())
-        self._tree = tree_of(metadata, folder)
-
-    def under(self, *path: Any) -> dict[Any, Any]:
-        """Return what stands under a path: entries' flat names, or tables of them."""
-        node = self._tree
-        for key in path:
-            node = node.get(key, {})
-        return node
-
-    def target(self, entry: str, live: Tensor) -> Tensor:
-        """Make room for an entry in host memory, like a live tensor, if it fits.
-
-        Raises:
-            ValueError: It does not, or would be rounded; names the entry.
-        """
-        known = self.metadata.state_dict_metadata[entry]
-        size = live.size()  # the shape of an FSDP1 shard is its own
-        expected = f"{live.dtype} {list(size)}"
-        if not isinstance(known, TensorStorageMetadata):
-            raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
-        dtype = known.properties.dtype
-        if known.size != size or not holds(live.dtype, dtype):
-            raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
-        if isinstance(live, FragmentTensor):
-            return live  # what is read goes into memory of its own
-        if isinstance(live, ShardedTensor):
-            return copy.deepcopy(live)
-        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
-
-    def whole(self, entry: str) -> Tensor | None:
-        """Make room for all of an entry in host memory; None where it is no tensor.
-
-        Raises:
-            ValueError: It is larger than the files.
-        """
-        known = self.metadata.state_dict_metadata[entry]
-        if not isinstance(known, TensorStorageMetadata):
-            return None
-        num_bytes = known.size.numel() * known.properties.dtype.itemsize
-        if num_bytes > self._num_bytes:
-            raise ValueError(f"{entry}: expected a tensor that is in the files, got one of {num_bytes} bytes")
-        return torch.empty(known.size, dtype=known.properties.dtype)
-
-    def wholes(self, node: Any) -> dict[str, Any]:
-        """Make room for all entries at or below what :meth:`under` returned; by flat name."""
-        if isinstance(node, str):
-            return {node: self.whole(node)}
-        return {entry: value for item in node.values() for entry, value in self.wholes(item).items()}
 
 
 class Match:
@@ -113,7 +42,8 @@ class Match:
 
     def __init__(
         self,
-        saved: SavedEntries,
+        saved: Entries,
+        manifest: Manifest,
         model: nn.Module,
         weights: Mapping[str, Any],
         optimizer: Optimizer | None,
@@ -123,6 +53,7 @@ class Match:
 
         Args:
             saved: What there is.
+            manifest: What that says it is.
             model: Whose ties count.
             weights: Its live state, by name.
             optimizer: Which one takes the state; None to leave that alone.
@@ -135,15 +66,16 @@ class Match:
         self.entries: dict[str, Any] = {}
         self.group_numbers: list[int] = []
         self._saved = saved
+        self._manifest = manifest
         self._weights = weights
         self._state = state
-        self._first = {name: names[0] for names in saved.manifest.aliases for name in names}
+        self._first = {name: names[0] for names in manifest.aliases for name in names}
         self._twins: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}  # by live name the one under which a weight is stored
         self._match_weights()
         self._tie(tied(model))
         if optimizer is not None and state is not None:
-            _require_same_decay(saved, name_of(optimizer))
+            _require_same_decay(manifest, saved.folder, name_of(optimizer))
             self._match_groups(state["param_groups"])
             self._match_state(state)
 
@@ -164,7 +96,7 @@ class Match:
         state, groups, wide = {}, [], {}
         for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
-            if IS_DECOUPLED.get(saved.manifest.optimizer):  # which tells what its weight decay means
+            if IS_DECOUPLED.get(self._manifest.optimizer):  # which tells what its weight decay means
                 kept["decoupled_weight_decay"] = FREE_OF_LR
             groups.append({**group, **nested(saved.under("optimizer", "param_groups", number), entries), **kept})
             for name in group["params"]:
@@ -215,7 +147,7 @@ class Match:
         """Find for every live group the saved one with the same parameters."""
         saved, numbers = self._saved, self.group_numbers
         ours = [{self._stored[name] for name in group["params"]} for group in groups]
-        theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
+        theirs = [{self._first.get(name, name) for name in group["params"]} for group in self._manifest.param_groups]
         if len(ours) != len(theirs):
             raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
         left = list(range(len(theirs)))
@@ -291,21 +223,20 @@ def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dic
     return {name: found for name, found in names.items() if found is not None}
 
 
-def _require_same_decay(saved: SavedEntries, live: str) -> None:
+def _require_same_decay(manifest: Manifest, folder: Path, live: str) -> None:
     """Check that weight decay means the same: its entry has one name, and the numbers differ by a factor of lr."""
-    name = saved.manifest.optimizer
+    name = manifest.optimizer
     was, now = IS_DECOUPLED.get(name), IS_DECOUPLED.get(live)
-    decays = any(group.get("weight_decay") for group in saved.manifest.param_groups)
+    decays = any(group.get("weight_decay") for group in manifest.param_groups)
     if not decays or name in ("", live) or was == now:
         return
     if was is not None and now is not None:
         target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
-        hint = f"convert it: sharded-dadamw convert {saved.folder} {target}"
+        hint = f"convert it: sharded-dadamw convert {folder} {target}"
     else:
         hint = "nothing is known of how these compare, so pass optimizer=None to load the rest"
     raise ValueError(
-        f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {saved.folder}; "
-        f"{hint}"
+        f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {folder}; {hint}"
     )
 
 

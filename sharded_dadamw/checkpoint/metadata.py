@@ -1,18 +1,16 @@
 """The `.metadata` file of torch.distributed.checkpoint, read without running anything in it.
 
 It says for every entry what it is, and for every chunk of a tensor where it lies: in which file, from which byte on.
-It is a pickle, and a pickle is a program, so it is read by an unpickler that knows torch's data classes alone.
+It is a pickle, which is read by an unpickler that knows torch's data classes alone.
 """
 
-import pickle
-from collections.abc import Mapping
+import io
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -23,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.pickles import DTYPES, Unpickler
 
 METADATA = ".metadata"
 _MOST_KEYS = 64  # in the path of an entry; whoever follows a path recurses once for each
@@ -33,86 +32,30 @@ _CLASSES = (
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
     _StorageInfo,
 )
 
 
-def _layout(name: object) -> torch.layout:
+def _strided(name: object) -> None:
     if name != "torch.strided":
         raise ValueError("expected strided tensors, got others")
-    return torch.strided
-
-
-def _memory_format(number: object) -> _MEM_FORMAT_ENCODING:
-    if type(number) is not int:
-        raise ValueError("expected the number of a memory format, got something else")
-    return _MEM_FORMAT_ENCODING(number)
 
 
 _KNOWN: dict[str, Any] = {
-    **{f"{known.__module__}.{known.__qualname__}": known for known in _CLASSES},
-    f"{_MEM_FORMAT_ENCODING.__module__}.{_MEM_FORMAT_ENCODING.__qualname__}": _memory_format,
+    **{f"{known.__module__}.{known.__qualname__}": known for known in (*_CLASSES, TensorProperties)},
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": lambda _: None,
     "torch.Size": torch.Size,
-    "torch.serialization._get_layout": _layout,
-    **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    "torch.serialization._get_layout": _strided,
+    **DTYPES,
     **{f"pathlib{where}.PosixPath": PurePosixPath for where in ("", "._local")},  # the folder, as stock torch saves it
     **{f"pathlib{where}.WindowsPath": PureWindowsPath for where in ("", "._local")},
 }
-"""What a pickle may name. Nothing here hashes what it is given, or puts it into a message; see the unpickler."""
 
-_OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST),
-    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.APPEND, pickle.APPENDS),
-)
-
-_PythonsUnpickler: Any = pickle._Unpickler  # the one in C makes room for as many objects as a pickle says it has
-
-
-class _Unpickler(_PythonsUnpickler):  # type: ignore[misc]
-    """Reads torch's data classes, and ends in a time that the size of the file bounds.
-
-    Of tuples nested 60 deep, each twice in the next, a hash or a text takes 2**60 steps. So there are no instructions
-    that torch does not write, keys are looked at before they are hashed, and so is what a message may hold.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {code[0]: _PythonsUnpickler.dispatch[code[0]] for code in _OPCODES}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what a name stands for, if the table has it."""
-        if f"{module}.{name}" not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no data")
-        return _KNOWN[f"{module}.{name}"]
-
-    def _build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is TensorProperties and type(state) is tuple and type(state[3]) is _MEM_FORMAT_ENCODING:
-            target.__setstate__(state)
-        elif type(target) in _CLASSES and type(state) is dict:
-            vars(target).update(state)
-        else:
-            raise pickle.UnpicklingError(f"it sets up {type(target).__name__}, which is no data")
-
-    def _set_item(self) -> None:
-        value = self.stack.pop()
-        self._update([self.stack.pop(), value])
-
-    def _set_items(self) -> None:
-        self._update(self.pop_mark())
-
-    def _update(self, items: list[Any]) -> None:
-        for key in items[::2]:
-            is_place = type(key) is MetadataIndex and type(key.fqn) is str and isinstance(key.offset, torch.Size | None)
-            if type(key) is not str and not is_place:
-                raise pickle.UnpicklingError(f"it has {type(key).__name__} as a key")
-        dict.update(self.stack[-1], zip(items[::2], items[1::2], strict=True))
-
-    dispatch |= {pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+_FILLS: dict[type, Any] = {
+    **dict.fromkeys(_CLASSES, lambda target, state: target.__dict__.update(**state)),
+    TensorProperties: lambda target, state: setattr(target, "dtype", state[0]),  # all else is as always
+}
 
 
 def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
@@ -129,46 +72,15 @@ def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
     if path.exists() and not path.is_file():  # of a pipe, reading would never end
         raise ValueError(f"{path}: expected a file, got something else")
     try:
-        with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+        metadata = Unpickler(io.BytesIO(path.read_bytes()), table=_KNOWN, fills=_FILLS).load()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{path}: expected what torch writes, got instruction {error} of pickles") from error
     except Exception as error:  # a pickle made up to harm ends in any of them
         raise ValueError(f"{path}: expected the metadata of a checkpoint, got what cannot be read: {error}") from error
     try:
         return _sound(metadata, manifest)
     except (ValueError, TypeError, AttributeError) as error:  # attributes are what the file makes them
         raise ValueError(f"{path}: {error}") from error
-
-
-def tree_of(metadata: Metadata, folder: Path) -> dict[Any, Any]:
-    """Return the flat names of all entries by the keys that led to them: as dicts in dicts.
-
-    Raises:
-        ValueError: An entry stands where another one does, or below it; names ``folder``.
-    """
-    tree: dict[Any, Any] = {}
-    for entry in metadata.state_dict_metadata:
-        path, node = metadata.planner_data.get(entry, (entry,)), tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-            if isinstance(node, str):
-                break
-        if isinstance(node, str) or path[-1] in node:
-            raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
-        node[path[-1]] = entry
-    return tree
-
-
-def nested(node: Any, values: Mapping[str, Any]) -> Any:
-    """Return the values of the entries in a part of a tree; what has 0, 1, 2 and so on for keys is a list."""
-    if isinstance(node, str):
-        return values[node]
-    if node and node.keys() == set(range(len(node))):
-        return [nested(node[number], values) for number in range(len(node))]
-    return {key: nested(item, values) for key, item in node.items()}
 
 
 def _sound(metadata: object, manifest: Manifest | None) -> Metadata:
@@ -216,3 +128,6 @@ def _require_sound_entry(entry: object, known: object, path: object) -> None:
         reach = zip(chunk.offsets, chunk.sizes, known.size, strict=True)
         if not all(0 <= first <= first + length <= size for first, length, size in reach):
             raise ValueError(f"{entry}: a chunk reaches beyond its tensor")
+    expected, held = known.size.numel(), sum(chunk.sizes.numel() for chunk in known.chunks)
+    if held != expected:
+        raise ValueError(f"{entry}: expected {expected} elements in chunks, got {held}")

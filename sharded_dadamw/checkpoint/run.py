@@ -12,13 +12,15 @@ import io
 import random
 import sys
 from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+from sharded_dadamw.checkpoint.pickles import load_torch
 
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
@@ -169,26 +171,20 @@ def pack(label: str, value: Any) -> Tensor:
     file = io.BytesIO()
     try:
         torch.save(_with_own_numbers(value), file)
-        file.seek(0)
-        load_plain(file)
+        load_torch(file, placeholders=False)
     except Exception as error:  # anything in it may object to being pickled, in its own way
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{label}: expected numbers, texts, tensors, and lists, tuples and dicts of them, got "
-            f"{type(value).__name__} that torch.load(weights_only=True) would refuse ({reason}); leave out or convert "
-            "what is none of these"
+            f"{type(value).__name__} that could not be read back safely ({reason}); leave out or convert what is none "
+            "of these"
         ) from error
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Any:
     """Return what :func:`pack` was given; nothing in it is run."""
-    return load_plain(io.BytesIO(bytes(packed.tolist())))
-
-
-def load_plain(file: IO[bytes]) -> Any:
-    """Read what `torch.save` wrote of plain data, into host memory; nothing in it is run."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return load_torch(io.BytesIO(bytes(packed.tolist())), placeholders=False)
 
 
 def random_state() -> dict[str, Any]:

@@ -35,7 +35,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint import run
-from sharded_dadamw.checkpoint.dcp import read_entries, versions, write
+from sharded_dadamw.checkpoint.dcp import versions, write
+from sharded_dadamw.checkpoint.entries import Entries
 from sharded_dadamw.checkpoint.folder import (
     MANIFEST,
     Manifest,
@@ -48,8 +49,7 @@ from sharded_dadamw.checkpoint.folder import (
     older,
     require_root,
 )
-from sharded_dadamw.checkpoint.matching import Match, SavedEntries
-from sharded_dadamw.checkpoint.metadata import read_metadata
+from sharded_dadamw.checkpoint.matching import Match
 from sharded_dadamw.comm.agreement import on_all_or_none, require_agreement
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.connect import connect, group_in_background
@@ -330,9 +330,10 @@ def load_checkpoint(
     }
     refusal = run.refuse_parts(model, [] if optimizer is None else [optimizer])
     require_agreement(collectives, arguments, refusal, advice="load with equal arguments on every rank")
-    saved = _find_sound(collectives, Path(path), fall_back)
-    if saved is None:
+    found = _find_sound(collectives, Path(path), fall_back)
+    if found is None:
         return None
+    saved, manifest = found
     live: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     state: dict[str, Any] = {}
@@ -343,7 +344,7 @@ def load_checkpoint(
         live["optimizer"] = None if optimizer is None else run.optimizer_state(model, optimizer)[0]
 
     def read() -> None:
-        match = Match(saved, model, live["model"], optimizer, live["optimizer"])
+        match = Match(saved, manifest, model, live["model"], optimizer, live["optimizer"])
         numbers = match.group_numbers
         if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
             raise ValueError(
@@ -352,7 +353,7 @@ def load_checkpoint(
             )
         of_ranks = saved.under(run.RANKS)
         match.entries.update(saved.wholes(of_ranks))
-        read_entries(saved.folder, saved.metadata, match.entries)
+        saved.read(match.entries)
         read_weights, read_state = match.collect()
         weights.update(read_weights)
         state.update(read_state)
@@ -367,7 +368,7 @@ def load_checkpoint(
         if collectives.rank < len(ranks):
             run.set_random_state(own["random"])
         elif ranks:
-            run.seed_from(own["random"], saved.manifest.step, collectives.rank)
+            run.seed_from(own["random"], manifest.step, collectives.rank)
 
     on_all_or_none(collectives, look)
     on_all_or_none(collectives, read)
@@ -379,7 +380,7 @@ def load_checkpoint(
     on_all_or_none(collectives, lambda: None if optimizer is None else _take_state(model, optimizer, state))
     on_all_or_none(collectives, take_weights)
     data = tuple(rank["data"] for rank in ranks)
-    return Resumed(saved.manifest.step, saved.folder, data, collectives.rank, collectives.num_ranks)
+    return Resumed(manifest.step, saved.folder, data, collectives.rank, collectives.num_ranks)
 
 
 def _take_schedule(collectives: Collectives, scheduler: Any, state: Any, folder: Path) -> None:
@@ -422,7 +423,7 @@ def _take_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
             group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
 
 
-def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedEntries | None:
+def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Entries, Manifest] | None:
     """Return the checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
 
     def look() -> list[str]:
@@ -432,7 +433,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedE
         return [str(folder) for folder in found]
 
     candidates = on_all_or_none(collectives, look)[0]
-    saved: SavedEntries | None = None
+    saved: tuple[Entries, Manifest] | None = None
 
     def check() -> None:
         nonlocal saved
@@ -444,7 +445,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> SavedE
         manifest = Manifest.read(folder)
         for wrong in manifest.damage(folder, part=collectives.rank, num_parts=collectives.num_ranks):
             raise ValueError(wrong)
-        saved = SavedEntries(folder, manifest, read_metadata(folder, manifest))
+        saved = Entries(folder, manifest), manifest
 
     while candidates:
         folder = Path(candidates.pop())

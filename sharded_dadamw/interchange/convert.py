@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.folder import Manifest, newest, step_of
+from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import (
@@ -33,7 +34,6 @@ from sharded_dadamw.interchange.state_dicts import (
     optimizers_in,
     to_torch,
 )
-from sharded_dadamw.interchange.torch_file import load_torch
 
 log = logging.getLogger("sharded_dadamw")
 

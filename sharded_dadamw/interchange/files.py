@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import uuid
@@ -14,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from sharded_dadamw.checkpoint.dcp import versions, write
+from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest, begin_beside, sync
-from sharded_dadamw.checkpoint.metadata import nested, read_metadata, tree_of
 from sharded_dadamw.interchange.state_dicts import State
-from sharded_dadamw.interchange.torch_file import load_torch
 
 if importlib.util.find_spec("safetensors"):
     from safetensors import safe_open
@@ -153,15 +150,10 @@ def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: If a file is missing, damaged or holds more than data, or a part of a tensor is missing.
     """
-    folder = Path(path)
-    metadata = read_metadata(folder)
-    values = {
-        entry: _read_tensor(folder, metadata, entry, known)
-        if isinstance(known, TensorStorageMetadata)
-        else _read_item(folder, metadata, MetadataIndex(entry))
-        for entry, known in metadata.state_dict_metadata.items()
-    }
-    return dict(nested(tree_of(metadata, folder), values))
+    saved = Entries(Path(path))
+    values = saved.wholes(saved.under())
+    saved.read(values, placeholders=True)
+    return dict(nested(saved.under(), values))
 
 
 def write_folder(
@@ -203,44 +195,3 @@ def _require_safetensors() -> None:
         raise ModuleNotFoundError(
             "safetensors is not installed; install it with: pip install 'sharded_dadamw[safetensors]'"
         )
-
-
-def _read_tensor(folder: Path, metadata: Metadata, key: str, entry: TensorStorageMetadata) -> Tensor:
-    covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
-    if covered != entry.size.numel():
-        raise ValueError(f"{folder}, {key}: expected {entry.size.numel()} elements in chunks, got {covered}")
-    try:
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-    except RuntimeError as error:  # of more elements than there is memory
-        raise ValueError(f"{folder}, {key}: {error}") from error
-    for chunk in entry.chunks:
-        part = _read_item(folder, metadata, MetadataIndex(key, chunk.offsets))
-        if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
-            raise ValueError(f"{folder}, {key}: expected a tensor of {list(chunk.sizes)} in a chunk, got another")
-        box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[box].copy_(part)
-    return whole
-
-
-def _read_item(folder: Path, metadata: Metadata, index: MetadataIndex) -> Any:
-    """Read one chunk or value, which is a small file of `torch.save` inside of a file."""
-    info = metadata.storage_data.get(index)
-    if info is None:
-        raise ValueError(f"{folder}, {index.fqn}: expected to be told in which file it lies, got nothing")
-    where = f"{folder}, {index.fqn} in {info.relative_path}"
-    file_path = folder / info.relative_path
-    if file_path.exists() and not file_path.is_file():  # of a pipe, say, reading would never end
-        raise ValueError(f"{where}: expected a file, got something else")
-    try:
-        with file_path.open("rb") as file:
-            file.seek(info.offset)
-            data = file.read(min(info.length, os.fstat(file.fileno()).st_size))
-    except OSError as error:
-        raise ValueError(f"{folder}, {index.fqn}: {info.relative_path} cannot be read: {error}") from error
-    try:
-        value = load_torch(io.BytesIO(data))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if isinstance(value, Tensor) and value.nbytes > len(data):  # one element may stand for any number of them
-        raise ValueError(f"{where}: expected a tensor that is in the file, got one of {value.nbytes} bytes")
-    return value

@@ -1,7 +1,7 @@
-"""Files of `torch.save` that others wrote, read without running anything in them.
+"""Pickles, and files of `torch.save`, that others wrote: read without running anything in them, in bounded time.
 
-Such a file holds a pickle, and a pickle is a program: it names functions and calls them. `Unpickler` looks each name up
-in a table of constructors of plain data. It imports nothing and follows no attribute. `torch.load` does the rest.
+A pickle is a program: it names functions and calls them. `Unpickler` looks each name up in a table of constructors of
+plain data. It imports nothing and follows no attribute. `torch.load` does the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any, ClassVar
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 
 class Placeholder:
@@ -45,13 +46,10 @@ class Placeholder:
 
 
 class _NumberFormat:
-    """NumPy's dtype of one number: a code such as `f8`, and a byte order."""
+    """NumPy's dtype of one number: a code such as `f8`, and a byte order, which comes later."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code, self.order = code, "<"
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = ">" if state[1] == ">" else "<"
 
 
 _NUMBERS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}
@@ -61,7 +59,7 @@ _NUMBERS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
 def _number(kind: Any, data: Any) -> object:
     """Return a NumPy scalar as a number of Python's, and what is no number as a placeholder."""
     code = _NUMBERS.get(kind.code) if isinstance(kind.code, str) else None
-    return Placeholder() if code is None else struct.unpack(kind.order + code, data)[0]
+    return Placeholder() if code is None else struct.unpack((">" if kind.order == ">" else "<") + code, data)[0]
 
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
@@ -81,58 +79,125 @@ def _tensor_of_dtype(
     return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, {}, dtype)
 
 
+def _listed(items: Any = ()) -> Any:
+    """Return what is to be gone through, if it is in the pickle: a tensor's one element may stand for 2**60."""
+    if not isinstance(items, list | tuple | dict):
+        raise pickle.UnpicklingError(f"expected a list of things, got {type(items).__name__}")
+    return items
+
+
+_MOST_PARTS = 100
+
+
+def _hashed(keys: Any) -> Any:
+    """Return what is about to be hashed, if that ends soon: of tuples nested 60 deep a hash can take 2**60 steps.
+
+    Raises:
+        UnpicklingError: It does not.
+    """
+    for key in keys:
+        waiting, num_parts = [key], 0
+        while waiting:
+            part = waiting.pop()
+            parts = vars(part).values() if isinstance(part, MetadataIndex) else part
+            if isinstance(part, tuple | frozenset | MetadataIndex):
+                num_parts += len(parts)
+                if num_parts > _MOST_PARTS:
+                    raise pickle.UnpicklingError(f"it has keys, tuples of tuples, of more than {_MOST_PARTS} parts")
+                waiting.extend(parts)
+    return keys
+
+
+DTYPES: Mapping[str, torch.dtype] = {
+    f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)
+}
+
 _TABLE: Mapping[str, Any] = {
     "_codecs.encode": _encode,
     "builtins.complex": complex,
+    "builtins.set": lambda *items: set(_hashed(_listed(*items))),
+    "builtins.frozenset": lambda *items: frozenset(_hashed(_listed(*items))),
+    "collections.Counter": lambda *items: collections.Counter(_hashed(_listed(*items))),
     "collections.OrderedDict": lambda *_: collections.OrderedDict(),  # its items come later
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
     "numpy.dtype": _NumberFormat,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
-    "torch.Size": torch.Size,
+    "torch.Size": lambda *items: torch.Size(_listed(*items)),
     "torch.device": torch.device,
     "torch.storage.UntypedStorage": torch.UntypedStorage,
-    **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    **DTYPES,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
 
+
+def _keep_versions(target: Any, state: Any) -> None:
+    """Set of a state dict what `state_dict()` adds to it, and nothing that would hide a method."""
+    if isinstance(state, dict) and "_metadata" in state:
+        target._metadata = state["_metadata"]
+
+
+_FILLS: Mapping[type, Callable[[Any, Any], object]] = {
+    Placeholder: lambda *_: None,
+    _NumberFormat: lambda target, state: setattr(target, "order", state[1]),
+    collections.OrderedDict: _keep_versions,
+}
+
 # What may be named besides and becomes a placeholder: whatever is not in the standard library, and of that what
 # describes and does not act. No data has reason to name os.system or builtins.eval.
 _DESCRIPTIVE = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "pathlib", "types"}
-_BUILTINS = {"object", "bool", "int", "float", "str", "bytes", "bytearray", "range", "slice"}
-_BUILTINS |= {"tuple", "list", "dict", "set", "frozenset"}
+_BUILTINS = {"object", "bool", "int", "float", "str", "bytes", "bytearray", "range", "slice", "tuple", "list", "dict"}
 
-_PythonsUnpickler: Any = pickle._Unpickler  # the one in C cannot be asked about keys
+_PythonsUnpickler: Any = pickle._Unpickler  # the one in C cannot be asked about keys, and makes room for what is said
 
 
 class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
-    """Reads the pickle in a file, for `torch.load`.
+    """Reads a pickle, in a time that its size bounds.
 
     Args:
         file: The pickle.
+        table: What the names in it stand for. Nothing here hashes what it is given, or puts it into a message.
+        fills: By class, what sets up an instance of it, with the state that the pickle has for it.
+        placeholders: Whether another name that describes and does not act is a class of placeholders.
         num_bytes: Of each record in the file around it, by name.
         how: For Python's unpickler.
+
+    Raises:
+        Exception: Any, if the pickle is damaged or made up to harm.
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonsUnpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for as many bytes as the pickle says it has
 
-    def __init__(self, file: IO[bytes], *, num_bytes: Mapping[str, int], **how: Any) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        *,
+        table: Mapping[str, Any] = _TABLE,
+        fills: Mapping[type, Callable[[Any, Any], object]] = _FILLS,
+        placeholders: bool = False,
+        num_bytes: Mapping[str, int] | None = None,
+        **how: Any,
+    ) -> None:
         super().__init__(file, **how)
-        self._num_bytes = num_bytes
+        self._table, self._fills = table, fills
+        self._placeholders = placeholders
+        self._num_bytes = num_bytes or {}
 
     def find_class(self, module: str, name: str) -> object:
         """Return what the table has for a name, or else a class of placeholders."""
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
-        if full in _TABLE:
-            return _TABLE[full]
+        if full in self._table:
+            return self._table[full]
         root = module.partition(".")[0]
         describes = name in _BUILTINS if module == "builtins" else root in _DESCRIPTIVE
-        if not describes and root in sys.stdlib_module_names:
+        acts = not describes and root in sys.stdlib_module_names
+        if acts or not self._placeholders:
             raise pickle.UnpicklingError(f"it names {full}, which is no data")
         return type("Placeholder", (Placeholder,), {"name": full})
 
@@ -141,13 +206,11 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
         raise pickle.UnpicklingError(f"it names extension {code}, which is no data")
 
     def _build(self) -> None:
-        target = self.stack[-2]
-        if isinstance(target, _NumberFormat):
-            super().load_build()
-        elif isinstance(target, Placeholder | collections.OrderedDict):
-            self.stack.pop()
-        else:
+        state, target = self.stack.pop(), self.stack[-1]
+        fill = next((self._fills[kind] for kind in type(target).__mro__ if kind in self._fills), None)
+        if fill is None:
             raise pickle.UnpicklingError(f"it sets up an object of {type(target).__name__}, which is no data")
+        fill(target, state)
 
     def _refer(self) -> None:
         match self.stack[-1]:
@@ -163,13 +226,11 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
     dispatch.update({pickle.BUILD[0]: _build, pickle.BINPERSID[0]: _refer})
 
 
-def _refusing_nested_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
-    """Wrap a handler that hashes a part of the stack: of tuples nested 60 deep, a hash can take 2**60 steps."""
+def _hashing(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Wrap a handler that hashes a part of the stack."""
 
     def checked(unpickler: Any) -> None:
-        tuples = [key for key in unpickler.stack[keys] if isinstance(key, tuple)]
-        if any(isinstance(part, tuple) for key in tuples for part in key):
-            raise pickle.UnpicklingError("it has tuples of tuples for keys")
+        _hashed(unpickler.stack[keys])
         load(unpickler)
 
     return checked
@@ -182,22 +243,23 @@ for _opcode, _keys in {
     pickle.ADDITEMS: slice(None),
     pickle.FROZENSET: slice(None),
 }.items():
-    Unpickler.dispatch[_opcode[0]] = _refusing_nested_keys(Unpickler.dispatch[_opcode[0]], _keys)
+    Unpickler.dispatch[_opcode[0]] = _hashing(Unpickler.dispatch[_opcode[0]], _keys)
 
 
-def load_torch(file: str | os.PathLike[str] | IO[bytes]) -> Any:
+def load_torch(file: str | os.PathLike[str] | IO[bytes], *, placeholders: bool = True) -> Any:
     """Read what `torch.save` wrote without running anything in it.
 
     Args:
         file: A path, whose tensors are then views of the file mapped privately (changing them leaves the file alone),
             or a file opened for reading in binary, whose tensors are read.
+        placeholders: Whether instances of all other classes are each a `Placeholder`. Otherwise they are an error.
 
     Returns:
-        What was saved, with every tensor on the CPU, without gradient. Parameters are plain tensors, NumPy's numbers
-        plain numbers, and instances of all other classes each a `Placeholder`.
+        What was saved, with every tensor on the CPU, without gradient. Parameters are plain tensors, and NumPy's
+        numbers plain numbers.
 
     Raises:
-        ValueError: If it is no file of torch's (1.6 or later), is damaged, or names something that acts.
+        ValueError: If it is no file of torch's (1.6 or later), is damaged, or names something that is no data.
     """
     is_path = isinstance(file, str | os.PathLike)
     where = str(file) if is_path else "the file"
@@ -210,6 +272,7 @@ def load_torch(file: str | os.PathLike[str] | IO[bytes]) -> Any:
             weights_only=False,  # torch's own restricted unpickler hashes any key, and knows no placeholder for a dict
             pickle_module=sys.modules[__name__],
             num_bytes=num_bytes,
+            placeholders=placeholders,
         )
     except Exception as error:  # a pickle made up to harm can end in any of them
         raise ValueError(f"{where}: expected a file that holds data alone, got what cannot be read: {error}") from error

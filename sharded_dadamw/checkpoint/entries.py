@@ -1,0 +1,227 @@
+"""The entries of a folder of torch.distributed.checkpoint, read without running anything."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.futures import Future
+
+from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.metadata import read_metadata
+from sharded_dadamw.checkpoint.pickles import load_torch
+from sharded_dadamw.state.fragment_tensor import FragmentTensor
+from sharded_dadamw.update.precision import holds
+
+
+class Entries:
+    """What a folder holds, by where it stood in the nested state dict that was saved.
+
+    Attributes:
+        folder: The folder.
+        metadata: What entries it has.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        """Read the metadata.
+
+        Args:
+            folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
+            manifest: Which files it consists of; None for folders that are not ours.
+
+        Raises:
+            ValueError: They are damaged or hold more than data, an entry stands where another one does, or below it, or
+                a file is missing.
+        """
+        self.folder = folder
+        self.metadata = read_metadata(folder, manifest)
+        names = {info.relative_path for info in self.metadata.storage_data.values()}
+        self._num_bytes = sum(_size_of(folder / name) for name in names)
+        self._tree = _tree_of(self.metadata, folder)
+
+    def under(self, *path: Any) -> dict[Any, Any]:
+        """Return what stands under a path: entries' flat names, or tables of them."""
+        node = self._tree
+        for key in path:
+            node = node.get(key, {})
+        return node
+
+    def target(self, entry: str, live: Tensor) -> Tensor:
+        """Make room for an entry in host memory, like a live tensor, if it fits.
+
+        Raises:
+            ValueError: It does not, or would be rounded; names the entry.
+        """
+        known = self.metadata.state_dict_metadata[entry]
+        size = live.size()  # the shape of an FSDP1 shard is its own
+        expected = f"{live.dtype} {list(size)}"
+        if not isinstance(known, TensorStorageMetadata):
+            raise ValueError(f"{entry}: expected a tensor {expected}, got something else in {self.folder}")
+        dtype = known.properties.dtype
+        if known.size != size or not holds(live.dtype, dtype):
+            raise ValueError(f"{entry}: expected {expected}, got {dtype} {list(known.size)} in {self.folder}")
+        if isinstance(live, FragmentTensor):
+            return live  # what is read goes into memory of its own
+        if isinstance(live, ShardedTensor):
+            return copy.deepcopy(live)
+        return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
+
+    def whole(self, entry: str) -> Tensor | None:
+        """Make room for all of an entry in host memory; None where it is no tensor.
+
+        Raises:
+            ValueError: It is larger than the files.
+        """
+        known = self.metadata.state_dict_metadata[entry]
+        if not isinstance(known, TensorStorageMetadata):
+            return None
+        num_bytes = known.size.numel() * known.properties.dtype.itemsize
+        if num_bytes > self._num_bytes:
+            raise ValueError(
+                f"{self.folder}, {entry}: expected a tensor that is in the files, got one of {num_bytes} bytes"
+            )
+        return torch.empty(known.size, dtype=known.properties.dtype)
+
+    def wholes(self, node: Any) -> dict[str, Any]:
+        """Make room for all entries at or below what :meth:`under` returned; by flat name."""
+        if isinstance(node, str):
+            return {node: self.whole(node)}
+        return {entry: value for item in node.values() for entry, value in self.wholes(item).items()}
+
+    def read(self, into: dict[str, Any], *, placeholders: bool = False) -> None:
+        """Read entries, of tensors the parts that this rank needs. Not collective.
+
+        Args:
+            into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the
+                entry is no tensor, replaced.
+            placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not an error.
+
+        Raises:
+            ValueError: An entry cannot be read, or holds more than data.
+        """
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            _load_state_dict(into, _Reader(self, into, placeholders), no_dist=True, planner=planner)
+        except CheckpointException as error:
+            (failure, _), *_ = error.failures.values()
+            raise ValueError(f"{self.folder}: an entry cannot be read: {failure}") from error
+
+
+class _Reader(FileSystemReader):
+    """Reads entries by metadata that are known to be sound."""
+
+    def __init__(self, entries: Entries, into: dict[str, Any], placeholders: bool) -> None:
+        super().__init__(entries.folder)
+        self._entries, self._into, self._placeholders = entries, into, placeholders
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return what was read before, so that no rank can fail here and go its own way."""
+        return self._entries.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read chunks and values, each of which is a small file of `torch.save` inside of a file."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            if item.storage_index not in self.storage_data:
+                name = item.storage_index.fqn
+                raise ValueError(f"{name}: expected to be told in which file it lies, got nothing")
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with (self._entries.folder / name).open("rb") as file:
+                for item in items:
+                    self._read(item, file, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, item: ReadItem, file: IO[bytes], planner: LoadPlanner) -> None:
+        index = item.storage_index
+        info = self.storage_data[index]
+        where = f"{index.fqn} in {info.relative_path}"
+        try:
+            slice_ = cast(IO[bytes], _Slice(file, info.offset, info.length))
+            value = load_torch(slice_, placeholders=self._placeholders)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        known = self._entries.metadata.state_dict_metadata[index.fqn]
+        if not isinstance(known, TensorStorageMetadata):
+            self._into[item.dest_index.fqn] = value
+            return
+        sizes = known.chunks[index.index or 0].sizes
+        if not isinstance(value, Tensor) or value.shape != sizes or value.dtype != known.properties.dtype:
+            raise ValueError(f"{where}: expected a tensor of {list(sizes)} in a chunk, got another")
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
+        planner.commit_tensor(item, target)
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        size = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])  # type: ignore[attr-defined]
+        self._at += size
+        return int(size)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
+        raise ValueError(f"{path}: expected a file, got something else")
+    return found.st_size
+
+
+def _tree_of(metadata: Metadata, folder: Path) -> dict[Any, Any]:
+    """Return the flat names of all entries by the keys that led to them: as dicts in dicts."""
+    tree: dict[Any, Any] = {}
+    for entry in metadata.state_dict_metadata:
+        path, node = metadata.planner_data.get(entry, (entry,)), tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if isinstance(node, str):
+                break
+        if isinstance(node, str) or path[-1] in node:
+            raise ValueError(f"{folder}: expected entries apart from each other, got another one where {entry} is")
+        node[path[-1]] = entry
+    return tree
+
+
+def nested(node: Any, values: Mapping[str, Any]) -> Any:
+    """Return the values of the entries in a part of a tree; what has 0, 1, 2 and so on for keys is a list."""
+    if isinstance(node, str):
+        return values[node]
+    if node and node.keys() == set(range(len(node))):
+        return [nested(node[number], values) for number in range(len(node))]
+    return {key: nested(item, values) for key, item in node.items()}
