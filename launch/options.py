@@ -150,7 +150,7 @@ class Settings:
                 "gathering all of it; use sharded, decoupled or ddp-adamw"
             )
         # The other ranks may look only after rank 0 has begun to write there.
-        if self.run_dir is not None and not self.resume and is_rank_zero() and (self.run_dir / METRICS).exists():
+        if self.run_dir is not None and not self.resume and is_rank_zero() and os.path.exists(self.run_dir / METRICS):
             raise ValueError(
                 f"expected --run-dir to hold no earlier run, got {self.run_dir}; name another folder, or go on with "
                 "that run by --resume"

@@ -36,7 +36,7 @@ class RunFolder:
     def open(cls, settings: Settings, corpus: Corpus, num_parameters: int, device: torch.device) -> "RunFolder":
         """Agree on a folder, and write into it how the run begins or goes on; a collective.
 
-        Leaves by SystemExit, on every rank, if some have another text than the run began with.
+        Leaves by SystemExit, on every rank, if some have another text than the run began with, or cannot write there.
         """
         chosen = [settings.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.optimizer}"]
         text = [corpus.digest]
@@ -49,9 +49,19 @@ class RunFolder:
         if others := [rank for rank, digest in enumerate(digests) if digest != text[0]]:
             where = f"the run in {chosen[0]}" if settings.resume else "rank 0"
             fail(f"expected the text of {where}, got another on ranks {others} of {len(digests)}; name it with --data")
-        folder = cls(chosen[0])
-        if dist.get_rank() == 0:
-            folder._write_config(settings, text[0], num_parameters, device)
+        wrong: list[str | None] = [None] * dist.get_world_size()
+        try:
+            folder, failure = cls(chosen[0]), None
+            if dist.get_rank() == 0:
+                folder._write_config(settings, text[0], num_parameters, device)
+        except OSError as error:
+            failure = str(error)
+        dist.all_gather_object(wrong, failure)
+        if failures := [failure for failure in wrong if failure is not None]:
+            fail(
+                f"expected --run-dir to be a folder that every rank can write, got {chosen[0]}: {failures[0]}; name "
+                "another"
+            )
         return folder
 
     def _write_config(self, settings: Settings, text: str, num_parameters: int, device: torch.device) -> None:

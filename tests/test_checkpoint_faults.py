@@ -232,6 +232,24 @@ def test_a_file_is_no_folder_for_checkpoints(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", step=1, **run(None, *build("DecoupledAdamW", None)))
 
 
+def into_what_cannot_be_written(group: Any, root: Path) -> str:
+    parts = build("ours", group)
+    with pytest.raises(OSError) as refusal:
+        save_checkpoint(root, step=1, **run(group, *parts))
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["a file/run", "read only"])
+def test_a_folder_that_cannot_be_written_is_named_on_every_rank(name: str, tmp_path: Path) -> None:
+    if name == "read only" and os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "a file").touch()
+    (tmp_path / "read only").mkdir(mode=0o500)
+    for said in on_ranks(2, into_what_cannot_be_written, tmp_path / name):
+        assert f"{tmp_path / name} cannot be written: " in said
+        assert said.endswith("give a folder in which this user may make others")
+
+
 NO_ROOTS: dict[str, tuple[str, str]] = {
     # what is given, and what the error says of it
     "weights.pt": ("weights.pt", "got a file$"),

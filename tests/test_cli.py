@@ -99,6 +99,14 @@ def test_inspect_of_what_is_not_ours_says_so(files: dict[str, Path], tmp_path: P
     assert "a folder with manifest.json" in run("inspect", files["sharded_dadamw"], code=1)
 
 
+@pytest.mark.parametrize("source", [source for source in Source if source not in (Source.OURS, Source.DEEPSPEED)])
+def test_convert_knows_our_state_without_a_manifest(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
+    (files["sharded_dadamw"] / "manifest.json").unlink()
+    for path in files.values():
+        said = run("convert", path, tmp_path / "out", "--from", source.value, code=1)
+        assert said == f"error: {path}: expected a checkpoint of {source.value}, got ours; it is from sharded-dadamw"
+
+
 def test_inspect_of_a_runs_folder_says_where_its_checkpoints_are(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     assert f"there are some in {tmp_path}/run/checkpoints" in run("inspect", tmp_path / "run", code=1)

@@ -189,6 +189,16 @@ def test_a_run_is_never_written_over_another(two_ranks: Run) -> None:
     )
 
 
+@pytest.mark.parametrize("place", ["a file", "run"])
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "run" / "config.json").mkdir(parents=True)  # so that rank 0 alone cannot write what it has to
+    ended = forked_train.train(tmp_path / place, *OPTIONS, ranks=2)
+    assert ended.codes == [2, 2], ended.output
+    expected = f"error: expected --run-dir to be a folder that every rank can write, got {tmp_path / place}: "
+    assert expected in ended.output and ended.output.count("error: ") == 1 and "Traceback" not in ended.output
+
+
 def settings_for(*options: str) -> Settings:
     return read_settings(["--run-dir", *options])
 

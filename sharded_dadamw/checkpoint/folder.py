@@ -41,31 +41,24 @@ class FileSum:
     size: int
     crc32: int
 
-    def wrong_size(self, path: Path) -> str | None:
-        """Return what is wrong with the size of a file that should be this one; None if nothing is."""
-        try:
-            found = path.stat()
-        except OSError as error:
-            return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
-        if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
-            return f"{path}: expected a file, got something else"
-        if found.st_size == self.size:
-            return None
-        return f"{path}: expected {self.size} bytes, got {found.st_size}; the file has been damaged"
-
-    def wrong_sum(self, path: Path) -> str | None:
-        """Read a file that should be this one and return what is wrong with its bytes; None if nothing is."""
+    def wrong(self, path: Path, *, read: bool) -> str | None:
+        """Return what is wrong with a file that should be this one: its size or, where it is read, its bytes."""
         crc = 0
         try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
+                return f"{path}: expected a file, got something else"
+            if found.st_size != self.size:
+                return f"{path}: expected {self.size} bytes, got {found.st_size}; the file has been damaged"
             with path.open("rb", buffering=0) as file:
                 block = bytearray(_BLOCK)
-                while size := file.readinto(block):
+                while read and (size := file.readinto(block)):
                     crc = zlib.crc32(memoryview(block)[:size], crc)
         except OSError as error:
-            return f"{path}: cannot be read: {error}"
-        if crc == self.crc32:
-            return None
-        return f"{path}: expected checksum {self.crc32:08x}, got {crc:08x}; the file has been damaged"
+            return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
+        if read and crc != self.crc32:
+            return f"{path}: expected checksum {self.crc32:08x}, got {crc:08x}; the file has been damaged"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +98,14 @@ class Manifest:
         Raises:
             ValueError: There is no manifest, it is damaged, of another format, or of another folder; names the file.
         """
-        path = folder / MANIFEST
-        if path.exists() and not path.is_file():
+        path, name = folder / MANIFEST, folder.resolve().name
+        if not path.exists():
+            raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}")
+        if not path.is_file():
             raise ValueError(f"{path}: expected a file, got something else")
         try:
             body = json.loads(path.read_bytes())
-            checksum = body.pop("checksum")
-            is_sound = checksum == _checksum(body)
-        except FileNotFoundError:
-            raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}") from None
+            is_sound = body.pop("checksum") == _checksum(body)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
@@ -122,15 +114,16 @@ class Manifest:
             raise ValueError(f"{path}: expected a manifest that matches its own checksum; it has been damaged")
         if body.pop("format") != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT}; load it with the version that wrote it")
-        name = folder.resolve().name
-        if _COMPLETE.fullmatch(name) and step_of(Path(name)) != body["step"]:
-            raise ValueError(f"{path}: expected the manifest of {name}, got that of step {body['step']}")
-        if any(Path(name).name != name for name in body["files"]):
-            raise ValueError(f"{path}: expected names of files in the folder, got others")
         try:
-            return cls(**{**body, "files": {name: FileSum(**known) for name, known in body["files"].items()}})
-        except TypeError as error:  # of entries that are not known here
+            files = {name: FileSum(**known) for name, known in body.pop("files").items()}
+            manifest = cls(**body, files=files)
+        except (TypeError, LookupError, AttributeError) as error:  # of entries that are not known here
             raise ValueError(f"{path}: {error}; load it with the version that wrote it") from error
+        if step_of(Path(name)) not in (None, manifest.step):
+            raise ValueError(f"{path}: expected the manifest of {name}, got that of step {manifest.step}")
+        if any(Path(name).name != name for name in files):
+            raise ValueError(f"{path}: expected names of files in the folder, got others")
+        return manifest
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:
@@ -141,22 +134,11 @@ class Manifest:
         """
         return cls.read(folder) if (folder / MANIFEST).exists() else None
 
-    def wrong_sizes(self, folder: Path) -> Iterator[str]:
-        """Yield what is wrong with the sizes of the files, a sentence for each that is missing or of another size."""
-        return (wrong for name, known in self.files.items() if (wrong := known.wrong_size(folder / name)))
-
-    def damage(self, folder: Path, *, part: int = 0, num_parts: int = 1) -> Iterator[str]:
-        """Yield what is wrong with the files: with the sizes of all, then with the bytes of a part of them.
-
-        Args:
-            folder: Where they are.
-            part: Read every ``num_parts``-th file, from this one on.
-            num_parts: How many callers share the work.
-        """
-        yield from self.wrong_sizes(folder)
-        for name in sorted(self.files)[part::num_parts]:
-            known, path = self.files[name], folder / name
-            if not known.wrong_size(path) and (wrong := known.wrong_sum(path)):
+    def damage(self, folder: Path, part: slice = slice(None)) -> Iterator[str]:
+        """Yield what is wrong with the files, a sentence for each: with the sizes of all, and the bytes of a part."""
+        to_read = set(sorted(self.files)[part])
+        for name, known in self.files.items():
+            if wrong := known.wrong(folder / name, read=name in to_read):
                 yield wrong
 
 
@@ -222,32 +204,24 @@ def newest(path: Path) -> Path:
     return (folders(path) or [path])[-1]
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether the manifest is sound and all files are there, as long as they were. Their bytes are not read."""
-    try:
-        return not any(Manifest.read(folder).wrong_sizes(folder))
-    except ValueError:
-        return False
-
-
 def checkpoints(root: str | os.PathLike[str]) -> list[Path]:
     """Return the complete checkpoints under a folder, newest last.
 
     A checkpoint is complete if its manifest is sound and its files are as long as they were. Their bytes are not read.
     """
-    return [folder for folder in folders(Path(root)) if is_complete(folder)]
+    return [folder for folder in folders(Path(root)) if _is_complete(folder)]
 
 
-def begin(root: Path, step: int) -> Path:
-    """Make an empty folder for a checkpoint to be, after what dead saves have left behind is cleared away."""
-    root.mkdir(parents=True, exist_ok=True)
-    clear(root)
-    return begin_beside(folder_of(root, step))
+def _is_complete(folder: Path) -> bool:
+    try:
+        return not any(Manifest.read(folder).damage(folder, slice(0)))
+    except ValueError:
+        return False
 
 
-def begin_beside(final: Path) -> Path:
+def begin(final: Path) -> Path:
     """Make an empty folder for what is to be called ``final``."""
-    folder = _hidden(final)
+    folder = hidden(final)
     folder.mkdir()
     return folder
 
@@ -279,7 +253,7 @@ def keep(newest: Path, count: int) -> None:
 
 def _set_aside(folder: Path) -> Path:
     """Take its name from a checkpoint first: one that is half removed must not look like one that is damaged."""
-    aside = _hidden(folder)
+    aside = hidden(folder)
     folder.rename(aside)
     return aside
 
@@ -292,8 +266,9 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hidden(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+def hidden(path: Path) -> Path:
+    """Return a new name beside a path, which no checkpoint has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
 def sync(folder: Path) -> None:

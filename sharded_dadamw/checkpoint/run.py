@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from sharded_dadamw.checkpoint.pickles import load_torch
 
@@ -138,15 +138,13 @@ def _require_texts_as_keys(label: str, value: Any) -> None:
         _require_texts_as_keys(label, item)
 
 
-def on_host(value: Any) -> Any:
-    """Copy a state dict, or a part of one, into host memory that it shares with nothing."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(on_host(item) for item in value)
-    return copy.deepcopy(value)
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """Copy a state dict into host memory that it shares with nothing."""
+
+    def copied(value: Any) -> Any:
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+    return tree_map(copied, state)  # type: ignore[no-any-return]
 
 
 def _with_own_numbers(value: Any) -> Any:

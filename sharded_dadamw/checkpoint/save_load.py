@@ -11,6 +11,7 @@ is an error on all (`on_all_or_none`). A save under way is waited for before ano
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -41,10 +42,10 @@ from sharded_dadamw.checkpoint.folder import (
     MANIFEST,
     Manifest,
     begin,
+    checkpoints,
     clear,
     folder_of,
     folders,
-    is_complete,
     is_one,
     older,
     require_root,
@@ -175,13 +176,23 @@ def save_checkpoint(
         manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups, run.name_of(optimizer))
         if asynchronous:
             state.update(run.on_host(state))  # here, since memory may run out on one rank
-        return begin(root, step).name if collectives.rank == 0 else ""
+        if collectives.rank > 0:
+            return ""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            clear(root)
+            return begin(final).name
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{root} cannot be written: {error}; give a folder in which this user may make others"
+            ) from error
 
     try:
         folder = root / on_all_or_none(collectives, take)[0]
     except Exception:
-        if collectives.rank == 0 and root.is_dir():
-            clear(root)
+        with contextlib.suppress(OSError):
+            if collectives.rank == 0:
+                clear(root)
         raise
     assert manifest is not None
     write_all = partial(
@@ -223,9 +234,9 @@ def _refuse(
 ) -> Exception | None:
     if not isinstance(root, str | os.PathLike):
         return TypeError(f"root: expected a path, got {root!r}")
-    if Path(root).exists() and not Path(root).is_dir():
+    if os.path.exists(root) and not os.path.isdir(root):
         return ValueError(f"root: expected a folder, or one that is not there yet, got {root}, which is a file")
-    if (Path(root) / MANIFEST).exists():  # or it would always be the one that is loaded
+    if os.path.exists(Path(root) / MANIFEST):  # or it would always be the one that is loaded
         return ValueError(f"root: expected a folder of checkpoints, got {root}, which is one itself; choose another")
     if (refusal := run.refuse_parts(model, [optimizer])) is not None:
         return refusal
@@ -443,7 +454,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
                 "ranks share"
             )
         manifest = Manifest.read(folder)
-        for wrong in manifest.damage(folder, part=collectives.rank, num_parts=collectives.num_ranks):
+        for wrong in manifest.damage(folder, slice(collectives.rank, None, collectives.num_ranks)):
             raise ValueError(wrong)
         saved = Entries(folder, manifest), manifest
 
@@ -455,7 +466,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
             if fall_back and candidates:
                 warnings.warn(f"{error}; going on from {candidates[-1]} instead", stacklevel=3)
                 continue
-            before = [other for other in older(folder) if is_complete(other)]
+            before = [other for other in older(folder) if other in checkpoints(folder.parent)]
             hint = f"pass {before[-1]} to go on from there" if before else "there is no complete one before it"
             raise ValueError(f"{error}; {hint}") from error
         return saved

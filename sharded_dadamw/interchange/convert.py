@@ -34,6 +34,7 @@ from sharded_dadamw.interchange.state_dicts import (
     optimizers_in,
     to_torch,
 )
+from sharded_dadamw.update.adamw import FREE_OF_LR
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -98,6 +99,10 @@ def read_state(
         where = ", ".join(at or "the top" for at, _ in found)
         raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
     state_dict = _once(found[0][1], manifest)
+    if source is not Source.OURS and any(
+        group.get("decoupled_weight_decay") == FREE_OF_LR for group in state_dict["param_groups"]
+    ):
+        raise ValueError(f"{path}: expected a checkpoint of {source.value}, got ours; it is from {Source.OURS.value}")
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
     if names is None and not is_named(state_dict) and beside.is_file() and not _is_safetensors(beside):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.entries import Entries, nested
-from sharded_dadamw.checkpoint.folder import Manifest, begin_beside, sync
+from sharded_dadamw.checkpoint.folder import Manifest, begin, hidden, sync
 from sharded_dadamw.interchange.state_dicts import State
 
 if importlib.util.find_spec("safetensors"):
@@ -47,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: If it cannot be written. What had the name is then as it was.
     """
     final = Path(path).resolve()  # of a link, what it leads to
-    beside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    beside = hidden(final)
     try:
         yield beside
         with beside.open("rb+") as file:
@@ -177,7 +176,7 @@ def write_folder(
     final.parent.mkdir(parents=True, exist_ok=True)
     groups = contents["optimizer"]["param_groups"]
     manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
-    write(contents, begin_beside(final), final, manifest, None)
+    write(contents, begin(final), final, manifest, None)
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
