@@ -28,10 +28,12 @@ MUTATIONS = {
     "update/adamw.py": [
         ("(1 - hyper.beta1) * grad", "(1 - hyper.beta2) * grad", "law"),
         ("bias_correction2.sqrt() + hyper.eps", "bias_correction2.sqrt()", "law kernels"),
-        ('float(group.get("max_lr", 0.0))', "0.0", "law"),
-        ("hyper.decay >= 1.0", "hyper.decay >= 2.0", "law contract"),
         ("descent) / (1 - hyper.decay)", "descent)", "metrics"),
         ("_select_(exp_avg_sq, new_exp_avg_sq, keep)", "exp_avg_sq.copy_(new_exp_avg_sq)", "law"),
+    ],
+    "update/hyperparameters.py": [
+        ('float(group.get("max_lr", 0.0))', "0.0", "law"),
+        ("hyper.decay >= 1.0", "hyper.decay >= 2.0", "law contract"),
     ],
     "update/precision.py": [
         ("+ 0x8000) >> 16", "+ 0x7FFF) >> 16", "precision law kernels"),
@@ -66,6 +68,8 @@ MUTATIONS = {
     ],
     "layout/placement.py": [
         ("index * mesh.size(axis) + coordinate[axis]", "coordinate[axis]", "placement precision layouts"),
+    ],
+    "comm/dtensors.py": [
         ("grad.placements != placements", "False", "placement dtensor layouts"),
     ],
     "comm/collectives.py": [
@@ -84,7 +88,7 @@ MUTATIONS = {
     "comm/mesh.py": [
         ("own = of_all[self._column.rank * piece :][:piece]", "own = of_all[:piece]", "collectives layouts"),
     ],
-    "comm/agreement.py": [
+    "schedule/handshake.py": [
         ("note[7] != -note[8]", "False", "refusals sharded"),
         ("(note[3] != -note[4]) |", "(note[3] != note[3]) |", "refusals contract"),
         ("smallest * (1 + tolerance)", "smallest * (2 + tolerance)", "refusals contract overlap"),
@@ -127,7 +131,7 @@ MUTATIONS = {
         ("del groups[first_group:]", "pass", "refusals sharded contract"),
         ("member.local.copy_(whole)", "pass", "sharded contract"),
     ],
-    "buckets/sharing.py": [
+    "buckets/admission.py": [
         ("if any(among_us) and", "if False and", "layouts refusals placement"),
     ],
     "schedule/reducer.py": [
@@ -141,19 +145,19 @@ MUTATIONS = {
         ("or bucket.is_borrowed:", "or False:", "gatherer layouts"),
         ("self._own if module.training else self._below", "self._own", "gatherer"),
     ],
-    "schedule/guard.py": [
+    "schedule/in_flight.py": [
         ("not in _METADATA and wait_for_all()", "not in _METADATA and True", "gatherer"),
         ("self._weights.accept_(self._buffer)", "pass", "gatherer layouts"),
         ("self._give_back(LostParameter)", "self._give_back(Parameter)", "gatherer"),
     ],
     "schedule/plan.py": [
-        ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
         ("            _require_own_parameters(buckets, groups, frozen)\n", "", "contract other_hands refusals"),
     ],
     "norms/clipping.py": [
         ("max=1.0)", "max=2.0)", "sharded contract"),
+        ("return 1.0 / self.coefficient", "return self.coefficient", "contract sharded"),
         ("self.coefficient * coefficient if", "coefficient if", "contract sharded"),
     ],
     "norms/global_norm.py": [
@@ -209,7 +213,7 @@ MUTATIONS = {
     ],
     "sharded.py": [
         ("self._consolidated.clear()\n        return loss", "return loss", "state_dict sharded"),
-        ("1.0 / self._clip.coefficient if", "self._clip.coefficient if", "contract sharded"),
+        ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
     ],
     "base.py": [
         ("_ROUNDING = 1e-4", "_ROUNDING = 1e9", "contract law"),

@@ -16,9 +16,10 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners
-from sharded_dadamw.norms.metrics import named_values
+from sharded_dadamw.norms.metrics import StepReport, named_values
 from sharded_dadamw.norms.reporting import Held, Reporting
-from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, check_group, read_groups
+from sharded_dadamw.update.adamw import Step
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group, read_groups
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -193,6 +194,20 @@ class DecoupledOptimizer(Optimizer):
         scale = self._with_loss_scale(None)
         before = self._clip.add(norm if scale is None else norm / scale, max_norm=self._max_grad_norm)
         return before, self._clip.coefficient
+
+    def _begin_report(
+        self, hypers: Sequence[Hyperparameters], found_inf: Tensor | None, clip: tuple[Tensor, Tensor] | None
+    ) -> StepReport:
+        """Begin the report of a step, with what its updates are to be told.
+
+        Args:
+            hypers: Of every group.
+            found_inf: 0-d fp32, 1 where the step is void; None where nothing can make it so.
+            clip: What :meth:`_clip_within_step` has returned, if the step clips.
+        """
+        step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
+        self._reporting.report = self._reporting.report.next(step, clip)
+        return self._reporting.report
 
     @abstractmethod
     def _held(self) -> Held:

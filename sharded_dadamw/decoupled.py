@@ -16,13 +16,15 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
+from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
-from sharded_dadamw.layout.placement import is_fragment, is_of_fsdp1, local, local_gradient
+from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.global_norm import global_norm
 from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
-from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of
-from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, Step
+from sharded_dadamw.state.whole import drop_strangers, fill_in, is_fragment, moments_of
+from sharded_dadamw.update.adamw import Step
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
@@ -179,16 +181,15 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(present, 2.0))
         if clip is not None:
             self._clip.remember([grad for _, grads in present for grad in grads])
-        step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
-        report = self._reporting.report = self._reporting.report.next(step, clip)
+        report = self._begin_report(hypers, found_inf, clip)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
         for index, (params, grads) in enumerate(present):
             if not params:
                 continue
             columns, update = self._make_ready(index, params, grads)
             torch._foreach_add_(update.counts, counted)
-            for places, squares in update(columns, step, index):
-                report.add([params[place] for place in places], squares, step.hypers[index])
+            for places, squares in update(columns, report.step, index):
+                report.add([params[place] for place in places], squares, hypers[index])
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss

@@ -169,9 +169,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         plan = self._plan_step()
         self._warn_above_peak(plan.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
-        divisor = self._with_loss_scale(1.0 / self._clip.coefficient if self._clip else None)
-        step = plan.step(divisor, self._largest(plan) if self._config.skip_nonfinite else None)
-        report = self._reporting.report = self._reporting.report.next(step, clip)
+        report = self._begin_report(plan.hypers, self._found_inf(plan), clip)
+        step = report.step
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._clock.start()
@@ -216,12 +215,15 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         """What the most recent step cost this rank."""
         return self._clock.last
 
-    def _largest(self, plan: Plan) -> Tensor:
-        """Return a norm of the averaged gradients of all ranks, 0-d, which is finite if they are. Collective."""
-        if self._clip:
-            return self._clip.norm
-        self._average()
-        return self._held().gradient_norm(plan.present, math.inf)
+    def _found_inf(self, plan: Plan) -> Tensor | None:
+        """Return 1 where the step is void, 0-d fp32; None where nothing can make it so. May be collective."""
+        if not self._config.skip_nonfinite:
+            return plan.found_inf
+        if not self._clip:
+            self._average()
+        largest = self._clip.norm if self._clip else self._held().gradient_norm(plan.present, math.inf)
+        is_void = (~largest.isfinite()).to(torch.float32)
+        return is_void if plan.found_inf is None else torch.maximum(is_void, plan.found_inf)
 
     def _average(self) -> None:
         """Average what is not averaged yet of all gradients. Collective."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.operands import Operands
-from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
+from sharded_dadamw.update.adamw import Step, adamw_
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.precision import join, split
 
 F32, F16, BF16, I16 = torch.float32, torch.float16, torch.bfloat16, torch.int16

@@ -41,7 +41,8 @@ from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import from_safetensors, to_safetensors
 from sharded_dadamw.interchange.inspection import inspect
-from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
+from sharded_dadamw.update.adamw import Step, adamw_
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from tests.deepspeed_client import RUNS, Tied
 from tests.pool import on_ranks
 

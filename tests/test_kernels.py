@@ -22,8 +22,10 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, 
 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import numba_kernel, torch_kernel, triton_kernel
-from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
-from sharded_dadamw.update.adamw import Hyperparameters, Step
+from sharded_dadamw.kernels.operands import NORMS, Form, Operands
+from sharded_dadamw.kernels.tiles import plan_tiles
+from sharded_dadamw.update.adamw import Step
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.precision import split
 from tests.forms import (
     BF16,

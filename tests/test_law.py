@@ -28,7 +28,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR
 
 from sharded_dadamw import DecoupledAdamW
-from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
+from sharded_dadamw.update.adamw import Step, adamw_
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-13, atol=1e-14),

@@ -36,7 +36,8 @@ from scripts.bench.harness import Clock, Spread
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
-from sharded_dadamw.update.adamw import Hyperparameters, Step
+from sharded_dadamw.update.adamw import Step
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 
 LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
 HYPER = Hyperparameters(**LAW, initial_lr=1e-5, amsgrad=False)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
-from sharded_dadamw.layout.placement import local, local_gradient
+from sharded_dadamw.layout.placement import local
 
 
 class ForeignGradients(Gradients):

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sharded_dadamw.buckets.admission import agree_on_groups, connect_holders, group_of_replicas
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.build import Bucketing
-from sharded_dadamw.buckets.sharing import agree_on_groups, connect_holders, group_of_replicas
 from sharded_dadamw.comm.agreement import Refusal
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import ShardingConfig

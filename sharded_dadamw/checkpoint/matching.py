@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
-from sharded_dadamw.layout.placement import like_parameter, local
+from sharded_dadamw.comm.dtensors import like_parameter
+from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
-from sharded_dadamw.update.adamw import FREE_OF_LR
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR
 from sharded_dadamw.update.precision import join, remainder_of
 
 _OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}

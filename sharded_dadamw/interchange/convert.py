@@ -34,7 +34,7 @@ from sharded_dadamw.interchange.state_dicts import (
     optimizers_in,
     to_torch,
 )
-from sharded_dadamw.update.adamw import FREE_OF_LR
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR
 
 log = logging.getLogger("sharded_dadamw")
 

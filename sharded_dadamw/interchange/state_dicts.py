@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.run import canonical_name
-from sharded_dadamw.update.adamw import FREE_OF_LR, Hyperparameters, check_group
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
 
 log = logging.getLogger("sharded_dadamw")
 

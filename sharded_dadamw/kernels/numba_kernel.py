@@ -28,7 +28,8 @@ from numba import carray, cfunc, config, float32, float64, from_dtype, int64, nj
 from numba.extending import intrinsic
 from torch import Tensor
 
-from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
+from sharded_dadamw.kernels.operands import NORMS, Form, Operands
+from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
 
 _TILE = 4096

@@ -1,17 +1,8 @@
-"""What an update reads and writes, fragment by fragment, as every kernel takes it.
-
-    fragments      |  0          |1 |  2      |        each with its own tensors, step count and numbers of elements
-    tiles          |    |    |   |  |    |    |        runs of at most one tile size, never across two fragments
-
-Kernels work tile by tile. Their squared norms are summed within a tile, and over the tiles of a fragment in order, so
-that they are the same bits in every run, on any number of threads.
-"""
+"""What an update reads and writes, fragment by fragment, as every kernel takes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -106,34 +97,6 @@ class Form(NamedTuple):
         """Whether compiled kernels know it, on their devices."""
         params = {None: FLOATS, torch.float32: FLOATS - {torch.float32}, torch.int16: {torch.bfloat16}}
         return self.is_plain and self.param in params.get(self.main, ()) and {self.grad, self.moments} <= FLOATS
-
-
-class Tiles(NamedTuple):
-    """The tiles of a list of fragments, in order.
-
-    Attributes:
-        fragment: int32 [num_tiles], which fragment each belongs to.
-        start: int64 [num_tiles], its first element, counted in the fragment.
-        offsets: int64 [num_fragments + 1], the first tile of each fragment, and the end.
-    """
-
-    fragment: Tensor
-    start: Tensor
-    offsets: Tensor
-
-
-@lru_cache(maxsize=16)
-def plan_tiles(numels: Sequence[int], size: int) -> Tiles:
-    """Cut fragments of these sizes (a tuple) into tiles of at most ``size`` elements; on the CPU, not to be changed.
-
-    An empty fragment has no tiles.
-    """
-    counts = -(-torch.tensor(numels, dtype=torch.int64) // size)
-    offsets = torch.zeros(len(numels) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    fragment = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    start = (torch.arange(int(offsets[-1])) - offsets[fragment]) * size
-    return Tiles(fragment.to(torch.int32), start, offsets)
 
 
 class Update(Protocol):

@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sharded_dadamw.kernels.operands import NORMS, Form, Operands, plan_tiles
+from sharded_dadamw.kernels.operands import NORMS, Form, Operands
+from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
 
 _DEVICE_TYPE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

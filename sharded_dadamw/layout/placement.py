@@ -81,11 +81,6 @@ def shape_of(param: Tensor) -> tuple[int, ...]:
     return () if is_of_fsdp1(param) else tuple(param.shape)
 
 
-def is_fragment(value: Any) -> bool:
-    """Whether it is what the state dict of a sharded optimizer has on one of several ranks."""
-    return hasattr(value, "span")
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is, since FSDP1's are their own local parts.
 
@@ -93,40 +88,6 @@ def local(tensor: Tensor) -> Tensor:
     """
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return part
-
-
-def local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of a gradient, laid out like its parameter. Collective where that is still unsummed.
-
-    Args:
-        param: Has a gradient.
-    """
-    grad: Any = param.grad
-    placements = getattr(param, "placements", None)
-    if placements is not None and grad.placements != placements:
-        grad = grad.redistribute(grad.device_mesh, placements)
-    return local(grad)
-
-
-def like_parameter(part: Tensor, param: Any, *, copies: bool = False) -> Tensor:
-    """This rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
-
-    Args:
-        part: Local shape of the parameter.
-        param: The parameter.
-        copies: Whether to copy it; a tensor that is whole goes to host memory then.
-    """
-    if not hasattr(param, "to_local"):
-        return part.to("cpu", copy=True) if copies else part
-    distributed: Tensor = type(param).from_local(
-        part.clone() if copies else part,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-    return distributed
 
 
 def _of_tensor(param: Any) -> Placement:

@@ -83,6 +83,10 @@ class PendingClip:
         self._waits = True
         return before
 
+    def use(self) -> Tensor:
+        """What a step divides the gradients by."""
+        return 1.0 / self.coefficient
+
     def clear(self) -> None:
         """Forget the clip, once a step has used it or its gradients are gone."""
         self._waits = False
@@ -105,7 +109,7 @@ class ClipOf(PendingClip):
     def use(self) -> Tensor:
         """What a step divides the gradients by; it may use them again, as in torch."""
         self._is_used = True
-        return 1.0 / self.coefficient
+        return super().use()
 
     def is_for(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients are those that were clipped, or some of them."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.norms.global_norm import NormOwners, sums_of_squares
-from sharded_dadamw.update.adamw import Hyperparameters, Step, applied_update
+from sharded_dadamw.update.adamw import Step, applied_update
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 
 METRICS = {f"l2_norm/{norm}": NORMS.index(norm) for norm in ("moment", "param", "update", "grad")}
 """Every metric of a parameter, in the order of reporting, and where in NORMS it is."""

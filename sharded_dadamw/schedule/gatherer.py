@@ -4,7 +4,8 @@
     wire                   |=== gather 0 ===|=== gather 1 ===|=== gather 2 ===|
     forward                                | layer 0 |      | layer 1 |      | layer 2 |     each waits for its own
 
-A pre-forward hook of each attached module waits for the module's own parameters; ``guard`` has all other readers wait.
+A pre-forward hook of each attached module waits for the module's own parameters; ``in_flight`` has all other readers
+wait.
 Compiled code is specialised on classes and must not be interrupted: there the entry waits for all that is below it.
 """
 
@@ -22,7 +23,7 @@ from torch.nn import Parameter
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.schedule.guard import Gather, finish, is_anything_in_flight, wait_for
+from sharded_dadamw.schedule.in_flight import Gather, finish, is_anything_in_flight, wait_for
 
 _BORROWED_AHEAD = 2
 """All-gathers of borrowed parameters kept under way, each with a buffer of its own."""

@@ -1,7 +1,7 @@
 """What ranks compare before a step, or a clip, and what it will do once they have agreed.
 
 A plan changes no value of a parameter, and no state. Whatever a rank has to object is told to the others instead of
-raised at once, since they are waiting for it: see :mod:`sharded_dadamw.comm.agreement`.
+raised at once, since they are waiting for it: see :mod:`sharded_dadamw.schedule.handshake`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.admission import describe_hyperparameters
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.foreign_gradients import ForeignGradients
-from sharded_dadamw.buckets.gradients import ShardedGradients
+from sharded_dadamw.buckets.gradients import HookedGradients
 from sharded_dadamw.buckets.shards import Shards
-from sharded_dadamw.buckets.sharing import describe_hyperparameters
-from sharded_dadamw.comm.agreement import FACTOR, LOSS_SCALE, Description, Refusal, StepAgreement
+from sharded_dadamw.comm.agreement import Description, Refusal
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters
 from sharded_dadamw.norms.clipping import PendingClip, check_clip
+from sharded_dadamw.schedule.handshake import FACTOR, LOSS_SCALE, Handshake
 from sharded_dadamw.schedule.reducer import Reducer
-from sharded_dadamw.update.adamw import Hyperparameters, Step, read_groups
+from sharded_dadamw.update.hyperparameters import Hyperparameters, read_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +77,6 @@ class Plan:
     found_inf: Tensor | None
     unfrozen: list[NamedParameter]
 
-    def step(self, divisor: Tensor | None, largest: Tensor | None) -> Step:
-        """What updates are to be told.
-
-        Args:
-            divisor: 0-d fp32, what they divide gradients by; None means 1.
-            largest: 0-d, a norm of the gradients that makes the step void unless it is finite; None where none does.
-        """
-        void = self.found_inf
-        if largest is not None:
-            is_void = (~largest.isfinite()).to(torch.float32)
-            void = is_void if void is None else torch.maximum(is_void, void)
-        return Step(self.hypers, divisor, void)
-
 
 class Planner:
     """Has all ranks confirm that they are about to do the same."""
@@ -98,7 +85,7 @@ class Planner:
         """Plan for these parameters; the reducer brings in what other ranks may be waiting for in backward."""
         self._shards = shards
         self._reducer = reducer
-        self._agreement = StepAgreement(shards.holders, shards.device, refuse=reducer.refuse)
+        self._handshake = Handshake(shards.holders, shards.device, refuse=reducer.refuse)
 
     def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Plan:
         """Plan a call, given all parameter groups. Collective; raises before anything is changed.
@@ -117,7 +104,7 @@ class Planner:
                 raise RuntimeError(asked.objection)
             if asked.to_clip is not None:
                 check_clip(*asked.to_clip)
-            _refuse_scaler(asked, buckets)
+            _refuse_scaler(asked, reducer)
             if reducer.is_accumulating:
                 raise RuntimeError(f"{asked.call} was called inside no_sync(); leave the context first")
             _require_own_parameters(buckets, groups, frozen)
@@ -142,45 +129,45 @@ class Planner:
         reducer.catch_up()
         changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
         side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
-        void = self._agreement.check(
+        void = self._handshake.check(
             side.describe,
             side.key(),
             found_inf=asked.found_inf,
             grad_scale=asked.grad_scale,
             factors=list(changes.values()),
             tolerance=side.tolerance,
-            sums=None if reducer.knows_source else _sum_of_gradients(buckets),
+            sums=None if reducer.knows_source else _sum_of_gradients(buckets, reducer),
             refusal=refusal.error,
         )
         if not reducer.knows_source:
-            _learn_source(buckets, reducer, self._agreement)
+            _learn_source(buckets, reducer, self._handshake)
         return Plan(present, hypers, void, unfrozen)
 
 
-def _is_comparable(buckets: Sequence[Bucket]) -> bool:
+def _are_comparable(buckets: Sequence[Bucket], reducer: Reducer) -> bool:
     """Whether ranks that see equal gradients must have averaged them, and hold whole ones to be compared."""
-    return not any(bucket.is_borrowed or isinstance(bucket.gradients, ShardedGradients) for bucket in buckets)
+    return not (reducer.keeps_shards or any(bucket.is_borrowed for bucket in buckets))
 
 
-def _sum_of_gradients(buckets: Sequence[Bucket]) -> Tensor | None:
-    sums = [bucket.gradients.sum_of_bits() for bucket in buckets] if _is_comparable(buckets) else []
+def _sum_of_gradients(buckets: Sequence[Bucket], reducer: Reducer) -> Tensor | None:
+    sums = [bucket.gradients.sum_of_bits() for bucket in buckets] if _are_comparable(buckets, reducer) else []
     return torch.stack(sums).sum() if sums else None
 
 
-def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, agreement: StepAgreement) -> None:
+def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, handshake: Handshake) -> None:
     """Find out by the first gradients whether somebody else averages them. Equal on all ranks.
 
     Raises:
         RuntimeError: Somebody else should, and nobody does.
     """
-    differ, agreement.sums_differ = agreement.sums_differ, None
-    if differ and any(isinstance(bucket.gradients, ForeignGradients) for bucket in buckets):
+    differ, handshake.sums_differ = handshake.sums_differ, None
+    if differ and not all(isinstance(bucket.gradients, HookedGradients) for bucket in buckets):
         raise RuntimeError(
             "gradients differ between ranks, and ShardingConfig(reduce_gradients=False) says that something else has "
             "averaged them; wrap the model in DistributedDataParallel and call the wrapper, or leave out "
             "reduce_gradients=False"
         )
-    if differ is not None or not _is_comparable(buckets):
+    if differ is not None or not _are_comparable(buckets, reducer):
         reducer.learn_source(are_equal=differ is False)
 
 
@@ -197,8 +184,8 @@ def _require_own_parameters(
         )
 
 
-def _refuse_scaler(asked: Asked, buckets: Sequence[Bucket]) -> None:
-    if asked.found_inf is not None and any(isinstance(bucket.gradients, ShardedGradients) for bucket in buckets):
+def _refuse_scaler(asked: Asked, reducer: Reducer) -> None:
+    if asked.found_inf is not None and reducer.keeps_shards:
         raise RuntimeError(
             "a GradScaler looks for non-finite values in p.grad, which is None with GradientResidency.SHARDED; use "
             "bf16 without a scaler, and ShardingConfig(skip_nonfinite=True), or GradientResidency.FULL"

@@ -78,11 +78,9 @@ class Reducer:
 
     def watch(self, bucket: Bucket) -> None:
         """Reduce a bucket from now on, and have backward deliver its gradients where they are ours to hold."""
-        if not isinstance(bucket.gradients, HookedGradients):
-            self._others.append(bucket)
-            return
-        self._hooked.append(bucket)
-        self._knows_order = False
+        is_hooked = isinstance(bucket.gradients, HookedGradients)
+        (self._hooked if is_hooked else self._others).append(bucket)
+        self._knows_order = self._knows_order and not is_hooked
         self.hook(bucket)
 
     def hook(self, bucket: Bucket) -> None:
@@ -189,7 +187,7 @@ class Reducer:
     def still_local(self) -> list[Bucket]:
         """The buckets that :meth:`reduced` will reduce, which have to be the same on all ranks."""
         local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
-        return list(self._hooked) if local and self._keeps_shards else local
+        return list(self._hooked) if local and self.keeps_shards else local
 
     def reduced(self, *, last_first: bool = False) -> Generator[Bucket]:
         """Reduce what backward has left, one bucket ahead, and yield each bucket once its gradient shard is the mean.
@@ -305,12 +303,13 @@ class Reducer:
         return self.knows_source and self._remembers
 
     @property
-    def _keeps_shards(self) -> bool:
+    def keeps_shards(self) -> bool:
+        """Whether of averaged gradients there is nothing but this rank's shard."""
         return any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked[:1])
 
     @property
     def _reduces_in_backward(self) -> bool:
-        return bool(self._hooked) and (self._is_overlapping or self._keeps_shards)
+        return bool(self._hooked) and (self._is_overlapping or self.keeps_shards)
 
     def _launch_complete(self) -> None:
         """Launch the buckets whose turn has come."""
@@ -324,7 +323,7 @@ class Reducer:
     def _launch_in_backward(self, bucket: Bucket) -> None:
         self._launch(bucket)
         self._launched.add(bucket)
-        if self._keeps_shards:  # what is under way holds a buffer
+        if self.keeps_shards:  # what is under way holds a buffer
             self._finish_all_but(_BUCKETS_AHEAD if self._overlap else 0)
 
     def _finish_all_but(self, num_ahead: int) -> None:

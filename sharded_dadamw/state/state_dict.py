@@ -15,9 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.parameters import NamedParameter
-from sharded_dadamw.layout.placement import is_fragment, like_parameter, local
+from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.piece import Piece, pieces_of
+from sharded_dadamw.state.whole import is_fragment
 from sharded_dadamw.update.precision import takes
 
 _Pairs = list[tuple[Tensor, Tensor]]

@@ -50,6 +50,11 @@ def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2:
     return is_any_new
 
 
+def is_fragment(value: Any) -> bool:
+    """Whether it is what the state dict of a sharded optimizer has on one of several ranks."""
+    return hasattr(value, "span")
+
+
 def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) -> None:
     """Drop the state of parameters that are in no group any more, since others were put in their place."""
     members = set(map(id, params))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import NORMS, Operands, Update
-from sharded_dadamw.update.adamw import Hyperparameters, Step
+from sharded_dadamw.update.adamw import Step
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
 from tests.forms import (
     BF16,

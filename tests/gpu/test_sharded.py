@@ -21,7 +21,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.update.adamw import Hyperparameters, Step, adamw_
+from sharded_dadamw.update.adamw import Step, adamw_
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.precision import join, weight_of
 from tests.gpu.probes import DEVICE, no_host_sync
 from tests.models import BF16, F32, Groups, draw_gradient, mains_of, make_groups, mean_in_rank_order, named

@@ -1,4 +1,4 @@
-"""Which ranks share which parameters, and what they have to agree on before those are sharded among them."""
+"""Which parameters are let into buckets: those that all ranks of a group share, and agree on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
 from sharded_dadamw.layout.placement import Placement
-from sharded_dadamw.update.adamw import Hyperparameters
+from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.storage import Storage
 
 
