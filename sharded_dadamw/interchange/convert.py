@@ -9,29 +9,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.folder import Manifest, newest, step_of
+from sharded_dadamw.checkpoint.dcp import versions, write
+from sharded_dadamw.checkpoint.entries import Entries, nested
+from sharded_dadamw.checkpoint.folder import Manifest, begin, newest, step_of
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
-from sharded_dadamw.interchange.files import (
-    from_safetensors,
-    read_folder,
-    read_safetensors,
-    to_safetensors,
-    write_folder,
-    write_torch,
-)
+from sharded_dadamw.interchange.files import from_safetensors, read_safetensors, replacing, to_safetensors
 from sharded_dadamw.interchange.state_dicts import (
     MAIN,
     State,
     from_composer,
     from_torch,
-    is_named,
     models_in,
     names_by_shape,
     optimizers_in,
+    own_names,
     to_torch,
 )
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
@@ -105,7 +101,7 @@ def read_state(
         raise ValueError(f"{path}: expected a checkpoint of {source.value}, got ours; it is from {Source.OURS.value}")
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
-    if names is None and not is_named(state_dict) and beside.is_file() and not _is_safetensors(beside):
+    if names is None and own_names(state_dict) is None and beside.is_file() and not _is_safetensors(beside):
         alike = [(at, model) for at, model in models if names_by_shape(state_dict, model) is not None]
         names = names_by_shape(state_dict, _the_one(beside, alike)) if alike else None
     state = from_composer(state_dict, names) if is_decoupled else from_torch(state_dict, names, peak_lr=peak_lr)
@@ -144,25 +140,34 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
         left_out = sum(any(key in entries for key in MAIN) for entries in state["state"].values())
         if left_out:
             log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
-        write_torch(path, to_torch(state))
+        theirs = to_torch(state)
+        with replacing(path) as beside, beside.open("wb") as file:
+            torch.save(theirs, file)
     else:
+        final = Path(path).resolve()
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise ValueError(f"expected a folder that is new or empty, got {path}")
         aliases = _tied(weights or {}, state["state"])
         once = {name for names in aliases for name in names[1:]}
         contents = {
             "optimizer": {**state, "state": {k: v for k, v in state["state"].items() if k not in once}},
             **({"model": {k: v for k, v in weights.items() if k not in once}} if weights else {}),
         }
-        step = step_of(Path(path))
+        step = step_of(final)
         if step is None:
             step = int(max((float(entries["step"]) for entries in state["state"].values()), default=0))
-        write_folder(path, contents, aliases, step)
+        manifest = Manifest(step, 1, versions(), aliases, state["param_groups"], optimizer="DecoupledAdamW")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write(contents, begin(final), final, manifest, None)
 
 
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
-        folder = newest(Path(path))
-        contents = read_folder(folder)
-        manifest, model = Manifest.of(folder), contents.get("model")
+        saved = Entries(newest(Path(path)))
+        values = saved.wholes(saved.under())
+        saved.read(values, placeholders=True)
+        contents = dict(nested(saved.under(), values))
+        manifest, model = Manifest.of(saved.folder), contents.get("model")
         if manifest is not None and isinstance(model, dict):
             for first, *others in manifest.aliases:
                 model.update({name: model[first] for name in others if {first, name} <= model.keys()})

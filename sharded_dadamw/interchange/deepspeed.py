@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,73 +54,71 @@ def from_deepspeed(path: str | os.PathLike[str], *, peak_lr: float | None = None
         ValueError: If it is no such folder, is not whole, holds more than data, or is of stage 3, of a model that is
             itself spread over ranks, or of another optimizer than AdamW.
     """
-    folder = _opened(path)
-    weights = {canonical_name(n): t for n, t in folder.model["module"].items() if isinstance(t, Tensor)}
+    folder, model, partitions = _opened(path)
+    weights = {canonical_name(n): t for n, t in model["module"].items() if isinstance(t, Tensor)}
     order = {name: index for index, name in enumerate(weights)}
+    by_rank = [partition["base_optimizer_state"] for partition in partitions]
+    groups = by_rank[0]["param_groups"]
+    if len(groups) != len(model["param_shapes"]):
+        raise ValueError(f"{folder}: expected {len(model['param_shapes'])} parameter groups, got {len(groups)}")
+    if _is_adam(model) and any(group["weight_decay"] for group in groups):
+        raise ValueError(f"{folder}: expected AdamW's weight decay, got Adam's (adam_w_mode is off)")
     state: dict[str, dict[str, Tensor]] = {}
-    groups = []
-    for index, (group, shapes) in enumerate(zip(folder.groups, folder.shapes, strict=True)):
-        where = f"{folder.path}, param_groups[{index}]"
-        missing = sorted(set(map(canonical_name, shapes)) - set(order))
+    ours = []
+    for index, (group, named) in enumerate(zip(groups, model["param_shapes"], strict=True)):
+        where = f"{folder}, param_groups[{index}]"
+        shapes = {canonical_name(str(name)): torch.Size(shape) for name, shape in named.items()}
+        missing = sorted(set(shapes) - set(order))
         if missing:
             raise ValueError(f"{where}: expected the weights of every parameter, got none of {missing[0]}")
-        names = sorted(map(canonical_name, shapes), key=order.__getitem__)  # round_robin_gradients lays them otherwise
-        ours = imported_group(group, where, names, coupled=True, peak_lr=peak_lr)
-        groups.append(ours)
-        flat = {key: _unflattened(folder, index, key) for key in _kinds(folder, index)}
-        main = _unflattened(folder, index, _FP32)
-        step = _step(folder, index)
+        names = sorted(shapes, key=order.__getitem__)  # round_robin_gradients lays them otherwise
+        ours.append(imported_group(group, where, names, coupled=True, peak_lr=peak_lr))
+        amsgrad = ours[-1]["amsgrad"]
+        entries = [_entries(base, index) for base in by_rank]
+        kinds = [key for key in entries[0] if key != "step"]
+        if set(kinds) - set(MOMENTS) or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
+            raise ValueError(
+                f"{where}: expected AdamW's exp_avg and exp_avg_sq, got another optimizer's "
+                f"{', '.join(map(str, kinds))}"
+            )
+        steps = {float(of_rank["step"]) for of_rank in entries if of_rank.get("step") is not None}
+        if len(steps) > 1:
+            raise ValueError(f"{folder}: expected the same step on every rank, got {sorted(steps)}")
+        parts = {kind: [of_rank.get(kind) for of_rank in entries] for kind in kinds}
+        parts[_FP32] = [partition[_FP32][index] for partition in partitions]
+        paddings = partitions[0].get("param_alignment_paddings")
+        after = paddings[index] if paddings is not None else [0] * len(shapes)
+        whole = {kind: _unflattened(where, kind, of_ranks, shapes, after) for kind, of_ranks in parts.items()}
         for name in names:
-            entries: dict[str, Any] = {key: tensors[name] for key, tensors in flat.items()}
-            moments = checked_entries(name, {"step": step, **entries}, ours["amsgrad"]) if entries else None
-            state[name] = moments or unstepped(main[name], ours["amsgrad"])
+            found = {"step": max(steps, default=0.0), **{kind: whole[kind][name] for kind in kinds}}
+            main = whole[_FP32][name]
+            state[name] = checked_entries(name, found, amsgrad) if kinds else unstepped(main, amsgrad)
             if weights[name].dtype.itemsize < torch.float32.itemsize:
-                state[name]["main_param"] = main[name]
-    return {"state": dict(sorted(state.items(), key=lambda item: order[item[0]])), "param_groups": groups}, weights
+                state[name]["main_param"] = main
+    return {"state": dict(sorted(state.items(), key=lambda item: order[item[0]])), "param_groups": ours}, weights
 
 
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """A folder of DeepSpeed's, opened: what is large in it is mapped, not read.
+def _entries(base: Mapping[str, Any], group: int) -> dict[str, Any]:
+    """Return `step` and flat tensors of a rank's part of a group, [padded]; nothing before the first step.
 
-    Attributes:
-        path: The folder with the files, which is named for its tag.
-        model: Contents of the model's file.
-        partitions: Each rank's `optimizer_state_dict`, in the order of ranks.
+    Some optimizers keep the number of updates beside each tensor and others in the group.
     """
-
-    path: Path
-    model: Mapping[str, Any]
-    partitions: Sequence[Mapping[str, Any]]
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """Hyperparameters of every group, as the optimizer inside has them."""
-        return list(self.partitions[0]["base_optimizer_state"]["param_groups"])
-
-    @property
-    def shapes(self) -> list[dict[str, torch.Size]]:
-        """Of every group the names, DeepSpeed's own, and shapes of its parameters, in the order of the flat group."""
-        return [{str(name): torch.Size(shape) for name, shape in group.items()} for group in self.model["param_shapes"]]
-
-    def entries(self, group: int, rank: int = 0) -> dict[str, Any]:
-        """Return `step` and flat tensors of a rank's part of a group, [padded]; nothing before the first step."""
-        base = self.partitions[rank]["base_optimizer_state"]
-        options = base["param_groups"][group]
-        entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
-        return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
+    options = base["param_groups"][group]
+    entries = base["state"].get(options["params"][0], {}) if options["params"] else {}
+    return {**({"step": options["step"]} if entries and "step" in options else {}), **entries}
 
 
-def _opened(path: str | os.PathLike[str]) -> _Folder:
+def _opened(path: str | os.PathLike[str]) -> tuple[Path, Mapping[str, Any], list[Mapping[str, Any]]]:
+    """Return the folder, what its model's file holds, and each rank's `optimizer_state_dict`; tensors are mapped."""
     folder = Path(path)
     if (folder / "latest").is_file():
         folder = folder / read_text(folder / "latest").strip()
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if not any(_MODEL.fullmatch(name) for name in names):
+    models = [match for name in names if (match := _MODEL.fullmatch(name))]
+    found = [match for name in names if (match := _PARTITION.fullmatch(name))]
+    if not models:
         raise ValueError(f"expected a checkpoint folder of DeepSpeed's, with a file *_model_states.pt, got {folder}")
-    found = {match.group(0): match for name in names if (match := _PARTITION.fullmatch(name))}
-    pieces = {int(match.group(2)) for match in found.values()}
-    pieces |= {int(match.group(1)) for name in names if (match := _MODEL.fullmatch(name))}
+    pieces = {int(match[2]) for match in found} | {int(match[1]) for match in models}
     if any("expert" in name for name in names) or pieces != {0}:
         raise ValueError(
             f"{folder}: expected a whole model on every rank, got one that is spread over ranks (tensor or pipeline "
@@ -131,7 +128,7 @@ def _opened(path: str | os.PathLike[str]) -> _Folder:
         raise ValueError(f"{folder}: {_STAGE_3}")
     if not found:
         raise ValueError(f"{folder}: expected partitions of the optimizer's state, *_optim_states.pt, got none of them")
-    by_rank = {int(match.group(1)): folder / name for name, match in found.items()}
+    by_rank = {int(match[1]): folder / match[0] for match in found}
     counts = _partition(by_rank[min(by_rank)])["partition_count"]
     num_ranks = max(counts) if isinstance(counts, Sequence) else int(counts)
     if set(by_rank) != set(range(num_ranks)):
@@ -141,9 +138,7 @@ def _opened(path: str | os.PathLike[str]) -> _Folder:
     model = load_torch(folder / "mp_rank_00_model_states.pt")
     if not isinstance(model, Mapping) or not isinstance(model.get("param_shapes"), list) or not model.get("module"):
         raise ValueError(f"{folder}: expected names and shapes of the parameters in the model's file, got none")
-    opened = _Folder(folder, model, [_partition(by_rank[rank]) for rank in range(num_ranks)])
-    _check_update_rule(opened)
-    return opened
+    return folder, model, [_partition(by_rank[rank]) for rank in range(num_ranks)]
 
 
 def _partition(path: Path) -> Mapping[str, Any]:
@@ -161,58 +156,29 @@ def _partition(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _check_update_rule(folder: _Folder) -> None:
-    """Refuse Adam. DeepSpeed's own says only in the configuration that it is not AdamW."""
-    found: Any = folder.model
+def _is_adam(model: Mapping[str, Any]) -> bool:
+    """Return whether it is not AdamW, which DeepSpeed's own optimizer says in the configuration only."""
+    found: Any = model
     for key in ("ds_config", "optimizer", "params", "adam_w_mode"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    if found is False and any(group["weight_decay"] for group in folder.groups):
-        raise ValueError(f"{folder.path}: expected AdamW's weight decay, got Adam's (adam_w_mode is off)")
-    if len(folder.groups) != len(folder.shapes):
-        raise ValueError(f"{folder.path}: expected {len(folder.shapes)} parameter groups, got {len(folder.groups)}")
+    return found is False
 
 
-def _kinds(folder: _Folder, group: int) -> list[str]:
-    """Return which kinds of state there are besides `step`, if they are AdamW's."""
-    kinds = [key for key in folder.entries(group) if key != "step"]
-    if set(kinds) - set(MOMENTS) or (kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds)):
-        raise ValueError(
-            f"{folder.path}, param_groups[{group}]: expected AdamW's exp_avg and exp_avg_sq, got another "
-            f"optimizer's {', '.join(map(str, kinds))}"
-        )
-    return kinds
-
-
-def _step(folder: _Folder, group: int) -> float:
-    """Return the number of updates, which some optimizers keep beside each tensor and others in the group."""
-    steps = [folder.entries(group, rank).get("step") for rank in range(len(folder.partitions))]
-    known = [float(step) for step in steps if step is not None]
-    if len(set(known)) > 1:
-        raise ValueError(f"{folder.path}: expected the same step on every rank, got {known}")
-    return known[0] if known else 0.0
-
-
-def _unflattened(folder: _Folder, group: int, kind: str) -> dict[str, Tensor]:
+def _unflattened(
+    where: str, kind: str, parts: Sequence[Any], shapes: Mapping[str, torch.Size], paddings: Sequence[int]
+) -> dict[str, Tensor]:
     """Return the parameters of one kind of one group, each [shape], cut out of all ranks' parts."""
-    parts: list[Any] = [
-        partition[_FP32][group] if kind == _FP32 else folder.entries(group, rank).get(kind)
-        for rank, partition in enumerate(folder.partitions)
-    ]
     if not all(isinstance(part, Tensor) for part in parts):
-        raise ValueError(f"{folder.path}, param_groups[{group}]: expected {kind} on every rank, got some without")
+        raise ValueError(f"{where}: expected {kind} on every rank, got some without")
     flat = torch.cat([part.reshape(-1) for part in parts])
-    shapes = folder.shapes[group]
-    paddings = folder.partitions[0].get("param_alignment_paddings")
-    after = paddings[group] if paddings is not None else [0] * len(shapes)
     cut = {}
     offset = 0
-    for (name, shape), padding in zip(shapes.items(), after, strict=True):
+    for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
         numel = shape.numel()
         if offset + numel > flat.numel():
             raise ValueError(
-                f"{folder.path}, {kind} of {name}: expected {numel} elements from {offset} on, got {flat.numel()} in "
-                "all"
+                f"{where}, {kind} of {name}: expected {numel} elements from {offset} on, got {flat.numel()} in all"
             )
-        cut[canonical_name(name)] = flat[offset : offset + numel].view(shape).clone()
+        cut[name] = flat[offset : offset + numel].view(shape).clone()
         offset += numel + padding
     return cut

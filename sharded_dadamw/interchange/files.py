@@ -1,11 +1,11 @@
-"""Files and folders of the formats that optimizer state is kept in: read whole, and written whole or not at all."""
+"""Files of text and of safetensors: read whole, and written whole or not at all."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.dcp import versions, write
-from sharded_dadamw.checkpoint.entries import Entries, nested
-from sharded_dadamw.checkpoint.folder import Manifest, begin, hidden, sync
+from sharded_dadamw.checkpoint.folder import hidden, sync
 from sharded_dadamw.interchange.state_dicts import State
 
 if importlib.util.find_spec("safetensors"):
@@ -27,11 +25,7 @@ HYPERPARAMETERS = "sharded_dadamw.param_groups"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a file of text in UTF-8.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
+    """Read a file of text in UTF-8, or raise a ValueError that names it."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -60,16 +54,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def write_torch(path: str | os.PathLike[str], contents: object) -> None:
-    """Write one file by `torch.save`.
-
-    Raises:
-        OSError: If it cannot be written. What had the name is then as it was.
-    """
-    with replacing(path) as beside, beside.open("wb") as file:
-        torch.save(contents, file)
 
 
 def to_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -126,57 +110,9 @@ def from_safetensors(path: str | os.PathLike[str]) -> State:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of any `.safetensors` file, on the CPU.
-
-    Raises:
-        ModuleNotFoundError: If safetensors is not installed.
-        ValueError: If it is no file of this format.
-    """
+    """Read all tensors of any `.safetensors` file, on the CPU; raises as `from_safetensors`."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read everything in a folder of torch.distributed.checkpoint, in one process, and run nothing in it.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        Values nested as they were saved: dicts, lists, and whole tensors on the CPU. What is neither tensor nor plain
-        data is a `Placeholder`.
-
-    Raises:
-        ValueError: If a file is missing, damaged or holds more than data, or a part of a tensor is missing.
-    """
-    saved = Entries(Path(path))
-    values = saved.wholes(saved.under())
-    saved.read(values, placeholders=True)
-    return dict(nested(saved.under(), values))
-
-
-def write_folder(
-    path: str | os.PathLike[str], contents: dict[str, Any], aliases: Sequence[Sequence[str]], step: int
-) -> None:
-    """Write a folder that `load_checkpoint` and stock torch.distributed.checkpoint load, in one process.
-
-    Args:
-        path: The folder, which appears whole or not at all; those above it are made.
-        contents: The form in the middle (see `interchange`) under `optimizer`, and perhaps weights under `model`.
-        aliases: Names of weights that are tied to each other, of which `contents` have the first: all get it.
-        step: What step its manifest tells.
-
-    Raises:
-        ValueError: If there is something in the folder already.
-        OSError: If it cannot be written.
-    """
-    final = Path(path).resolve()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"expected a folder that is new or empty, got {path}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    groups = contents["optimizer"]["param_groups"]
-    manifest = Manifest(step, 1, versions(), aliases, groups, optimizer="DecoupledAdamW")
-    write(contents, begin(final), final, manifest, None)
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:

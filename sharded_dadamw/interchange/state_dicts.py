@@ -157,26 +157,15 @@ def renamed(state: Mapping[str, Any], names: Iterable[str]) -> State:
 
 
 def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
-    """Find optimizers' state dicts in what was saved.
-
-    Args:
-        contents: Dicts, lists and tuples, nested in any way.
-
-    Returns:
-        Each with the keys that lead to it, joined with dots.
-    """
+    """Find optimizers' state dicts in nested dicts, lists and tuples; each with the keys that lead to it, and dots."""
     found = [(at, inner) for at, inner in _dicts_in(contents) if _is_optimizer(inner)]
     return [(at, _unflattened(inner) if _is_flat(inner) else inner) for at, inner in found]
 
 
 def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:
-    """Find models' state dicts in what was saved: dicts of nothing but tensors, floating-point ones among them.
+    """Find models' state dicts, as :func:`optimizers_in` does, under canonical names.
 
-    Args:
-        contents: As in `optimizers_in`.
-
-    Returns:
-        Each, under canonical names, with the keys that lead to it, joined with dots.
+    They are dicts of nothing but tensors, floating-point ones among them.
     """
     return [
         (at, {canonical_name(name): tensor for name, tensor in found.items()})
@@ -187,21 +176,21 @@ def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:
     ]
 
 
-def is_named(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether an optimizer's state dict names its parameters, and does not only number them."""
+def own_names(state_dict: Mapping[str, Any]) -> list[str] | None:
+    """Return the canonical names that a state dict has of its parameters; None where it only numbers them."""
     groups = state_dict["param_groups"]
-    return all("param_names" in group or all(isinstance(key, str) for key in group["params"]) for group in groups)
+    keys = [key for group in groups for key in group["params"]]
+    if not all(isinstance(key, str) for key in keys):
+        if any(len(group.get("param_names", ())) != len(group["params"]) for group in groups):
+            return None
+        keys = [name for group in groups for name in group["param_names"]]
+    return [canonical_name(key) for key in keys]
 
 
 def names_by_shape(state_dict: Mapping[str, Any], weights: dict[str, Tensor]) -> list[str] | None:
     """Name the parameters of an optimizer's only group after a model's weights, which come in the same order.
 
-    Args:
-        state_dict: An optimizer's, by index.
-        weights: A model's, by name; tied ones count once.
-
-    Returns:
-        Names in the order of the group; None if there are more groups, or numbers or shapes of parameters differ.
+    Tied weights count once. None if there are more groups, or numbers or shapes of parameters differ.
     """
     distinct = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}
     names = [name for name in reversed(distinct.values()) if weights[name].is_floating_point()]
@@ -230,7 +219,7 @@ def imported_group(
         peak_lr: As in `from_torch`.
 
     Raises:
-        ValueError: If it asks for another update rule than AdamW's, or the peak cannot be told.
+        ValueError: It asks for another update rule than AdamW's, or the peak cannot be told.
     """
     missing = [key for key in _NEEDED if key not in group]
     if missing:
@@ -270,18 +259,10 @@ def imported_group(
 
 
 def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dict[str, Tensor]:
-    """Check that one parameter's state is AdamW's.
-
-    Args:
-        name: What to call the parameter in an error.
-        entries: `step` and tensors of one shape.
-        amsgrad: Whether `max_exp_avg_sq` is needed.
-
-    Returns:
-        The same tensors and `step` as a 0-d fp32 tensor on the CPU.
+    """Return one parameter's state with `step` as a 0-d fp32 tensor on the CPU, if it is AdamW's.
 
     Raises:
-        ValueError: If an entry is missing, unknown, not floating point, or of another shape.
+        ValueError: An entry is missing, unknown, not floating point, or of another shape; names the parameter.
     """
     if not isinstance(entries, Mapping):
         raise ValueError(f"state of {name}: expected a dict of tensors, got {type(entries).__name__}")
@@ -307,12 +288,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
 
 
 def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step: zeros of its shape and dtype, on the CPU.
-
-    Args:
-        like: The parameter, or what has its shape and dtype.
-        amsgrad: Whether there is a `max_exp_avg_sq`.
-    """
+    """Return the state of a parameter before its first step: zeros of its shape and dtype, on the CPU."""
     zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
     return {"step": torch.zeros(()), **zeros}
 
@@ -323,11 +299,20 @@ def _imported(
     if not isinstance(state_dict, Mapping) or not _is_optimizer(state_dict):
         raise ValueError("expected the state dict of an optimizer, with 'state' and 'param_groups', got something else")
     state_dict = _unflattened(state_dict) if _is_flat(state_dict) else state_dict
-    groups = state_dict["param_groups"]
-    saved = _by_key(state_dict)
+    groups, saved = state_dict["param_groups"], _by_key(state_dict)
     keys = [key for group in groups for key in group["params"]]
-    given = [(item, None) if isinstance(item, str) else item for item in parameters] if parameters is not None else None
-    names = dict(zip(keys, _names(keys, groups, given), strict=True))
+    given = [(item, None) if isinstance(item, str) else item for item in parameters or ()]
+    all_names = own_names(state_dict)
+    if parameters is not None and not all(isinstance(key, str) for key in keys):
+        if len(given) != len(keys):
+            raise ValueError(f"expected as many parameters as the state has, {len(keys)}, got {len(given)} names")
+        all_names = [canonical_name(name) for name, _ in given]
+    if all_names is None:
+        raise ValueError(
+            f"expected names for the {len(keys)} parameters, which this state dict only numbers; give the parameters' "
+            "names in the order of the optimizer's groups"
+        )
+    names = dict(zip(keys, all_names, strict=True))
     repeated = [name for name, count in Counter(names.values()).items() if count > 1]
     if repeated:
         raise ValueError(f"expected parameters with different names, got {_few(repeated)} more than once")
@@ -337,7 +322,7 @@ def _imported(
             f"expected state of parameters in the groups alone, got state of {_few(unknown)} too; state that is spread "
             "over ranks has to be consolidated before it is saved"
         )
-    tensors = {canonical_name(name): tensor for name, tensor in given or () if tensor is not None}
+    tensors = {canonical_name(name): tensor for name, tensor in given if tensor is not None}
     state: dict[str, dict[str, Tensor]] = {}
     ours = []
     for index, group in enumerate(groups):
@@ -355,23 +340,6 @@ def _imported(
     return {"state": state, "param_groups": ours}
 
 
-def _names(
-    keys: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Sequence[tuple[str, Tensor | None]] | None
-) -> list[str]:
-    if all(isinstance(key, str) for key in keys):
-        return [canonical_name(key) for key in keys]
-    if given is not None:
-        if len(given) != len(keys):
-            raise ValueError(f"expected as many parameters as the state has, {len(keys)}, got {len(given)} names")
-        return [canonical_name(name) for name, _ in given]
-    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        return [canonical_name(name) for group in groups for name in group["param_names"]]
-    raise ValueError(
-        f"expected names for the {len(keys)} parameters, which this state dict only numbers; give the parameters' "
-        "names in the order of the optimizer's groups"
-    )
-
-
 def _by_key(state_dict: Mapping[str, Any]) -> Mapping[Any, Any]:
     """Return the state by the keys of `params`; torch.distributed.checkpoint makes a list of a dict with numbers."""
     state = state_dict["state"]
@@ -379,38 +347,31 @@ def _by_key(state_dict: Mapping[str, Any]) -> Mapping[Any, Any]:
 
 
 def _is_optimizer(found: Mapping[Any, Any]) -> bool:
-    if _is_flat(found):
-        return True
+    """Return whether this is an optimizer's state dict. What a file holds may be anything, so all is looked at."""
     groups, state = found.get("param_groups"), found.get("state")
-    return isinstance(groups, list) and isinstance(state, Mapping | list) and all(map(_is_group, groups))
-
-
-def _is_group(group: object) -> bool:
-    """Return whether this is a parameter group. What a file holds may be anything, so keys and names are looked at."""
-    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
-        return False
-    names = group.get("param_names", [])
-    return (
-        all(isinstance(key, int | str) for key in group["params"])
-        and isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
+    return _is_flat(found) or (
+        isinstance(groups, list)
+        and isinstance(state, Mapping | list)
+        and all(isinstance(group, Mapping) and _is_list(group.get("params"), int | str) for group in groups)
+        and all(_is_list(group.get("param_names", []), str) for group in groups)
     )
+
+
+def _is_list(found: object, of: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(item, of) for item in found)
 
 
 def _is_flat(found: Mapping[Any, Any]) -> bool:
     """Return whether each entry of an optimizer's state dict has a name of its own, as torchtitan saves it."""
     parts = {key.partition(".")[0] for key in found if isinstance(key, str) and "." in key}
-    return len(found) > 0 and "param_groups" in parts <= {"state", "param_groups"}
+    return "param_groups" in parts <= {"state", "param_groups"}
 
 
 def _unflattened(flat: Mapping[str, Any]) -> State:
     """Put state that was saved with `flatten_optimizer_state_dict=True` into the form in the middle.
 
-    Args:
-        flat: `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on, for every parameter. Only read.
-
-    Returns:
-        The form in the middle. Parameters with the same hyperparameters are one group.
+    For every parameter it has `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on. Parameters with
+    the same hyperparameters are one group.
     """
     state: dict[str, dict[str, Any]] = {}
     options: dict[str, dict[str, Any]] = {}
