@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 900  # of a mutation; a hang is killed by tests/pool.py long before
+TIMEOUT_S = 900  # of a mutation; a hang is killed by tests/pool.py or tests/simulated.py long before
 
 # By file of the package: the text, what to put there, and which tests/test_*.py should fail, the cheapest first.
 MUTATIONS = {

@@ -73,6 +73,29 @@ class Outcome:
         return repr(self.value) if self.error is None else f"{self.error}: {self.message}"
 
 
+def values_of(fn: Callable[..., Any], results: list[Outcome]) -> list[Any]:
+    """The values of a case, or RankFailure."""
+    __tracebackhide__ = True
+    failed = [outcome for outcome in results if outcome.error is not None]
+    if failed:
+        report = "\n".join(f"--- rank {o.rank} of {len(results)} failed ---\n{o.traceback}" for o in failed)
+        raise RankFailure(f"{fn.__name__} failed on rank(s) {[o.rank for o in failed]} of {len(results)}\n{report}")
+    return [outcome.value for outcome in results]
+
+
+def describe_hang(headline: str, stacks: dict[int, str], replies: dict[int, Any]) -> str:
+    """The message of a RankHang: where the ranks are that hang, and what became of the others."""
+    lines = [headline]
+    for rank, reply in sorted(replies.items()):
+        if isinstance(reply, Outcome) and reply.error is not None:
+            lines.append(f"--- rank {rank} had failed ---\n{reply.traceback}")
+        else:
+            lines.append(f"--- rank {rank} had finished ---")
+    for rank, stack in stacks.items():
+        lines.append(f"--- rank {rank} hangs here ---\n{stack}")
+    return "\n".join(lines)
+
+
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +127,8 @@ def _check_in_step(groups: dict[int, Any], rank: int) -> None:
             assert total.item() == num_ranks * (num_ranks + 1) // 2, f"group of {num_ranks} ranks is out of step"
 
 
-def _run_case(rank: int, num_ranks: int, group: Any, blob: bytes) -> Outcome:
+def run_case(rank: int, group: Any, blob: bytes) -> Outcome:
+    """Runs a pickled (function, arguments) on one rank."""
     try:
         torch.manual_seed(0)
         random.seed(0)
@@ -139,7 +163,7 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
         if verb == "stop":
             os._exit(0)
         if verb == "run":
-            reply: Any = _run_case(rank, num_ranks, groups[num_ranks], blob)
+            reply: Any = run_case(rank, groups[num_ranks], blob)
         else:
             # A peer may have left a message behind in the old group: nobody may ever receive it.
             old, groups[num_ranks] = groups[num_ranks], _new_group(num_ranks)
@@ -196,12 +220,7 @@ class Pool:
             RankHang: some rank did not finish.
         """
         __tracebackhide__ = True
-        results = self.outcomes(num_ranks, fn, *args, timeout_s=timeout_s)
-        failed = [outcome for outcome in results if outcome.error is not None]
-        if failed:
-            report = "\n".join(f"--- rank {o.rank} of {num_ranks} failed ---\n{o.traceback}" for o in failed)
-            raise RankFailure(f"{fn.__name__} failed on rank(s) {[o.rank for o in failed]} of {num_ranks}\n{report}")
-        return [outcome.value for outcome in results]
+        return values_of(fn, self.outcomes(num_ranks, fn, *args, timeout_s=timeout_s))
 
     def close(self) -> None:
         """Stops every worker; the next case starts new ones."""
@@ -278,7 +297,9 @@ class Pool:
             waiting = {self._connections[rank]: rank for rank in ranks if rank not in replies}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankHang(self._describe_hang(sorted(waiting.values()), replies, time.monotonic() - start))
+                stuck = sorted(waiting.values())
+                headline = f"hang: rank(s) {stuck} did not finish within {time.monotonic() - start:.0f} s"
+                raise RankHang(describe_hang(headline, {rank: self._stack_of(rank) for rank in stuck}, replies))
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting[connection]
@@ -290,17 +311,6 @@ class Pool:
                 if isinstance(replies[rank], Outcome) and replies[rank].error is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         return [replies[rank] for rank in ranks]
-
-    def _describe_hang(self, stuck: list[int], replies: dict[int, Any], elapsed_s: float) -> str:
-        lines = [f"hang: rank(s) {stuck} did not finish within {elapsed_s:.0f} s"]
-        for rank, reply in sorted(replies.items()):
-            if isinstance(reply, Outcome) and reply.error is not None:
-                lines.append(f"--- rank {rank} had failed ---\n{reply.traceback}")
-            else:
-                lines.append(f"--- rank {rank} had finished ---")
-        for rank in stuck:
-            lines.append(f"--- rank {rank} hangs here ---\n{self._stack_of(rank)}")
-        return "\n".join(lines)
 
     def _stack_of(self, rank: int) -> str:
         pid = self._processes[rank].pid

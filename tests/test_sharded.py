@@ -5,7 +5,8 @@ parameters, fed with the mean of all ranks' gradients, (g0 + g1 + ...) / N in ra
 parameter must be torch.equal to the control's, and at the end so must every moment, put together over the ranks.
 
 Sizes and numbers of ranks meet in the layout of a bucket, which tests/test_layout.py proves for all; schedules, dtypes
-and clipping know nothing of ranks. So each scenario names the few numbers of ranks on which it runs.
+and clipping know nothing of ranks. So each scenario names the few numbers of ranks on which it runs. Ranks are
+simulated, but where DDP, a process's memory or its wire is what is tested.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, StepLR
 
 from sharded_dadamw import DecoupledAdamW, Exchange, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import weight_of
+from tests import pool
 from tests.models import (
     BF16,
     F32,
@@ -42,7 +44,7 @@ from tests.models import (
     reduce_for_control,
     whole_state_dict,
 )
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 ONE_EACH = 1e-6  # MiB: less than any parameter, so every parameter gets a bucket of its own
 FEW_EACH = 1e-3
@@ -80,6 +82,7 @@ class Scenario:
     without_gradient: str = "nobody"
     assign: bool = False  # p.grad = ... by hand instead of backward
     reduce_gradients: bool = True
+    exchange: Exchange = Exchange.FASTEST
 
     @property
     def config(self) -> ShardingConfig:
@@ -88,6 +91,7 @@ class Scenario:
             reduce_gradients=self.reduce_gradients,
             main_parameter=self.main_parameter,
             moments=self.moments,
+            exchange=self.exchange,
         )
 
 
@@ -291,6 +295,12 @@ def on_numbers_of_ranks(*scenarios: tuple[str, Scenario, Sequence[int]]) -> Any:
 )
 def test_sharded_equals_unsharded(scenario: Scenario, num_ranks: int) -> None:
     assert_state_is_the_controls(on_ranks(num_ranks, train_beside_control, scenario))
+
+
+@pytest.mark.parametrize("exchange", [Exchange.FASTEST, Exchange.RANK_ORDER])
+def test_processes_that_exchange_memory_or_messages_do_as_simulated_ranks(exchange: Exchange) -> None:
+    scenario = Scenario("mixed dtypes", bucket_cap_mb=FEW_EACH, clip=(0.05, 2.0), exchange=exchange)
+    assert_state_is_the_controls(pool.on_ranks(3, train_beside_control, scenario))
 
 
 @on_numbers_of_ranks(
@@ -497,7 +507,7 @@ def ddp_loss(ddp: DistributedDataParallel, seed: int) -> Tensor:
 def test_under_ddp_the_gradients_it_averaged_train_as_if_unsharded(
     num_ranks: int, wrap_first: bool, gradient_as_bucket_view: bool
 ) -> None:
-    reports = on_ranks(num_ranks, train_under_ddp, wrap_first, gradient_as_bucket_view)
+    reports = pool.on_ranks(num_ranks, train_under_ddp, wrap_first, gradient_as_bucket_view)
     assert_state_is_the_controls(reports)
 
 
@@ -673,7 +683,7 @@ def test_nothing_is_held_but_parameters_gradients_and_the_shards_of_the_state(re
         numel = (128 + 64 + 1) * num_rows * 256
         return 4 * (numel + (numel if reduce_gradients else numel // 2) + 2 * numel // 2)
 
-    small, large = (on_ranks(2, everything_held, reduce_gradients, rows) for rows in (4, 8))
+    small, large = (pool.on_ranks(2, everything_held, reduce_gradients, rows) for rows in (4, 8))
     slack = 16 * 1024  # step counts, flags
     for (small_at_first, small_later), (large_at_first, large_later) in zip(small, large, strict=True):
         assert expected(4) <= small_at_first <= expected(4) + slack
@@ -761,7 +771,7 @@ def written_by_a_large_step(group: Any) -> tuple[int, int | None]:
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="only Linux counts the bytes a process writes")
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_operating_system_counts_the_same_bytes(num_ranks: int) -> None:
-    for reported, written in on_ranks(num_ranks, written_by_a_large_step):
+    for reported, written in pool.on_ranks(num_ranks, written_by_a_large_step):
         assert written is not None
         # Headers of messages, and the few words by which ranks agree that they are doing the same thing.
         assert 0 <= written - reported <= 32 * 1024, f"{written} bytes written, {reported} reported"

@@ -59,11 +59,11 @@ def connect(
 
 
 def _connect_group(group: dist.ProcessGroup, device: torch.device, exchange: Exchange | None) -> Collectives:
-    uses_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
-    if exchange is None or exchange is Exchange.BACKEND:
+    of_the_backend = (None, Exchange.BACKEND) if device.type == "cpu" else (None, Exchange.BACKEND, Exchange.FASTEST)
+    if exchange in of_the_backend:
         return BackendVerbs(group, device)
-    if not uses_gloo:
-        return BackendVerbs(group, device) if exchange is Exchange.FASTEST else RankOrderVerbs(group, device)
+    if device.type != "cpu" or "cpu:gloo" not in dist.get_backend_config(group):
+        return RankOrderVerbs(group, device)
     if exchange is Exchange.FASTEST and dist.get_world_size(group) > 1:
         files = map_files(BackendVerbs(group, device))
         if files is not None:
