@@ -112,12 +112,14 @@ MUTATIONS = {
         ("member.param.grad is not None:\n", "False:\n", "contract sharded"),
         ("num_changes >= 1 for", "num_changes >= 0 for", "sharded contract overlap"),
     ],
-    "buckets/gradients.py": [
+    "buckets/full_gradients.py": [
         ("shows &= now.abs()", "now.abs()", "contract overlap refusals"),
-        ("self.buffer._version != self._version):\n", "False):\n", "contract overlap"),
+        ("return self.buffer._version != self._version", "return False", "contract overlap"),
+        ("        else:\n            raise self._too_late(slot)", "", "overlap contract"),
+    ],
+    "buckets/sharded_gradients.py": [
         ("add, self._holds_a_mean = self._holds_a_mean, True", "add, self._holds_a_mean = False, True", "overlap"),
         ("view.zero_()", "pass", "overlap sharded"),
-        ("        else:\n            raise self._too_late(slot)", "", "overlap contract"),
     ],
     "buckets/offload.py": [
         ("if self._takes_edits or not self._absorbs_edits:", "if not self._absorbs_edits:", "state_residency"),
@@ -138,7 +140,7 @@ MUTATIONS = {
         ("if bucket in self._launched:", "if False:", "overlap"),
         ("self._collectives.broadcast_(agreed)", "pass", "overlap"),
         ("for bucket in self._hooked[len(self._launched) :]:", "for bucket in []:", "overlap"),
-        ("bucket.gradients.mark(Stage.CONSUMED)\n        self.num_rounds", "self.num_rounds", "overlap contract"),
+        ("bucket.gradients.consume()\n        self.num_rounds", "self.num_rounds", "overlap contract"),
         ("self._overlap = False", "pass", "sharded overlap"),
     ],
     "schedule/gatherer.py": [

@@ -1,8 +1,9 @@
 """Buckets: parameters of one kind in one flat buffer, with their gradients and this rank's shard of their state.
 
 ``bucket`` holds one bucket and its update, ``weights`` its parameters, the modules of ``gradients`` its gradients.
-``admission`` refuses parameters that ranks do not share, ``build`` decides which go together, ``shards`` has all of an
-optimizer and the ranks that share them, and ``offload`` says where state lives and the update runs.
+``admission`` refuses parameters that ranks do not share, ``build`` decides which go together, ``kinds`` what serves
+their weights and gradients. ``shards`` has all buckets of an optimizer and the ranks that share them, and ``offload``
+says where state lives and the update runs.
 
 A bucket knows its own memory. It does not know the other buckets, the step's order, or the user's calls.
 """

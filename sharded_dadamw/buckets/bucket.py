@@ -160,7 +160,7 @@ class Bucket:
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
-        part = _part(self.layout.fragment(slot, self.rank))
+        part = self.layout.fragment(slot, self.rank).in_shard
         return {"step": self.counts[slot]} | {name: shard[part] for name, shard in self.state_shards.items()}
 
     def reset_main_(self) -> None:
@@ -174,7 +174,7 @@ class Bucket:
         Of borrowed weights it is what they were at the last ``weights.refresh_``.
         """
         assert self.main is not None
-        part = _part(self.layout.fragment(slot, self.rank))
+        part = self.layout.fragment(slot, self.rank).in_shard
         return self._main_of_weights(self.main[part], part)
 
     def _main_of_weights(self, main: Tensor, part: slice) -> Tensor:
@@ -189,7 +189,7 @@ class Bucket:
         if wanted not in self._runs:
             _make_room(self._runs)
             runs: list[slice] = []
-            for part in map(_part, self._fragments_of(wanted)):
+            for part in (fragment.in_shard for fragment in self._fragments_of(wanted)):
                 is_next = bool(runs) and runs[-1].stop == part.start
                 runs.append(slice(runs.pop().start, part.stop) if is_next else part)
             self._runs[wanted] = runs
@@ -228,7 +228,7 @@ class Bucket:
         if prepared is None:
             _make_room(self._prepared)
             fragments = self._fragments_of(present)
-            operands = [self._operands_at(fragment, self.param[_part(fragment)]) for fragment in fragments]
+            operands = [self._operands_at(fragment, self.param[fragment.in_shard]) for fragment in fragments]
             counted = torch.tensor([float(here) for here in present], dtype=torch.float32)
             prepared = _Prepared(
                 kernels.prepare(operands) if operands else None,
@@ -242,7 +242,7 @@ class Bucket:
         return [fragment for fragment in self.layout.fragments(self.rank) if present[fragment.slot]]
 
     def _operands_at(self, fragment: Fragment, param: Tensor) -> Operands:
-        part, first = _part(fragment), self.members[fragment.slot].first_element + fragment.param_start
+        part, first = fragment.in_shard, self.members[fragment.slot].first_element + fragment.param_start
         return Operands(
             param=param,
             grad=self.grad[part],
@@ -257,7 +257,7 @@ class Bucket:
     def operands_of(self, slot: int) -> Operands:
         """This rank's fragment of one parameter, as it is now, beside the state; only to be read."""
         fragment = self.layout.fragment(slot, self.rank)
-        return self._operands_at(fragment, self.current_param(_part(fragment)))
+        return self._operands_at(fragment, self.current_param(fragment.in_shard))
 
     @property
     def _absorbs_edits(self) -> bool:
@@ -289,11 +289,6 @@ class Bucket:
         if self._absorbs_edits:
             self.weights.note_update()
         return updated
-
-
-def _part(fragment: Fragment) -> slice:
-    """Where it is in the shard."""
-    return slice(fragment.shard_start, fragment.shard_start + fragment.numel)
 
 
 def _make_room(kept: dict[Any, Any]) -> None:

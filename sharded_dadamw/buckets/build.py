@@ -1,4 +1,4 @@
-"""How parameters become buckets: which go together, where each lies, and what serves their weights and gradients."""
+"""How parameters become buckets: which go together, and where each lies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.foreign_gradients import CopiedGradients, ForeignGradients
-from sharded_dadamw.buckets.gradients import FullGradients, Gradients, ShardedGradients, SpareBuffers
+from sharded_dadamw.buckets.kinds import gradients_of, weights_of
 from sharded_dadamw.buckets.offload import OffloadedBucket
-from sharded_dadamw.buckets.weights import BorrowedWeights, OwnWeights, Weights
+from sharded_dadamw.buckets.sharded_gradients import SpareBuffers
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.config import GradientResidency, ShardingConfig, StateResidency
+from sharded_dadamw.config import ShardingConfig, StateResidency
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Storage
@@ -73,23 +72,7 @@ class Bucketing:
             storage,
             rank=self._collectives.rank,
             group_index=members[0].group_index,
-            weights=self._weights_of(members, layout),
-            gradients=self._gradients_of(members, layout, reduces),
+            weights=weights_of(members, layout, self._collectives),
+            gradients=gradients_of(members, layout, self._collectives, self._config, self._spares, reduces=reduces),
             amsgrad=amsgrad,
         )
-
-    def _weights_of(self, members: Sequence[NamedParameter], layout: BucketLayout) -> Weights:
-        rank = self._collectives.rank
-        if members[0].placement.is_borrowed:
-            return BorrowedWeights(members, layout, rank)
-        return OwnWeights(members, layout, rank, self._collectives.new_buffer)
-
-    def _gradients_of(self, members: Sequence[NamedParameter], layout: BucketLayout, reduces: bool) -> Gradients:
-        rank, config = self._collectives.rank, self._config
-        if not reduces:
-            return ForeignGradients(members, layout, rank)
-        if members[0].placement.is_borrowed:
-            return CopiedGradients(members, layout, rank)
-        if config.gradient_residency is GradientResidency.SHARDED:
-            return ShardedGradients(members, layout, config.wire_dtype, spares=self._spares)
-        return FullGradients(members, layout, config.wire_dtype, rank=rank, allocate=self._collectives.new_buffer)

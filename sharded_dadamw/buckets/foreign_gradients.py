@@ -12,7 +12,7 @@ from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, chec
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.layout.placement import local
 
 
@@ -31,7 +31,7 @@ class ForeignGradients(Gradients):
         self.shard = torch.zeros(layout.shard_numel, dtype=members[0].gradient_dtype, device=members[0].param.device)
         self._layout = layout
         self._fragments = tuple(layout.fragments(rank))
-        self._marked: list[tuple[ReferenceType[Tensor], int]] = []
+        self._read: list[tuple[ReferenceType[Tensor], int]] = []
 
     @property
     def present(self) -> tuple[bool, ...]:
@@ -39,20 +39,18 @@ class ForeignGradients(Gradients):
         return are_present(self._params)
 
     @property
-    def are_clipped(self) -> bool:
-        """See :attr:`Gradients.are_clipped`."""
-        return self.stage is Stage.REDUCED and bool(self._marked)
-
-    @property
     def still_holds_last_step(self) -> bool:
         """See :meth:`Gradients.still_holds_last_step`."""
         return True
 
-    def mark(self, stage: Stage, *, is_read: bool = False) -> None:
-        """See :meth:`Gradients.mark`. A step uses up nothing here, so it need not hold on to anything."""
-        self.stage, self.is_read = Stage.LOCAL if stage is Stage.CONSUMED else stage, is_read
-        reduced = self.stage is not Stage.LOCAL
-        self._marked = [(ref(grad), version) for grad, version in self._existing()] if reduced else []
+    def set_read(self) -> None:
+        """See :meth:`Gradients.set_read`."""
+        super().set_read()
+        self._read = [(ref(grad), version) for grad, version in self._existing()]
+
+    def consume(self) -> None:
+        """See :meth:`Gradients.consume`. A step uses up nothing here, so it need not hold on to anything."""
+        self._reset()
 
     def _existing(self) -> list[tuple[Tensor, int]]:
         """The gradients there are, each with the count of in-place changes to its memory."""
@@ -62,20 +60,21 @@ class ForeignGradients(Gradients):
 
     def collect(self, *, to_clip: bool) -> None:
         """See :meth:`Gradients.collect`; before another clip they may be read again."""
-        if self.stage is Stage.REDUCED:
-            marked = [(id(grad()), version) for grad, version in self._marked]
-            if self._have_ended() or (to_clip and [(id(g), v) for g, v in self._existing()] != marked):
-                self.mark(Stage.LOCAL)
-            elif [(id(g), v) for g, v in self._existing()] != marked:
+        if self.stage is Stage.READ:
+            read = [(id(grad()), version) for grad, version in self._read]
+            are_changed = [(id(grad), version) for grad, version in self._existing()] != read
+            if self._have_ended() or (to_clip and are_changed):
+                self._reset()
+            elif are_changed:
                 raise self._changed()
         for member in self._members:
             if member.param.grad is not None:
                 check_gradient(member, member.param.grad, self.shard.dtype)
 
     def _have_ended(self) -> bool:
-        """Whether the marked gradients were dropped, or cleared in place; where there were none they have, too."""
-        marked = {id(grad()): version for grad, version in self._marked}
-        kept = [(grad, version - marked[id(grad)]) for grad, version in self._existing() if id(grad) in marked]
+        """Whether gradients that were read were dropped, or cleared in place; where there were none they have, too."""
+        read = {id(grad()): version for grad, version in self._read}
+        kept = [(grad, version - read[id(grad)]) for grad, version in self._existing() if id(grad) in read]
         return all(num_changes >= 1 for _, num_changes in kept) and not any(grad.any() for grad, _ in kept)
 
     def reduce(self, collectives: Collectives) -> None:
@@ -83,8 +82,7 @@ class ForeignGradients(Gradients):
         grads = self._local_gradients()
         for fragment in self._fragments:
             if (grad := grads.get(fragment.slot)) is not None:
-                own = grad.reshape(-1)[fragment.param_start : fragment.param_start + fragment.numel]
-                self.shard[fragment.shard_start : fragment.shard_start + fragment.numel].copy_(own)
+                self.shard[fragment.in_shard].copy_(grad.reshape(-1)[fragment.in_param])
 
     def _local_gradients(self) -> dict[int, Tensor]:
         """This rank's part of each gradient there is, by slot."""
@@ -101,7 +99,7 @@ class CopiedGradients(ForeignGradients):
     def reduce(self, collectives: Collectives) -> None:
         """See :meth:`Gradients.reduce`."""
         buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
+        views = views_of(buffer, self._members, self._layout.offsets)
         for slot, grad in self._local_gradients().items():
-            offset = self._layout.offsets[slot]
-            buffer[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
+            views[slot].copy_(grad)
         self._reduction = collectives.reduce_scatter_mean(buffer, self.shard)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.update.storage import Allocate, zeros
 
 _VERSION = attrgetter("_version")
@@ -57,15 +57,9 @@ class Weights(ABC):
         """A new flat buffer [num_ranks * n] with all parameters in it."""
         first = self._members[0].param
         buffer = allocate(self._layout.numel, first.dtype, first.device)
-        for member, view in zip(self._members, self._views_of(buffer), strict=True):
+        for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
             view.copy_(member.local)
         return buffer
-
-    def _views_of(self, buffer: Tensor) -> list[Tensor]:
-        return [
-            buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
-            for member, offset in zip(self._members, self._layout.offsets, strict=True)
-        ]
 
     @abstractmethod
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
@@ -111,7 +105,7 @@ class OwnWeights(Weights):
         super().__init__(members, layout, rank)
         self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
-        self._homes = self._views_of(self.buffer)
+        self._homes = views_of(self.buffer, self._members, layout.offsets)
         self._move_in()
         self._places = list(map(Tensor.data_ptr, self._params))
         self.note_update()
@@ -193,8 +187,7 @@ class BorrowedWeights(Weights):
     def refresh_(self) -> None:
         """See :meth:`Weights.refresh_`."""
         for fragment in self._fragments:
-            own = self._members[fragment.slot].local.reshape(-1)[fragment.param_start :][: fragment.numel]
-            self.shard[fragment.shard_start :][: fragment.numel].copy_(own)
+            self.shard[fragment.in_shard].copy_(self._members[fragment.slot].local.reshape(-1)[fragment.in_param])
 
     def may_be_edited(self) -> bool:
         """See :meth:`Weights.may_be_edited`; nobody tells."""
@@ -213,7 +206,7 @@ class BorrowedWeights(Weights):
     def accept_(self, buffer: Tensor) -> None:
         """See :meth:`Weights.accept_`."""
         self.shard.copy_(buffer[slice(*self._range)])
-        for member, view in zip(self._members, self._views_of(buffer), strict=True):
+        for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
             member.local.copy_(view)
 
     def note_update(self) -> None:

@@ -37,6 +37,16 @@ class Fragment:
     shard_start: int
     numel: int
 
+    @property
+    def in_param(self) -> slice:
+        """Where it is in the flattened parameter."""
+        return slice(self.param_start, self.param_start + self.numel)
+
+    @property
+    def in_shard(self) -> slice:
+        """Where it is in the shard."""
+        return slice(self.shard_start, self.shard_start + self.numel)
+
 
 @dataclass(frozen=True)
 class BucketLayout:

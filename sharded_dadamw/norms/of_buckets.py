@@ -36,9 +36,8 @@ class HeldInBuckets:
         parts = []
         for bucket in self._shards.buckets:
             for slot, member in enumerate(bucket.members):
-                fragment = bucket.layout.fragment(slot, bucket.rank)
-                stop = fragment.param_start + fragment.numel
-                part = f"{member.placement.part}[{fragment.param_start}:{stop}]"
+                held = bucket.layout.fragment(slot, bucket.rank).in_param
+                part = f"{member.placement.part}[{held.start}:{held.stop}]"
                 parts.append((member.index, Part(member.param, member.name, part)))
         return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
 

@@ -32,7 +32,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.gradients import HookedGradients, ShardedGradients, Stage
+from sharded_dadamw.buckets.gradients import HookedGradients, Stage
+from sharded_dadamw.buckets.sharded_gradients import ShardedGradients
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import ShardingConfig
 
@@ -208,8 +209,8 @@ class Reducer:
                 finished = self.buckets()[::-1]
             self._launch_ahead(rest)
             for bucket in finished:
-                if not bucket.gradients.is_read:
-                    bucket.gradients.mark(Stage.REDUCED, is_read=True)
+                if bucket.gradients.stage is not Stage.READ:
+                    bucket.gradients.set_read()
                 yield bucket
             yield from self._finish(rest)
         finally:
@@ -223,7 +224,7 @@ class Reducer:
     def consume(self) -> None:
         """Say that a step has used the gradients. Collective where the order of buckets is still to be learnt."""
         for bucket in self.buckets():
-            bucket.gradients.mark(Stage.CONSUMED)
+            bucket.gradients.consume()
         self.num_rounds = 0
         self._learn_order()
         self._is_overlapping = self._overlap and self.knows_source
@@ -232,8 +233,8 @@ class Reducer:
         """Say that all ranks have refused a call. Where they differ, averages are of no use; what is local stays."""
         self.num_rounds = 0
         for bucket in self._hooked if differ else ():
-            if bucket.gradients.stage is Stage.REDUCED:
-                bucket.gradients.mark(Stage.CONSUMED)
+            if bucket.gradients.stage in (Stage.REDUCED, Stage.READ):
+                bucket.gradients.consume()
 
     def clear(self) -> None:
         """Forget all gradients, once no other rank waits for them."""
@@ -340,7 +341,7 @@ class Reducer:
             self._launch_ahead(rest)
             bucket = self._finish_oldest()
             self._launch_ahead(rest)
-            bucket.gradients.mark(Stage.REDUCED, is_read=True)
+            bucket.gradients.set_read()
             yield bucket
 
     def _launch(self, bucket: Bucket) -> None:

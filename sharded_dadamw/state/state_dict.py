@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.dtensors import like_parameter
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.piece import Piece, pieces_of
 from sharded_dadamw.state.whole import is_fragment
@@ -92,8 +92,7 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
             buffer[slice(*layout.shard_range(bucket.rank))].copy_(shard)
             collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16
             if keep:
-                for member, offset in zip(bucket.members, layout.offsets, strict=True):
-                    part = buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
+                for member, part in zip(bucket.members, views_of(buffer, bucket.members, layout.offsets), strict=True):
                     state[member.index][name] = like_parameter(part, member.param, copies=True)
     return dict(sorted(state.items()))
 

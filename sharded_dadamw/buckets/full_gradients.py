@@ -1,0 +1,187 @@
+"""Gradients in a flat buffer that stays: ``p.grad`` of every parameter that has one is a view of it (ZeRO stage 1).
+
+This rank's slice of the buffer becomes the mean over ranks, in place. A sample of it tells later how it was changed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import repeat
+from operator import is_, is_not
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.layout.bucket_layout import BucketLayout
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.update.storage import Allocate
+
+_NUM_SAMPLES = 64
+"""Elements of a slice that are remembered, to tell how averages were changed."""
+
+
+class FullGradients(HookedGradients):
+    """Gradients in a flat buffer that stays.
+
+    Attributes:
+        buffer: [num_ranks * n], the memory of ``p.grad`` of every parameter that has one.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[NamedParameter],
+        layout: BucketLayout,
+        wire_dtype: torch.dtype | None,
+        *,
+        rank: int,
+        allocate: Allocate,
+    ) -> None:
+        """Allocate the buffer; see :class:`HookedGradients`."""
+        super().__init__(members, layout, wire_dtype)
+        self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
+        # Another name for the same memory: what is written through it does not count as a change to p.grad.
+        self._exchanged = self.buffer.data
+        self._range = layout.shard_range(rank)
+        self.shard = self._exchanged[slice(*self._range)]
+        self._views = views_of(self.buffer, self._members, layout.offsets)
+        self._version = 0
+        self._sample: Tensor | None = None
+
+    def collect(self, *, to_clip: bool) -> None:
+        """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
+        if self.stage is not Stage.LOCAL and self._have_ended():
+            if self.stage is Stage.REDUCED and any(self._present) and any(are_present(self._params)):
+                raise self._assigned()
+            self._reset()
+        self._require_reduced()
+        if self.stage is Stage.CONSUMED:
+            raise _uncleared(self._name())
+        if self.stage is Stage.LOCAL:
+            self._present = self._held()
+            if not all(self._present):
+                for slot in range(len(self._members)):
+                    self._adopt(slot)
+                self._present = self._held()
+            return
+        held = self._held()
+        are_assigned = not all(held) and held != list(map(is_not, map(GRAD_OF, self._params), repeat(None)))
+        if self.stage is Stage.READ and (are_assigned or held != self._present or self._is_written):
+            raise self._changed()
+        if are_assigned:
+            raise self._assigned()
+        self._present = held
+
+    def reduce(self, collectives: Collectives) -> None:
+        """See :meth:`Gradients.reduce`; in place. Means and used ones only take part for the other ranks' sake."""
+        out = self.shard
+        if self.stage is Stage.LOCAL:
+            self.stage = Stage.REDUCED
+            self._present, self._version, self._sample = self._held(), self.buffer._version, None
+        else:
+            out = torch.empty_like(self.shard)
+        self._reduction = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
+
+    def wait(self) -> None:
+        """See :meth:`Gradients.wait`; remembers a sample of the mean."""
+        super().wait()
+        if self._sample is None:
+            self._sample = self._take_sample()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._sample = None
+
+    def remember(self) -> None:
+        """See :meth:`Gradients.remember`."""
+        if self.stage is Stage.LOCAL:
+            self._present, self._version = self._held(), self.buffer._version
+            self._sample = self._take_sample()
+
+    def change(self, *, is_unscaled: bool) -> Tensor | None:
+        """See :meth:`Gradients.change`."""
+        may_differ = is_unscaled or self._is_written
+        if self.stage is Stage.CONSUMED or self._sample is None or not may_differ:
+            return None
+        before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
+        then, now = before.to(torch.float64), self._sample.to(torch.float64)
+        shows = then.isfinite() & ((then != 0) | (now != 0))
+        if self._dtype is torch.float16:  # which has few digits below its smallest normal number
+            shows &= now.abs() >= torch.finfo(self._dtype).smallest_normal
+        factors = now / then
+        factors = torch.where(shows, torch.where(factors >= 0, factors, torch.inf), torch.nan)
+        if self.stage is not Stage.LOCAL:
+            return factors
+        known = factors.nan_to_num(nan=0.0, posinf=torch.inf).amax(), factors.nan_to_num(nan=torch.inf).amin()
+        is_one = known[0] <= known[1] * (1 + 4 * torch.finfo(self._dtype).eps)
+        return torch.where(is_one, factors, torch.nan)
+
+    @property
+    def _is_written(self) -> bool:
+        """Whether somebody has written into gradients since we last looked."""
+        return self.buffer._version != self._version
+
+    def _take_sample(self) -> Tensor:
+        """A sample of the mean's shard, or of local gradients; nan where there is no gradient."""
+        start, stop = (0, self.buffer.numel()) if self.stage is Stage.LOCAL else self._range
+        stride = max(1, (stop - start) // _NUM_SAMPLES)
+        sample = self._exchanged[start:stop:stride].clone()
+        if not all(self._present):
+            slots = [bisect_right(self._layout.offsets, place) - 1 for place in range(start, stop, stride)]
+            absent = torch.tensor([not self._present[slot] for slot in slots], dtype=torch.bool)
+            absent = absent.to(sample.device, non_blocking=True)
+            sample.masked_fill_(absent, torch.nan)
+        return sample
+
+    def _make_room(self, slot: int) -> None:
+        if self.stage is Stage.LOCAL:
+            self._sample = None
+            return
+        if self._have_ended(arriving=slot):
+            self._reset()
+        elif self.stage is Stage.CONSUMED:
+            raise _uncleared(self._name())
+        else:
+            raise self._too_late(slot)
+
+    def _adopt(self, slot: int) -> None:
+        self._move(slot, self._views[slot])
+
+    def _held(self) -> list[bool]:
+        """Per slot whether ``p.grad`` is our view."""
+        return list(map(is_, map(GRAD_OF, self._params), self._views))
+
+    def _assigned(self) -> RuntimeError:
+        return RuntimeError(
+            f"p.grad was assigned after its average over ranks was made, in the bucket of {self._name()}; multiply "
+            "gradients in place, by one number on all ranks; for any other change have DistributedDataParallel average "
+            "them, and pass ShardingConfig(reduce_gradients=False). Before gradients of your own, call zero_grad()"
+        )
+
+    def _have_ended(self, *, arriving: int | None = None) -> bool:
+        """Whether gradients that were averaged were dropped or cleared, by ``model.zero_grad`` or by hand.
+
+        Args:
+            arriving: The slot to which backward has just delivered a gradient, or None.
+        """
+        if not any(self._present):
+            return self.stage is Stage.CONSUMED or arriving is not None or any(are_present(self._params))
+        kept = [slot for slot, (now, then) in enumerate(zip(self._held(), self._present, strict=True)) if now and then]
+        if not kept or (self.stage is Stage.REDUCED and arriving is None):
+            return not kept  # those that were cleared are means times zero, and to look would be to wait for the device
+        # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
+        # show its zeros any more, but has changed once more. Views share one count of changes with their buffer.
+        filled = [slot for slot in kept if self._views[slot].numel()]
+        num_changes = len(filled) + (arriving in filled)
+        return self.buffer._version - self._version >= num_changes and not any(
+            self._views[slot].any() for slot in filled if slot != arriving
+        )
+
+
+def _uncleared(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the gradient of {name} is one that the last step() has used, or refused; it has been averaged in place, so "
+        "call optimizer.zero_grad() between a step and the next backward"
+    )

@@ -1,0 +1,150 @@
+"""Gradients of which only this rank's shard of the mean is kept, and ``p.grad`` is None from then on (ZeRO stage 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_dadamw.buckets.gradients import HookedGradients, Stage
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.layout.bucket_layout import BucketLayout
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.update.storage import Allocate
+
+
+class SpareBuffers:
+    """Memory for gradients between backward and their reduction; the largest buffer is kept for the next ones."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        """Make new ones with ``allocate``."""
+        self._allocate = allocate
+        self._spare: Tensor | None = None
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat buffer [numel] with anything in it."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare.numel() < numel or spare.dtype != dtype or spare.device != device:
+            spare = self._allocate(numel, dtype, device)
+        return spare[:numel]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back what nobody reads any more."""
+        if self._spare is None or self._spare.numel() < buffer.numel():
+            self._spare = buffer
+
+
+class ShardedGradients(HookedGradients):
+    """Gradients of which only this rank's shard of the mean is kept.
+
+    The means of several reductions add up there, once the optimizer's ``zero_grad`` has been called.
+
+    A flat buffer exists from the first gradient until the reduction is done. ``p.grad`` is None from the moment at
+    which the reduction begins, so gradients that come later go into another buffer, and another reduction.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[NamedParameter],
+        layout: BucketLayout,
+        wire_dtype: torch.dtype | None,
+        *,
+        spares: SpareBuffers,
+    ) -> None:
+        """Allocate the shard; see :class:`HookedGradients`."""
+        super().__init__(members, layout, wire_dtype)
+        self._device = members[0].param.device
+        self._spares = spares
+        self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
+        self._buffer: Tensor | None = None
+        self._views: list[Tensor] = []  # of the buffer, where there is one
+        self._leaving: Tensor | None = None
+        self._holds_a_mean = False
+        self._is_cleared = True
+
+    def _reset(self) -> None:
+        super()._reset()
+        if self._buffer is not None:
+            for member, view in zip(self._members, self._views, strict=True):
+                if member.param.grad is view:
+                    member.param.grad = None
+            self._spares.give_back(self._buffer)
+            self._buffer = None
+        self._present = [False] * len(self._members)
+        self._holds_a_mean = False
+
+    def consume(self) -> None:
+        """See :meth:`Gradients.consume`."""
+        super().consume()
+        self._is_cleared = False
+
+    def drop(self) -> None:
+        """See :meth:`Gradients.drop`."""
+        super().drop()
+        self._is_cleared = True
+
+    def collect(self, *, to_clip: bool) -> None:
+        """See :meth:`Gradients.collect`. After a step there is nothing to clear."""
+        if self.stage is Stage.CONSUMED:
+            self._reset()
+        self._require_reduced()
+        for slot, member in enumerate(self._members):
+            if member.param.grad is not None:
+                if self.stage is Stage.READ:
+                    raise self._changed()
+                if self._present[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
+                    raise RuntimeError(
+                        f"the gradient of {member.name} is there again, after backward has delivered one; if something "
+                        "else averages gradients, such as DistributedDataParallel, pass "
+                        "ShardingConfig(reduce_gradients=False); otherwise assign none beside those of backward"
+                    )
+                self._adopt(slot)
+
+    def reduce(self, collectives: Collectives) -> None:
+        """See :meth:`Gradients.reduce`; adds to what is there. Takes part without gradients, too."""
+        if self.stage is Stage.CONSUMED:
+            self._reset()
+        buffer = self._filling()
+        for member, view in zip(self._members, self._views, strict=True):
+            if member.param.grad is not view:  # none came since the last reduction, or it was dropped
+                view.zero_()
+            member.param.grad = None
+        self._buffer, self._views, self._leaving = None, [], buffer
+        self._await_all()
+        if self.stage is Stage.LOCAL:
+            self.stage = Stage.REDUCED
+        add, self._holds_a_mean = self._holds_a_mean, True
+        self._reduction = collectives.reduce_scatter_mean(buffer, self.shard, add=add, wire_dtype=self._wire_dtype)
+
+    def wait(self) -> None:
+        """See :meth:`Gradients.wait`; the buffer may hold other gradients then."""
+        super().wait()
+        if self._leaving is not None:
+            self._spares.give_back(self._leaving)
+            self._leaving = None
+
+    def _make_room(self, slot: int) -> None:
+        if self.stage is Stage.CONSUMED:
+            self._reset()
+        if self.stage is Stage.READ:
+            raise self._too_late(slot)
+        if self._holds_a_mean and not self._is_cleared:  # model.zero_grad(), which finds p.grad at None, drops no mean
+            raise RuntimeError(
+                f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks, and it "
+                "was not dropped since the last step; call optimizer.zero_grad() between a step and the next backward, "
+                "for model.zero_grad() cannot drop sharded gradients"
+            )
+
+    def _adopt(self, slot: int) -> None:
+        self.stage = Stage.LOCAL
+        self._filling()
+        self._move(slot, self._views[slot])
+        self._present[slot] = True
+
+    def _filling(self) -> Tensor:
+        """The buffer that gradients go to until the next reduction."""
+        if self._buffer is None:
+            self._buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
+            self._views = views_of(self._buffer, self._members, self._layout.offsets)
+        return self._buffer
