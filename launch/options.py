@@ -16,10 +16,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-if importlib.util.find_spec("typer") and importlib.util.find_spec("rich") and importlib.util.find_spec("matplotlib"):
+if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
     import typer
 else:
-    sys.exit("error: launch/ needs typer, rich and matplotlib; run, in the checkout: pip install -e '.[launch]'")
+    sys.exit("error: launch/ needs typer and rich; run, in the checkout: pip install -e '.[launch]'")
 
 if not __package__:
     # Run as a script: import from the checkout that holds this file, whatever the working directory.
@@ -144,6 +144,8 @@ class Settings:
             raise ValueError(
                 "--optimizer fairscale-oss needs fairscale; run, in the checkout: pip install -e '.[fairscale]'"
             )
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib; run, in the checkout: pip install -e '.[launch]', or --no-plot")
         if self.resume and not self.can_resume:
             raise ValueError(
                 f"--optimizer {self.optimizer} cannot resume, since no rank can save its part of the state without "

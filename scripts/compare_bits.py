@@ -401,9 +401,9 @@ def main(
             for name, verdict in verdicts(jobs, work.__name__, num_ranks).items():
                 rows.setdefault(name, []).append(verdict)
     titles = ["scenario", *(f"on {size}" for size in sizes)]
-    harness.print_table(harness.console_of(200), titles, [[name, *found] for name, found in rows.items()])
+    harness.print_table(titles, [[name, *found] for name, found in rows.items()])
     raise typer.Exit(any(verdict != SAME for found in rows.values() for verdict in found))
 
 
 if __name__ == "__main__":
-    harness.run_command(main)
+    typer.run(main)

@@ -2,13 +2,23 @@
 
 import typer
 
-from scripts.bench import checkpoint, host, kernel, memory, metrics, overlap, parameters, planning, step
+from scripts.bench.checkpoint import Checkpoint
+from scripts.bench.gpu import Gpu
+from scripts.bench.harness import command_of
+from scripts.bench.host import Host
+from scripts.bench.kernel import Kernel
+from scripts.bench.memory import Memory
+from scripts.bench.metrics import Metrics
+from scripts.bench.overlap import Overlap
+from scripts.bench.parameters import Parameters
+from scripts.bench.planning import Planning
+from scripts.bench.step import Step
 
-COMMANDS = (step, kernel, memory, overlap, host, checkpoint, metrics, planning, parameters)
+BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Gpu)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for module in COMMANDS:
-    app.command(module.__name__.rpartition(".")[2])(module.main)
+for benchmark in BENCHMARKS:
+    app.command(benchmark.__name__.lower())(command_of(benchmark))
 
 if __name__ == "__main__":
     app()

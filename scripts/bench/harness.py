@@ -1,4 +1,4 @@
-"""What the benchmarks beside it share: ranks, rounds, spreads, a clock, reports, and on what they were run."""
+"""What benchmarks have in common: options, ranks, interleaved rounds, ratios, and how a result is printed and kept."""
 
 import datetime
 import gc
@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,14 +30,163 @@ from torch import Tensor
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+SECONDS_OF_SILENCE = 10
 _T = TypeVar("_T")
 
 
-def run_command(main: Callable[..., None]) -> None:
-    """Run a script's `main` with the arguments it was called with."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    app()
+class Device(StrEnum):
+    """Where to measure."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a benchmark has found.
+
+    Attributes:
+        titles: Of the table's columns.
+        rows: Of the table.
+        lines: Without which the table cannot be read.
+        record: Everything measured, for the JSON file.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A command whose options are its fields; a subclass's docstring is its help."""
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Those whose versions are part of a result, beside torch."""
+
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter for options that do not fit each other."""
+
+    def run(self) -> None:
+        """Measure, and publish what was found."""
+        raise NotImplementedError
+
+    def torch_device(self, local_rank: int = 0) -> torch.device:
+        """Where a rank of this host measures."""
+        return CPU
+
+    def publish(self, report: Report) -> None:
+        """Print a report; write it where it was asked for."""
+        print_table(report.titles, report.rows)
+        say(*report.lines, sentence_of(self.surroundings))
+        if self.out is not None:
+            self.write(report, self.out)
+            say(f"written to {self.out} and {self.out.with_suffix('.md')}")
+
+    def write(self, report: Report, out: Path) -> None:
+        """Write a report to a JSON file, and its table beside it, as markdown."""
+        record = {
+            "benchmark": type(self).__name__.lower(),
+            "options": asdict(self) | {"out": None},
+            "surroundings": self.surroundings,
+            "titles": report.titles,
+            "rows": report.rows,
+            "lines": report.lines,
+        }
+        table = ["| " + " | ".join(row) + " |" for row in (report.titles, ["---"] * len(report.titles), *report.rows)]
+        notes = [f"- {line}" for line in (*report.lines, sentence_of(self.surroundings))]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record | report.record, indent=1, default=str) + "\n")
+        out.with_suffix(".md").write_text("\n".join([*table, "", *notes]) + "\n")
+
+    @cached_property
+    def surroundings(self) -> dict[str, Any]:
+        """Machine, versions, date and commit: what a figure is worth nothing without."""
+        device = self.torch_device()
+        return {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "cpu": cpu_model(),
+            "cores": num_cores(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {package: version_of(package) for package in ("torch", *self.packages)},
+            "commit": git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(git("status", "--porcelain")),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnRanks(Benchmark):
+    """A benchmark of several ranks, which it starts, unless torchrun has."""
+
+    ranks: Annotated[int, typer.Option(min=1, envvar="WORLD_SIZE", help="Ranks to start.")] = 2
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; in each, every contender has its turn.")] = 20
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3
+    threads: Annotated[int, typer.Option(min=0, help="torch's threads per rank; 0 shares out the cores.")] = 0
+
+    def measure(self) -> Report:
+        """Measure on every rank, with a default group of all of them; rank 0's report counts. Collective."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """See Benchmark."""
+        if "RANK" in os.environ:
+            _run_rank(int(os.environ["LOCAL_RANK"]), self, "env://")
+        else:
+            start_ranks(_run_rank, self.ranks, self)
+
+    @property
+    def threads_per_rank(self) -> int:
+        """As many as were asked for, or a share of the cores."""
+        return self.threads or max(1, num_cores() // self.ranks)
+
+    @property
+    def set_up(self) -> str:
+        """Ranks, threads and rounds, to be read."""
+        return (
+            f"{self.ranks} ranks ({dist.get_backend()}), {self.threads_per_rank} threads each; {self.rounds} rounds "
+            f"after {self.warmup} of warm-up; medians, ratios within each round with quartiles, the slower rank counts."
+        )
+
+    @contextmanager
+    def joined(self, local_rank: int, rendezvous: str) -> Iterator[int]:
+        """A context for one rank's work; yields its number. Collective."""
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which DeepSpeed wants to know
+        rank, device = int(os.environ.get("RANK", local_rank)), self.torch_device(local_rank)
+        with joined(rank, self.ranks, rendezvous, threads=self.threads_per_rank, device=device):
+            yield rank
+
+
+def _run_rank(local_rank: int, benchmark: OnRanks, rendezvous: str) -> None:
+    with benchmark.joined(local_rank, rendezvous) as rank:
+        report = benchmark.measure()
+        if rank == 0:
+            benchmark.publish(report)
+
+
+def command_of(benchmark: type[Benchmark]) -> Callable[..., None]:
+    """A function for typer, whose options are a benchmark's fields."""
+
+    @wraps(benchmark, updated=())
+    def command(**chosen: Any) -> None:
+        benchmark(**chosen).run()
+
+    command.__annotations__ = typing.get_type_hints(benchmark, include_extras=True)
+    return command
+
+
+def device_of(chosen: Device | None) -> torch.device:
+    """The device that was chosen, or the best there is."""
+    return torch.device((chosen or (Device.CUDA if torch.cuda.is_available() else Device.CPU)).value)
+
+
+def numbers(texts: str) -> list[int]:
+    """Those in a text that separates them by commas."""
+    return [int(text) for text in texts.split(",")]
 
 
 def start_ranks(work: Callable[..., None], num_ranks: int, *args: Any) -> None:
@@ -49,6 +201,8 @@ def joined(rank: int, num_ranks: int, rendezvous: str, *, threads: int, device: 
     warnings.simplefilter("ignore")  # peers warn, once per rank, about their own use of what torch has deprecated
     torch.set_num_threads(threads)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         init_method=rendezvous,
@@ -63,36 +217,52 @@ def joined(rank: int, num_ranks: int, rendezvous: str, *, threads: int, device: 
         dist.destroy_process_group()
 
 
-def threads_per_rank(asked_for: int, num_ranks: int) -> int:
-    """torch's threads per rank: as many as were asked for, or where that is 0 a share of the cores."""
-    return asked_for or max(1, num_cores() // num_ranks)
+def interleave(
+    contenders: Sequence[Callable[[int], Sequence[float]]], rounds: int, warmup: int = 0, device: torch.device = CPU
+) -> Tensor:
+    """Let all contenders have their turn in every round. Collective where there is a default group.
 
+    Args:
+        contenders: Called with the number of the round; each returns as many values, such as seconds.
+        rounds: Those that count.
+        warmup: Rounds before those.
+        device: Of the group.
 
-def rounds(number: int, console: Console) -> Iterator[int]:
-    """Count rounds, and say now and then how far it is.
-
-    Garbage is collected between them: in the middle of a step that would be counted as that contender's.
+    Returns:
+        The values [rounds, contenders, values], the largest over the ranks.
     """
+    found: list[list[Sequence[float]]] = []
+    said = time.monotonic()
     gc.collect()
-    gc.disable()
+    gc.disable()  # in the middle of a step it would be counted as that contender's
     try:
-        for index in range(number):
-            yield index
+        for index in range(warmup + rounds):
+            values: dict[int, Sequence[float]] = {}
+            for number in in_turn(range(len(contenders)), index):
+                if dist.is_initialized():
+                    dist.barrier()
+                values[number] = contenders[number](index)
+            found.append([values[number] for number in range(len(contenders))])
             gc.collect()
-            if (index + 1) * 10 // number > index * 10 // number:
-                console.print(f"round {index + 1} of {number}")
+            if time.monotonic() > said + SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                say(f"round {index + 1} of {warmup + rounds}")
     finally:
         gc.enable()
+    samples = torch.tensor(found[warmup:], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(samples, dist.ReduceOp.MAX)
+    return samples.cpu()
 
 
 def in_turn(contenders: Sequence[_T], index: int) -> list[_T]:
-    """An order that rotates from round to round.
+    """An order that rotates every other round, and is turned round in between.
 
-    Every other time around it goes backwards, so that nobody always runs in the wake of the same neighbour.
+    So nobody always runs in the wake of the same neighbour.
     """
-    first = index % len(contenders)
+    first = index // 2 % len(contenders)
     order = [*contenders[first:], *contenders[:first]]
-    return order if index // len(order) % 2 == 0 else order[::-1]
+    return order if index % 2 == 0 else order[::-1]
 
 
 @dataclass(frozen=True)
@@ -139,21 +309,6 @@ class Clock:
         return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else float(end - start)
 
 
-def surroundings(*packages: str, device: torch.device = CPU) -> dict[str, Any]:
-    """Machine, versions of torch and other `packages`, date and commit: what a figure is worth nothing without."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
-        "cores": num_cores(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {package: version_of(package) for package in ("torch", *packages)},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-    }
-
-
 def sentence_of(around: dict[str, Any]) -> str:
     """Such surroundings, to be read."""
     hardware = around["gpu"] or f"{around['cpu']}, {around['cores']} cores"
@@ -194,54 +349,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def console_of(width: int, *, quiet: bool = False) -> Console:
-    """Prints texts as they are, so wide if it is not on a terminal."""
-    return Console(quiet=quiet, markup=False, highlight=False, width=None if sys.stdout.isatty() else width)
+CONSOLE = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def print_lines(console: Console, lines: Sequence[str]) -> None:
-    """Print them, none of them broken."""
-    for line in lines:
-        console.print(line, soft_wrap=True)
+def say(*lines: str) -> None:
+    """Print lines, none of them broken, on one rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for line in lines:
+            CONSOLE.print(line, soft_wrap=True)
 
 
-def print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table of texts."""
-    table = Table(*titles, title=title or None)
+    table = Table(*titles)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table of texts, for a README."""
-    return ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
-
-
-def publish(
-    console: Console,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    lines: Sequence[str],
-    *,
-    out: Path | None,
-    record: dict[str, Any],
-) -> None:
-    """Print a table, and the lines without which it cannot be read.
-
-    Args:
-        console: Where to.
-        titles: Of the table's columns.
-        rows: Of the table.
-        lines: Below it.
-        out: A file to write `record` to, as JSON, with what was printed beside it, as markdown; or None.
-        record: Everything measured.
-    """
-    print_table(console, titles, rows)
-    print_lines(console, lines)
-    if out is not None:
-        beside = out.with_suffix(".md")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        beside.write_text("\n".join([*markdown_table(titles, rows), "", *lines]) + "\n")
-        console.print(f"written to {out} and {beside}")
+    CONSOLE.print(table)

@@ -1,68 +1,114 @@
-"""Time a step of the optimizers that leave parameters where they are, over many parameters: ours and torch's fused one.
-
-    python -m scripts.bench parameters                        on the GPU if there is one, else on the CPU
-    python -m scripts.bench parameters --out results/parameters.json
-
-Plain parameters of 4,096 elements, and FSDP2 layers on one rank. Gradients are given, and new tensors in each step, as
-after `zero_grad()`. In each round every contender takes one step, in an order that rotates; ratios are taken within a
-round. "host" is the time until `step` returns, "step" until the device has done its part.
-"""
+"""A step of the optimizers that leave parameters where they are, over many parameters: ours and torch's fused one."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
+from torch.autograd import DeviceType
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench import harness
-from scripts.bench.harness import Spread
+from scripts.bench.harness import Clock, Device, OnRanks, Report, Spread
 from sharded_dadamw import DecoupledAdamW
 
-ELEMENTS = 4096
 WIDTH = 64
-"""Of an FSDP2 layer, which thus has 4,096 elements too."""
+"""Of an FSDP2 layer."""
+ELEMENTS = WIDTH * WIDTH
+"""Of a plain parameter."""
+OPTIMIZERS = {"DecoupledAdamW": DecoupledAdamW, "AdamW(fused=True)": partial(AdamW, fused=True)}
+YARDSTICK = 1
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured."""
+@dataclass(frozen=True, kw_only=True)
+class Parameters(OnRanks):
+    """Time a step over many parameters that stay where they are.
 
-    counts: tuple[int, ...]
-    layers: int
-    rounds: int
-    warmup: int
-    threads: int
-    out: Path | None
+    Plain parameters of 4,096 elements, and FSDP2 layers of as many on one rank. Gradients are given, and new tensors in
+    each step, as after `zero_grad()`. Host is the time until `step` returns, step until the device has done its part.
+    """
+
+    packages = ("triton", "numba")
+
+    ranks: Annotated[int, typer.Option(min=1, max=1, help="One.")] = 1
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 30
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 5
+    threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1
+    counts: Annotated[str, typer.Option(help="Numbers of plain parameters.")] = "1000,5000"
+    layers: Annotated[int, typer.Option(min=1, help="FSDP2 layers.")] = 700
+    device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
+
+    def torch_device(self, local_rank: int = 0) -> torch.device:
+        """See Benchmark."""
+        return harness.device_of(self.device)
+
+    def measure(self) -> Report:
+        """See OnRanks."""
+        device = self.torch_device()
+        cases: dict[str, Callable[[], list[nn.Parameter]]] = {
+            f"{count:,} parameters": partial(plain, count, device) for count in harness.numbers(self.counts)
+        }
+        cases[f"{self.layers:,} FSDP2 layers"] = partial(sharded_layers, self.layers, device)
+        contenders = {
+            (case, name): Contender(make(), optimizer, device)
+            for case, make in cases.items()
+            for name, optimizer in OPTIMIZERS.items()
+        }
+        seconds = harness.interleave(list(contenders.values()), self.rounds, self.warmup, device)
+        rows = []
+        launches = {", ".join(key): one.launches() for key, one in contenders.items()}
+        for number, (title, launched) in enumerate(launches.items()):
+            yardstick = number // len(OPTIMIZERS) * len(OPTIMIZERS) + YARDSTICK
+            host, step = (1e3 * seconds[:, number].median(0).values).tolist()
+            ratios = [str(Spread.of(ratio)) for ratio in (seconds[:, number] / seconds[:, yardstick]).T]
+            rows.append(
+                [title, f"{host:.2f}", ratios[0], f"{step:.2f}", ratios[1], "-" if launched is None else launched]
+            )
+        rows = [[str(cell) for cell in row] for row in rows]
+        return Report(
+            ["", "host ms", "/ torch", "step ms", "/ torch", "launches"],
+            rows,
+            [f"fp32; {self.set_up}", "Launches: kernels and copies on the GPU in one step, by torch's profiler."],
+            {"contenders": list(launches), "seconds": seconds.tolist(), "launches": launches},
+        )
 
 
 class Contender:
-    """An optimizer over parameters of its own."""
+    """An optimizer over parameters of its own; called, it takes a step."""
 
-    def __init__(self, title: str, params: list[nn.Parameter], optimizer: Any) -> None:
-        self.title = title
+    def __init__(self, params: list[nn.Parameter], make: Callable[..., Any], device: torch.device) -> None:
         self._params = params
-        self._optimizer = optimizer
+        self._optimizer = make(params)
+        self._device = device
 
-    def step(self, device: torch.device) -> tuple[float, float]:
+    def __call__(self, index: int) -> tuple[float, float]:
         """Seconds until `step` returned, and until the device was done."""
+        clock = Clock(self._device)
         for param in self._params:
             param.grad = torch.ones_like(param)
-        _settle(device)
+        clock.settle()
         start = time.perf_counter()
         self._optimizer.step()
         returned = time.perf_counter()
-        _settle(device)
+        clock.settle()
         return returned - start, time.perf_counter() - start
 
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    def launches(self) -> int | None:
+        """Kernels and copies of one step, on a GPU."""
+        if self._device.type != "cuda":
+            return None
+        self(0)  # gradients, outside of what is counted
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            self._optimizer.step()
+            torch.cuda.synchronize()
+        events = profiler.events() or []
+        return sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events)
 
 
 def plain(count: int, device: torch.device) -> list[nn.Parameter]:
@@ -73,64 +119,6 @@ def plain(count: int, device: torch.device) -> list[nn.Parameter]:
 def sharded_layers(count: int, device: torch.device) -> list[nn.Parameter]:
     """The parameters of a model of as many layers, each under FSDP2."""
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, device=device) for _ in range(count)))
-    for layer in model:
+    for layer in (*model, model):
         fully_shard(layer)
-    fully_shard(model)
     return list(model.parameters())
-
-
-def contenders(plan: Plan, device: torch.device) -> list[Contender]:
-    """Ours beside torch's, case by case."""
-    makers = {"DecoupledAdamW": DecoupledAdamW, "AdamW(fused=True)": lambda params: AdamW(params, fused=True)}
-    cases = {f"{count:,} parameters": (plain, count) for count in plan.counts}
-    cases[f"{plan.layers:,} FSDP2 layers"] = (sharded_layers, plan.layers)
-    return [
-        Contender(f"{case}, {name}", params, make(params))
-        for case, (build, count) in cases.items()
-        for name, make in makers.items()
-        for params in [build(count, device)]
-    ]
-
-
-def work(rank: int, plan: Plan, rendezvous: str) -> None:
-    """The only rank, from joining to leaving."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else harness.CPU
-    with harness.joined(rank, 1, rendezvous, threads=plan.threads, device=device):
-        console = harness.console_of(120)
-        of_case = contenders(plan, device)
-        samples = torch.zeros(plan.warmup + plan.rounds, len(of_case), 2, dtype=torch.float64)
-        for index in harness.rounds(len(samples), console):
-            for column in harness.in_turn(range(len(of_case)), index):
-                samples[index, column] = torch.tensor(of_case[column].step(device), dtype=torch.float64)
-        show(plan, [one.title for one in of_case], samples[plan.warmup :], device, console)
-
-
-def show(plan: Plan, titles: list[str], samples: Tensor, device: torch.device, console: Any) -> None:
-    """Report what was measured."""
-    rows = []
-    for column, title in enumerate(titles):
-        yardstick = column // 2 * 2 + 1  # torch's, of the same case
-        host, step = (1e3 * samples[:, column].median(0).values).tolist()
-        ratios = [str(Spread.of(samples[:, column, kind] / samples[:, yardstick, kind])) for kind in range(2)]
-        rows.append([title, f"{host:.2f}", ratios[0], f"{step:.2f}", ratios[1]])
-    around = harness.surroundings("triton", "numba", device=device)
-    lines = [
-        f"fp32, {plan.rounds} rounds after {plan.warmup} of warm-up, {plan.threads} threads; "
-        "medians, ratios within each round with quartiles.",
-        harness.sentence_of(around),
-    ]
-    record = {"surroundings": around, "contenders": titles, "seconds": samples.tolist()}
-    harness.publish(console, ["", "host ms", "/ torch", "step ms", "/ torch"], rows, lines, out=plan.out, record=record)
-
-
-def main(
-    counts: Annotated[str, typer.Option(help="Numbers of plain parameters.")] = "1000,5000",
-    layers: Annotated[int, typer.Option(min=1, help="FSDP2 layers.")] = 700,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 30,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write; a markdown table goes beside it.")] = None,
-) -> None:
-    """Time a step over many parameters that stay where they are."""
-    numbers = tuple(int(count) for count in counts.split(","))
-    harness.start_ranks(work, 1, Plan(numbers, layers, rounds, warmup, threads, out))

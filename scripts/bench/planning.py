@@ -1,20 +1,10 @@
-"""Measure what planning a save costs at a number of ranks that nobody has at hand, beside FSDP2's.
-
-    python -m scripts.bench planning                                    Llama-3-8B's parameters on 1,024 ranks
-    python -m scripts.bench planning --ranks 64 --out planning.json
-
-Every rank's part of an optimizer's state is described by tensors without memory, by the code that describes it in a
-run; torch.distributed.checkpoint's own planner then makes the plan of all of them, which is what the coordinator does
-while all ranks wait. Bytes of metadata are those of the file that every rank reads first when it loads. Nothing is sent
-or written, so gathering the plans at the coordinator, which grows with their number, is not in it.
-"""
+"""What planning a save costs at a number of ranks that nobody has at hand, beside FSDP2's."""
 
 import math
 import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -28,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scripts.bench import harness
+from scripts.bench.harness import Benchmark, Report
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
@@ -161,33 +151,43 @@ def plan(made: Iterator[tuple[SavePlan, float]], loading: dict[str, Any]) -> Pla
     )
 
 
-def main(
-    ranks: Annotated[int, typer.Option(min=2, help="Of the run that would save.")] = 1024,
-    bucket_cap_mb: Annotated[float, typer.Option(help="As in ShardingConfig, of fp32 parameters.")] = 16.0,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
-) -> None:
-    """Plan with both, and print what it took."""
-    console = harness.console_of(120)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    shapes = llama_3_8b()
-    ours = next(our_state(shapes, ranks, bucket_cap_mb))
-    found = {
-        "ShardedDecoupledAdamW": plan(our_plans(shapes, ranks, bucket_cap_mb), ours),
-        "FSDP2 + AdamW": plan(fsdp2_plans(shapes, ranks), {key: _first(t, ranks) for key, t in ours.items()}),
-    }
-    dist.destroy_process_group()
-    titles = ["", "chunks of exp_avg", "items", "plan of one, ms", "of all, s", "metadata, MB", "load plan of one, s"]
-    rows = [
-        [
-            *(name, f"{p.chunks:,}", f"{p.items:,}", f"{p.local_s * 1e3:.1f}", f"{p.global_s:.2f}"),
-            *(f"{p.metadata_mb:.2f}", f"{p.load_s:.3f}"),
+@dataclass(frozen=True, kw_only=True)
+class Planning(Benchmark):
+    """Plan a save of Llama-3-8B's state on many ranks, with ours and with FSDP2's.
+
+    Every rank's part of an optimizer's state is described by tensors without memory, by the code that describes it in a
+    run; torch.distributed.checkpoint's own planner then makes the plan of all of them, which is what the coordinator
+    does while all ranks wait. Bytes of metadata are those of the file that every rank reads first when it loads.
+    Nothing is sent or written, so gathering the plans, which grows with their number, is not in it.
+    """
+
+    ranks: Annotated[int, typer.Option(min=2, help="Of the run that would save.")] = 1024
+    bucket_cap_mb: Annotated[float, typer.Option(help="As in ShardingConfig, of fp32 parameters.")] = 16.0
+
+    def run(self) -> None:
+        """See Benchmark."""
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
+        shapes = llama_3_8b()
+        ours = next(our_state(shapes, self.ranks, self.bucket_cap_mb))
+        theirs = {key: _first(tensor, self.ranks) for key, tensor in ours.items()}
+        found = {
+            "ShardedDecoupledAdamW": plan(our_plans(shapes, self.ranks, self.bucket_cap_mb), ours),
+            "FSDP2 + AdamW": plan(fsdp2_plans(shapes, self.ranks), theirs),
+        }
+        dist.destroy_process_group()
+        titles = [
+            *("", "chunks of exp_avg", "items", "plan of one, ms", "of all, s", "metadata, MB"),
+            "load plan of one, s",
         ]
-        for name, p in found.items()
-    ]
-    around = harness.surroundings()
-    lines = [f"{ranks:,} simulated ranks, {len(shapes)} parameters. " + harness.sentence_of(around)]
-    record = {"surroundings": around, "ranks": ranks, "found": {name: asdict(p) for name, p in found.items()}}
-    harness.publish(console, titles, rows, lines, out=out, record=record)
+        rows = [
+            [
+                *(name, f"{p.chunks:,}", f"{p.items:,}", f"{p.local_s * 1e3:.1f}", f"{p.global_s:.2f}"),
+                *(f"{p.metadata_mb:.2f}", f"{p.load_s:.3f}"),
+            ]
+            for name, p in found.items()
+        ]
+        lines = [f"{self.ranks:,} simulated ranks, {len(shapes)} parameters."]
+        self.publish(Report(titles, rows, lines, {"found": {name: asdict(p) for name, p in found.items()}}))
 
 
 def _first(tensor: Tensor, num_ranks: int) -> Tensor:

@@ -1,0 +1,380 @@
+"""The contenders: ours, in several settings, and what others train or update with.
+
+A package that is missing raises ImportError where its contender is built, and the table says so.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cache, cached_property, partial
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from launch.contenders import Contender, Fairscale, Sharded, imported
+from launch.data import Corpus
+from launch.model import GPT
+from launch.options import PRESETS, Preset
+from scripts.bench.harness import OnRanks
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, StateResidency
+from sharded_dadamw.kernels.operands import Operands
+from sharded_dadamw.update.hyperparameters import Hyperparameters
+
+# --- of a training step ---
+
+
+class Name(StrEnum):
+    """The contenders, in the order of the table."""
+
+    DDP_ADAMW = "ddp-adamw"
+    SHARDED_ATTACHED = "sharded-attached"
+    SHARDED = "sharded"
+    SHARDED_NO_OVERLAP = "sharded-no-overlap"
+    SHARDED_MESSAGES = "sharded-messages"
+    SHARDED_ZERO2 = "sharded-zero2"
+    TORCH_ZERO = "torch-zero"
+    FAIRSCALE_OSS = "fairscale-oss"
+    FSDP2 = "fsdp2"
+    DEEPSPEED_ZERO1 = "deepspeed-zero1"
+    DEEPSPEED_ZERO2 = "deepspeed-zero2"
+    DECOUPLED = "decoupled"
+    SHARDED_UNDER_DDP = "sharded-under-ddp"
+    SHARDED_HOST = "sharded-host"
+    ADAMW = "adamw"
+
+
+class Kind(NamedTuple):
+    """What a contender is, and what it sends.
+
+    Attributes:
+        wire_units: Bytes that the average rank has to send per parameter, in units of (N - 1) / N * the size of an
+            element: one for a reduction to owners, one for sending each owner's parameters to the others, two for an
+            all-reduce.
+        settings: Of ours, as ShardingConfig has them; None for others.
+        is_attached: Whether forward waits for our gathers.
+    """
+
+    description: str
+    wire_units: int
+    settings: dict[str, Any] | None = None
+    is_attached: bool = False
+
+
+KINDS = {
+    Name.DDP_ADAMW: Kind("DistributedDataParallel + torch.optim.AdamW(fused=True)", 2),
+    Name.SHARDED_ATTACHED: Kind("ShardedDecoupledAdamW, no wrapper, attach(model)", 2, {}, True),
+    Name.SHARDED: Kind("ShardedDecoupledAdamW, no wrapper", 2, {}),
+    Name.SHARDED_NO_OVERLAP: Kind("ShardedDecoupledAdamW(overlap=False)", 2, {"overlap": False}),
+    Name.SHARDED_MESSAGES: Kind(
+        "ShardedDecoupledAdamW(exchange=RANK_ORDER), attach(model)", 2, {"exchange": Exchange.RANK_ORDER}, True
+    ),
+    Name.SHARDED_ZERO2: Kind(
+        "ShardedDecoupledAdamW(gradient_residency=SHARDED), attach(model)",
+        2,
+        {"gradient_residency": GradientResidency.SHARDED},
+        True,
+    ),
+    Name.TORCH_ZERO: Kind(
+        "DistributedDataParallel + ZeroRedundancyOptimizer(AdamW, fused, parameters_as_bucket_view)", 3
+    ),
+    Name.FAIRSCALE_OSS: Kind("fairscale ShardedDataParallel + OSS(DecoupledAdamW, torch's fused kernel)", 2),
+    Name.FSDP2: Kind("fully_shard per block, reshard_after_forward=False + AdamW(fused=True)", 2),
+    Name.DEEPSPEED_ZERO1: Kind("DeepSpeed, ZeRO stage 1 + AdamW(fused=True)", 3),
+    Name.DEEPSPEED_ZERO2: Kind("DeepSpeed, ZeRO stage 2 + AdamW(fused=True)", 3),
+    Name.DECOUPLED: Kind("DistributedDataParallel + DecoupledAdamW", 2),
+    Name.SHARDED_UNDER_DDP: Kind(
+        "DistributedDataParallel + ShardedDecoupledAdamW(reduce_gradients=False)", 3, {"reduce_gradients": False}
+    ),
+    Name.SHARDED_HOST: Kind("ShardedDecoupledAdamW(state_residency=HOST)", 2, {"state_residency": StateResidency.HOST}),
+    Name.ADAMW: Kind("torch.optim.AdamW(fused=True), on one rank", 0),
+}
+DEEPSPEED_STAGES = {Name.DEEPSPEED_ZERO1: 1, Name.DEEPSPEED_ZERO2: 2}
+
+
+class Precision(StrEnum):
+    """Dtype of the model's parameters."""
+
+    FP32 = "float32"
+    BF16 = "bfloat16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return torch.float32 if self is Precision.FP32 else torch.bfloat16
+
+
+class Main(StrEnum):
+    """What ours keeps beside a parameter in bfloat16: MainParameter by name."""
+
+    FP32 = "fp32"
+    REMAINDER = "remainder"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(OnRanks):
+    """A benchmark that trains the GPT of launch/."""
+
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.MEDIUM
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per rank and step.")] = 1
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batches.")] = 0
+    dtype: Annotated[Precision, typer.Option(help="Of the model's parameters.")] = Precision.FP32
+
+    def new_model(self) -> GPT:
+        """A fresh copy of the model."""
+        return GPT(replace(PRESETS[self.preset], context=self.context), self.seed).to(self.dtype.dtype)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.new_model().parameters())
+
+    @property
+    def model_in_words(self) -> str:
+        """Its size, and that of a batch."""
+        size = f"{self.num_parameters / 1e6:.1f} M {self.dtype} parameters"
+        return f"{size}, {self.batch} x {self.context} tokens per rank and step"
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """What it trains on."""
+        return Corpus(None, self.context)
+
+    def batch_of(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """This rank's tokens and targets [batch, context]."""
+        rank = dist.get_rank()
+        rows = range(rank * self.batch, (rank + 1) * self.batch)
+        return self.corpus.batch(self.seed, step, rows, self.ranks * self.batch, self.context, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest(Training):
+    """A benchmark in which several optimizers train it."""
+
+    contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(list(Name)[:-2])
+    main_parameter: Annotated[Main, typer.Option(help="What ours keeps beside bfloat16.")] = Main.FP32
+    bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = ShardingConfig().bucket_cap_mb
+    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 3e-4
+    weight_decay: Annotated[float, typer.Option(min=0, help="Share of a matrix that decays per step.")] = 3e-5
+
+    def __post_init__(self) -> None:
+        """See Benchmark."""
+        if unknown := [name for name in self.contenders.split(",") if name not in tuple(Name)]:
+            raise typer.BadParameter(f"expected --contenders to be of {', '.join(Name)}, got {', '.join(unknown)}")
+
+    @property
+    def names(self) -> tuple[Name, ...]:
+        """Whom to measure."""
+        return tuple(dict.fromkeys(map(Name, self.contenders.split(","))))
+
+
+class FullyShard(Contender):
+    """FSDP2: parameters, gradients and state are DTensors, of each of which this rank holds one shard."""
+
+    @property
+    def state_bytes(self) -> int:
+        """See Contender; a DTensor's own size would be that of all shards together."""
+        held = (value for state in self.holder.state.values() for key, value in state.items() if key != "step")
+        return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in held)
+
+
+class DeepSpeed(Contender):
+    """A DeepSpeed engine, which is called, stepped, clipped and cleared itself."""
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """See Contender; the engine's step does it."""
+        return torch.zeros(())
+
+    def zero_grad(self) -> None:
+        """See Contender; the engine's step has done it."""
+
+    @property
+    def state_bytes(self) -> int:
+        """See Contender; what the inner optimizer takes for parameters is an fp32 copy of this rank's shard."""
+        copies: list[Tensor] = [param for group in self.holder.param_groups for param in group["params"]]
+        return super().state_bytes + sum(copy.nbytes for copy in copies)
+
+
+def build(name: Name, plan: Contest, device: torch.device, clip: float = 0.0) -> Contender:
+    """Make a contender around a fresh copy of the model. Collective.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+    """
+    kind = KINDS[name]
+    model = plan.new_model().to(device)
+    betas = (0.9, 0.95)
+    ours = groups_of(model, plan.weight_decay)
+    # What torch's rule, decay = lr * weight_decay, needs to decay as much as ours.
+    torchs = groups_of(model, plan.weight_decay / plan.lr)
+    adamw = partial(AdamW, torchs, lr=plan.lr, betas=betas, fused=True)
+    on_gpu = [device] if device.type == "cuda" else None
+    ddp = partial(DistributedDataParallel, model, on_gpu, gradient_as_bucket_view=True)
+    if kind.settings is not None:
+        main = MainParameter[plan.main_parameter.name]
+        config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, main_parameter=main, **kind.settings)
+        optimizer = ShardedDecoupledAdamW(ours, lr=plan.lr, betas=betas, config=config)
+        if kind.is_attached:
+            optimizer.attach(model)
+        return Sharded(model if config.reduce_gradients else ddp(), optimizer)
+    match name:
+        case Name.ADAMW:
+            return Contender(model, adamw())
+        case Name.DDP_ADAMW:
+            return Contender(ddp(), adamw())
+        case Name.DECOUPLED:
+            return Contender(ddp(), DecoupledAdamW(ours, lr=plan.lr, betas=betas))
+        case Name.TORCH_ZERO:
+            settings: dict[str, Any] = {"lr": plan.lr, "betas": betas, "fused": True}
+            zero = ZeroRedundancyOptimizer(torchs, AdamW, parameters_as_bucket_view=True, **settings)
+            return Contender(ddp(), zero, zero.optim)
+        case Name.FAIRSCALE_OSS:
+            oss = imported("fairscale.optim", "OSS")(ours, DecoupledAdamW, lr=plan.lr, betas=betas)
+            return Fairscale(imported("fairscale.nn.data_parallel", "ShardedDataParallel")(model, oss), oss, oss.optim)
+        case Name.FSDP2:
+            mesh = init_device_mesh(device.type, (plan.ranks,))
+            for part in (*model.blocks, model):
+                fully_shard(part, mesh=mesh, reshard_after_forward=False)
+            groups = groups_of(model, plan.weight_decay / plan.lr)  # of the sharded parameters
+            return FullyShard(model, AdamW(groups, lr=plan.lr, betas=betas, fused=True))
+        case _:
+            return deepspeed_engine(DEEPSPEED_STAGES[name], model, adamw(), plan, clip)
+
+
+def deepspeed_engine(stage: int, model: nn.Module, optimizer: Optimizer, plan: Contest, clip: float) -> Contender:
+    """DeepSpeed's ZeRO around a model and an optimizer.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    imported("deepspeed.utils", "logger").setLevel("ERROR")
+    elements = int(plan.bucket_cap_mb * 2**20) // plan.dtype.dtype.itemsize
+    engine, wrapped, *_ = imported("deepspeed", "initialize")(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": plan.batch,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": clip,  # by default it clips
+            "bf16": {"enabled": plan.dtype is Precision.BF16},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": elements},
+        },
+    )
+    return DeepSpeed(engine, engine, wrapped.optimizer)
+
+
+def groups_of(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, vectors do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def composers_optimizer() -> Any:
+    """Composer's own class.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    client = importlib.import_module("tests.composer_client")  # it knows what Composer's imports need
+    return client.composer.optim.DecoupledAdamW
+
+
+# --- of an update ---
+
+LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-5}
+HYPER = Hyperparameters(**LAW, initial_lr=1e-5, amsgrad=False)
+BETAS = (HYPER.beta1, HYPER.beta2)
+STEP = 10.0
+BLOCK_8BIT = 256
+"""torchao's moments in 8 bits come in blocks of so many: each a code, and a share of the scale of its block."""
+
+
+class Peer(NamedTuple):
+    """An update of one flat fp32 parameter, by other means than our kernels.
+
+    Attributes:
+        build: Makes it ready to be called, for a place.
+        package: What to install where that raises ImportError.
+        moments: Bytes of a moment per element.
+    """
+
+    title: str
+    build: Callable[[Operands], Callable[[], object]]
+    package: str = "torch"
+    moments: float = torch.float32.itemsize
+
+
+def peers_of_an_update() -> list[Peer]:
+    """Those that may be installed."""
+    composer = "Composer's loop, transcribed" if composer_adamw() is None else "composer.optim.DecoupledAdamW.adamw"
+    optimi = partial(installed, "optimi", "AdamW", decouple_lr=True)
+    torchao, torchao_8bit = (partial(installed, "torchao.optim", name) for name in ("_AdamW", "AdamW8bit"))
+    return [
+        Peer("torch.optim.AdamW(foreach=True), fp32", torch_foreach),
+        Peer(f"{composer}, fp32", composer_loop),
+        Peer("optimi.AdamW(decouple_lr=True), fp32", optimi, "torch-optimi"),
+        Peer("torchao.optim._AdamW, fp32", torchao, "torchao"),
+        Peer("torchao.optim.AdamW8bit, fp32", torchao_8bit, "torchao", 1 + 4 / BLOCK_8BIT),
+    ]
+
+
+def torch_foreach(at: Operands) -> Callable[[], object]:
+    """torch.optim.AdamW in its foreach flavour."""
+    optimizer = torch.optim.AdamW([at.param], HYPER.lr, BETAS, HYPER.eps, HYPER.weight_decay, foreach=True)
+    optimizer.state[at.param] = {"step": torch.tensor(STEP), "exp_avg": at.exp_avg, "exp_avg_sq": at.exp_avg_sq}
+    at.param.grad = at.grad
+    return optimizer.step
+
+
+def installed(module: str, name: str, at: Operands, **options: Any) -> Callable[[], object]:
+    """An optimizer of another package; keeps moments of its own."""
+    make = imported(module, name)
+    optimizer = make([at.param], lr=HYPER.lr, betas=BETAS, eps=HYPER.eps, weight_decay=HYPER.weight_decay, **options)
+    at.param.grad = at.grad
+    step: Callable[[], object] = optimizer.step
+    return step
+
+
+@cache
+def composer_adamw() -> Callable[..., None] | None:
+    """Composer's own, if it is installed and can be imported."""
+    try:
+        adamw: Callable[..., None] = imported("composer.optim", "DecoupledAdamW").adamw
+    except ImportError:
+        return None
+    return adamw
+
+
+def composer_loop(at: Operands) -> Callable[[], object]:
+    """Composer's function, or what it does."""
+    if (adamw := composer_adamw()) is None:
+        return partial(transcribed_adamw, at)
+    lists = [[at.param], [at.grad], [at.exp_avg], [at.exp_avg_sq], [], [at.count]]
+    return partial(adamw, *lists, **LAW, initial_lr=HYPER.initial_lr, amsgrad=False)
+
+
+def transcribed_adamw(at: Operands) -> None:
+    """The operations of ``composer.optim.DecoupledAdamW.adamw``, in its order; like that one it waits for the step."""
+    step = at.count.item()
+    at.param.mul_(1 - HYPER.weight_decay * (HYPER.lr / HYPER.initial_lr))
+    at.exp_avg.mul_(HYPER.beta1).add_(at.grad, alpha=1 - HYPER.beta1)
+    at.exp_avg_sq.mul_(HYPER.beta2).addcmul_(at.grad, at.grad, value=1 - HYPER.beta2)
+    denom = (at.exp_avg_sq.sqrt() / math.sqrt(1 - HYPER.beta2**step)).add_(HYPER.eps)
+    at.param.addcdiv_(at.exp_avg, denom, value=-HYPER.lr / (1 - HYPER.beta1**step))
