@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import json
 import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -161,40 +162,31 @@ def save_checkpoint(
     group = None
     if isinstance(collectives, BackendVerbs) and collectives.num_ranks > 1:
         group = group_in_background(collectives) if asynchronous else collectives.group
-    state: dict[str, Any] = {}
-    manifest = None
 
-    def take() -> str:
-        nonlocal manifest
-        state[run.RANKS] = {str(collectives.rank): packed}
-        state["model"], aliases = run.model_state(model)
-        state["optimizer"], has_stepped = run.optimizer_state(model, optimizer)
-        if not has_stepped:
-            state["optimizer"]["state"] = {}
-        groups = state["optimizer"]["param_groups"]
-        run.require_plain(state["model"], groups)  # after whatever is collective above
-        manifest = Manifest(step, collectives.num_ranks, versions(), aliases, groups, run.name_of(optimizer))
+    def take() -> tuple[dict[str, Any], Manifest, str]:
+        weights, aliases = run.model_state(model)
+        its, has_stepped = run.optimizer_state(model, optimizer)
+        run.require_plain(weights, its["param_groups"])  # after whatever is collective above
+        manifest = Manifest(
+            step, collectives.num_ranks, versions(), aliases, its["param_groups"], run.name_of(optimizer)
+        )
+        state = {
+            "model": weights,
+            "optimizer": its if has_stepped else {**its, "state": {}},
+            run.RANKS: {str(collectives.rank): packed},
+        }
         if asynchronous:
-            state.update(run.on_host(state))  # here, since memory may run out on one rank
-        if collectives.rank > 0:
-            return ""
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            clear(root)
-            return begin(final).name
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{root} cannot be written: {error}; give a folder in which this user may make others"
-            ) from error
+            state = run.on_host(state)  # here, since memory may run out on one rank
+        return state, manifest, _begin(root, final) if collectives.rank == 0 else ""
 
     try:
-        folder = root / on_all_or_none(collectives, take)[0]
+        state, manifest, name = on_all_or_none(collectives, take)
     except Exception:
         with contextlib.suppress(OSError):
             if collectives.rank == 0:
                 clear(root)
         raise
-    assert manifest is not None
+    folder = root / collectives.gather_texts(name)[0]
     write_all = partial(
         write, state, folder, final, manifest, group, keep_last=keep_last, tidies_up=collectives.rank == 0
     )
@@ -210,10 +202,15 @@ def save_checkpoint(
     return _latest
 
 
-def wait_for_latest() -> None:
-    """Wait until no save is under way; of one that fails the next save tells."""
-    if _latest is not None:
-        _latest._written.exception()
+def _begin(root: Path, final: Path) -> str:
+    """Make a folder for a checkpoint to be, after what dead saves have left behind is cleared away."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        clear(root)
+        return begin(final).name
+    except OSError as error:
+        hint = "give a folder in which this user may make others"
+        raise OSError(error.errno, f"{root} cannot be written: {error}; {hint}") from error
 
 
 def _connect(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
@@ -331,7 +328,8 @@ def load_checkpoint(
         UserWarning: ``fall_back`` was needed; or what was saved of main parameters, or of parameters that were frozen
             from the start, has no place in this optimizer.
     """
-    wait_for_latest()
+    if _latest is not None:
+        _latest._written.exception()  # of which the next save tells
     collectives = _connect(model, process_group)
     arguments = {
         "path": str(path),
@@ -345,34 +343,26 @@ def load_checkpoint(
     if found is None:
         return None
     saved, manifest = found
-    live: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
-    state: dict[str, Any] = {}
-    ranks: list[dict[str, Any]] = []
 
-    def look() -> None:
-        live["model"] = get_model_state_dict(model)
-        live["optimizer"] = None if optimizer is None else run.optimizer_state(model, optimizer)[0]
+    def look() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        return get_model_state_dict(model), None if optimizer is None else run.optimizer_state(model, optimizer)[0]
 
-    def read() -> None:
-        match = Match(saved, manifest, model, live["model"], optimizer, live["optimizer"])
-        numbers = match.group_numbers
+    def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+        match = Match(saved, manifest, model, live[0], optimizer, live[1])
+        numbers, of_ranks = match.group_numbers, saved.under(run.RANKS)
         if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
             raise ValueError(
                 f"scheduler: expected groups in the order of {saved.folder}, by which it knows them, got them in the "
                 f"order {numbers}; build the optimizer in that order, or pass scheduler=None"
             )
-        of_ranks = saved.under(run.RANKS)
         match.entries.update(saved.wholes(of_ranks))
         saved.read(match.entries)
-        read_weights, read_state = match.collect()
-        weights.update(read_weights)
-        state.update(read_state)
-        ranks.extend(run.unpack(match.entries[of_ranks[str(rank)]]) for rank in range(len(of_ranks)))
+        ranks = [run.unpack(match.entries[of_ranks[str(rank)]]) for rank in range(len(of_ranks))]
         if scheduler is not None and (not ranks or ranks[0]["scheduler"] is None):
             raise ValueError(
                 f"scheduler: expected {saved.folder} to hold the state of one, got none; pass scheduler=None"
             )
+        return *match.collect(), ranks
 
     def take_weights() -> None:
         set_model_state_dict(model, weights)
@@ -381,9 +371,8 @@ def load_checkpoint(
         elif ranks:
             run.seed_from(own["random"], manifest.step, collectives.rank)
 
-    on_all_or_none(collectives, look)
-    on_all_or_none(collectives, read)
-    live.clear()
+    live = on_all_or_none(collectives, look)
+    weights, state, ranks = on_all_or_none(collectives, read)
     own = ranks[collectives.rank] if collectives.rank < len(ranks) else next(iter(ranks), {})
     # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
     if scheduler is not None:
@@ -437,17 +426,13 @@ def _take_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
 def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Entries, Manifest] | None:
     """Return the checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
 
-    def look() -> list[str]:
+    def look() -> list[Path]:
         found = [path] if is_one(path) else folders(path)
         if not found:
             require_root(path)
-        return [str(folder) for folder in found]
+        return found
 
-    candidates = on_all_or_none(collectives, look)[0]
-    saved: tuple[Entries, Manifest] | None = None
-
-    def check() -> None:
-        nonlocal saved
+    def check() -> tuple[Entries, Manifest]:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: there is no such folder, or this rank does not see it; checkpoints need storage that all "
@@ -456,12 +441,14 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
         manifest = Manifest.read(folder)
         for wrong in manifest.damage(folder, slice(collectives.rank, None, collectives.num_ranks)):
             raise ValueError(wrong)
-        saved = Entries(folder, manifest), manifest
+        return Entries(folder, manifest), manifest
 
+    names = [str(found) for found in on_all_or_none(collectives, look)]
+    candidates = json.loads(collectives.gather_texts(json.dumps(names))[0])
     while candidates:
         folder = Path(candidates.pop())
         try:
-            on_all_or_none(collectives, check)
+            return on_all_or_none(collectives, check)
         except ValueError as error:
             if fall_back and candidates:
                 warnings.warn(f"{error}; going on from {candidates[-1]} instead", stacklevel=3)
@@ -469,5 +456,4 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
             before = [other for other in older(folder) if other in checkpoints(folder.parent)]
             hint = f"pass {before[-1]} to go on from there" if before else "there is no complete one before it"
             raise ValueError(f"{error}; {hint}") from error
-        return saved
     return None

@@ -13,9 +13,11 @@ import json
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Any
+from typing import TypeVar
 
 from sharded_dadamw.comm.collectives import Collectives
+
+T = TypeVar("T")
 
 Description = dict[str, str]
 """What a rank is about to do: label -> value, in the order in which differences should be reported."""
@@ -76,34 +78,34 @@ def require_agreement(
         raise ValueError(f"ranks were given different arguments; {find_difference(collectives, description)}; {advice}")
 
 
-def on_all_or_none(collectives: Collectives, work: Callable[[], Any]) -> list[Any]:
+def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
     """Do something that may fail on any rank, and go on only if it has not failed on one. Collective.
 
     Args:
         collectives: The ranks.
-        work: This rank's part; returns what all ranks are to know of it, as JSON has it.
+        work: This rank's part.
 
     Returns:
-        What ``work`` returned on each rank, in rank order.
+        What ``work`` returned here.
 
     Raises:
         Exception: What ``work`` raised on the first rank where it did: itself there, and elsewhere the nearest of
             OSError, ValueError and RuntimeError, naming the rank.
     """
-    failure, result = None, None
+    failure = None
     try:
         result = work()
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
     note = None if failure is None else [_kind_of(failure), str(failure)]
-    answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([note, result]))]
-    for rank, (first, _) in enumerate(answers):
+    for rank, text in enumerate(collectives.gather_texts(json.dumps(note))):
+        first = json.loads(text)
         if first is not None:
             if failure is not None and rank == collectives.rank:
                 raise failure
             kind, message = first
             raise _KINDS[kind](f"rank {rank}: {message}") from failure
-    return [result for _, result in answers]
+    return result
 
 
 _KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError, "RuntimeError": RuntimeError}
