@@ -83,11 +83,7 @@ class _Writer(FileSystemWriter):
         return StorageMeta(checkpoint_id=self._final.name, save_id=self.save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Check that this rank sees the folder that the coordinator made.
-
-        Raises:
-            FileNotFoundError: It is not there: this rank has storage of its own.
-        """
+        """Check that this rank sees the folder that the coordinator made."""
         if not self._folder.is_dir():
             raise FileNotFoundError(
                 f"expected to see {self._folder}, which rank 0 has made; checkpoints need storage that all ranks share"
@@ -104,22 +100,16 @@ class _Writer(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write metadata and manifest, publish the folder, and remove old checkpoints. On the coordinator alone."""
         items = [item for result in results for item in result]
-        sums: dict[str, FileSum] = {}
+        written = [item for item in items if item.index != _SUMS]
+        others = self._enter_tied(metadata)
+        for item in list(written):
+            for name in others.get(item.index.fqn, ()):
+                written.append(replace(item, index=replace(item.index, fqn=name)))
+        super().finish(metadata, [written])
+        files = {METADATA: self._files.sums[METADATA]}
         for item in items:
             if item.index == _SUMS:
-                sums |= item.storage_data
-        others = self._enter_tied(metadata)
-        written = [
-            named
-            for item in items
-            if item.index != _SUMS
-            for named in (
-                item,
-                *(replace(item, index=replace(item.index, fqn=name)) for name in others.get(item.index.fqn, ())),
-            )
-        ]
-        super().finish(metadata, [written])
-        files = {**sums, METADATA: self._files.sums[METADATA]}
+                files |= item.storage_data
         replace(self._manifest, files=files).write(self._folder)
         publish(self._folder, self._final)
         if self._keep_last is not None:
@@ -150,18 +140,16 @@ def write(
     group: dist.ProcessGroup | None,
     *,
     keep_last: int | None = None,
-    tidies_up: bool = True,
 ) -> None:
     """Write a checkpoint. Collective, unless ``group`` is None: then this process writes all of it.
 
     Args:
         state: Nested; of tensors that are spread over ranks this rank's part.
-        folder: Where to. It exists, is empty, and is seen by every rank.
+        folder: Where to: empty, and seen by every rank. It is gone, or has become the checkpoint, when this returns.
         final: What the folder is called once everything is on the disk.
         manifest: All but the files.
         group: The ranks.
         keep_last: How many checkpoints to leave, this one included; None for all.
-        tidies_up: Whether the folder is this rank's to remove, where it has not become the checkpoint.
 
     Raises:
         OSError: It could not be written; on every rank.
@@ -170,16 +158,11 @@ def write(
     try:  # torch's public `save` is this and a warning where torch.distributed is not in use
         _save_state_dict(state, _Writer(folder, final, manifest, keep_last), process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise _explained(error, final) from error
+        rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
+        message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
+        if not isinstance(failure, OSError):
+            raise RuntimeError(message) from error
+        raise (OSError(message) if failure.errno is None else OSError(failure.errno, message)) from error
     finally:
-        if tidies_up:
+        if group is None or group.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _explained(error: CheckpointException, final: Path) -> Exception:
-    """Return what torch.distributed.checkpoint says of a failure, as the kind of error that the first rank had."""
-    rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
-    message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
-    if isinstance(failure, OSError) and failure.errno is not None:
-        return OSError(failure.errno, message)
-    return OSError(message) if isinstance(failure, OSError) else RuntimeError(message)

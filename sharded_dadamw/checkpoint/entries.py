@@ -38,11 +38,7 @@ class Entries:
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Read the metadata.
-
-        Args:
-            folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
-            manifest: Which files it consists of; None for folders that are not ours.
+        """Read the metadata of a folder, of which ``manifest`` says which files it consists of if it is one of ours.
 
         Raises:
             ValueError: They are damaged or hold more than data, an entry stands where another one does, or below it, or
@@ -62,11 +58,7 @@ class Entries:
         return node
 
     def target(self, entry: str, live: Tensor) -> Tensor:
-        """Make room for an entry in host memory, like a live tensor, if it fits.
-
-        Raises:
-            ValueError: It does not, or would be rounded; names the entry.
-        """
+        """Make room for an entry in host memory, like a live tensor, if it fits and would not be rounded."""
         known = self.metadata.state_dict_metadata[entry]
         size = live.size()  # the shape of an FSDP1 shard is its own
         expected = f"{live.dtype} {list(size)}"
@@ -82,11 +74,7 @@ class Entries:
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
     def whole(self, entry: str) -> Tensor | None:
-        """Make room for all of an entry in host memory; None where it is no tensor.
-
-        Raises:
-            ValueError: It is larger than the files.
-        """
+        """Make room for all of an entry in host memory, if it can be in the files; None where it is no tensor."""
         known = self.metadata.state_dict_metadata[entry]
         if not isinstance(known, TensorStorageMetadata):
             return None

@@ -50,15 +50,7 @@ class Match:
         optimizer: Optimizer | None,
         state: Mapping[str, Any] | None,
     ) -> None:
-        """Compare what was saved with what is there.
-
-        Args:
-            saved: What there is.
-            manifest: What that says it is.
-            model: Whose ties count.
-            weights: Its live state, by name.
-            optimizer: Which one takes the state; None to leave that alone.
-            state: Its live state and groups, by name; None without an optimizer.
+        """Compare what was saved with ``weights`` and ``state``, the live ones, by name; ``model`` has their ties.
 
         Raises:
             ValueError: A name is missing or left over, a tensor does not fit or would be rounded, groups or the entries
@@ -81,10 +73,7 @@ class Match:
             self._match_state(state)
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what has been read into ``entries`` as the run takes it.
-
-        Returns:
-            The model's state dict; and the optimizer's, by names, for ``set_optimizer_state_dict``.
+        """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
 
         Raises:
             ValueError: Weights that are tied here are different there; names them.
@@ -203,25 +192,25 @@ def _holds_nothing(value: Any) -> bool:
 
 def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
     """Return which saved name every live one has: the same, or the same without what wrappers add."""
-    saved = dict.fromkeys(saved)
-    canonical = {canonical_name(name): name for name in saved}
-    names = {name: name if name in saved else canonical.get(canonical_name(name)) for name in live}
-    missing = [name for name, found in names.items() if found is None]
-    left_over = sorted(saved.keys() - set(names.values()))
-    doubled = [name for name, found in names.items() if name != found and found in names]
+    names = dict.fromkeys(saved)
+    canonical = {canonical_name(name): name for name in names}
+    found = {name: name if name in names else canonical.get(canonical_name(name)) for name in live}
+    missing = [name for name, its in found.items() if its is None]
+    left_over = sorted(names.keys() - set(found.values()))
+    doubled = [name for name, its in found.items() if name != its and its in found]
     if doubled and not missing:
         raise ValueError(
-            f"model: expected {folder} to have {doubled[0]} and {names[doubled[0]]}, got one weight of that name; "
+            f"model: expected {folder} to have {doubled[0]} and {found[doubled[0]]}, got one weight of that name; "
             "rename one of them"
         )
-    if missing or left_over:
-        differences = [
-            f"{len(some)} {what}, the first is {some[0]}"
-            for some, what in ((missing, "missing"), (left_over, "left over"))
-            if some
-        ]
+    differences = [
+        f"{len(some)} {what}, the first is {some[0]}"
+        for some, what in ((missing, "missing"), (left_over, "left over"))
+        if some
+    ]
+    if differences:
         raise ValueError(f"model: expected {folder} to have what the model has; {'; '.join(differences)}")
-    return {name: found for name, found in names.items() if found is not None}
+    return {name: its for name, its in found.items() if its is not None}
 
 
 def _require_same_decay(manifest: Manifest, folder: Path, live: str) -> None:
@@ -261,13 +250,7 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def _in_own_form(live: Tensor, saved: Tensor | None, weight: Tensor) -> Tensor:
-    """Return a main parameter that was saved in the other form or, where none was, as the weight is; no bit is lost.
-
-    Args:
-        live: The live one.
-        saved: What was read.
-        weight: The weight that was read.
-    """
+    """Return a main parameter that was saved in the other form or, where none was, as the weight is; no bit is lost."""
     part = _part_of(weight)
     if isinstance(live, FragmentTensor):
         _, start, stop = live.span

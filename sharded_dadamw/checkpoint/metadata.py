@@ -59,14 +59,11 @@ _FILLS: dict[type, Any] = {
 
 
 def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
-    """Read which entries a checkpoint has: names, shapes and dtypes, and where they lie.
-
-    Args:
-        folder: Anything that ``torch.distributed.checkpoint.save`` wrote.
-        manifest: Which files it consists of; None for folders that are not ours.
+    """Read which entries a folder of torch.distributed.checkpoint has: names, shapes and dtypes, and where they lie.
 
     Raises:
-        ValueError: The file is damaged, holds more than data, or points outside of the checkpoint; names the file.
+        ValueError: The file is damaged, holds more than data, or points outside of the folder or, where there is one,
+            of the manifest; names the file.
     """
     path = folder / METADATA
     if path.exists() and not path.is_file():  # of a pipe, reading would never end

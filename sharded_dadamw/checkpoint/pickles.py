@@ -33,16 +33,9 @@ class Placeholder:
         """Drop the arguments."""
         return object.__new__(cls)
 
-    def __setitem__(self, key: object, value: object) -> None: ...
+    def _drop(self, *_: object) -> None: ...
 
-    def append(self, item: object) -> None:
-        """Drop an item."""
-
-    def extend(self, items: object) -> None:
-        """Drop items."""
-
-    def add(self, item: object) -> None:
-        """Drop an item."""
+    __setitem__ = append = extend = add = _drop
 
 
 class _NumberFormat:
@@ -67,16 +60,6 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("expected latin1 text, got another encoding")
     return text.encode("latin1")
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Any:
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-
-def _tensor_of_dtype(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: object
-) -> Any:
-    return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, {}, dtype)
 
 
 def _listed(items: Any = ()) -> Any:
@@ -127,8 +110,10 @@ _TABLE: Mapping[str, Any] = {
     "torch.device": torch.device,
     "torch.storage.UntypedStorage": torch.UntypedStorage,
     **DTYPES,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_tensor_v2": lambda *given: torch._utils._rebuild_tensor(*given[:4]),
+    "torch._utils._rebuild_tensor_v3": lambda *given: torch._utils._rebuild_tensor_v3(
+        *[*given[:4], False, {}, given[6]]
+    ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }

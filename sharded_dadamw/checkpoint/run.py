@@ -41,14 +41,7 @@ _MASK = (1 << 63) - 1
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without the components that wrappers add, wherever they stand.
-
-    Args:
-        name: As ``named_parameters()`` gives it, such as `module._orig_mod.layers.0.weight`.
-
-    Returns:
-        The name in the bare model, `layers.0.weight`. The last component is the parameter's own and always stays.
-    """
+    """Return a parameter's name in the bare model: without components that wrappers add, but for the last, its own."""
     *modules, own = name.split(".")
     return ".".join([component for component in modules if component not in _WRAPPERS] + [own])
 
@@ -57,10 +50,10 @@ def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception
     """Return what is wrong with a model and optimizers of its parameters; None if nothing is."""
     if not isinstance(model, nn.Module):
         return TypeError(f"model: expected a torch.nn.Module, got {model!r:.80}")
+    known = {id(param) for param in model.parameters()}
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             return TypeError(f"optimizer: expected a torch.optim.Optimizer, got {optimizer!r:.80}")
-        known = {id(param) for param in model.parameters()}
         strange = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in known]
         if strange:
             return ValueError(
@@ -154,17 +147,10 @@ def _with_own_numbers(value: Any) -> Any:
 
 
 def pack(label: str, value: Any) -> Tensor:
-    """Serialise plain data: numbers, NumPy's too, texts, None, tensors, and containers of them.
-
-    Args:
-        label: What it is called in messages.
-        value: To be serialised.
-
-    Returns:
-        [n] uint8.
+    """Serialise numbers, NumPy's too, texts, None, tensors, and containers of them into [n] uint8.
 
     Raises:
-        ValueError: It is not plain data, so that reading it back could run code.
+        ValueError: It is not plain data, so that reading it back could run code; calls it ``label``.
     """
     file = io.BytesIO()
     try:

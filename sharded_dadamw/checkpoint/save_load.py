@@ -187,9 +187,7 @@ def save_checkpoint(
                 clear(root)
         raise
     folder = root / collectives.gather_texts(name)[0]
-    write_all = partial(
-        write, state, folder, final, manifest, group, keep_last=keep_last, tidies_up=collectives.rank == 0
-    )
+    write_all = partial(write, state, folder, final, manifest, group, keep_last=keep_last)
     if asynchronous:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         written = executor.submit(write_all)
