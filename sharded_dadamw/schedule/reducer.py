@@ -4,10 +4,10 @@
     wire                  |=== bucket 0 ===|=== bucket 1 ===|
 
 [Note: rounds] A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks
-send each other cannot get mixed up. A backward pass outside ``no_sync`` is a round: hooks launch each bucket whose turn
-has come, and the end of backward launches the others and waits until all are done. So nobody ever finds a gradient
-under way. With ``overlap=False``, in the first step and on one rank, full
-gradients wait for ``step``.
+send each other cannot get mixed up. A reduction is launched and finished, a round is begun and completed. A backward
+pass outside ``no_sync`` is a round: hooks launch each bucket whose turn has come, and the end of backward launches the
+others and finishes all. So nobody ever finds a gradient under way. With ``overlap=False``, in the first step and on one
+rank, full gradients wait for ``step``.
 
 [Note: nested backwards] Reentrant activation checkpointing runs a backward of its own for each part, within the
 backward of a ``torch.autograd.Function``. Only the outermost end is that of the round. Where no gradient came in the
@@ -129,7 +129,7 @@ class Reducer:
             # on that gradient have run as well, and see it as it is on this rank, whatever the buckets.
             self._launch_complete()
             if bucket in self._launched:  # it comes from another pass
-                self._finish_round()
+                self._complete_round()
         elif self._remembers:
             self._await_end_of_local_backward()
         gradients.deliver(slot, counts=reduces)
@@ -138,35 +138,16 @@ class Reducer:
             if gradients.are_complete and not self._knows_order and bucket not in self._completed:
                 self._completed.append(bucket)
 
-    def end_backward(self, *, is_nested: bool) -> None:
-        """Finish the round of a backward pass; of a nested one, only what can be launched by now."""
-        if is_nested:
-            self._launch_complete()
-            self._wait_for_all()
-            if len(self._launched) < len(self._hooked):
-                return
-        else:
-            self._backward = None
-        self._finish_round()
+    def complete_round(self, *, begin: bool = False) -> None:
+        """Complete a round that backward has begun, where that was broken off or could not be told its end. Collective.
 
-    def remember(self) -> None:
-        """Take note of what backward has left, so that :meth:`changes` tells what was done to it since."""
-        for bucket in self._hooked:
-            bucket.gradients.remember()
-
-    def complete_round(self) -> None:
-        """Finish a round that backward has begun, if that was broken off or could not be told its end. Collective."""
-        self._backward = None
-        self._finish_round()
-
-    def catch_up(self) -> None:
-        """Do what other ranks may be waiting for in backward, before they and this one compare. Collective.
-
-        A rank without a backward since the last step, or without a gradient in it, does its part of a round with the
-        gradients it has, such as those that were assigned by hand.
+        Args:
+            begin: Do so also where there was no round since the last step, as of a backward that gave this rank no
+                gradient: other ranks may be waiting for its part.
         """
-        self._is_begun = self._is_begun or (self._reduces_in_backward and not self.num_rounds)
-        self.complete_round()
+        self._is_begun = self._is_begun or (begin and self._reduces_in_backward and not self.num_rounds)
+        self._backward = None
+        self._complete_round()
 
     def learn_source(self, *, are_equal: bool) -> None:
         """Take note whether gradients were the same on all ranks before we have averaged them.
@@ -205,17 +186,16 @@ class Reducer:
         finished = [bucket for bucket in self.buckets() if bucket not in later]
         try:
             if last_first:
-                deque(self._finish(rest), maxlen=0)
+                deque(self._finish_each(rest), maxlen=0)
                 finished = self.buckets()[::-1]
             self._launch_ahead(rest)
             for bucket in finished:
-                if bucket.gradients.stage is not Stage.READ:
-                    bucket.gradients.set_read()
+                bucket.gradients.set_read()
                 yield bucket
-            yield from self._finish(rest)
+            yield from self._finish_each(rest)
         finally:
             # Whatever stopped the caller, no message may be left over for the next step to receive.
-            deque(self._finish(rest), maxlen=0)
+            deque(self._finish_each(rest), maxlen=0)
 
     def reduce_all(self) -> None:
         """Average the gradients of all buckets. Collective."""
@@ -273,16 +253,32 @@ class Reducer:
         else:
             will_be_told = self._backward == current
             if self._backward is not None and not will_be_told:
-                self._finish_round()  # of a pass that was broken off
+                self._complete_round()  # of a pass that was broken off
             self._backward = current
         if not will_be_told:
-            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self.end_backward), is_nested=is_nested))
+            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self._end_backward), is_nested=is_nested))
 
     def _await_end_of_local_backward(self) -> None:
         current = torch._C._current_graph_task_id()
         if current != self._graph_task:
             self._graph_task = current
-            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self.remember)))
+            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self._remember)))
+
+    def _remember(self) -> None:
+        """Take note of what backward has left, so that :meth:`changes` tells what was done to it since."""
+        for bucket in self._hooked:
+            bucket.gradients.remember()
+
+    def _end_backward(self, *, is_nested: bool) -> None:
+        """Complete the round of a backward pass; of a nested one, finish what can be launched by now."""
+        if is_nested:
+            self._launch_complete()
+            self._finish_all()
+            if len(self._launched) < len(self._hooked):
+                return
+        else:
+            self._backward = None
+        self._complete_round()
 
     def _learn_order(self) -> None:
         """Take over the order in which rank 0's first backward completed buckets, once per set of them.
@@ -335,10 +331,10 @@ class Reducer:
         while rest and len(self._under_way) <= _BUCKETS_AHEAD:
             self._launch(rest.popleft())
 
-    def _finish(self, rest: deque[Bucket]) -> Iterator[Bucket]:
+    def _finish_each(self, rest: deque[Bucket]) -> Iterator[Bucket]:
         """Finish what is under way, launch the rest meanwhile, and yield the buckets in this order."""
-        while rest or self._under_way:
-            self._launch_ahead(rest)
+        self._launch_ahead(rest)
+        while self._under_way:
             bucket = self._finish_oldest()
             self._launch_ahead(rest)
             bucket.gradients.set_read()
@@ -353,19 +349,19 @@ class Reducer:
         bucket.gradients.wait()
         return bucket
 
-    def _finish_round(self) -> None:
-        """Launch what a round that has begun still lacks, and wait for all of it."""
+    def _complete_round(self) -> None:
+        """Launch what a round that has begun still lacks, and finish all of it."""
         if self._is_begun:
             self._launch_complete()
             for bucket in self._hooked[len(self._launched) :]:
                 self._launch_in_backward(bucket)
                 self._finish_all_but(_BUCKETS_AHEAD)
-            self._wait_for_all()
+            self._finish_all()
             self._is_begun = False
             self._launched.clear()
             self.num_rounds += 1
 
-    def _wait_for_all(self) -> None:
+    def _finish_all(self) -> None:
         # Reductions are finished in the order of their start: first all of ours, and then we wait for other ranks.
         for bucket in reversed(self._under_way):
             bucket.gradients.wait()
