@@ -44,10 +44,10 @@ def checked_defaults(
     return {**model.defaults, "decoupled_weight_decay": FREE_OF_LR}
 
 
-def evaluate(closure: Callable[[], float]) -> float:
-    """Call a closure of ``step``, which builds a graph though ``step`` does not."""
+def evaluate(closure: Callable[[], float] | None) -> float | None:
+    """Call the closure of ``step``, if there is one; it builds a graph though ``step`` does not."""
     with torch.enable_grad():
-        return closure()
+        return None if closure is None else closure()
 
 
 @cache

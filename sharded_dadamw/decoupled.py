@@ -170,10 +170,10 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             RuntimeError: A gradient is sparse.
             ValueError: A group's decay is 1 or more.
         """
-        loss = None if closure is None else evaluate(closure)
+        loss = evaluate(closure)
         hypers = self._hypers()
         self._warn_above_peak(hypers)
-        present = [_with_gradients(group) for group in self.param_groups]
+        present = self._present()
         found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
@@ -193,6 +193,20 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
         return loss
+
+    def _present(self) -> list[_Present]:
+        """Return per group the parameters that a step updates, and their gradients.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        present = [_with_gradients(group) for group in self.param_groups]
+        for params, grads in present:
+            for param, grad in zip(params, grads, strict=True):
+                if grad.layout != torch.strided:
+                    name = next(part.name for part in self._held().parts(0) if part.param is param)
+                    raise RuntimeError(f"gradient of {name}: expected a dense tensor, got layout {grad.layout}")
+        return present
 
     def _make_ready(self, index: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Columns, ReadyUpdate]:
         """Return this rank's parts of parameters of one group with their state, and the update that is for them."""
@@ -228,7 +242,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         check_clip(max_norm, norm_type)
-        present = [_with_gradients(group) for group in self.param_groups]
+        present = self._present()
         self._keep_clip_of(present)
         norm = self._norm(present, norm_type)
         self._clip.remember([grad for _, grads in present for grad in grads])
@@ -308,17 +322,10 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
 
 def _with_gradients(group: Mapping[str, Any]) -> _Present:
-    """Return the parameters of a group that a step updates, and their gradients.
-
-    Raises:
-        RuntimeError: A gradient is sparse.
-    """
+    """Return the parameters of a group that a step updates, and their gradients."""
     params: list[Tensor] = group["params"]
     grads = [*map(_grad, params)]
     if any(map(is_, grads, repeat(None))) or not all(map(_requires_grad, params)):
         pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None and p.requires_grad]
         params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
-    for grad in grads:
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"DecoupledAdamW: expected dense gradients, got layout {grad.layout}")
     return params, grads

@@ -165,7 +165,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
                 next step. No parameter or state has then been changed; drop averaged gradients by ``zero_grad``.
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
-        loss = None if closure is None else evaluate(closure)
+        loss = evaluate(closure)
         plan = self._plan_step()
         self._warn_above_peak(plan.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
