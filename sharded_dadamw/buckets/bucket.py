@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from sharded_dadamw.buckets.gradients import Gradients
 from sharded_dadamw.buckets.weights import BorrowedWeights, Weights
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Form, Operands, Update
+from sharded_dadamw.kernels.ready import keep
 from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.adamw import Step
@@ -29,8 +30,6 @@ from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import Storage
 
 _MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
-_NUM_KEPT = 8
-"""Prepared updates that are kept. More than one is in use where the set of parameters with a gradient alternates."""
 
 
 class _Prepared(NamedTuple):
@@ -180,19 +179,14 @@ class Bucket:
     def _main_of_weights(self, main: Tensor, part: slice) -> Tensor:
         return torch.zeros_like(main) if main.dtype is torch.int16 else self.current_param(part)
 
-    def gradient_runs(self, wanted: Sequence[bool]) -> list[Tensor]:
-        """The parts of the reduced gradient shard that belong to the slots that are ``wanted``, as few 1-D views."""
-        return [self.gradients.shard[run] for run in self.runs(tuple(wanted))]
-
     def runs(self, wanted: tuple[bool, ...]) -> list[slice]:
         """The ranges of the shard that belong to the slots that are ``wanted``, neighbours joined."""
         if wanted not in self._runs:
-            _make_room(self._runs)
             runs: list[slice] = []
             for part in (fragment.in_shard for fragment in self._fragments_of(wanted)):
                 is_next = bool(runs) and runs[-1].stop == part.start
                 runs.append(slice(runs.pop().start, part.stop) if is_next else part)
-            self._runs[wanted] = runs
+            keep(self._runs, wanted, runs)
         return self._runs[wanted]
 
     def fetch_(self, step: Step) -> None:
@@ -224,18 +218,20 @@ class Bucket:
         """
         tensors = (self.param, self.grad, self.counts, *self.state_shards.values())
         key = (present, *map(Tensor.data_ptr, tensors))
-        prepared = self._prepared.pop(key, None)  # put back as the latest
+        prepared = self._prepared.get(key)
         if prepared is None:
-            _make_room(self._prepared)
             fragments = self._fragments_of(present)
             operands = [self._operands_at(fragment, self.param[fragment.in_shard]) for fragment in fragments]
             counted = torch.tensor([float(here) for here in present], dtype=torch.float32)
-            prepared = _Prepared(
-                kernels.prepare(operands) if operands else None,
-                [self._params[fragment.slot] for fragment in fragments],
-                counted.to(self.counts.device, non_blocking=True),  # or the host would wait for the device
+            prepared = keep(
+                self._prepared,
+                key,
+                _Prepared(
+                    kernels.prepare(operands) if operands else None,
+                    [self._params[fragment.slot] for fragment in fragments],
+                    counted.to(self.counts.device, non_blocking=True),  # or the host would wait for the device
+                ),
             )
-        self._prepared[key] = prepared
         return prepared
 
     def _fragments_of(self, present: Sequence[bool]) -> list[Fragment]:
@@ -289,9 +285,3 @@ class Bucket:
         if self._absorbs_edits:
             self.weights.note_update()
         return updated
-
-
-def _make_room(kept: dict[Any, Any]) -> None:
-    """Drop the oldest entry where there are as many as are kept."""
-    if len(kept) == _NUM_KEPT:
-        del kept[next(iter(kept))]

@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from sharded_dadamw.kernels.operands import Form, Operands, Update
 from sharded_dadamw.update.adamw import Step
 
 _MOST_KEPT = 8
-"""Sets of parameters of one group for which an update is kept; more than one is in use where gradients are missing."""
+"""Sets of parameters for which an update is kept; more than one is in use where gradients are missing by turns."""
 _Copies = list[tuple[Tensor, Tensor]]
 """Tensors, each with the copy that was updated in its place."""
 _Squares = tuple[Sequence[int], Tensor | None]
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 _dtype = attrgetter("dtype")
 
@@ -132,6 +135,14 @@ class ReadyUpdate:
         return squares
 
 
+def keep(kept: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Keep what is ready for one set of parameters, instead of all others where those are too many; returns it."""
+    if len(kept) == _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
+    return value
+
+
 class ReadyUpdates:
     """The updates of an optimizer's groups."""
 
@@ -153,10 +164,10 @@ class ReadyUpdates:
         """
         ready, key = ReadyUpdate(columns, self._captured), _key(columns)
         kept = self._kept.setdefault(group, {})
-        if key in kept or len(kept) == _MOST_KEPT:
+        if key in kept:
             kept.clear()  # what others are for has probably moved as well, or is gone
         if not _is_captured(columns):  # its tables get their contents in a replay
-            kept[key] = ready
+            keep(kept, key, ready)
         return ready
 
     def forget(self) -> None:

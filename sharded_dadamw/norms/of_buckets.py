@@ -79,6 +79,6 @@ class HeldInBuckets:
         runs: list[Tensor] = []
         for bucket, slots in present.items():
             counted = [owners is None or id(member.param) in owners.counted for member in bucket.members]
-            runs += bucket.gradient_runs([*map(and_, slots, counted)])
+            runs += [bucket.gradients.shard[run] for run in bucket.runs((*map(and_, slots, counted),))]
         ranks = self._shards.holders if owners is None else owners.collectives
         return global_norm(runs, norm_type, collectives=ranks, device=self._shards.device)
