@@ -145,6 +145,7 @@ class ShardedGradients(HookedGradients):
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""
         if self._buffer is None:
-            self._buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
-            self._views = views_of(self._buffer, self._members, self._layout.offsets)
+            buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
+            self._views = views_of(buffer, self._members, self._layout.offsets)
+            self._buffer = buffer  # and not before: after a KeyboardInterrupt, a buffer has all its views
         return self._buffer
