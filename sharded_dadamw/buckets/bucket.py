@@ -29,7 +29,6 @@ from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import Storage
 
-_MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 
 
 class _Prepared(NamedTuple):
@@ -60,6 +59,7 @@ class Bucket:
         members: The parameters, in slot order.
         weights: The parameters' elements.
         gradients: Their gradients.
+        state_shards: The state tensors [n] of this rank, by their names in ``optimizer.state``.
     """
 
     num_ahead = 0
@@ -101,12 +101,14 @@ class Bucket:
         self._takes_edits = False
 
         numel, device = layout.shard_numel, self.param.device
-        self.main = None if storage.main is None else torch.zeros(numel, dtype=storage.main, device=device)
+        self.state_shards = {
+            name: torch.zeros(numel, dtype=dtype, device=device)
+            for name, dtype in storage.state(amsgrad=amsgrad).items()
+        }
+        self.exp_avg, self.exp_avg_sq = self.state_shards["exp_avg"], self.state_shards["exp_avg_sq"]
+        self.max_exp_avg_sq = self.state_shards.get("max_exp_avg_sq")
+        self.main = self.state_shards.get("main_param", self.state_shards.get("main_remainder"))
         self.reset_main_()
-        self.exp_avg, self.exp_avg_sq, *maximum = (
-            torch.zeros(numel, dtype=storage.moments, device=device) for _ in range(3 if amsgrad else 2)
-        )
-        self.max_exp_avg_sq = maximum[0] if amsgrad else None
         self.counts = torch.zeros(len(members), dtype=torch.float32, device=device)
 
     @property
@@ -141,16 +143,6 @@ class Bucket:
         )
         fuses_norms: bool = kernels.kernel_for(form).Update.fuses_norms
         return fuses_norms
-
-    @property
-    def state_shards(self) -> dict[str, Tensor]:
-        """The state tensors [n] of this rank, by their names in ``optimizer.state``."""
-        shards = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        if self.max_exp_avg_sq is not None:
-            shards["max_exp_avg_sq"] = self.max_exp_avg_sq
-        if self.main is not None:
-            shards[_MAIN_KEYS[self.main.dtype]] = self.main
-        return shards
 
     @property
     def state_bytes(self) -> int:

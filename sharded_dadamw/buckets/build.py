@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,23 @@ from sharded_dadamw.config import ShardingConfig, StateResidency
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """What goes into one bucket.
+
+    Attributes:
+        members: The parameters, in slot order.
+        storage: The same for all of them.
+        layout: Where they lie.
+        reduces: Whether it is us who averages their gradients.
+    """
+
+    members: tuple[NamedParameter, ...]
+    storage: Storage
+    layout: BucketLayout
+    reduces: bool
 
 
 class Bucketing:
@@ -35,18 +53,30 @@ class Bucketing:
             members: Trainable parameters in the order of their groups. Plain ones become views of flat buffers.
             groups: All parameter groups.
         """
-        for group_index, of_group in groupby(members, key=lambda member: member.group_index):
-            amsgrad = bool(groups[group_index]["amsgrad"])
+        for arrangement in self.arrange(members):
+            bucket = self._bucket(arrangement, bool(groups[arrangement.members[0].group_index]["amsgrad"]))
+            whole = bucket.weights.whole()
+            self._collectives.broadcast_(whole)
+            bucket.weights.accept_(whole)
+            bucket.reset_main_()
+            yield bucket
+
+    def arrange(self, members: Sequence[NamedParameter]) -> Iterator[Arrangement]:
+        """Say which of these parameters go together, and where they lie; allocates nothing.
+
+        Args:
+            members: Trainable parameters in the order of their groups.
+
+        Raises:
+            ValueError: A setting is not for a parameter's dtype.
+        """
+        for _, of_group in groupby(members, key=lambda member: member.group_index):
             for storage, reduces, alike in self._sorted_by_kind(list(of_group)):
                 numels = [member.placement.local_numel for member in alike]
                 cap = int(self._config.bucket_cap_mb * 2**20) // storage.param.itemsize
                 for slots in plan_buckets(numels, cap=cap):
-                    bucket = self._bucket([alike[i] for i in slots], storage, reduces, amsgrad)
-                    whole = bucket.weights.whole()
-                    self._collectives.broadcast_(whole)
-                    bucket.weights.accept_(whole)
-                    bucket.reset_main_()
-                    yield bucket
+                    layout = BucketLayout(tuple(numels[slot] for slot in slots), self._collectives.num_ranks)
+                    yield Arrangement(tuple(alike[slot] for slot in slots), storage, layout, reduces)
 
     def _sorted_by_kind(
         self, members: Sequence[NamedParameter]
@@ -62,17 +92,18 @@ class Bucketing:
         for (storage, _, _, reduces), alike in kinds.items():
             yield storage, reduces, alike
 
-    def _bucket(self, members: Sequence[NamedParameter], storage: Storage, reduces: bool, amsgrad: bool) -> Bucket:
-        numels = tuple(member.placement.local_numel for member in members)
-        layout = BucketLayout(numels, self._collectives.num_ranks)
+    def _bucket(self, arrangement: Arrangement, amsgrad: bool) -> Bucket:
+        members, layout = arrangement.members, arrangement.layout
         kind = OffloadedBucket if self._config.state_residency is StateResidency.HOST else Bucket
         return kind(
             layout,
             members,
-            storage,
+            arrangement.storage,
             rank=self._collectives.rank,
             group_index=members[0].group_index,
             weights=weights_of(members, layout, self._collectives),
-            gradients=gradients_of(members, layout, self._collectives, self._config, self._spares, reduces=reduces),
+            gradients=gradients_of(
+                members, layout, self._collectives, self._config, self._spares, reduces=arrangement.reduces
+            ),
             amsgrad=amsgrad,
         )

@@ -13,6 +13,7 @@ from sharded_dadamw.config import MainParameter, Moments, ShardingConfig
 LARGEST_BETA2_FOR_NEAREST = 0.995
 """Up to which a second moment of 16 bits, rounded to the nearest, still follows its gradients."""
 
+_MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 
 Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
 """Makes a flat buffer of zeros."""
@@ -64,6 +65,12 @@ class Storage:
         elif config.moments is Moments.BF16 and wide is torch.float32:
             moments = torch.bfloat16
         return cls(param.dtype, main, moments, config.moments is Moments.LIKE_PARAMETERS)
+
+    def state(self, *, amsgrad: bool) -> dict[str, torch.dtype]:
+        """The tensors of state that there are beside a parameter, by their names in ``optimizer.state``."""
+        moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        main = {} if self.main is None else {_MAIN_KEYS[self.main]: self.main}
+        return dict.fromkeys(moments, self.moments) | main
 
     @property
     def is_stochastic(self) -> bool:
