@@ -1,4 +1,4 @@
-"""The command `sharded-dadamw`: convert checkpoints, and look into ours."""
+"""The command `sharded-dadamw`: convert checkpoints, look into ours, and plan a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import torch
+
+from sharded_dadamw.config import (
+    Exchange,
+    GradientResidency,
+    MainParameter,
+    Moments,
+    ShardingConfig,
+    StateResidency,
+)
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.inspection import inspect as look_into
+from sharded_dadamw.plan import plan as plan_run
+from sharded_dadamw.plan.text import lines_of
 
 if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
     import typer
@@ -23,12 +36,13 @@ else:
     sys.exit("error: sharded-dadamw needs typer and rich; install them with: pip install 'sharded_dadamw[cli]'")
 
 app = typer.Typer(
-    help="Checkpoints of optimizer state: convert them from and to other optimizers', and see what ours hold.",
+    help="Plan a training run; convert checkpoints from and to other optimizers', and see what ours hold.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+Choice = TypeVar("Choice", bound=Enum)
 _HYPERPARAMETERS = ("lr", "initial_lr", "max_lr", "betas", "eps", "weight_decay", "amsgrad")
 
 
@@ -86,6 +100,103 @@ def inspect(
         _print(contents, Console(highlight=False, markup=False, emoji=False))
     if contents["damage"]:
         raise typer.Exit(1)
+
+
+class Precision(StrEnum):
+    """What parameters are held in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self]
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="llama3-8b, llama3-70b, llama3-405b, gpt3-175b, tiny, 3m, 30m or 125m; a config.json of Hugging Face; "
+            "or file.py:function, which builds a module."
+        ),
+    ],
+    ranks: Annotated[int, typer.Option(help="Ranks in all.")],
+    per_host: Annotated[int, typer.Option(help="Ranks of one host.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100, h100, h200 or b200.")] = "h200",
+    memory: Annotated[float | None, typer.Option(help="GB of a device, if not what the GPU has.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="REPLICASxSHARDS, such as 8x8: shard within a row only.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What parameters are held in. [default: what the model says, or bf16]")
+    ] = None,
+    gradient_precision: Annotated[
+        Precision | None, typer.Option(help="What gradients are added up in. [default: the parameters']")
+    ] = None,
+    main_parameter: Annotated[
+        str, typer.Option("--main", help="Kept beside 16-bit ones: fp32, remainder or none.")
+    ] = "fp32",
+    moments: Annotated[str, typer.Option(help="fp32, bf16 or like-parameters.")] = "fp32",
+    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep the largest second moment.")] = False,
+    gradients: Annotated[str, typer.Option(help="What is kept of averages: full or sharded.")] = "full",
+    state: Annotated[str, typer.Option(help="Where optimizer state lives: device or host.")] = "device",
+    exchange: Annotated[str, typer.Option(help="fastest, rank-order or backend.")] = "fastest",
+    wire: Annotated[Precision | None, typer.Option(help="What gradients are rounded to before they are sent.")] = None,
+    bucket_cap_mb: Annotated[float, typer.Option(help="MiB of parameters that share a bucket.")] = 16.0,
+    overlap: Annotated[bool, typer.Option(help="Average behind backward.")] = True,
+    attach: Annotated[bool, typer.Option(help="Gather behind the next forward.")] = True,
+    activations: Annotated[float, typer.Option(help="GB of activations that a backward begins with.", min=0)] = 0.0,
+    compute: Annotated[float | None, typer.Option(help="Seconds of forward and backward in a step.", min=0)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of one rank in a step, with --mfu.", min=1)] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the GPU's operations that compute reaches.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a training run will hold, send and wait for, on every rank, before it runs."""
+    with _errors():
+        planned = plan_run(
+            model,
+            ranks=ranks,
+            per_host=per_host,
+            mesh=None if mesh is None else _mesh(mesh),
+            gpu=gpu,
+            config=ShardingConfig(
+                bucket_cap_mb=bucket_cap_mb,
+                overlap=overlap,
+                gradient_residency=_chosen(GradientResidency, "--gradients", gradients),
+                state_residency=_chosen(StateResidency, "--state", state),
+                exchange=_chosen(Exchange, "--exchange", exchange),
+                wire_dtype=None if wire is None else wire.dtype,
+                main_parameter=_chosen(MainParameter, "--main", main_parameter),
+                moments=_chosen(Moments, "--moments", moments),
+            ),
+            dtype=None if precision is None else precision.dtype,
+            gradient_dtype=None if gradient_precision is None else gradient_precision.dtype,
+            amsgrad=amsgrad,
+            attached=attach,
+            memory=None if memory is None else 1e9 * memory,
+            activations=1e9 * activations,
+            compute=compute,
+            tokens=tokens,
+            mfu=mfu,
+        )
+    typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else "\n".join(lines_of(planned)))
+
+
+def _chosen(choices: type[Choice], option: str, text: str) -> Choice:
+    """A setting of ShardingConfig by its name there, in small letters."""
+    names = {member.name.lower().replace("_", "-"): member for member in choices}
+    if text not in names:
+        raise ValueError(f"{option}: expected one of {', '.join(names)}, got {text}")
+    return names[text]
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    replicas, _, shards = text.partition("x")
+    if not (replicas.isdecimal() and shards.isdecimal()):
+        raise ValueError(f"--mesh: expected REPLICASxSHARDS, such as 8x8, got {text}")
+    return int(replicas), int(shards)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ FLOORS = (
     ("schedule", "state"),
     ("base",),
     ("decoupled", "sharded"),
-    ("checkpoint",),
+    ("checkpoint", "plan"),
     ("interchange",),
     ("cli",),
 )

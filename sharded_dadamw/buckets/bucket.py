@@ -30,7 +30,6 @@ from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import Storage
 
 
-
 class _Prepared(NamedTuple):
     """What a step needs for one set of present slots, made once.
 

@@ -1,0 +1,295 @@
+"""The plan of a training run, as data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_dadamw.config import (
+    Exchange,
+    GradientResidency,
+    MainParameter,
+    Moments,
+    ShardingConfig,
+    StateResidency,
+)
+from sharded_dadamw.plan.memory import Bytes, Model, Sent, fully_sharded
+from sharded_dadamw.plan.models import parameters_of
+from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Schedule, Time, axes_of, compute_of, on_links
+
+_MOST_RANKS = 2**16
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one rank holds at most in a phase: on its device, and in host memory."""
+
+    device: Bytes
+    host: Bytes
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What another setting would change.
+
+    Attributes:
+        setting: What to set.
+        peak: Bytes of the device at most; without activations.
+        host: Bytes of host memory per rank at most.
+        step: Seconds of a step; None where compute is not known.
+    """
+
+    setting: str
+    peak: int
+    host: int
+    step: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run needs on one rank; all ranks need the same. Bytes and seconds.
+
+    Attributes:
+        model: What it was called.
+        num_parameters: Elements of all parameters.
+        ranks: All of them.
+        per_host: Ranks of one host.
+        mesh: Replicas and shards.
+        gpu: The device's name.
+        settings: How the optimizer shards, by the names of ``ShardingConfig``, and the dtypes of the model.
+        num_buckets: Reductions, updates and gathers of a step.
+        phases: By name.
+        activations: As told.
+        memory: Of the device.
+        smallest: The fewest ranks on which the device's memory is enough; None where that is never so.
+        sent: Bytes that a rank sends in a step.
+        links: The same by the link that carries them: ``intra`` a host, and ``inter``.
+        checkpoint: Bytes of a whole checkpoint.
+        time: Of a step.
+        alternatives: Other settings, the one that saves most memory first.
+        fsdp2: Bytes at rest if FSDP2 sharded everything, in fp32.
+        unknown: What is not in these figures.
+    """
+
+    model: str
+    num_parameters: int
+    ranks: int
+    per_host: int
+    mesh: tuple[int, int]
+    gpu: str
+    settings: dict[str, str]
+    num_buckets: int
+    phases: dict[str, Phase]
+    activations: int
+    memory: int
+    smallest: int | None
+    sent: Sent
+    links: dict[str, float]
+    checkpoint: int
+    time: Time
+    alternatives: tuple[Alternative, ...]
+    fsdp2: int
+    unknown: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device at most, with the activations that were told."""
+        return _peak(self.phases) + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that."""
+        return self.peak <= self.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON has, everything in it."""
+        return asdict(self) | {"peak": self.peak, "fits": self.fits}
+
+
+def plan(
+    model: str | nn.Module | Mapping[str, Tensor],
+    *,
+    ranks: int,
+    per_host: int = 8,
+    mesh: tuple[int, int] | None = None,
+    gpu: str | Gpu = "h200",
+    config: ShardingConfig | None = None,
+    dtype: torch.dtype | None = None,
+    gradient_dtype: torch.dtype | None = None,
+    amsgrad: bool = False,
+    attached: bool = True,
+    memory: float | None = None,
+    activations: float = 0.0,
+    compute: float | None = None,
+    tokens: int | None = None,
+    mfu: float | None = None,
+) -> Plan:
+    """Plan a training run of :class:`~sharded_dadamw.ShardedDecoupledAdamW` on plain parameters.
+
+    Args:
+        model: As :func:`~sharded_dadamw.plan.models.parameters_of` takes it.
+        ranks: All of them.
+        per_host: Ranks of one host.
+        mesh: Replicas and shards, for a 2-D mesh; None to shard over all ranks.
+        gpu: One of ``GPUS``, or another.
+        config: How the optimizer shards; None for its defaults.
+        dtype: What parameters are held in; None for what the model says.
+        gradient_dtype: What gradients are accumulated in; None for the parameters' dtype.
+        amsgrad: Whether there is a third moment.
+        attached: Whether the model is attached, so that gathers go on behind the next forward.
+        memory: Bytes of the device, where not what the GPU has.
+        activations: Bytes that a backward pass begins with.
+        compute: Seconds of forward and backward in a step. It may follow from ``tokens`` and ``mfu`` instead.
+        tokens: Of one rank in a step.
+        mfu: The share of the device's operations per second that compute alone reaches, above 0 and up to 1.
+
+    Raises:
+        ValueError: There is no such model or GPU; hosts do not divide the ranks, or the mesh not; or a setting is not
+            for a dtype.
+    """
+    if isinstance(gpu, str) and gpu not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu}")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"mfu: expected a number above 0 and up to 1, got {mfu}")
+    name, device = (gpu, GPUS[gpu]) if isinstance(gpu, str) else ("as given", gpu)
+    config = config or ShardingConfig()
+    row, column = axes_of(ranks, per_host, mesh)
+    params = parameters_of(model, dtype)
+    for param in params.values():
+        param.grad_dtype = gradient_dtype or param.dtype
+    cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
+    if compute is None and tokens is not None and mfu is not None:
+        compute = compute_of(cut.num_elements, tokens, mfu, device)
+    phases = _phases(cut)
+    available = int(memory or device.memory)
+
+    def smallest() -> int | None:
+        room, (at_rest, _) = available - int(activations), cut.at_rest()
+        sharded = config.gradient_residency is GradientResidency.SHARDED
+        if at_rest.parameters + (0 if sharded else at_rest.gradients) > room:  # which no number of ranks changes
+            return None
+        return _smallest(lambda shards: _peak(_phases(replace(cut, shards=shards, replicas=1))) <= room, per_host)
+
+    def alternatives() -> Iterator[Alternative]:
+        for setting, other in _others(cut):
+            try:
+                axes = axes_of(other.num_ranks, per_host, (other.replicas, other.shards))
+                found = _phases(other)
+            except ValueError:  # it is not for these parameters
+                continue
+            step = Schedule(other, device, *axes).time(compute, attached=attached).step
+            yield Alternative(setting, _peak(found), max(each.host.total for each in found.values()), step)
+
+    time = Schedule(cut, device, row, column).time(compute, attached=attached)
+
+    return Plan(
+        model=model if isinstance(model, str) else type(model).__name__,
+        num_parameters=cut.num_elements,
+        ranks=ranks,
+        per_host=min(per_host, ranks),
+        mesh=(column.ranks, row.ranks),
+        gpu=name,
+        settings=_settings(cut),
+        num_buckets=len(cut.buckets),
+        phases=phases,
+        activations=int(activations),
+        memory=available,
+        smallest=smallest(),
+        sent=cut.sent(),
+        links=_links(cut, row, column),
+        checkpoint=cut.checkpoint_bytes(),
+        time=time,
+        alternatives=tuple(sorted(alternatives(), key=lambda each: each.peak)),
+        fsdp2=fully_sharded(cut.members, ranks),
+        unknown=tuple(_unknown(cut, activations, compute)),
+    )
+
+
+def _phases(model: Model) -> dict[str, Phase]:
+    return {name: Phase(*held) for name, held in model.phases().items()}
+
+
+def _peak(phases: Mapping[str, Phase]) -> int:
+    return max(phase.device.total for phase in phases.values())
+
+
+def _smallest(fits: Callable[[int], bool], per_host: int) -> int | None:
+    """Return the fewest ranks that fit, whole hosts where it takes more than one; more ranks are taken to fit, too."""
+    too_few, ranks = 0, 1
+    while not fits(ranks):
+        if ranks >= _MOST_RANKS:
+            return None
+        too_few, ranks = ranks, min(2 * ranks, per_host) if ranks < per_host else 2 * ranks
+    step = per_host if ranks > per_host else 1
+    while ranks - too_few > step:
+        between = (too_few + ranks) // (2 * step) * step
+        too_few, ranks = (too_few, between) if fits(between) else (between, ranks)
+    return ranks
+
+
+def _others(model: Model) -> Iterator[tuple[str, Model]]:
+    """The same model in another setting each, by what to set."""
+    config = model.config
+    changes: dict[str, dict[str, Any]] = {
+        "gradients sharded": {"gradient_residency": GradientResidency.SHARDED},
+        "main remainder": {"main_parameter": MainParameter.REMAINDER},
+        "moments bf16": {"moments": Moments.BF16},
+        "state on the host": {"state_residency": StateResidency.HOST},
+        "wire bf16": {"wire_dtype": torch.bfloat16},
+        "overlap": {"overlap": True},
+        "buckets 4 times as large": {"bucket_cap_mb": 4 * config.bucket_cap_mb},
+    }
+    for setting, changed in changes.items():
+        other = replace(config, **changed)
+        if other != config:
+            yield setting, replace(model, config=other)
+    yield "twice the ranks", replace(model, shards=2 * model.shards)
+
+
+def _settings(model: Model) -> dict[str, str]:
+    trainable = [member for member in model.members if member.param.requires_grad]
+    found = {
+        "parameters": _names(member.param.dtype for member in model.members),
+        "gradients": _names(member.gradient_dtype for member in trainable),
+    }
+    for field in fields(model.config):
+        value = getattr(model.config, field.name)
+        found[field.name] = value.name.lower() if isinstance(value, Enum) else str(value).removeprefix("torch.")
+    return found
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
+def _links(model: Model, row: Axis, column: Axis) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by the link that carries them."""
+    sent, direct = model.sent(), model.config.exchange is Exchange.RANK_ORDER
+    found = {"intra": 0.0, "inter": 0.0}
+    for num_bytes, axis, is_direct in (
+        (sent.reduce, row, direct),
+        (sent.gather, row, False),
+        (sent.replicas, column, direct),
+    ):
+        whole = num_bytes * axis.ranks / max(1, axis.ranks - 1)
+        for link, share in zip(found, on_links(whole, axis, direct=is_direct), strict=True):
+            found[link] += share
+    return found
+
+
+def _unknown(model: Model, activations: float, compute: float | None) -> Iterator[str]:
+    if not activations:
+        yield "activations: none were told"
+    yield "CUDA's context, NCCL's buffers and the allocator's slack: 1 to 3 GB as a rule"
+    if compute is None:
+        yield "what overlap hides: neither the compute time of a step was told, nor tokens and MFU"
+    yield "other parameter groups, each of which has buckets of its own; buffers of the model"
+    if model.config.state_residency is StateResidency.HOST:
+        yield "pinned memory, which torch rounds up to a power of two, and how fast the host updates (25 GB/s assumed)"
+    if not model.config.reduce_gradients:
+        yield "what the wrapper that reduces the gradients holds and sends"

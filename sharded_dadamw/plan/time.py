@@ -1,0 +1,330 @@
+"""Time of one step: what each transfer takes on named links, and what of it compute does not hide.
+
+    compute | backward, last layer first | update 0 | update 1 | forward
+    wire        |= reduce 0 =|= reduce 1 =|        |= gather 0 =|= gather 1 =|
+
+A rank computes one thing at a time, and its wire carries one transfer at a time, in the order of their start. What
+waits for what is what ``schedule`` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from sharded_dadamw.buckets.build import Arrangement
+from sharded_dadamw.comm.collectives import sent_dtype, sum_dtype
+from sharded_dadamw.config import Exchange, GradientResidency, StateResidency
+from sharded_dadamw.plan.memory import Model, once
+
+_OF_A_COPY = 0.95
+"""Of the speed of a plain copy, what one update reaches: docs/benchmarks.md has 92 to 99 %."""
+_HOST = 25e9
+"""Bytes per second of an update by one thread of a host, docs/benchmarks.md; a PCIe 4 bus is about as fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One way in which NCCL sends through a ring: seconds to start, of a step over each kind of link, share of speed.
+
+    Source: NCCL, src/graph/tuning.cc, baseLat and hwLat.
+    """
+
+    start: float
+    intra: float
+    inter: float
+    share: float
+
+
+NCCL = (
+    Protocol(6.6e-6, 0.6e-6, 2.7e-6, 0.5),
+    Protocol(14.0e-6, 1.9e-6, 4.0e-6, 0.92),
+    Protocol(8.4e-6, 3.4e-6, 14.0e-6, 1.0),
+)
+"""LL, LL128 and Simple; the fastest is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device, and what it is connected by.
+
+    Attributes:
+        memory: Bytes that a process can allocate.
+        flops: Dense bf16 operations per second.
+        copy: Bytes that a plain copy reads and writes per second.
+        intra: Bytes per second and direction to ranks of the same host.
+        inter: Bytes per second and direction through the device's own network adapter.
+        protocols: How it sends.
+    """
+
+    memory: float
+    flops: float
+    copy: float
+    intra: float
+    inter: float
+    protocols: tuple[Protocol, ...] = NCCL
+
+
+GPUS = {
+    "a100-40": Gpu(39 * 2**30, 312e12, 1.40e12, 235e9, 24e9),
+    "a100": Gpu(79 * 2**30, 312e12, 1.80e12, 235e9, 24e9),
+    "h100": Gpu(79 * 2**30, 989e12, 3.029e12, 331e9, 48e9),
+    "h200": Gpu(139 * 2**30, 989e12, 4.307e12, 331e9, 48e9),
+    "b200": Gpu(178 * 2**30, 2250e12, 7.00e12, 660e9, 48e9),
+}
+"""Copies of the H100 and the H200 are measured, as is the H100's NVLink; the rest is from data sheets, less a tenth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Ranks that exchange data: how many, and how many of them share a host."""
+
+    ranks: int
+    per_host: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that takes a while, and its seconds since the step's start.
+
+    Attributes:
+        lane: ``compute``, ``wire``, or on a mesh ``between replicas``, which have a communicator of their own.
+        what: The phase, and the number of the bucket or the name of the parameter.
+        start: When it begins.
+        end: When it ends.
+    """
+
+    lane: str
+    what: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds of one step on one rank.
+
+    Attributes:
+        reduce: All reductions, on the wire.
+        update: All updates.
+        gather: All gathers, on the wire.
+        compute: Forward and backward; None where it is not known, and so is all below.
+        exposed_reduce: What the rank waits for reductions.
+        exposed_gather: What it waits for gathers.
+        step: From one backward to the next.
+        spans: What happens when.
+    """
+
+    reduce: float
+    update: float
+    gather: float
+    compute: float | None = None
+    exposed_reduce: float | None = None
+    exposed_gather: float | None = None
+    step: float | None = None
+    spans: tuple[Span, ...] = ()
+
+
+def on_links(num_bytes: float, axis: Axis, *, direct: bool = False) -> tuple[float, float]:
+    """Bytes that a rank sends to ranks of its host, and through its own network adapter.
+
+    Through rings, one for each rank of a host, partial sums of a whole host cross to the next one. Straight to their
+    owners, every rank's values cross.
+
+    Args:
+        num_bytes: Of the whole buffer.
+        axis: The ranks that reduce-scatter or all-gather it.
+        direct: Whether slices go straight to their owners.
+    """
+    sent, hosts = num_bytes * (axis.ranks - 1) / axis.ranks, axis.ranks // axis.per_host
+    if direct:
+        across = num_bytes * (axis.ranks - axis.per_host) / axis.ranks
+    else:
+        across = sent / axis.per_host if hosts > 1 else 0.0
+    return sent - across, across
+
+
+def transfer(num_bytes: float, axis: Axis, gpu: Gpu, *, direct: bool = False) -> float:
+    """Seconds of a reduce-scatter or an all-gather of a buffer; see :func:`on_links`."""
+    if axis.ranks == 1:
+        return 0.0
+    hosts = axis.ranks // axis.per_host
+    intra, inter = on_links(num_bytes, axis, direct=direct)
+    slowest = max(intra / gpu.intra, inter / gpu.inter)
+    if direct:
+        return min(
+            each.start + max(each.intra, each.inter * (hosts > 1)) + slowest / each.share for each in gpu.protocols
+        )
+    return min(
+        each.start + (axis.ranks - hosts) * each.intra + (hosts - 1) * each.inter + slowest / each.share
+        for each in gpu.protocols
+    )
+
+
+class _Seconds(NamedTuple):
+    """What one bucket takes."""
+
+    reduce: float
+    replicas: float
+    update: float
+    gather: float
+
+
+class Schedule:
+    """What a step does when, on a clock of its own."""
+
+    def __init__(self, model: Model, gpu: Gpu, row: Axis, column: Axis) -> None:
+        """Time the buckets of a model, cut over a row of ranks and replicated along a column."""
+        self._model = model
+        self._gpu = gpu
+        self._row, self._column = row, column
+        self._seconds = list(map(once(self._seconds_of), model.buckets))
+        self._now = 0.0
+        self._free = {"wire": 0.0, "between replicas": 0.0}
+        self._waited = {"reduce": 0.0, "gather": 0.0}
+        self._spans: list[Span] = []
+
+    def _seconds_of(self, bucket: Arrangement) -> _Seconds:
+        layout, dtype, config = bucket.layout, bucket.members[0].gradient_dtype, self._model.config
+        direct, sent = config.exchange is Exchange.RANK_ORDER, sent_dtype(dtype, config.wire_dtype)
+        reduce = replicas = 0.0
+        if bucket.reduces:
+            wide = sent_dtype(sum_dtype(sent, dtype), config.wire_dtype)
+            reduce = transfer(layout.numel * sent.itemsize, self._row, self._gpu, direct=direct)
+            replicas = transfer(layout.shard_numel * wide.itemsize, self._column, self._gpu, direct=direct)
+            replicas += transfer(layout.shard_numel * dtype.itemsize, self._column, self._gpu)
+        gather = transfer(layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
+        return _Seconds(reduce, replicas, self._update_of(bucket), gather)
+
+    def _update_of(self, bucket: Arrangement) -> float:
+        """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
+        state = sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=self._model.amsgrad).values())
+        reads_param = bucket.storage.main is None or bucket.storage.main.itemsize < 4
+        param = bucket.storage.param.itemsize * (2 if reads_param else 1)
+        num_bytes = bucket.layout.shard_numel * (bucket.members[0].gradient_dtype.itemsize + param + 2 * state)
+        on_host = self._model.config.state_residency is StateResidency.HOST
+        return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
+
+    def time(self, compute: float | None, *, attached: bool) -> Time:
+        """Play one step, from one backward to the next.
+
+        Args:
+            compute: Seconds of forward and backward, of which backward takes two thirds; None for not known.
+            attached: Whether gathers are left in flight behind the next forward.
+        """
+        reduce, replicas, update, gather = map(sum, zip(*self._seconds, strict=True))
+        busy = reduce + replicas, update, gather
+        if compute is None:
+            return Time(*busy)
+        order = self._backward(compute * 2 / 3)
+        self._step(order, attached)
+        if not attached:
+            self._wait(self._free["wire"], "gather")
+        self._forward(compute / 3)
+        return Time(*busy, compute, self._waited["reduce"], self._waited["gather"], self._now, tuple(self._spans))
+
+    def _work(self, what: str, seconds: float) -> None:
+        self._spans.append(Span("compute", what, self._now, self._now + seconds))
+        self._now += seconds
+
+    def _send(self, what: str, seconds: float, lane: str = "wire") -> float:
+        """Begin a transfer; returns when it will have arrived."""
+        start = max(self._now, self._free[lane])
+        self._free[lane] = start + seconds
+        self._spans.append(Span(lane, what, start, self._free[lane]))
+        return self._free[lane]
+
+    def _wait(self, arrival: float, what: str) -> None:
+        self._waited[what] += max(0.0, arrival - self._now)
+        self._now = max(self._now, arrival)
+
+    def _finish(self, under_way: deque[tuple[int, float]]) -> int:
+        """Wait for the oldest reduction; one over replicas begins only then."""
+        number, arrival = under_way.popleft()
+        self._wait(arrival, "reduce")
+        if self._seconds[number].replicas:
+            self._wait(self._send(f"reduce {number}", self._seconds[number].replicas, "between replicas"), "reduce")
+        return number
+
+    def _launch(self, number: int, under_way: deque[tuple[int, float]]) -> None:
+        under_way.append((number, self._send(f"reduce {number}", self._seconds[number].reduce)))
+
+    def _backward(self, seconds: float) -> list[int]:
+        """Play backward; returns the buckets in the order in which they were complete."""
+        model, order = self._model, list[int]()
+        keeps_shards = model.config.gradient_residency is GradientResidency.SHARDED
+        overlaps = model.config.overlap and model.num_ranks > 1
+        reduces = model.config.reduce_gradients and (overlaps or keeps_shards)
+        total = sum(bucket.layout.used for bucket in model.buckets)
+        under_way: deque[tuple[int, float]] = deque()
+        for member, leaving, _ in model.backward():
+            if member is not None:
+                self._work(f"backward {member.name}", seconds * member.placement.local_numel / total)
+            order += leaving
+            for number in leaving if reduces else ():
+                self._launch(number, under_way)
+                while keeps_shards and len(under_way) > (1 if overlaps else 0):
+                    self._finish(under_way)
+        while under_way:
+            self._finish(under_way)
+        return order
+
+    def _step(self, order: Sequence[int], attached: bool) -> None:
+        config = self._model.config
+        in_step = not config.overlap and config.gradient_residency is GradientResidency.FULL and config.reduce_gradients
+        rest, under_way = deque(order if in_step else ()), deque[tuple[int, float]]()
+        self._arrivals: dict[int, float] = {}
+
+        def reduced() -> int:
+            while rest and len(under_way) < 2:
+                self._launch(rest.popleft(), under_way)
+            number = self._finish(under_way)
+            if rest:
+                self._launch(rest.popleft(), under_way)
+            return number
+
+        if attached:
+            for _ in order if in_step else ():
+                reduced()
+        for number in reversed(order) if attached else order:
+            if in_step and not attached:
+                reduced()
+            self._work(f"update {number}", self._seconds[number].update)
+            self._arrivals[number] = self._send(f"gather {number}", self._seconds[number].gather)
+
+    def _forward(self, seconds: float) -> None:
+        """Play forward, in which each module waits for the buckets of its own parameters."""
+        home = {member.index: number for number, bucket in enumerate(self._model.buckets) for member in bucket.members}
+        trainable = [member for member in self._model.members if member.index in home]
+        total = sum(member.placement.local_numel for member in trainable)
+        for module, of_module in groupby(trainable, key=lambda member: member.name.rpartition(".")[0]):
+            members = list(of_module)
+            self._wait(max(self._arrivals[home[member.index]] for member in members), "gather")
+            numel = sum(member.placement.local_numel for member in members)
+            self._work(f"forward {module}", seconds * numel / total)
+
+
+def compute_of(num_elements: int, tokens: int, mfu: float, gpu: Gpu) -> float:
+    """Seconds of forward and backward: 6 operations per parameter and token, at a share of the device's speed."""
+    return 6 * num_elements * tokens / (gpu.flops * mfu)
+
+
+def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Axis, Axis]:
+    """The row and the column of a mesh of (replicas, shards), ranks of a row being neighbours; or one row.
+
+    Raises:
+        ValueError: Hosts do not divide the ranks, or a row lies across them unevenly, or the mesh has other ranks.
+    """
+    if ranks < 1 or per_host < 1 or (ranks > per_host and ranks % per_host):
+        raise ValueError(f"ranks: expected a multiple of the {per_host} ranks per host, or fewer, got {ranks}")
+    per_host = min(ranks, per_host)
+    replicas, shards = mesh or (1, ranks)
+    if replicas * shards != ranks or min(replicas, shards) < 1:
+        raise ValueError(f"mesh: expected replicas x shards = {ranks} ranks, got {replicas} x {shards}")
+    if math.gcd(shards, per_host) != min(shards, per_host):
+        raise ValueError(f"mesh: expected rows that fill hosts of {per_host} ranks or divide them, got {shards} shards")
+    return Axis(shards, min(shards, per_host)), Axis(replicas, max(1, per_host // shards))

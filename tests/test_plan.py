@@ -1,0 +1,405 @@
+"""What the planner says, against optimizers that exist: bytes, what is sent, and when."""
+
+import json
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from launch.model import GPT
+from launch.options import PRESETS as LAUNCH
+from launch.options import Preset
+from sharded_dadamw import Exchange, GradientResidency, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.cli import app
+from sharded_dadamw.comm import collectives
+from sharded_dadamw.config import StateResidency
+from sharded_dadamw.plan import plan
+from sharded_dadamw.plan.memory import Bytes, Model, fully_sharded
+from sharded_dadamw.plan.models import parameters_of
+from tests.models import BF16, F32
+from tests.pool import on_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # fake ranks have one another's
+
+SHAPES = {
+    "embed": (300, 64),
+    **{
+        f"{layer}.{name}": shape
+        for layer in "abc"
+        for name, shape in {"up": (64, 99), "norm": (257,), "down": (99, 64)}.items()
+    },
+    "bias": (33,),
+    "head": (300, 64),
+}
+
+SHARDED, HOST = GradientResidency.SHARDED, StateResidency.HOST
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (F32, {}),
+    "fp32, bf16 moments": (F32, {"moments": Moments.BF16}),
+    "bf16": (BF16, {}),
+    "bf16, remainder": (BF16, {"main_parameter": MainParameter.REMAINDER}),
+    "bf16, remainder, bf16 moments": (BF16, {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16}),
+    "bf16, bf16 moments": (BF16, {"moments": Moments.BF16}),
+    "bf16 throughout": (BF16, {"main_parameter": MainParameter.NONE, "moments": Moments.LIKE_PARAMETERS}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "gradients sharded": {"gradient_residency": SHARDED},
+    "state on the host": {"state_residency": HOST},
+    "both": {"gradient_residency": SHARDED, "state_residency": HOST},
+    "of others": {"reduce_gradients": False},
+    "narrow wire": {"wire_dtype": BF16},
+    "no overlap": {"overlap": False, "wire_dtype": BF16},
+    "no overlap, sharded": {"overlap": False, "gradient_residency": SHARDED, "wire_dtype": BF16},
+    "rank order": {"exchange": Exchange.RANK_ORDER},
+    "rank order, sharded": {"exchange": Exchange.RANK_ORDER, "gradient_residency": SHARDED},
+}
+
+
+def make_params(dtype: torch.dtype, device: str = "cpu") -> dict[str, nn.Parameter]:
+    params = {name: nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for name, shape in SHAPES.items()}
+    params["frozen"] = nn.Parameter(torch.ones(70, 50, dtype=dtype, device=device), requires_grad=False)
+    return params
+
+
+def train_once(params: dict[str, nn.Parameter]) -> None:
+    """A backward pass that makes one gradient after the other, the last parameter's first."""
+    terms = [(p * 2).sum() for p in params.values() if p.requires_grad]
+    loss = torch.zeros(())
+    for term in terms:
+        loss = loss + term
+    loss.backward()
+
+
+def held_by(optimizer: ShardedDecoupledAdamW, params: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Bytes of an optimizer's tensors, by kind."""
+    buckets = optimizer._shards.buckets
+    found = dict.fromkeys(("parameters", "gradients", "main", "moments", "staging"), 0)
+    found["parameters"] = params["frozen"].nbytes
+    for bucket in buckets:
+        found["parameters"] += bucket.weights.buffer.nbytes
+        found["gradients"] += getattr(bucket.gradients, "buffer", bucket.gradients.shard).nbytes
+        for name, tensor in bucket.state_shards.items():
+            found["main" if name.startswith("main") else "moments"] += tensor.nbytes
+        if bucket.param is not bucket.weights.shard:
+            found["staging"] += bucket.param.nbytes + bucket.grad.nbytes
+    return found
+
+
+def hold_and_step(group: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: bool) -> Any:
+    """(bytes by kind, state_bytes, wire_bytes of the third step, ranks of a row, of a column)."""
+    params = make_params(dtype)
+    config = ShardingConfig(bucket_cap_mb=0.05, **settings)
+    optimizer = ShardedDecoupledAdamW(params.items(), amsgrad=amsgrad, process_group=group, config=config)
+    for _ in range(3):
+        train_once(params)
+        optimizer.step()
+        optimizer.zero_grad()
+    return held_by(optimizer, params), optimizer.state_bytes, optimizer.last_step.wire_bytes
+
+
+def check(found: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: bool, *mesh: int) -> None:
+    """The planner's figures are those of the optimizer, to the byte."""
+    config = ShardingConfig(bucket_cap_mb=0.05, **settings)
+    model = Model.of(make_params(dtype, "meta"), config, *mesh, amsgrad=amsgrad)
+    device, host = model.at_rest()
+    held, state_bytes, wire_bytes = found
+    both = device + host
+    if not config.reduce_gradients:  # p.grad is not the optimizer's, and its own copy is in transit
+        both = Bytes(both.parameters, both.staging, both.main, both.moments)
+    assert held == {kind: getattr(both, kind) for kind in held}
+    assert state_bytes == both.main + both.moments
+    assert wire_bytes == model.sent().total
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_every_precision_are_those_of_real_ranks(precision: str, num_ranks: int) -> None:
+    dtype, settings = PRECISIONS[precision]
+    amsgrad = num_ranks == 3
+    for found in on_ranks(num_ranks, hold_and_step, dtype, settings, amsgrad):
+        check(found, dtype, settings, amsgrad, num_ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_every_residency_and_exchange_are_those_of_real_ranks(layout: str) -> None:
+    for found in on_ranks(3, hold_and_step, F32, LAYOUTS[layout], False):
+        check(found, F32, LAYOUTS[layout], False, 3)
+
+
+def on_mesh(group: Any, shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    return hold_and_step(init_device_mesh("cpu", shape), dtype, settings, False)
+
+
+@pytest.mark.parametrize("layout", ["full", "gradients sharded", "narrow wire"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bytes_on_a_mesh_are_those_of_real_ranks(layout: str, dtype: torch.dtype) -> None:
+    for found in on_ranks(4, on_mesh, (2, 2), dtype, LAYOUTS[layout]):
+        check(found, dtype, LAYOUTS[layout], False, 2, 2)
+
+
+SMALL = 264  # bytes; smaller tensors are step counters, scalars, and a sample of each bucket
+
+
+@contextmanager
+def fake_ranks(num_ranks: int, rank: int = 0) -> Iterator[None]:
+    """A default group of many ranks, of which there is one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", [*PRECISIONS.values(), *((F32, layout) for layout in LAYOUTS.values())], ids=str)
+@pytest.mark.parametrize(("shape", "rank"), [((8,), 7), ((1024,), 1000), ((128, 8), 0)], ids=str)
+def test_bytes_are_those_of_any_rank_of_many(
+    settings: tuple[torch.dtype, dict[str, Any]], shape: tuple[int, ...], rank: int
+) -> None:
+    with fake_ranks(math.prod(shape), rank):
+        found = hold_and_step(init_device_mesh("cpu", shape), *settings, False)
+    check(found, *settings, False, *reversed(shape))
+
+
+@pytest.mark.parametrize("rank", [0, 9_999, 16_383])
+def test_bytes_are_those_of_some_ranks_of_very_many(rank: int) -> None:
+    settings = {"gradient_residency": SHARDED, "main_parameter": MainParameter.REMAINDER}
+    with fake_ranks(16_384, rank):
+        found = hold_and_step(None, BF16, settings, True)
+    check(found, BF16, settings, True, 16_384)
+
+
+class Allocated(TorchDispatchMode):
+    """While entered, counts the memory that operations allocate, until nothing refers to it any more.
+
+    Attributes:
+        now: Bytes there are.
+        most: Bytes there were at most since it was last set to `now`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes() > SMALL and storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._forget, storage.data_ptr(), storage.nbytes())
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self._change(-num_bytes)
+
+    def _change(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.most = max(self.most, self.now)
+
+
+def peaks(dtype: torch.dtype, config: ShardingConfig, mesh: DeviceMesh | None) -> dict[str, int]:
+    """What is allocated at most, by phase, in the third step."""
+    with Allocated() as allocated:
+        params = make_params(dtype)
+        allocated.most = allocated.now
+        optimizer = ShardedDecoupledAdamW(params.items(), process_group=mesh, config=config)
+        found = {"construct": allocated.most}
+        optimizer._reducer.knows_source = True  # fake ranks have the same gradients, which looks as if they were means
+        for _ in range(3):
+            allocated.most = allocated.now
+            train_once(params)
+            found["backward peak"] = allocated.most
+            allocated.most = allocated.now
+            optimizer.step()
+            found["step"] = allocated.most
+            optimizer.zero_grad()
+            found["forward"] = allocated.now
+    return found
+
+
+class Keeping:
+    """The work of a backend, which keeps what it sends until it is waited for; the fake one does not."""
+
+    def __init__(self, work: Any, sent: Tensor) -> None:
+        self._work, self._sent = work, [sent]
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._sent.clear()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "of others"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (2, 4)], ids=str)
+def test_peaks_are_those_of_many_ranks(
+    layout: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb, module in (("_reduce_scatter", collectives), ("all_to_all_single", dist)):
+        start = getattr(module, verb)
+        monkeypatch.setattr(module, verb, lambda *a, start=start, **k: Keeping(start(*a, **k), a[1]))
+    settings = {"exchange": Exchange.BACKEND, **LAYOUTS[layout]}  # on a GPU, Exchange.FASTEST is that
+    config = ShardingConfig(bucket_cap_mb=0.05, **settings)
+    with fake_ranks(math.prod(shape)):
+        found = peaks(dtype, config, init_device_mesh("cpu", shape))
+    model = Model.of(make_params(dtype, "meta"), config, *reversed(shape))
+    planned = {phase: device.total + host.total for phase, (device, host) in model.phases().items()}
+    if config.state_residency is HOST:  # where this test cannot tell one memory from the other
+        del found["construct"]
+    assert found == {phase: planned[phase] for phase in found}
+
+
+# --- figures that others have published ------------------------------------------------------------------------------
+
+
+def of_size(
+    num_elements: float, config: ShardingConfig, ranks: int, dtype: torch.dtype = BF16, wide: bool = False
+) -> Bytes:
+    """What a rank holds of one large parameter."""
+    param = nn.Parameter(torch.empty(int(num_elements), dtype=dtype, device="meta"))
+    param.grad_dtype = F32 if wide else dtype
+    return Model.of({"weight": param}, config, ranks).at_rest()[0]
+
+
+def test_zero_paper() -> None:
+    """arXiv:1910.02054, figure 1: 7.5 B parameters on 64 ranks, GB of 1e9 bytes."""
+    full, sharded = ShardingConfig(), ShardingConfig(gradient_residency=SHARDED)
+    weight = nn.Parameter(torch.empty(750_000, 10_000, device="meta"))
+    members = Model.of({"weight": weight}, full, 64).members
+    sizes = [of_size(7.5e9, full, 1).total, of_size(7.5e9, full, 64).total, of_size(7.5e9, sharded, 64).total]
+    assert [f"{size / 1e9:.1f}" for size in (*sizes, fully_sharded(members, 64))] == ["120.0", "31.4", "16.6", "1.9"]
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_megatron(ranks: int) -> None:
+    """docs/source/api-guide/dist_optimizer.md: bytes per parameter with fp32 gradients, and in fp32."""
+    numel = 64 * 64 * 1000
+    assert of_size(numel, ShardingConfig(), ranks, wide=True).total == numel * (6 + 12 / ranks)
+    assert of_size(numel, ShardingConfig(), ranks, dtype=F32).total == numel * (8 + 8 / ranks)
+
+
+def test_deepspeed() -> None:
+    """docs/code-docs/source/memory.rst: t5-3b, 2,851 M parameters, stage 2 on 8 ranks: 15.93 GB of 2^30 bytes.
+
+    DeepSpeed counts whole bf16 gradients, and an fp32 copy of the gradients beside the fp32 main parameters.
+    """
+    held = of_size(2851e6, ShardingConfig(), 8)
+    assert f"{(held.total + held.main) / 2**30:.2f}" == "15.93"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "numel"),
+    [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("llama3-405b", 405_853_388_800)],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, numel: int) -> None:
+    assert sum(param.numel() for param in parameters_of(name).values()) == numel
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_presets_of_launch_are_its_models(preset: Preset) -> None:
+    with torch.device("meta"):
+        expected = {name: param.shape for name, param in SkipInit(LAUNCH[preset]).named_parameters()}
+    assert list(expected.items()) == [(name, param.shape) for name, param in parameters_of(str(preset)).items()]
+
+
+class SkipInit(GPT):
+    """A model without values."""
+
+    def _initialise_(self, seed: int) -> None:
+        pass
+
+
+BUILD = """
+import torch
+def good():
+    return torch.nn.Linear(3, 5).bfloat16()
+def on_cpu():
+    return torch.nn.Linear(3, 5, device="cpu")
+def asks_for_values():
+    return float(torch.ones(3).sum())
+def none():
+    pass
+"""
+
+
+def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text(BUILD)
+    built = parameters_of(f"{tmp_path}/build.py:good")
+    assert {name: (tuple(p.shape), p.dtype, p.is_meta) for name, p in built.items()} == {
+        "weight": ((5, 3), BF16, True),
+        "bias": ((5,), BF16, True),
+    }
+    config = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    config |= {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936}
+    config |= {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sum(p.numel() for p in parameters_of(f"{tmp_path}/config.json").values()) == 494_032_768  # Qwen2-0.5B
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("llama3-9b --ranks 8", "got llama3-9b, which is no file"),
+        ("llama3-8b --ranks 60", "expected a multiple of the 8 ranks per host, or fewer, got 60"),
+        ("llama3-8b --ranks 64 --mesh 8x4", "expected replicas x shards = 64 ranks, got 8 x 4"),
+        ("llama3-8b --ranks 60 --per-host 12 --mesh 6x10", "expected rows that fill hosts of 12 ranks or divide them"),
+        ("llama3-8b --ranks 64 --mesh 8by8", "expected REPLICASxSHARDS, such as 8x8, got 8by8"),
+        ("llama3-8b --ranks 64 --gpu v100", "expected one of a100-40, a100, h100, h200, b200, got v100"),
+        ("llama3-8b --ranks 64 --gradients none", "--gradients: expected one of full, sharded, got none"),
+        ("llama3-8b --ranks 64 --precision fp16 --main remainder", "got REMAINDER"),
+        ("llama3-8b --ranks 64 --mfu 45 --tokens 100", "mfu: expected a number above 0 and up to 1, got 45"),
+        ("BUILD:on_cpu --ranks 8", "expected parameters on the meta device, got weight on cpu"),
+        ("BUILD:asks_for_values --ranks 8", "expected a function that builds a module on the meta device, got"),
+        ("BUILD:none --ranks 8", "expected a torch.nn.Module, got a NoneType"),
+        ("BUILD:missing --ranks 8", "has no attribute 'missing'"),
+        ("CONFIG --ranks 8", "expected a model_type of"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text(BUILD)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    named = arguments.replace("BUILD", f"{tmp_path}/build.py").replace("CONFIG", f"{tmp_path}/config.json")
+    result = CliRunner().invoke(app, ["plan", *named.split()])
+    assert result.exit_code == 1 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and expected in result.stderr
+
+
+def test_the_command_says_what_the_function_says() -> None:
+    arguments = "llama3-8b --ranks 64 --gradients sharded --main remainder --tokens 8192 --mfu 0.5 --memory 19"
+    config = ShardingConfig(gradient_residency=SHARDED, main_parameter=MainParameter.REMAINDER)
+    planned = plan("llama3-8b", ranks=64, config=config, tokens=8192, mfu=0.5, memory=19e9)
+    shown = CliRunner().invoke(app, ["plan", *arguments.split(), "--json"])
+    assert json.loads(shown.stdout) == json.loads(json.dumps(planned.as_dict()))
+    text = CliRunner().invoke(app, ["plan", *arguments.split()]).stdout
+    assert f"at most {planned.peak / 1e9:.2f} GB and activations, of 19.00 GB: DOES NOT FIT" in text
+
+
+def test_the_fewest_ranks_are_the_fewest() -> None:
+    """Of 70 B parameters with sharded gradients on 190 GB, whole hosts of 8."""
+    config = ShardingConfig(gradient_residency=SHARDED)
+    smallest = plan("llama3-70b", ranks=8, config=config, memory=190e9).smallest
+    assert smallest is not None and smallest % 8 == 0
+    assert plan("llama3-70b", ranks=smallest, config=config, memory=190e9).fits
+    assert not plan("llama3-70b", ranks=smallest - 8, config=config, memory=190e9).fits
+    assert plan("llama3-70b", ranks=8, config=config, memory=140e9).smallest is None
+    assert plan("llama3-8b", ranks=8, config=config).smallest == 1
