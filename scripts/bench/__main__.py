@@ -12,9 +12,10 @@ from scripts.bench.metrics import Metrics
 from scripts.bench.overlap import Overlap
 from scripts.bench.parameters import Parameters
 from scripts.bench.planning import Planning
+from scripts.bench.plots import Plots
 from scripts.bench.step import Step
 
-BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Gpu)
+BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Gpu, Plots)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for benchmark in BENCHMARKS:
