@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
@@ -246,6 +247,7 @@ class DecoupledOptimizer(Optimizer):
                 to add up are not known.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
+        enter("clip_grad_norm_()")
         norm = self._norm_to_clip(max_norm, norm_type)
         return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
@@ -269,6 +271,7 @@ class DecoupledOptimizer(Optimizer):
                 and a gradient that would have to be measured now is gone.
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
+        enter("metrics()")
         table = self._reporting.table(self._held(), self._device)
         return named_values(self._reporting.report, self._norm_owners(), table, len(self.param_groups))
 
@@ -296,6 +299,7 @@ class DecoupledOptimizer(Optimizer):
         """
         report = self._reporting.report
         if report.values is None:
+            enter("report_per_parameter_metrics()")
             if self._reports_whole:
                 squares = self._reporting.table(self._held(), self._device).squares
                 row_of = self._norm_owners().row_of
@@ -320,6 +324,7 @@ class DecoupledOptimizer(Optimizer):
         Returns:
             ``optimizer_metrics``.
         """
+        enter("pre_reduce_metrics()")
         owners = self._norm_owners(for_composer=True)
         counted = owners.first_here if self._reports_whole else owners.counted
         return self._reporting.composer.pre_reduce(self._reporting.report, counted, optimizer_metrics)
@@ -337,6 +342,7 @@ class DecoupledOptimizer(Optimizer):
             ``optimizer_metrics``, 0-d fp32, sorted, with the same keys on every rank: norms, and of what is not called
             ``l2_norm...`` the mean over the ranks that had it.
         """
+        enter("dist_reduce_metrics()")
         collectives = self._norm_ranks(for_composer=True)
         return self._reporting.composer.dist_reduce(collectives, self._device, optimizer_metrics)
 

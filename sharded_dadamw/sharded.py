@@ -201,7 +201,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     def _plan(self, **asked: Any) -> Plan:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
-        self._joining.announce()
+        self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
         self._gatherer.finish()
         objection = self._joining.objection(self._reducer)
         request = Asked(self._gatherer.num_attached, objection, self._clip, **asked)

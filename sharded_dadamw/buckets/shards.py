@@ -15,6 +15,7 @@ from sharded_dadamw.buckets.admission import agree_on_groups, connect_holders, g
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.comm.agreement import Refusal
+from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
@@ -54,6 +55,7 @@ class Shards:
         Raises:
             Exception: As :func:`agree_on_groups` and :func:`connect`.
         """
+        enter("ShardedDecoupledAdamW()")
         placements: list[Placement] = []
         with refusal:
             placements = placements_of(params)
@@ -74,6 +76,7 @@ class Shards:
 
     def add(self, groups: list[dict[str, Any]], extend: Callable[[], None]) -> None:
         """Shard what ``extend`` appends to the groups. Collective; raises as the constructor, and then deletes it."""
+        enter("add_param_group()")
         refusal, first_group = Refusal(), len(groups)
         with refusal:
             extend()

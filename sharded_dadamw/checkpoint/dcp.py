@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -28,6 +27,8 @@ from torch.futures import Future
 import sharded_dadamw
 from sharded_dadamw.checkpoint.folder import FileSum, Manifest, keep, publish
 from sharded_dadamw.checkpoint.metadata import METADATA
+from sharded_dadamw.comm.calls import enter
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
@@ -137,26 +138,30 @@ def write(
     folder: Path,
     final: Path,
     manifest: Manifest,
-    group: dist.ProcessGroup | None,
+    ranks: Collectives,
     *,
     keep_last: int | None = None,
 ) -> None:
-    """Write a checkpoint. Collective, unless ``group`` is None: then this process writes all of it.
+    """Write a checkpoint. Collective.
 
     Args:
         state: Nested; of tensors that are spread over ranks this rank's part.
         folder: Where to: empty, and seen by every rank. It is gone, or has become the checkpoint, when this returns.
         final: What the folder is called once everything is on the disk.
         manifest: All but the files.
-        group: The ranks.
+        ranks: Who writes it.
         keep_last: How many checkpoints to leave, this one included; None for all.
 
     Raises:
         OSError: It could not be written; on every rank.
         RuntimeError: It failed otherwise; on every rank.
     """
-    try:  # torch's public `save` is this and a warning where torch.distributed is not in use
-        _save_state_dict(state, _Writer(folder, final, manifest, keep_last), process_group=group, no_dist=group is None)
+    enter("save_checkpoint()")  # here, too, in the thread that writes
+    group = ranks.group if isinstance(ranks, BackendVerbs) and ranks.num_ranks > 1 else None
+    writer = _Writer(folder, final, manifest, keep_last)
+    try:
+        with ranks.explaining():  # torch's public `save` is this and a warning where torch.distributed is not in use
+            _save_state_dict(state, writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
         message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"

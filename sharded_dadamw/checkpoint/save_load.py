@@ -53,7 +53,8 @@ from sharded_dadamw.checkpoint.folder import (
 )
 from sharded_dadamw.checkpoint.matching import Match
 from sharded_dadamw.comm.agreement import on_all_or_none, require_agreement
-from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.calls import enter
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect, group_in_background
 
 
@@ -139,6 +140,7 @@ def save_checkpoint(
             and nobody had asked: then this one has not begun, and can be called again.
     """
     global _latest
+    enter("save_checkpoint()")
     collectives = _connect(model, process_group)
     step = index(step) if isinstance(step, SupportsIndex) else step  # NumPy's too
     arguments = {
@@ -159,9 +161,9 @@ def save_checkpoint(
     require_agreement(collectives, arguments, refusal, advice="save with equal arguments on every rank")
     root = Path(root).absolute()  # a save in the background must not follow the working directory
     final = folder_of(root, step)
-    group = None
-    if isinstance(collectives, BackendVerbs) and collectives.num_ranks > 1:
-        group = group_in_background(collectives) if asynchronous else collectives.group
+    writing: Collectives = collectives
+    if asynchronous and collectives.num_ranks > 1:
+        writing = connect(group_in_background(collectives), torch.device("cpu"), exchange=None)
 
     def take() -> tuple[dict[str, Any], Manifest, str]:
         weights, aliases = run.model_state(model)
@@ -187,7 +189,7 @@ def save_checkpoint(
                 clear(root)
         raise
     folder = root / collectives.gather_texts(name)[0]
-    write_all = partial(write, state, folder, final, manifest, group, keep_last=keep_last)
+    write_all = partial(write, state, folder, final, manifest, writing, keep_last=keep_last)
     if asynchronous:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         written = executor.submit(write_all)
@@ -328,6 +330,7 @@ def load_checkpoint(
     """
     if _latest is not None:
         _latest._written.exception()  # of which the next save tells
+    enter("load_checkpoint()")
     collectives = _connect(model, process_group)
     arguments = {
         "path": str(path),

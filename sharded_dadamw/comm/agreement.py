@@ -15,6 +15,7 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import TypeVar
 
+from sharded_dadamw.comm.calls import here
 from sharded_dadamw.comm.collectives import Collectives
 
 T = TypeVar("T")
@@ -67,15 +68,19 @@ def require_agreement(
         Exception: ``refusal`` itself, on the ranks that have one.
         ValueError: Another rank refuses its arguments, or ranks differ; names the first difference and both sides.
     """
+    description = {"the call": here.call, **description}
     message = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
     answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([_digest(description), message]))]
     if refusal is not None:
         raise refusal
     for rank, (_, refused) in enumerate(answers):
         if refused is not None:
-            raise ValueError(f"rank {rank} refused its arguments: {refused}")
+            raise ValueError(f"rank {rank} refused its arguments of {here.call}: {refused}")
     if len({digest for digest, _ in answers}) > 1:
-        raise ValueError(f"ranks were given different arguments; {find_difference(collectives, description)}; {advice}")
+        raise ValueError(
+            f"ranks were given different arguments in {here.call}; "
+            f"{find_difference(collectives, description)}; {advice}"
+        )
 
 
 def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
@@ -104,7 +109,7 @@ def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
             if failure is not None and rank == collectives.rank:
                 raise failure
             kind, message = first
-            raise _KINDS[kind](f"rank {rank}: {message}") from failure
+            raise _KINDS[kind](f"rank {rank}, in {here.call}: {message}") from failure
     return result
 
 

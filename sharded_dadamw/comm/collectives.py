@@ -14,7 +14,9 @@ joins two axes, and ``connect`` chooses.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import torch.distributed.nn  # see BackendVerbs
 from torch import Tensor
 from torch.profiler import record_function
 
+from sharded_dadamw.comm.calls import Meetings, RankError, here, last_met, left
 from sharded_dadamw.comm.pending import DONE, Pending
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
@@ -113,6 +116,14 @@ class Collectives:
     def check_alive(self) -> None:
         """Raise RuntimeError when the process group has been destroyed."""
 
+    def explaining(self) -> AbstractContextManager[None]:
+        """A context for what other ranks have to come to, which says of any failure who did not.
+
+        Raises:
+            RankError: In place of the backend's RuntimeError.
+        """
+        return nullcontext()
+
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
         """Whether a group has the same ranks as :attr:`everyone`."""
         return self._ranks == ranks_of(group)
@@ -174,6 +185,7 @@ class BackendVerbs(Collectives):
         """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group_reference = weakref.ref(group)
+        self._meetings = Meetings(self.rank, self.num_ranks)
         self.device = device
 
     @property
@@ -189,6 +201,41 @@ class BackendVerbs(Collectives):
         if not is_alive(self.group):
             raise _was_destroyed()
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """See :meth:`Collectives.explaining`."""
+        with self._translating():
+            yield
+        last_met[self.group] = here.call  # no function is called, for a Ctrl-C would find the verb to be half done
+        if left and self.group in left:
+            self._meetings.take_back(self.group)
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        if self._meetings.failure:
+            raise RankError(self._meetings.failure)  # who missed one verb would take another's data for the next
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            self.check_alive()
+            raise self._meetings.explain(self.group, error) from error
+
+    @contextmanager
+    def _beginning(self, name: str) -> Iterator[None]:
+        with record_function(name), self._translating():
+            yield
+
+    def _pending(
+        self,
+        name: str,
+        finish: Callable[[], object],
+        queue: deque[Pending] | None = None,
+        release: Callable[[], object] | None = None,
+    ) -> Pending:
+        return Pending(name, finish, queue, release, self.explaining)
+
     @property
     def _ranks(self) -> frozenset[int]:
         return ranks_of(self.group)
@@ -197,7 +244,7 @@ class BackendVerbs(Collectives):
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
         """See :meth:`Collectives.reduce_scatter_mean`. The order of the sum, and its dtype, are the backend's."""
-        with record_function(REDUCE_SCATTER):
+        with self._beginning(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             # The backend may write to where nothing else has to be kept, and in the dtype that it is given.
             target = out if out.dtype == sent.dtype and not add else torch.empty_like(self._slices(sent)[0])
@@ -216,35 +263,41 @@ class BackendVerbs(Collectives):
             elif target is not out:
                 out.copy_(mean)
 
-        return Pending(REDUCE_SCATTER, finish)
+        return self._pending(REDUCE_SCATTER, finish)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`."""
-        with record_function(ALL_GATHER):
+        with self._beginning(ALL_GATHER):
             own = self._slices(buffer)[self.rank]
             work = _all_gather(buffer, own, group=self.group, async_op=True)
             self.bytes_sent += (self.num_ranks - 1) * own.nbytes
-        return Pending(ALL_GATHER, work.wait)
+        return self._pending(ALL_GATHER, work.wait)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """See :meth:`Collectives.all_reduce_`."""
-        dist.all_reduce(tensor, op=op, group=self.group)
+        with self.explaining():
+            dist.all_reduce(tensor, op=op, group=self.group)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """See :meth:`Collectives.broadcast_`."""
-        dist.broadcast(tensor, group=self.group, group_src=0)
+        with self.explaining():
+            dist.broadcast(tensor, group=self.group, group_src=0)
 
     def gather_texts(self, text: str) -> list[str]:
         """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
         mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(sizes, torch.tensor([mine.numel()], device=self.device), group=self.group)
-        lengths = [int(size) for size in sizes]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        padded[: mine.numel()] = mine
-        texts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(texts, padded, group=self.group)
+        with self.explaining():
+            lengths = [int(size) for size in self._gather(torch.tensor([mine.numel()], device=self.device))]
+            padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+            padded[: mine.numel()] = mine
+            texts = self._gather(padded)
         return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor [n] of each rank of :attr:`everyone`, in rank order."""
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
 
 
 class RankOrderVerbs(BackendVerbs):
@@ -258,7 +311,7 @@ class RankOrderVerbs(BackendVerbs):
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
         """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
-        with record_function(REDUCE_SCATTER):
+        with self._beginning(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             arrivals = torch.empty_like(sent)
             work: dist.Work = dist.all_to_all_single(arrivals, sent, group=self.group, async_op=True)
@@ -269,7 +322,7 @@ class RankOrderVerbs(BackendVerbs):
             total = torch.empty_like(out, dtype=sum_dtype(sent.dtype, out.dtype))
             average_in_order(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
 
-        return Pending(REDUCE_SCATTER, finish)
+        return self._pending(REDUCE_SCATTER, finish)
 
 
 def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives, RankOrderVerbs, is_alive, ranks_of
 from sharded_dadamw.comm.mesh import MeshVerbs
-from sharded_dadamw.comm.messages import MessageVerbs
+from sharded_dadamw.comm.messages import GlooVerbs, MessageVerbs
 from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs, map_files
 from sharded_dadamw.config import Exchange
 
@@ -52,20 +52,21 @@ def connect(
     if not isinstance(process_group, DeviceMesh) or process_group.ndim != 2:
         return _connect_group(_group_of(process_group, device, called), device, exchange)
     everyone = _group_of(_spanning(process_group, called), device, called)
+    together = _connect_group(everyone, device, None)
     if exchange is None:
-        return BackendVerbs(everyone, device)
+        return together
     column, row = (_connect_group(process_group.get_group(axis), device, exchange) for axis in (0, 1))
-    return MeshVerbs(row, column, everyone, device) if column.num_ranks > 1 else row
+    return MeshVerbs(row, column, together) if column.num_ranks > 1 else row
 
 
-def _connect_group(group: dist.ProcessGroup, device: torch.device, exchange: Exchange | None) -> Collectives:
-    of_the_backend = (None, Exchange.BACKEND) if device.type == "cpu" else (None, Exchange.BACKEND, Exchange.FASTEST)
-    if exchange in of_the_backend:
-        return BackendVerbs(group, device)
+def _connect_group(group: dist.ProcessGroup, device: torch.device, exchange: Exchange | None) -> BackendVerbs:
     if device.type != "cpu" or "cpu:gloo" not in dist.get_backend_config(group):
-        return RankOrderVerbs(group, device)
+        is_ordered = exchange is Exchange.RANK_ORDER or (exchange is Exchange.FASTEST and device.type == "cpu")
+        return RankOrderVerbs(group, device) if is_ordered else BackendVerbs(group, device)
+    if exchange is None or exchange is Exchange.BACKEND:
+        return GlooVerbs(group, device)
     if exchange is Exchange.FASTEST and dist.get_world_size(group) > 1:
-        files = map_files(BackendVerbs(group, device))
+        files = map_files(GlooVerbs(group, device))
         if files is not None:
             return SharedMemoryVerbs(group, device, files)
     return MessageVerbs(group, device)

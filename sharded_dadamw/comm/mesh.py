@@ -17,7 +17,6 @@ from collections import deque
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from sharded_dadamw.comm.collectives import ALL_GATHER, REDUCE_SCATTER, BackendVerbs, Collectives, sent_dtype, sum_dtype
 from sharded_dadamw.comm.pending import Pending
@@ -29,18 +28,18 @@ class MeshVerbs(BackendVerbs):
     ``rank`` and ``num_ranks`` are those of the row, and ``group`` has all ranks of the mesh.
     """
 
-    def __init__(self, row: Collectives, column: Collectives, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, row: Collectives, column: Collectives, everyone: BackendVerbs) -> None:
         """Put two axes together.
 
         Args:
             row: The ranks among which buffers are cut into slices.
             column: The ranks that have the same slice as this one.
-            group: All ranks of the mesh.
-            device: Where buffers are.
+            everyone: All ranks of the mesh.
         """
-        super().__init__(group, device)
+        super().__init__(everyone.group, everyone.device)
         self.rank, self.num_ranks = row.rank, row.num_ranks
         self.gathers_by_itself = row.gathers_by_itself
+        self._everyone = everyone
         self._row = row
         self._column = column
         self._under_way: deque[Pending] = deque()
@@ -48,11 +47,19 @@ class MeshVerbs(BackendVerbs):
     @property
     def everyone(self) -> Collectives:
         """See :attr:`Collectives.everyone`."""
-        return BackendVerbs(self.group, self.device)
+        return self._everyone
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See :meth:`Collectives.new_buffer`."""
         return self._row.new_buffer(numel, dtype, device)
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """See :meth:`Collectives.all_reduce_`."""
+        self._everyone.all_reduce_(tensor, op)
+
+    def gather_texts(self, text: str) -> list[str]:
+        """See :meth:`Collectives.gather_texts`."""
+        return self._everyone.gather_texts(text)
 
     def check_alive(self) -> None:
         """See :meth:`Collectives.check_alive`."""
@@ -70,7 +77,7 @@ class MeshVerbs(BackendVerbs):
         """
         piece = -(-out.numel() // self._column.num_ranks)
         padded = piece * self._column.num_ranks
-        with record_function(REDUCE_SCATTER):
+        with self._beginning(REDUCE_SCATTER):
             wide = sum_dtype(sent_dtype(buffer.dtype, wire_dtype), out.dtype)
             of_row = self._column.new_buffer(padded, wide, buffer.device)
             first = self._row.reduce_scatter_mean(buffer, of_row[: out.numel()], wire_dtype=wire_dtype)
@@ -89,11 +96,11 @@ class MeshVerbs(BackendVerbs):
                 out.copy_(of_all[: out.numel()])
 
         # Ranks start the column's verbs as they finish the row's, and have to do so in one order.
-        return Pending(REDUCE_SCATTER, finish, self._under_way)
+        return self._pending(REDUCE_SCATTER, finish, self._under_way)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`."""
-        with record_function(ALL_GATHER):
+        with self._beginning(ALL_GATHER):
             gather = self._row.all_gather_(buffer)
             self._count()
         return gather

@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from sharded_dadamw.comm.collectives import (
     ALL_GATHER,
+    ALL_REDUCE,
     PIECE_BYTES,
     REDUCE_SCATTER,
     BackendVerbs,
@@ -32,18 +32,76 @@ _PIECES_IN_FLIGHT = 8
 _REDUCTIONS_RECEIVING = 4
 """Reductions under way that may hold scratch memory to receive into; starting one more finishes the oldest."""
 
+_KINDS = {REDUCE_SCATTER: 1, ALL_GATHER: 2, ALL_REDUCE: 3}
+
 _tags: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 """Of each process group, for all optimizers that use it: their verbs may overlap."""
 
 
-class MessageVerbs(BackendVerbs):
-    """Slices travel through gloo's connections, in pieces: the sum of one overlaps the transfer of the next."""
+class GlooVerbs(BackendVerbs):
+    """gloo's own verbs for data, on CPUs. What is small travels in messages.
+
+    Where ranks call different collectives of one kind, gloo takes one's bytes for the other's, and aborts the process
+    that gets more of them than it expects. Messages have tags that tell them apart, so these ranks time out instead.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Wrap a live process group of gloo that this rank is in, for tensors on the CPU."""
         super().__init__(group, device)
         # Beginning with the right neighbour, so that no receiver is everyone's first.
         self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """See :meth:`Collectives.all_reduce_`; in rank order."""
+        if tensor.nbytes > PIECE_BYTES:
+            super().all_reduce_(tensor, op)
+            return
+        combine: Callable[..., Tensor] = torch.maximum if op == dist.ReduceOp.MAX else torch.add
+        with self.explaining():
+            first, *rest = self._gather(tensor)
+            for part in rest:
+                combine(first, part, out=first)
+            tensor.copy_(first)
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """See :meth:`BackendVerbs._gather`; copies, of any shape."""
+        tag = self._next_tag(ALL_REDUCE, tensor.nbytes)
+        gathered = [torch.empty_like(tensor) for _ in range(self.num_ranks)]
+        gathered[self.rank].copy_(tensor)
+        handles = [self._receive(gathered[peer], peer, tag) for peer in self._peers]
+        handles += [self._send(gathered[self.rank], peer, tag) for peer in self._peers]
+        _wait_for(handles)
+        return gathered
+
+    def _next_tag(self, name: str, nbytes: int) -> int:
+        """A number for the messages of one verb, equal on all ranks that start the same verbs in the same order.
+
+        Within a tag messages arrive in the order in which they were sent. Verbs overlap, and the receives of an earlier
+        one may be posted after those of a later one, so each has a tag of its own. They are high ones, to keep clear of
+        messages that the group's other users send. The low digits tell verbs apart that ranks start out of step.
+        """
+        number = next(_tags.setdefault(self.group, itertools.count()))
+        return 2**30 + number % 2**18 * 2**12 + (_KINDS[name] + 3 * nbytes) % 4093
+
+    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""
+        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
+        assert work is not None
+        return work
+
+    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Receive into ``tensor``; wait once."""
+        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=tag)
+        assert work is not None
+        return work
+
+
+class MessageVerbs(GlooVerbs):
+    """Slices travel through gloo's connections, in pieces: the sum of one overlaps the transfer of the next."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """See :class:`GlooVerbs`."""
+        super().__init__(group, device)
         self._under_way: deque[Pending] = deque()
         self._reductions: deque[Pending] = deque()
         self._idle: dict[torch.dtype, list[Tensor]] = {}
@@ -54,7 +112,11 @@ class MessageVerbs(BackendVerbs):
         """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         while len(self._reductions) >= _REDUCTIONS_RECEIVING:
             self._reductions.popleft().finish()
-        sent, slices, tag = sent_dtype(buffer.dtype, wire_dtype), self._slices(buffer), self._next_tag()
+        sent, slices, tag = (
+            sent_dtype(buffer.dtype, wire_dtype),
+            self._slices(buffer),
+            self._next_tag(REDUCE_SCATTER, buffer.nbytes),
+        )
         numel = PIECE_BYTES // sent.itemsize
         outs, own = torch.split(out, numel), torch.split(slices[self.rank], numel)
         ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(self._peers)))
@@ -71,7 +133,7 @@ class MessageVerbs(BackendVerbs):
         def receive(index: int) -> list[dist.Work]:
             return [self._receive(arriving(index, peer), peer, tag) for peer in self._peers]
 
-        with record_function(REDUCE_SCATTER):
+        with self._beginning(REDUCE_SCATTER):
             receives = {index: receive(index) for index in range(min(ahead, len(own)))}
             # Piece by piece over all peers, so that each of them can start summing at once.
             pieces_of_peers = zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True)
@@ -93,39 +155,18 @@ class MessageVerbs(BackendVerbs):
                 del receives[index]
             idle.append(scratch)
 
-        verb = Pending(REDUCE_SCATTER, finish, self._under_way, lambda: _wait_for(sends))
+        verb = self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: _wait_for(sends))
         self._reductions.append(verb)
         return verb
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`: received in place."""
-        with record_function(ALL_GATHER):
-            slices, tag = self._slices(buffer), self._next_tag()
+        with self._beginning(ALL_GATHER):
+            slices, tag = self._slices(buffer), self._next_tag(ALL_GATHER, buffer.nbytes)
             handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]
             handles += [self._send(slices[self.rank], peer, tag) for peer in self._peers]
             self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
-        return Pending(ALL_GATHER, lambda: _wait_for(handles), self._under_way)
-
-    def _next_tag(self) -> int:
-        """A number for the messages of one verb, equal on all ranks since they start verbs in the same order.
-
-        Within a tag messages arrive in the order in which they were sent. Verbs overlap, and the receives of an earlier
-        one may be posted after those of a later one, so each has a tag of its own. They are high ones, to keep clear of
-        messages that the group's other users send.
-        """
-        return 2**30 + next(_tags.setdefault(self.group, itertools.count())) % 2**30
-
-    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
-        """Send; ``tensor`` must not change until the handle has been waited for. Wait once: gloo hangs at a second."""
-        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
-        assert work is not None
-        return work
-
-    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
-        """Receive into ``tensor``; wait once."""
-        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=tag)
-        assert work is not None
-        return work
+        return self._pending(ALL_GATHER, lambda: _wait_for(handles), self._under_way)
 
 
 def _wait_for(handles: Iterable[dist.Work]) -> None:

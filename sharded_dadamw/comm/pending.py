@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch.profiler import record_function
 
@@ -22,6 +23,7 @@ class Pending:
         finish: Callable[[], object] | None,
         queue: deque[Pending] | None = None,
         release: Callable[[], object] | None = None,
+        explaining: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Put a verb that has been started behind all others of a queue.
 
@@ -30,10 +32,12 @@ class Pending:
             finish: What is left to do for the result. It may be called again after a KeyboardInterrupt.
             queue: Verbs to finish before this one; None where the order does not matter.
             release: What is then to be waited for until the buffers may be written again.
+            explaining: A context for both of them, which may replace what is raised.
         """
         self._name = name
         self._finish = finish
         self._release = release
+        self._explaining = explaining
         self._failure: Exception | None = None
         self._queue: deque[Pending] = deque() if queue is None else queue
         self._queue.append(self)
@@ -50,7 +54,8 @@ class Pending:
         if self._failure is not None:
             raise self._failure
         if self._release is not None:
-            self._release()
+            with self._explaining():
+                self._release()
             self._release = None
 
     def finish(self) -> None:
@@ -64,7 +69,8 @@ class Pending:
             return
         with record_function(self._name):
             try:
-                self._finish()
+                with self._explaining():
+                    self._finish()
             except Exception as error:  # who waits for this verb hears of it, not who waits for a later one
                 self._failure = error
         self._finish = None

@@ -36,7 +36,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from sharded_dadamw.comm.collectives import (
     ALL_GATHER,
@@ -48,6 +47,7 @@ from sharded_dadamw.comm.collectives import (
     sent_dtype,
     sum_dtype,
 )
+from sharded_dadamw.comm.messages import GlooVerbs
 from sharded_dadamw.comm.pending import Pending
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -55,7 +55,7 @@ _GONE, _BEGUN, _LEFT, _VERBS = 8, 9, 10, 11
 """Places on the first page, in words of 8 bytes. Before them is the file's name. Of each verb it has three words."""
 _MOST_UNDER_WAY = 64
 """Verbs of which a page says where the buffer lies; one more is begun when all ranks have left the oldest."""
-_KINDS = ("a reduce-scatter", "an all-gather", "an all-reduce")
+_KINDS = ("a reduce-scatter", "an all-gather", "a small exchange")
 _PATIENCE_S = 0.1
 """How long to wait for another rank before asking whether its process still lives."""
 
@@ -169,7 +169,7 @@ def map_files(verbs: BackendVerbs) -> list[MemoryFile] | None:
         return files if all(verbs.gather_texts("mapped" if files else "")) else None
 
 
-class SharedMemoryVerbs(BackendVerbs):
+class SharedMemoryVerbs(GlooVerbs):
     """Ranks of one host read what they need from each other's memory.
 
     ``new_buffer`` gives memory that others can read; what lies elsewhere is copied there first.
@@ -178,7 +178,7 @@ class SharedMemoryVerbs(BackendVerbs):
     gathers_by_itself = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, files: Sequence[MemoryFile]) -> None:
-        """See :class:`BackendVerbs`.
+        """See :class:`GlooVerbs`.
 
         Args:
             group: The ranks.
@@ -187,12 +187,10 @@ class SharedMemoryVerbs(BackendVerbs):
         """
         super().__init__(group, device)
         self._own, self._files = files[self.rank], files
-        self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
         self._timeout_s: float = group._get_backend(device).options._timeout.total_seconds()
         self._under_way: deque[Pending] = deque()
         self._num_begun = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
-        self._failure = ""  # whoever has missed a verb would take the data of another one for it
         weakref.finalize(self, _depart, self._own)
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -208,7 +206,7 @@ class SharedMemoryVerbs(BackendVerbs):
         No wire is involved. Values are rounded as if there were one, as they are read, and counted so.
         """
         sent = sent_dtype(buffer.dtype, wire_dtype)
-        with record_function(REDUCE_SCATTER):
+        with self._beginning(REDUCE_SCATTER):
             readable = self._readable(buffer, self._peers)
             number = self._begin(0, readable)
             self.bytes_sent += len(self._peers) * out.numel() * sent.itemsize
@@ -223,11 +221,11 @@ class SharedMemoryVerbs(BackendVerbs):
                 average_in_order(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
             self._leave(number, readable is not buffer)
 
-        return Pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))
+        return self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         """See :meth:`Collectives.all_gather_`."""
-        with record_function(ALL_GATHER):
+        with self._beginning(ALL_GATHER):
             readable = self._readable(buffer, [self.rank])
             number = self._begin(1, readable)
             slices = self._slices(buffer)
@@ -238,23 +236,21 @@ class SharedMemoryVerbs(BackendVerbs):
                 slices[peer].copy_(self._slices(self._buffer_of(peer, number, buffer))[peer])
             self._leave(number, readable is not buffer)
 
-        return Pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
+        return self._pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """See :meth:`Collectives.all_reduce_`. A maximum is taken here, where ranks that are out of step hear of it."""
-        if op != dist.ReduceOp.MAX:
-            super().all_reduce_(tensor, op)
-            return
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """See :meth:`BackendVerbs._gather`; copies, of any shape. Ranks that are out of step hear of it at once."""
         readable = self._own.new_buffer(tensor.numel(), tensor.dtype)
         number = self._begin(2, readable.copy_(tensor.reshape(-1)))
+        gathered = [tensor.clone() for _ in range(self.num_ranks)]
 
         def finish() -> None:
             for peer in self._peers:
-                theirs = self._buffer_of(peer, number, readable).view(tensor.shape)
-                torch.maximum(tensor, theirs, out=tensor)
+                gathered[peer].copy_(self._buffer_of(peer, number, readable).view(tensor.shape))
             self._leave(number, is_copy=True)
 
-        Pending(ALL_REDUCE, finish, self._under_way).wait()
+        self._pending(ALL_REDUCE, finish, self._under_way).wait()
+        return gathered
 
     def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:
         """Memory for sums, kept: new memory costs a page fault for every 4 KiB, as much as the sum itself."""
@@ -275,8 +271,6 @@ class SharedMemoryVerbs(BackendVerbs):
 
     def _begin(self, kind: int, buffer: Tensor) -> int:
         """Tell the others where this rank's buffer is; returns the number of the verb, equal on all ranks."""
-        if self._failure:
-            raise RuntimeError(self._failure)
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way[0].finish()
         self._await_others(self._num_begun + 1 - _MOST_UNDER_WAY)
@@ -291,20 +285,17 @@ class SharedMemoryVerbs(BackendVerbs):
         """The peer's buffer, once it has begun a verb."""
         file = self._files[peer]
         if not self._wait(file, _BEGUN, number):
-            self._fail(f"rank {peer} of the process group has ended, or let go of its optimizer")
+            self._fail(f"rank {peer} has ended, let go of its optimizer, or given up")
         place = _place_of(number)
         (offset, *theirs), (_, *ours) = (each.page[place : place + 3] for each in (file, self._own))
         if theirs != ours:
             does, does_here = (f"{_KINDS[kind]} of {nbytes} bytes" for nbytes, kind in (theirs, ours))
-            self._fail(
-                f"ranks are out of step: rank {peer} has begun {does}, and rank {self.rank} {does_here}; run the same "
-                "backward passes, steps and clips on every rank, and start all again"
-            )
+            self._fail(f"ranks are out of step: rank {peer} has begun {does}, and rank {self.rank} {does_here}")
         return file.tensor_at(offset, like)
 
     def _fail(self, message: str) -> NoReturn:
-        self._failure = self._failure or message
-        raise RuntimeError(self._failure)
+        self._own.page[_GONE] = 1  # so that nobody waits for this rank
+        raise RuntimeError(message)
 
     def _leave(self, number: int, is_copy: bool) -> None:
         """Tell the others that this rank has read their buffers; nobody else keeps a copy until they have read it."""
@@ -333,9 +324,8 @@ class SharedMemoryVerbs(BackendVerbs):
                 return True
             if is_gone:
                 return False
-            if waited_s > self._timeout_s or self._failure:
-                rank = self._files.index(file)
-                self._fail(f"rank {rank} of the process group has not come for {self._timeout_s:.0f} s")
+            if waited_s > self._timeout_s:
+                self._fail(f"rank {self._files.index(file)} has not come for {self._timeout_s:.0f} s")
             time.sleep(min(waited_s / 16, 2e-3))
 
 

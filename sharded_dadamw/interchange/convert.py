@@ -17,6 +17,7 @@ from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest, begin, newest, step_of
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import from_safetensors, read_safetensors, replacing, to_safetensors
 from sharded_dadamw.interchange.state_dicts import (
@@ -158,7 +159,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
             step = int(max((float(entries["step"]) for entries in state["state"].values()), default=0))
         manifest = Manifest(step, 1, versions(), aliases, state["param_groups"], optimizer="DecoupledAdamW")
         final.parent.mkdir(parents=True, exist_ok=True)
-        write(contents, begin(final), final, manifest, None)
+        write(contents, begin(final), final, manifest, Collectives())
 
 
 def _contents(path: str | os.PathLike[str]) -> object:

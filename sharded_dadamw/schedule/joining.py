@@ -18,6 +18,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.gradients import HookedGradients
 from sharded_dadamw.buckets.shards import Shards
+from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import BackendVerbs
 from sharded_dadamw.schedule.reducer import Reducer
 
@@ -49,8 +50,9 @@ class Joining:
         everyone = self._shards.collectives.everyone
         return everyone.group if isinstance(everyone, BackendVerbs) else None
 
-    def announce(self) -> None:
-        """Tell ranks without data that this one has some, once per step and ahead of its first collective."""
+    def announce(self, call: str) -> None:
+        """Enter a call. Tell ranks without data that this one has some, once per step and ahead of all collectives."""
+        enter(call)
         if self._join_config is not None and self._has_data and not self._is_announced:
             self._is_announced = True
             Join.notify_join_context(self)  # type: ignore[arg-type]

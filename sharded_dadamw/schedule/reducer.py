@@ -50,7 +50,7 @@ class Reducer:
         num_rounds: Rounds since the last step, or the last call that all ranks refused.
     """
 
-    def __init__(self, collectives: Collectives, config: ShardingConfig, announce: Callable[[], None]) -> None:
+    def __init__(self, collectives: Collectives, config: ShardingConfig, announce: Callable[[str], None]) -> None:
         """Reduce over ranks.
 
         Args:
@@ -246,7 +246,7 @@ class Reducer:
         if current == self._graph_task:
             return
         self._graph_task = current
-        self._announce()
+        self._announce("backward")
         is_nested = _is_nested()
         if is_nested:
             will_be_told = self._backward is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
@@ -78,6 +79,7 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
     Raises:
         ValueError: There is no such rank.
     """
+    enter("consolidate_state_dict()")
     if not 0 <= to < collectives.num_ranks:
         raise ValueError(f"to: expected a rank in [0, {collectives.num_ranks}), got {to}")
     keep = to == collectives.rank

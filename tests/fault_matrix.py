@@ -1,0 +1,320 @@
+"""What every rank says when one of them fails: real processes, a table of faults and of the points where they strike.
+
+    python -m tests.fault_matrix --ranks 4 --exchange RANK_ORDER
+
+Each cell is a short run of its own: two steps in which all is well, and then each call once. The last rank is the one
+that fails. A run ends well, or every rank that is left raises.
+"""
+
+import argparse
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.checkpoint import dcp, load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint.entries import Entries
+from sharded_dadamw.comm.messages import GlooVerbs, MessageVerbs
+from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
+from sharded_dadamw.schedule.reducer import Reducer
+from tests.dying_train import Once, after, before
+from tests.pool import FORKS
+
+TIMEOUT_S = 4.0
+SLACK_S = 2.0
+KIND_OF_VERBS = {
+    Exchange.FASTEST: SharedMemoryVerbs,
+    Exchange.RANK_ORDER: MessageVerbs,
+    Exchange.BACKEND: GlooVerbs,
+}
+
+POINTS = (
+    *("construction", "backward", "between", "reduction", "update", "gather"),
+    *("state_dict", "save", "load", "consolidate", "metrics"),
+)
+ENDS = ("SIGKILL", "SIGSTOP", "exception")
+OTHERS = (
+    *(("another model", point) for point in ("construction", "save", "load")),
+    *(("another argument", point) for point in ("construction", "between", "update", "save", "load")),
+    *(("skipped", point) for point in ("backward", "between", "update", "save", "load", "consolidate", "metrics")),
+    *(("once more", point) for point in ("backward", "between", "update", "save", "load", "consolidate", "metrics")),
+    ("nan", "backward"),
+    ("clip where others step", "update"),
+)
+CELLS = (*product(ENDS, POINTS), *OTHERS)
+
+
+def end(fault: str) -> None:
+    if fault == "exception":
+        raise LookupError("a mistake in this rank's own code")
+    os.kill(os.getpid(), signal.SIGKILL if fault == "SIGKILL" else signal.SIGSTOP)
+
+
+def model_of(width: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 4))
+
+
+class Run:
+    """One rank of one cell."""
+
+    def __init__(self, rank: int, num_ranks: int, cell: tuple[str, str], exchange: Exchange, folder: Path) -> None:
+        self.fault, self.point = cell
+        self.rank, self.exchange, self.folder = rank, exchange, folder
+        self.fails = rank == num_ranks - 1
+        self.seed = 0
+        self.begun = 0.0  # the call that this rank is in
+
+    def does(self, fault: str, point: str) -> bool:
+        """Whether this rank has this fault at this point."""
+        return self.fails and (self.fault, self.point) == (fault, point)
+
+    def call(self, point: str, function: Callable[[], Any]) -> None:
+        """One call of the script, as often as this rank makes it."""
+        self.begun = time.monotonic()
+        if self.fails and self.fault in ENDS and self.point == point:
+            end(self.fault)
+        for _ in range(0 if self.does("skipped", point) else 2 if self.does("once more", point) else 1):
+            function()
+
+    def arm(self) -> None:
+        """Have this rank end in the middle of something."""
+        verbs = KIND_OF_VERBS[self.exchange]
+        places: dict[str, tuple[Any, Any, str]] = {
+            "backward": (before, Reducer, "deliver"),
+            "reduction": (after, verbs, "reduce_scatter_mean"),  # it has begun
+            "update": (after, Bucket, "update_"),  # of the first bucket; nobody else knows of it
+            "gather": (after, verbs, "all_gather_"),  # it has begun
+            "save": (before, dcp._SummedFile, "write"),
+            "load": (before, Entries, "read"),
+            "consolidate": (after, verbs, "all_gather_"),
+        }
+        if self.fails and self.fault in ENDS and self.point in places:
+            how, owner, name = places[self.point]
+            how(owner, name, Once(lambda: end(self.fault), [0], 0))
+
+    def backward(self) -> None:
+        self.seed += 1
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * self.seed + self.rank))
+        loss = self.model(x).square().mean()
+        (loss * (float("nan") if self.does("nan", "backward") and self.seed == 3 else 1.0)).backward()
+
+    def script(self) -> None:
+        arm_before = {"backward": 2, "reduction": 2, "update": 2, "gather": 2, "save": 3, "load": 4, "consolidate": 5}
+        due = arm_before.get(self.point)
+
+        def stage(number: int) -> None:
+            if due == number:
+                self.arm()
+
+        def build() -> None:
+            self.model = model_of(17 if self.does("another model", "construction") else 16)
+            self.optimizer = ShardedDecoupledAdamW(
+                self.model.named_parameters(),
+                lr=2e-2 if self.does("another argument", "construction") else 1e-2,
+                config=ShardingConfig(exchange=self.exchange, bucket_cap_mb=0.0003),
+            )
+
+        self.call("construction", build)
+        for _ in range(2):
+            self.optimizer.zero_grad()
+            self.backward()
+            self.optimizer.step()
+        stage(2)
+        self.optimizer.zero_grad()
+        self.call("backward" if self.fault not in ENDS else "", self.backward)
+        max_norm = 2.0 if self.does("another argument", "between") else 1.0
+        self.call("between", lambda: self.optimizer.clip_grad_norm_(max_norm))
+        if self.does("another argument", "update"):
+            self.optimizer.param_groups[0]["lr"] = 3e-2
+        if self.does("clip where others step", "update"):
+            self.optimizer.clip_grad_norm_(1.0)
+        self.call("update" if self.fault not in ENDS else "", self.step)
+        self.call("state_dict", self.optimizer.state_dict)
+        stage(3)
+        other = model_of(17)
+        keep = 3 if self.does("another argument", "save") else None
+        root = self.folder / "checkpoints"
+        saved = other if self.does("another model", "save") else self.model
+        self.call(
+            "save" if self.fault not in ENDS else "",
+            lambda: save_checkpoint(root, step=3, model=saved, optimizer=self.optimizer, keep_last=keep),
+        )
+        stage(4)
+        loaded = other if self.does("another model", "load") else self.model
+        path = self.folder / "elsewhere" if self.does("another argument", "load") else root
+        self.call(
+            "load" if self.fault not in ENDS else "",
+            lambda: load_checkpoint(path, model=loaded, optimizer=self.optimizer),
+        )
+        stage(5)
+        self.call("consolidate" if self.fault not in ENDS else "", self.optimizer.consolidate_state_dict)
+        self.call("metrics", self.optimizer.metrics)
+        self.optimizer.zero_grad()
+        self.backward()
+        self.optimizer.step()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def warm_up() -> None:
+    """Load what the first step on a machine loads, which may take longer than the timeout."""
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    DecoupledAdamW([param]).step()
+
+
+def run_rank(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    cell: tuple[str, str],
+    exchange: Exchange,
+    folder: Path,
+    output: Connection,
+) -> None:
+    log = (folder / f"{rank}.log").open("w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    warm_up()
+    timeout = timedelta(seconds=TIMEOUT_S)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    store.add("ready", 1)
+    while store.add("ready", 0) < num_ranks:  # on a busy machine longer than the timeout
+        time.sleep(0.02)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    run = Run(rank, num_ranks, cell, exchange, folder)
+    try:
+        run.script()
+    except Exception as error:
+        output.send((type(error).__name__, str(error), time.monotonic() - run.begun))
+        raise
+    output.send(None)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What one rank has come to.
+
+    Attributes:
+        said: The kind of its error and what it says; None where all went well.
+        code: The exit code of its process; None where it had to be ended.
+        seconds: How long its last call has taken.
+    """
+
+    said: tuple[str, str] | None
+    code: int | None
+    seconds: float
+
+
+def run_cell(num_ranks: int, cell: tuple[str, str], exchange: Exchange) -> list[Ended]:
+    """Run one cell, and return how each rank ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # as torchrun serves it
+        pipes = [FORKS.Pipe(duplex=False) for _ in range(num_ranks)]
+        processes = [
+            FORKS.Process(
+                target=run_rank, args=(rank, num_ranks, store.port, cell, exchange, Path(folder), pipes[rank][1])
+            )
+            for rank in range(num_ranks)
+        ]
+        for process, (_, theirs) in zip(processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+        said: dict[int, list[Any]] = {rank: [] for rank in range(num_ranks)}
+        open_pipes = {ours: rank for rank, (ours, _) in enumerate(pipes)}
+        waited_for = set(range(num_ranks - 1 if cell[0] == "SIGSTOP" else num_ranks))
+        deadline = time.monotonic() + 90
+        while waited_for & set(open_pipes.values()):
+            ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                try:
+                    said[open_pipes[pipe]].append(pipe.recv())
+                except EOFError:
+                    del open_pipes[pipe]
+        for rank in waited_for:
+            processes[rank].join(1.0)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        results = []
+        for rank in range(num_ranks):
+            last = said[rank][0] if said[rank] else None
+            results.append(Ended(last and last[:2], codes[rank], last[2] if last else 0.0))
+        return results
+
+
+NAMES_RANK = re.compile(r"\branks? \d")
+NAMES_CALL = re.compile(r"\w+\(\)|backward|was not written|param_groups|parameter \d|path|keep_last|optimizer\.")
+
+
+def faults_of(cell: tuple[str, str], ended: list[Ended], limit_s: float) -> list[str]:
+    """What is wrong with the end of a run; nothing if it is as it should be."""
+    wrong = []
+    of_victim = ended[-1]
+    if cell[0] in ("SIGKILL", "SIGSTOP"):
+        ended = ended[:-1]
+    elif cell[0] == "exception":
+        ended = ended[:-1] if of_victim.said and of_victim.said[0] == "LookupError" else ended
+    if all(each.said is None and each.code == 0 for each in ended):
+        return []
+    for rank, each in enumerate(ended):
+        if each.said is None:
+            wrong.append(f"rank {rank} ended with {each.code} and said nothing")
+        elif each is not of_victim and not (NAMES_RANK.search(each.said[1]) and NAMES_CALL.search(each.said[1])):
+            wrong.append(f"rank {rank} does not say who or where: {each.said[0]}: {each.said[1]}")
+        if each.seconds > limit_s:
+            wrong.append(f"rank {rank} took {each.seconds:.1f} s")
+    return wrong
+
+
+def summary(ended: list[Ended]) -> str:
+    """What the first rank says, in short."""
+    said = ended[0].said
+    return "all go on" if said is None else re.split("; ", said[1])[0].replace("|", "/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--exchange", choices=[each.name for each in Exchange], default="FASTEST")
+    parser.add_argument("--at-once", type=int, default=4, help="how many runs at a time")
+    parser.add_argument("--only", default="", help="cells whose fault and point have this in them")
+    parser.add_argument("--whole", action="store_true", help="print all that ranks say")
+    arguments = parser.parse_args()
+    exchange = Exchange[arguments.exchange]
+    cells = [cell for cell in CELLS if arguments.only in " @ ".join(cell)]
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        results = pool.map(lambda cell: run_cell(arguments.ranks, cell, exchange), cells)
+        for cell, ended in zip(cells, results, strict=True):
+            slowest = max(each.seconds for each in ended)
+            print(f"| {cell[0]} | {cell[1]} | {slowest:.1f} s | {summary(ended)} |", flush=True)
+            if arguments.whole:
+                print(*(f"    rank {rank}: {each.said}" for rank, each in enumerate(ended)), sep="\n", flush=True)
+            for wrong in faults_of(cell, ended, TIMEOUT_S + SLACK_S):
+                print(f"    WRONG: {wrong}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
