@@ -22,7 +22,7 @@ from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.global_norm import global_norm
 from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
-from sharded_dadamw.state.whole import drop_strangers, fill_in, is_fragment, moments_of
+from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of, without_mains
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
 
@@ -306,16 +306,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             ValueError: It is one rank's fragments, does not fit the groups, has a hyperparameter out of range, or a
                 weight decay above 1e-3 that nothing tells to be free of lr.
         """
-        if any(is_fragment(value) for entries in state_dict["state"].values() for value in entries.values()):
-            raise ValueError(
-                "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "
-                "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
-            )
+        state = without_mains(state_dict["state"])
         self._check_loaded(state_dict["param_groups"])
-        state = {
-            key: {name: value for name, value in entries.items() if not name.startswith("main_")}
-            for key, entries in state_dict["state"].items()
-        }
         super().load_state_dict({**state_dict, "state": state})
         for group in self.param_groups:
             self._fill_in_state(group)

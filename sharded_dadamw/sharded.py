@@ -83,17 +83,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
         Args:
             params: Parameters, (name, parameter) pairs for messages and metrics, or group dicts of either.
-            lr: Learning rate.
-            betas: Coefficients of the moving averages.
-            eps: Added to the denominator.
-            weight_decay: Decay per step at the schedule's peak.
-            amsgrad: Use the running maximum of ``exp_avg_sq``.
             process_group: The ranks that hold the same parameters, or of DTensors the same parts: a group, a 1-D mesh,
                 or a 2-D mesh of replicas and shards in this order. None: the mesh axis along which DTensors are
                 replicated, else the default group, which is one rank where torch.distributed is not initialised.
             config: How to shard; None for the defaults of :class:`ShardingConfig`.
-            norm_group: The ranks over which norms are added up.
-            max_grad_norm: What ``step`` clips the averaged gradients to.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -298,7 +291,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state (moments, main parameters) on this rank, as allocated."""
-        return sum(bucket.state_bytes for bucket in self._shards.buckets)
+        return sum(shard.nbytes for bucket in self._shards.buckets for shard in bucket.state_shards.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's format; not collective.

@@ -21,13 +21,13 @@ from torch.autograd.graph import increment_version
 from sharded_dadamw.buckets.gradients import Gradients
 from sharded_dadamw.buckets.weights import BorrowedWeights, Weights
 from sharded_dadamw.kernels import choose as kernels
-from sharded_dadamw.kernels.operands import Form, Operands, Update
+from sharded_dadamw.kernels.operands import Operands, Update
 from sharded_dadamw.kernels.ready import keep
 from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.precision import weight_of
-from sharded_dadamw.update.storage import Storage
+from sharded_dadamw.update.storage import MAINS, Storage
 
 
 class _Prepared(NamedTuple):
@@ -75,18 +75,7 @@ class Bucket:
         gradients: Gradients,
         amsgrad: bool,
     ) -> None:
-        """Allocate the state.
-
-        Args:
-            layout: Sizes must be those of ``members``.
-            members: Parameters of one dtype on one device, in slot order.
-            storage: The same for all of them.
-            rank: Which shard is ours.
-            group_index: Position of their parameter group.
-            weights: Those of ``members``.
-            gradients: Those of ``members``.
-            amsgrad: Whether to hold ``max_exp_avg_sq``.
-        """
+        """Allocate the state; ``amsgrad`` says whether there is a ``max_exp_avg_sq``, the rest is as the attributes."""
         self.layout = layout
         self.storage = storage
         self.rank = rank
@@ -106,7 +95,7 @@ class Bucket:
         }
         self.exp_avg, self.exp_avg_sq = self.state_shards["exp_avg"], self.state_shards["exp_avg_sq"]
         self.max_exp_avg_sq = self.state_shards.get("max_exp_avg_sq")
-        self.main = self.state_shards.get("main_param", self.state_shards.get("main_remainder"))
+        self.main = next((self.state_shards[name] for name in MAINS if name in self.state_shards), None)
         self.reset_main_()
         self.counts = torch.zeros(len(members), dtype=torch.float32, device=device)
 
@@ -132,21 +121,10 @@ class Bucket:
     @property
     def fuses_norms(self) -> bool:
         """Whether the norms of its updates come out of the updates; the same on every rank."""
-        form = Form(
-            self.param.device,
-            self.param.dtype,
-            self.grad.dtype,
-            self.storage.moments,
-            self.storage.main,
-            self.max_exp_avg_sq is not None,
-        )
+        fragment = self.layout.fragment(0, self.rank)
+        form = self._operands_at(fragment, self.param[fragment.in_shard]).form
         fuses_norms: bool = kernels.kernel_for(form).Update.fuses_norms
         return fuses_norms
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the state tensors of this rank, as stored."""
-        return sum(shard.nbytes for shard in self.state_shards.values())
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""

@@ -21,7 +21,6 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import from_safetensors, read_safetensors, replacing, to_safetensors
 from sharded_dadamw.interchange.state_dicts import (
-    MAIN,
     State,
     from_composer,
     from_torch,
@@ -32,6 +31,7 @@ from sharded_dadamw.interchange.state_dicts import (
     to_torch,
 )
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
+from sharded_dadamw.update.storage import MAINS
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -138,7 +138,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
     if _is_safetensors(path):
         to_safetensors(path, state)
     elif Path(path).suffix in (".pt", ".pth"):
-        left_out = sum(any(key in entries for key in MAIN) for entries in state["state"].values())
+        left_out = sum(any(key in entries for key in MAINS) for entries in state["state"].values())
         if left_out:
             log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
         theirs = to_torch(state)
@@ -244,7 +244,7 @@ def _with_main_params(state: State, weights: Weights) -> State:
     narrow = {
         name
         for name, entries in state["state"].items()
-        if name in weights and weights[name].dtype.itemsize < 4 and not any(key in entries for key in MAIN)
+        if name in weights and weights[name].dtype.itemsize < 4 and not any(key in entries for key in MAINS)
     }
     with_main = {
         name: {**entries, "main_param": weights[name].float()} if name in narrow else entries

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
+from sharded_dadamw.update.storage import MAINS, MOMENTS
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -39,8 +40,6 @@ State = dict[str, Any]
 Parameters = Iterable[str] | Iterable[tuple[str, Tensor]]
 """Names in the order in which the other optimizer was given its parameters, or `named_parameters()` in that order."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-MAIN = ("main_param", "main_remainder")
 
 _NEEDED = ("lr", "betas", "eps", "weight_decay")
 _OF_THEIR_OWN = frozenset({"params", "param_names", "step", "bias_correction", "name", "moe"})
@@ -121,7 +120,7 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
         for index, name in zip(indices, names, strict=True):
             if name in state["state"]:
                 entries = state["state"][name]
-                indexed[index] = {key: value for key, value in entries.items() if key not in MAIN}
+                indexed[index] = {key: value for key, value in entries.items() if key not in MAINS}
         first += len(names)
     return {"state": indexed, "param_groups": groups}
 
@@ -268,7 +267,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
         raise ValueError(f"state of {name}: expected a dict of tensors, got {type(entries).__name__}")
     needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
     missing = sorted(needed - set(entries))
-    unknown = sorted(set(entries) - needed - {"max_exp_avg_sq", *MAIN}, key=str)
+    unknown = sorted(set(entries) - needed - {"max_exp_avg_sq", *MAINS}, key=str)
     if missing or unknown:
         differences = [f"none of {_few(missing)}"] * bool(missing) + [f"{_few(unknown)} besides"] * bool(unknown)
         raise ValueError(f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}")

@@ -14,6 +14,7 @@ from sharded_dadamw.layout.placement import OF_ONE_RANK, local, placements_of
 from sharded_dadamw.norms.global_norm import Part
 from sharded_dadamw.norms.metrics import Snapshot, StepReport
 from sharded_dadamw.update.adamw import value_of
+from sharded_dadamw.update.storage import MOMENTS
 
 
 class HeldAsTheyLie:
@@ -43,9 +44,7 @@ class HeldAsTheyLie:
     def look(self, param: Tensor) -> Snapshot:
         """Return this rank's part of a parameter as it is now."""
         state = self._state.get(param, {})
-        exp_avg, exp_avg_sq, maximum = (
-            local(state[key]) if key in state else None for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        )
+        exp_avg, exp_avg_sq, maximum = (local(state[key]) if key in state else None for key in MOMENTS)
         grad = None if param.grad is None else local_gradient(param)
         return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
 

@@ -22,6 +22,7 @@ from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.piece import Piece, pieces_of
 from sharded_dadamw.state.whole import is_fragment
 from sharded_dadamw.update.precision import takes
+from sharded_dadamw.update.storage import MAINS
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Live tensors, each with the saved one that belongs into it; equal in shape, and the live one can hold its values."""
@@ -172,11 +173,11 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     pieces = pieces_of(bucket, slot)
     # Whoever saved it may have kept no main parameter: ours is then the weight. Or it was never stepped: all zeros.
     # What ours was by then is another run's, even where both runs' weights round to the same.
-    missing = [key for key in pieces if key not in saved and saved and not key.startswith("main_")]
-    surplus = [key for key in saved if key not in pieces and not key.startswith("main_")]
+    missing = [key for key in pieces if key not in saved and saved and key not in MAINS]
+    surplus = [key for key in saved if key not in pieces and key not in MAINS]
     if missing or surplus:
         raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, got {sorted(saved)}")
-    mains, saved_mains = ({key for key in side if key.startswith("main_")} for side in (pieces, saved))
+    mains, saved_mains = ({key for key in side if key in MAINS} for side in (pieces, saved))
     if mains and saved_mains and mains != saved_mains:
         raise ValueError(
             f"state of {name}: expected {mains.pop()}, got {saved_mains.pop()}; choose the main_parameter of the "
@@ -186,7 +187,7 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
     pairs: _Pairs = []
     for key, piece in pieces.items():
         matched = _match_piece(piece, saved[key]) if key in saved else []
-        if key.startswith("main_") and not matched and (key not in saved or is_loaded):
+        if key in MAINS and not matched and (key not in saved or is_loaded):
             matched = [(piece.live, bucket.main_of_weight(slot))]
         elif key not in saved:
             matched = [(piece.live, torch.zeros(piece.live.shape, dtype=piece.live.dtype))]

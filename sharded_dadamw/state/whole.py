@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST
+from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, MOMENTS
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -20,7 +20,7 @@ _NOT_BEGUN = torch.zeros(())
 
 def moments_of(amsgrad: bool) -> tuple[str, ...]:
     """Return what a parameter's state has besides ``step``."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+    return MOMENTS if amsgrad else MOMENTS[:2]
 
 
 def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2: float, amsgrad: bool) -> bool:
@@ -53,6 +53,20 @@ def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2:
 def is_fragment(value: Any) -> bool:
     """Whether it is what the state dict of a sharded optimizer has on one of several ranks."""
     return hasattr(value, "span")
+
+
+def without_mains(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return the state of a state dict without main parameters.
+
+    Raises:
+        ValueError: It is one rank's fragments.
+    """
+    if any(is_fragment(value) for entries in state.values() for value in entries.values()):
+        raise ValueError(
+            "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "
+            "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
+        )
+    return {key: {name: entries[name] for name in entries if name not in MAINS} for key, entries in state.items()}
 
 
 def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) -> None:

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from sharded_dadamw.config import MainParameter, Moments, ShardingConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""What ``optimizer.state`` has of a parameter beside ``step``; the last one with amsgrad only."""
+
+MAINS = {"main_param": torch.float32, "main_remainder": torch.int16}
+"""What it may have of the main parameter of a narrow one: an fp32 copy, or the 16 bits that the weight lacks."""
+
 LARGEST_BETA2_FOR_NEAREST = 0.995
 """Up to which a second moment of 16 bits, rounded to the nearest, still follows its gradients."""
-
-_MAIN_KEYS = {torch.float32: "main_param", torch.int16: "main_remainder"}
 
 Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
 """Makes a flat buffer of zeros."""
@@ -68,9 +72,8 @@ class Storage:
 
     def state(self, *, amsgrad: bool) -> dict[str, torch.dtype]:
         """The tensors of state that there are beside a parameter, by their names in ``optimizer.state``."""
-        moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-        main = {} if self.main is None else {_MAIN_KEYS[self.main]: self.main}
-        return dict.fromkeys(moments, self.moments) | main
+        mains = {name: dtype for name, dtype in MAINS.items() if dtype is self.main}
+        return dict.fromkeys(MOMENTS if amsgrad else MOMENTS[:2], self.moments) | mains
 
     @property
     def is_stochastic(self) -> bool:
