@@ -42,7 +42,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     """:class:`~sharded_dadamw.DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
 
     Every rank holds the same parameters, end to end in flat buckets. It keeps the moments, and the fp32 main parameters
-    of narrower ones, of an equal slice of every bucket, averages gradients by reduce-scatter, updates its slice and
+    of narrower ones, of an equal shard of every bucket, averages gradients by reduce-scatter, updates its shard and
     all-gathers the parameters in place. Given equal averages the result is the unsharded optimizer's, bit for bit.
 
     The constructor is collective. It checks that ranks were given the same things, broadcasts rank 0's parameters, and
@@ -125,7 +125,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             super().add_param_group(param_group)
             return
         self._gatherer.finish()
-        self._reducer.complete_round()
+        self._reducer.catch_up()
         self._shards.add(self.param_groups, partial(super().add_param_group, param_group))
         self._take_in()
 
@@ -227,9 +227,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
         with torch._C.DisableTorchFunctionSubclass():  # of parameters in flight, which would be asked one by one
-            self._reducer.complete_round()
+            self._reducer.catch_up()
             super().zero_grad(set_to_none)
-            self._reducer.clear()
+            self._reducer.drop()
         self._clip.clear()
 
     def attach(self, model: nn.Module) -> Attachment:

@@ -1,6 +1,6 @@
 """Gradients in a flat buffer that stays: ``p.grad`` of every parameter that has one is a view of it (ZeRO stage 1).
 
-This rank's slice of the buffer becomes the mean over ranks, in place. A sample of it tells later how it was changed.
+This rank's shard of the buffer becomes the mean over ranks, in place. A sample of it tells later how it was changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.update.storage import Allocate
 
 _NUM_SAMPLES = 64
-"""Elements of a slice that are remembered, to tell how averages were changed."""
+"""Elements of a shard that are remembered, to tell how averages were changed."""
 
 
 class FullGradients(HookedGradients):

@@ -1,6 +1,6 @@
 """The gradients of one bucket: what they mean at each moment of a step, whoever holds them.
 
-    full_gradients (ZeRO stage 1)      the flat buffer stays, and this rank's slice of it is averaged in place
+    full_gradients (ZeRO stage 1)      the flat buffer stays, and this rank's shard of it is averaged in place
     sharded_gradients (ZeRO stage 2)   the flat buffer goes, and means of several backward passes add up in the shard
     foreign_gradients                  p.grad is the memory of others, and is only read
 
@@ -166,11 +166,7 @@ class Gradients(ABC):
 
 
 class HookedGradients(Gradients):
-    """Gradients of plain parameters, which backward delivers one by one through hooks.
-
-    Attributes:
-        num_missing: Of how many slots the gradient has not come since the last reduction.
-    """
+    """Gradients of plain parameters, which backward delivers one by one through hooks."""
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, wire_dtype: torch.dtype | None) -> None:
         """Start without gradients.
@@ -199,7 +195,7 @@ class HookedGradients(Gradients):
     @property
     def are_complete(self) -> bool:
         """Whether backward has delivered all of them since the last reduction."""
-        return self.stage is Stage.LOCAL and not self.num_missing
+        return self.stage is Stage.LOCAL and not self._num_missing
 
     def deliver(self, slot: int, *, counts: bool) -> None:
         """Take the gradient that backward has just accumulated for a slot.
@@ -216,7 +212,7 @@ class HookedGradients(Gradients):
         self._adopt(slot)
         if counts and not self._has_come[slot]:
             self._has_come[slot] = True
-            self.num_missing -= 1
+            self._num_missing -= 1
 
     def bring_zeros(self, present: Sequence[bool]) -> None:
         """Give the parameters of these slots a gradient of zeros each."""
@@ -234,7 +230,7 @@ class HookedGradients(Gradients):
 
     def _await_all(self) -> None:
         self._has_come = bytearray(len(self._members))
-        self.num_missing = len(self._members)
+        self._num_missing = len(self._members)
 
     def _move(self, slot: int, view: Tensor) -> None:
         member = self._members[slot]

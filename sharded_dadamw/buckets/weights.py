@@ -83,7 +83,7 @@ class Weights(ABC):
 
     @abstractmethod
     def outgoing(self) -> Tensor:
-        """A flat buffer [num_ranks * n] with ``shard`` in this rank's slice."""
+        """A flat buffer [num_ranks * n] with ``shard`` in its place."""
 
     @abstractmethod
     def accept_(self, buffer: Tensor) -> None:

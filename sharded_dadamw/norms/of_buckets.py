@@ -16,7 +16,7 @@ from sharded_dadamw.update.adamw import value_of
 
 
 class HeldInBuckets:
-    """The trainable parameters of an optimizer, of which each rank holds a slice of every bucket.
+    """The trainable parameters of an optimizer, of which each rank holds a shard of every bucket.
 
     Attributes:
         axis: The ranks among which they are sharded.

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.schedule.in_flight import Gather, finish, is_anything_in_flight, wait_for
+from sharded_dadamw.schedule.in_flight import AllGather, finish, is_anything_in_flight, wait_for
 
 _BORROWED_AHEAD = 2
 """All-gathers of borrowed parameters kept under way, each with a buffer of its own."""
@@ -35,11 +35,11 @@ class Gatherer:
     def __init__(self, collectives: Collectives) -> None:
         """Gather from the ranks of ``collectives``."""
         self._collectives = collectives
-        self._under_way: dict[Bucket, Gather] = {}
+        self._under_way: dict[Bucket, AllGather] = {}
         self._attachments: list[Attachment] = []
 
     def __del__(self) -> None:
-        """Finish what is in flight: other ranks wait for our slices, and buffers must outlive their gathers."""
+        """Finish what is in flight: other ranks wait for our shards, and buffers must outlive their gathers."""
         with suppress(Exception):
             self.finish()
 
@@ -71,7 +71,7 @@ class Gatherer:
     def publish(self, bucket: Bucket) -> None:
         """Begin to gather a bucket's parameters. Collective."""
         buffer = bucket.weights.outgoing()
-        self._under_way[bucket] = Gather(bucket.weights, buffer, self._collectives.all_gather_(buffer))
+        self._under_way[bucket] = AllGather(bucket.weights, buffer, self._collectives.all_gather_(buffer))
         if bucket.is_borrowed:
             for earlier in list(self._under_way)[:-_BORROWED_AHEAD]:
                 if earlier.is_borrowed:
@@ -91,7 +91,7 @@ class Gatherer:
         """Finish everything under way.
 
         Raises:
-            RuntimeError: As :meth:`Gather.wait`, after the others have been finished.
+            RuntimeError: As :meth:`AllGather.wait`, after the others have been finished.
         """
         finish(list(self._under_way.values()))
         self._under_way.clear()

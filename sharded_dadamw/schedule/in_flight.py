@@ -25,13 +25,13 @@ from sharded_dadamw.comm.pending import Pending
 _METADATA = frozenset(("grad", "requires_grad", "shape", "dtype", "device", "is_floating_point"))
 """What may be asked of a parameter in flight, and ``grad`` also set: what loops do between a step and a forward."""
 
-_in_flight: dict[int, Gather] = {}
+_in_flight: dict[int, AllGather] = {}
 """By the ``id`` of each parameter. A gather keeps its parameters alive, so ids are not used again meanwhile."""
 _LOST = "parameters were lost on their way from other ranks"
 _lock = threading.RLock()  # backward runs hooks on threads of its own
 
 
-class Gather:
+class AllGather:
     """The all-gather of one bucket, under way."""
 
     def __init__(self, weights: Weights, buffer: Tensor, handle: Pending) -> None:
@@ -128,7 +128,7 @@ def wait_for_all() -> bool:
         return bool(gathers)
 
 
-def finish(gathers: Sequence[Gather]) -> None:
+def finish(gathers: Sequence[AllGather]) -> None:
     """Wait for these, also where one of them fails: no message may be left over."""
     with ExitStack() as stack:
         for gather in reversed(gathers):
@@ -140,6 +140,6 @@ def _wait_at_exit() -> None:
         torch.cuda.synchronize()
 
 
-atexit.register(_wait_at_exit)  # the other ranks wait for our slices
+atexit.register(_wait_at_exit)  # the other ranks wait for our shards
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=wait_for_all)  # nothing would ever arrive in the child

@@ -126,7 +126,7 @@ class Planner:
                 check_parameters(unfrozen)
         if not any(bucket.gradients.are_clipped for bucket in buckets):
             asked.clip.clear()
-        reducer.complete_round(begin=True)
+        reducer.catch_up(begin=True)
         changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
         side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
         void = self._handshake.check(

@@ -138,12 +138,12 @@ class Reducer:
             if gradients.are_complete and not self._knows_order and bucket not in self._completed:
                 self._completed.append(bucket)
 
-    def complete_round(self, *, begin: bool = False) -> None:
+    def catch_up(self, *, begin: bool = False) -> None:
         """Complete a round that backward has begun, where that was broken off or could not be told its end. Collective.
 
         Args:
-            begin: Do so also where there was no round since the last step, as of a backward that gave this rank no
-                gradient: other ranks may be waiting for its part.
+            begin: Do a round also where there was none since the last step, as where no gradient came on this rank:
+                others may be waiting for its part.
         """
         self._is_begun = self._is_begun or (begin and self._reduces_in_backward and not self.num_rounds)
         self._backward = None
@@ -216,7 +216,7 @@ class Reducer:
             if bucket.gradients.stage in (Stage.REDUCED, Stage.READ):
                 bucket.gradients.consume()
 
-    def clear(self) -> None:
+    def drop(self) -> None:
         """Forget all gradients, once no other rank waits for them."""
         self._under_way.clear()
         for bucket in self.buckets():
