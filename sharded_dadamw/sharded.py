@@ -33,8 +33,8 @@ from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.schedule.cost import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
-from sharded_dadamw.schedule.plan import Asked, Plan, Planner
 from sharded_dadamw.schedule.reducer import Reducer
+from sharded_dadamw.schedule.step_plan import Asked, StepPlan, StepPlanner
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
 
 
@@ -109,7 +109,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._joining = Joining(self._shards)
         self._reducer = Reducer(self._shards.collectives, self._config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
-        self._planner = Planner(self._shards, self._reducer)
+        self._planner = StepPlanner(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
         self._take_in()
         self._is_built = True
@@ -183,7 +183,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._consolidated.clear()
         return loss
 
-    def _plan_step(self) -> Plan:
+    def _plan_step(self) -> StepPlan:
         """Have all ranks agree on this step. Collective."""
         found_inf, ranks = self._scalers_flag(), self._reporting.given
         if found_inf is not None and ranks is not None:
@@ -191,7 +191,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         grad_scale = getattr(self, "grad_scale", None)
         return self._plan(max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
 
-    def _plan(self, **asked: Any) -> Plan:
+    def _plan(self, **asked: Any) -> StepPlan:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
         self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
@@ -208,7 +208,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         """What the most recent step cost this rank."""
         return self._clock.last
 
-    def _found_inf(self, plan: Plan) -> Tensor | None:
+    def _found_inf(self, plan: StepPlan) -> Tensor | None:
         """Return 1 where the step is void, 0-d fp32; None where nothing can make it so. May be collective."""
         if not self._config.skip_nonfinite:
             return plan.found_inf
@@ -279,7 +279,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._joining.clips_now.append((max_norm, norm_type))
         return norm
 
-    def _norm(self, plan: Plan, norm_type: float) -> Tensor:
+    def _norm(self, plan: StepPlan, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
         self._average()

@@ -1,7 +1,7 @@
 """What happens when: gradients on their way in, parameters on their way out.
 
-``reducer`` takes gradients from backward into buckets and through their reduction; ``plan`` looks at all that a step is
-about to do, and has ranks compare it in a ``handshake``; ``gatherer`` publishes updated parameters, and hooks the
+``reducer`` takes gradients from backward into buckets and through their reduction. ``step_plan`` says what a step is
+about to do, and has ranks compare it in a ``handshake``. ``gatherer`` publishes updated parameters, and hooks the
 modules of an attached model, behind whose next forward all-gathers may stay ``in_flight``: there whoever reads one of
 these parameters is made to wait. ``joining`` is for ranks that run out of data, and ``cost`` adds up what a step costs.
 

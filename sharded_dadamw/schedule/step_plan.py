@@ -61,7 +61,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """What the ranks agreed on.
 
     Attributes:
@@ -78,7 +78,7 @@ class Plan:
     unfrozen: list[NamedParameter]
 
 
-class Planner:
+class StepPlanner:
     """Has all ranks confirm that they are about to do the same."""
 
     def __init__(self, shards: Shards, reducer: Reducer) -> None:
@@ -87,7 +87,7 @@ class Planner:
         self._reducer = reducer
         self._handshake = Handshake(shards.holders, shards.device, refuse=reducer.refuse)
 
-    def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Plan:
+    def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> StepPlan:
         """Plan a call, given all parameter groups. Collective; raises before anything is changed.
 
         Raises:
@@ -141,7 +141,7 @@ class Planner:
         )
         if not reducer.knows_source:
             _learn_source(buckets, reducer, self._handshake)
-        return Plan(present, hypers, void, unfrozen)
+        return StepPlan(present, hypers, void, unfrozen)
 
 
 def _are_comparable(buckets: Sequence[Bucket], reducer: Reducer) -> bool:
