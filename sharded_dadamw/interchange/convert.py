@@ -24,6 +24,7 @@ from sharded_dadamw.interchange.state_dicts import (
     State,
     from_composer,
     from_torch,
+    has_main,
     models_in,
     names_by_shape,
     optimizers_in,
@@ -31,7 +32,6 @@ from sharded_dadamw.interchange.state_dicts import (
     to_torch,
 )
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
-from sharded_dadamw.update.storage import MAINS
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -138,7 +138,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
     if _is_safetensors(path):
         to_safetensors(path, state)
     elif Path(path).suffix in (".pt", ".pth"):
-        left_out = sum(any(key in entries for key in MAINS) for entries in state["state"].values())
+        left_out = sum(has_main(entries) for entries in state["state"].values())
         if left_out:
             log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
         theirs = to_torch(state)
@@ -244,7 +244,7 @@ def _with_main_params(state: State, weights: Weights) -> State:
     narrow = {
         name
         for name, entries in state["state"].items()
-        if name in weights and weights[name].dtype.itemsize < 4 and not any(key in entries for key in MAINS)
+        if name in weights and weights[name].dtype.itemsize < 4 and not has_main(entries)
     }
     with_main = {
         name: {**entries, "main_param": weights[name].float()} if name in narrow else entries

@@ -286,6 +286,11 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     return {"step": torch.tensor(step, dtype=torch.float32), **tensors}
 
 
+def has_main(entries: Mapping[str, Any]) -> bool:
+    """Whether there is a main parameter among the entries of a parameter's state."""
+    return any(key in entries for key in MAINS)
+
+
 def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step: zeros of its shape and dtype, on the CPU."""
     zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
