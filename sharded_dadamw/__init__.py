@@ -2,6 +2,7 @@
 
 from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.decoupled import DecoupledAdamW
+from sharded_dadamw.layout.groups import weight_decay_groups
 from sharded_dadamw.schedule.cost import StepCost
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
 
@@ -15,6 +16,7 @@ __all__ = [
     "ShardingConfig",
     "StateResidency",
     "StepCost",
+    "weight_decay_groups",
 ]
 
 __version__ = "0.1.0"

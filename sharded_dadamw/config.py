@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -55,6 +57,16 @@ class Exchange(_Choice):
     BACKEND = "the backend's own reduce-scatter and all-gather, whose order of addition is its own"
 
 
+_CHOICES: dict[str, type[_Choice]] = {
+    "gradient_residency": GradientResidency,
+    "state_residency": StateResidency,
+    "exchange": Exchange,
+    "main_parameter": MainParameter,
+    "moments": Moments,
+}
+"""The settings that are one of several ways."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingConfig:
     """How :class:`~sharded_dadamw.ShardedDecoupledAdamW` spreads its work, and in what precision it keeps state.
@@ -103,14 +115,7 @@ class ShardingConfig:
         for name in ("reduce_gradients", "overlap", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        kinds: tuple[tuple[str, type[Enum]], ...] = (
-            ("gradient_residency", GradientResidency),
-            ("state_residency", StateResidency),
-            ("exchange", Exchange),
-            ("main_parameter", MainParameter),
-            ("moments", Moments),
-        )
-        for name, kind in kinds:
+        for name, kind in _CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
                 choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
@@ -119,3 +124,33 @@ class ShardingConfig:
             raise TypeError(f"wire_dtype: expected a torch.dtype or None, got {self.wire_dtype!r}")
         if self.wire_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"wire_dtype: expected torch.bfloat16 or torch.float16 or None, got {self.wire_dtype}")
+
+    @classmethod
+    def of(cls, settings: ShardingConfig | Mapping[str, Any] | None) -> ShardingConfig:
+        """Return the config that is given, or that a mapping spells out, as a YAML file can hold it.
+
+        Args:
+            settings: A config; None for the defaults; or values by the name of the setting. A choice and a dtype may be
+                given by name, in any case: ``{"gradient_residency": "sharded", "wire_dtype": "bfloat16"}``.
+
+        Raises:
+            TypeError, ValueError: As the constructor; or this is no mapping, or names a setting that there is not.
+        """
+        if settings is None or isinstance(settings, cls):
+            return settings or cls()
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"config: expected a ShardingConfig, or a mapping of its settings, got {settings!r}")
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(f"config: expected settings among {', '.join(known)}, got {unknown[0]!r}")
+        return cls(**{name: _by_name(name, value) for name, value in settings.items()})
+
+
+def _by_name(setting: str, value: Any) -> Any:
+    """The member or dtype that a text names; what the constructor refuses, and other values, as they are."""
+    if not isinstance(value, str):
+        return value
+    if setting in _CHOICES:
+        return _CHOICES[setting].__members__.get(value.upper(), value)
+    dtype = getattr(torch, value.lower(), None) if setting == "wire_dtype" else None
+    return dtype if isinstance(dtype, torch.dtype) else value

@@ -15,7 +15,7 @@ This module conducts and touches no element itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
 from functools import partial
 from typing import Any, NoReturn, overload
@@ -73,7 +73,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         amsgrad: bool = False,
         *,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
-        config: ShardingConfig | None = None,
+        config: ShardingConfig | Mapping[str, Any] | None = None,
         norm_group: dist.ProcessGroup | DeviceMesh | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
@@ -86,7 +86,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             process_group: The ranks that hold the same parameters, or of DTensors the same parts: a group, a 1-D mesh,
                 or a 2-D mesh of replicas and shards in this order. None: the mesh axis along which DTensors are
                 replicated, else the default group, which is one rank where torch.distributed is not initialised.
-            config: How to shard; None for the defaults of :class:`ShardingConfig`.
+            config: How to shard: a ``ShardingConfig``, a mapping as ``ShardingConfig.of`` takes it, or None for the
+                defaults.
 
         Raises:
             TypeError: An argument of the wrong type, here or on another rank.
@@ -94,20 +95,19 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
                 were given different things. Raised on every rank, before any parameter is touched.
         """
         self._is_built = False
-        self._config = ShardingConfig() if config is None else config
+        self.config = ShardingConfig()
         self._consolidated: dict[int, dict[str, Tensor]] = {}  # never another one: proxies of the optimizer share it
         self.param_groups: list[dict[str, Any]] = []
         params, given, refusal = with_lists(params)
         with refusal:
-            if not isinstance(self._config, ShardingConfig):
-                raise TypeError(f"config: expected a ShardingConfig, got {config!r}")
+            self.config = ShardingConfig.of(config)
             self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
             self._reporting.connect(norm_group, self._device)
-        self._shards = Shards(given, self.param_groups, process_group, self._config, refusal)
+        self._shards = Shards(given, self.param_groups, process_group, self.config, refusal)
         self._joining = Joining(self._shards)
-        self._reducer = Reducer(self._shards.collectives, self._config, self._joining.announce)
+        self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
         self._planner = StepPlanner(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
@@ -210,7 +210,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     def _found_inf(self, plan: StepPlan) -> Tensor | None:
         """Return 1 where the step is void, 0-d fp32; None where nothing can make it so. May be collective."""
-        if not self._config.skip_nonfinite:
+        if not self.config.skip_nonfinite:
             return plan.found_inf
         if not self._clip:
             self._average()

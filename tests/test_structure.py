@@ -16,7 +16,7 @@ FLOORS = (
     ("schedule", "state"),
     ("base",),
     ("decoupled", "sharded"),
-    ("checkpoint", "plan"),
+    ("checkpoint", "plan", "stacks"),
     ("interchange",),
     ("cli",),
 )

@@ -1,0 +1,86 @@
+"""The examples of `launch/stacks`, run with the stacks themselves: each trains and resumes like one process with AdamW.
+
+A difference of weights is taken over the largest movement of a weight. Rounding is 2e-5 of it; a clip, a mean or a
+decay that is wrong is 0.05 or more.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.stacks import common
+
+pytestmark = pytest.mark.clients
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+STACKS = {
+    "torchrun_loop": "torch",
+    "transformers_trainer": "transformers",
+    "accelerate_loop": "accelerate",
+    "lightning_trainer": "lightning",
+    "fabric_loop": "lightning",
+    "torchtitan_fsdp2": "torchtitan",
+    "olmo_core_fsdp2": "olmo_core",
+}
+"""Examples, and what each needs."""
+UNDER_DDP = ("transformers_trainer", "accelerate_loop", "lightning_trainer", "fabric_loop")
+
+
+def run(example: str, folder: Path, ranks: int, *options: str, fails: bool = False) -> Any:
+    pytest.importorskip(STACKS[example], reason=f"pip install {STACKS[example]}")
+    folder.mkdir(exist_ok=True)
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    example_of = ["-m", f"launch.stacks.{example}", "--folder", str(folder)]
+    done = subprocess.run(
+        [*torchrun, *example_of, *options], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    output = done.stdout + done.stderr
+    if fails:
+        assert done.returncode != 0
+        return output
+    assert done.returncode == 0, output
+    return torch.load(folder / "result.pt")
+
+
+@cache
+def control(example: str) -> dict[str, Any]:
+    module = importlib.import_module(f"launch.stacks.{example}")
+    return common.control(module.build(), module.loss_of, 4)
+
+
+def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of weights over the largest movement; the two may name them with and without a prefix."""
+    start, reached = other["start"], other["weights"]
+    assert len(one["weights"]) == len(reached)
+    moved = max((reached[name] - start[name]).abs().max() for name in reached)
+    pairs = zip(one["weights"].values(), reached.values(), strict=True)
+    return float(max((a - b).abs().max() for a, b in pairs) / moved)
+
+
+@pytest.mark.parametrize("example", STACKS)
+def test_it_trains_and_resumes_like_one_process_with_adamw(example: str, tmp_path: Path) -> None:
+    whole = run(example, tmp_path, 2)
+    expected = control(example)
+    assert gap(whole, expected) < 2e-5
+    assert whole["norms"] == pytest.approx(expected["norms"], rel=1e-4)  # as logged: some stacks round them
+    assert min(whole["norms"]) > common.MAX_NORM
+    (tmp_path / "result.pt").unlink()
+    resumed = run(example, tmp_path, 2, "--resume")
+    assert all(torch.equal(weight, whole["weights"][name]) for name, weight in resumed["weights"].items())
+    alone = run(example, tmp_path, 1, "--resume", "--micro-batches", "4")
+    assert gap(alone, expected) < 2e-5
+
+
+@pytest.mark.parametrize("example", UNDER_DDP)
+def test_under_the_stacks_own_ddp_it_trains_alike(example: str, tmp_path: Path) -> None:
+    assert gap(run(example, tmp_path, 2, "--ddp"), control(example)) < 2e-5
