@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: makes .venv in the checkout, and keeps it while it is current.
 #
-#   use_environment launch|test    leaves the interpreter's path in $VENV_PYTHON, and the working directory at the checkout
+#   use_environment launch|test|clients    leaves the interpreter's path in $VENV_PYTHON, and the working directory at the checkout
 #
 # Settings, from the environment:
 #   PYTHON            the Python 3.11 to 3.13 to build with; found on PATH where unset
@@ -55,14 +55,19 @@ install() {
     logged "$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"
 }
 
+extras_of() {
+    case $1 in
+        launch) echo launch,fairscale,cpu ;;
+        test) echo launch,fairscale,composer,test ;;
+        clients) echo launch,fairscale,composer,test,stacks ;;
+        *) return 1 ;;
+    esac
+}
+
 # One environment serves every purpose: what is asked for is added to what is there.
 use_environment() {
-    local purpose=$1 extras stamp have='' python
-    case $purpose in
-        launch) extras=launch,fairscale,cpu ;;
-        test) extras=launch,fairscale,composer,test ;;
-        *) die "expected launch or test, got $purpose" ;;
-    esac
+    local purpose=$1 stamp have='' python
+    extras_of "$purpose" >/dev/null || die "expected launch, test or clients, got $purpose"
     cd "$CHECKOUT"
 
     # Two scripts started together must not install over each other.
@@ -77,7 +82,8 @@ use_environment() {
     fi
     stamp="$(cat pyproject.toml scripts/environment.sh | cksum) ${TORCH_INDEX_URL:-}"
     case $have in
-        "$stamp test" | "$stamp $purpose")
+        "$stamp clients" | "$stamp test" | "$stamp $purpose")
+            [[ $purpose != clients || $have == *" clients" ]] || have=''
             if is_supported_python "$VENV_PYTHON"; then
                 [[ -z ${PYTHON:-} ]] || same_python "$PYTHON" || have=''
             else
@@ -93,14 +99,14 @@ use_environment() {
         if [[ ! -r $VENV/stamp ]] || ! is_supported_python "$VENV_PYTHON" || ! same_python "$python"; then
             say "making .venv with $("$python" --version); pip's output goes to $VENV_LOG"
             logged "$python" -m venv --clear "$VENV"
-        elif [[ $(<"$VENV/stamp") == *" test" ]]; then
-            purpose=test extras=launch,fairscale,composer,test
+        elif [[ $purpose == launch || $(<"$VENV/stamp") == *" clients" ]]; then
+            purpose=$(<"$VENV/stamp") purpose=${purpose##* } # what is there already stays
         fi
         rm -f "$VENV/stamp"
         # torch first and alone, so that nothing else chooses its version or where it comes from.
         install "torch==$TORCH_VERSION" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
-        install "torch==$TORCH_VERSION" numpy --editable ".[$extras]"
-        if [[ $purpose == test ]]; then
+        install "torch==$TORCH_VERSION" numpy --editable ".[$(extras_of "$purpose")]"
+        if [[ $purpose != launch ]]; then
             # It asks for a torch of its own time, and for torchvision, which tests/composer_client.py does without.
             install --no-deps "mosaicml==$COMPOSER_VERSION"
         fi

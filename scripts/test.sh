@@ -10,13 +10,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 QUICK=(tests/test_{structure,law,layout,placement,collectives,sharded,contract,refusals,metrics}.py)
 
-tier=${1:-}
+tier=${1:-} purpose=test
 case $tier in
     --quick) shift; set -- -m "not clients" "${QUICK[@]}" "$@" ;;
-    --clients) shift ;;
+    --clients) shift; purpose=clients ;;
     *) tier=; set -- -m "not clients" "$@" ;;
 esac
-use_environment test
+use_environment $purpose
 if [[ $tier != --quick ]]; then
     say "ruff"
     "$VENV_PYTHON" -m ruff check
