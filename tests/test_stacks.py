@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from launch.stacks import common
+from sharded_dadamw import DecoupledAdamW, Moments, ShardedDecoupledAdamW
 
 pytestmark = pytest.mark.clients
 
@@ -30,7 +32,7 @@ STACKS = {
     "olmo_core_fsdp2": "olmo_core",
 }
 """Examples, and what each needs."""
-UNDER_DDP = ("transformers_trainer", "accelerate_loop", "lightning_trainer", "fabric_loop")
+UNDER_DDP = ("transformers_trainer", "accelerate_loop", "lightning_trainer")
 
 
 def run(example: str, folder: Path, ranks: int, *options: str, fails: bool = False) -> Any:
@@ -84,3 +86,37 @@ def test_it_trains_and_resumes_like_one_process_with_adamw(example: str, tmp_pat
 @pytest.mark.parametrize("example", UNDER_DDP)
 def test_under_the_stacks_own_ddp_it_trains_alike(example: str, tmp_path: Path) -> None:
     assert gap(run(example, tmp_path, 2, "--ddp"), control(example)) < 2e-5
+
+
+def test_a_clip_by_value_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    fabric = pytest.importorskip("sharded_dadamw.stacks.fabric", exc_type=ImportError)
+    lightning = importlib.import_module("sharded_dadamw.stacks.lightning")
+    precision = importlib.import_module("lightning.pytorch.plugins").Precision()
+    ours = importlib.import_module("sharded_dadamw.stacks.accelerate")
+    model = common.build()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = ours.prepare(accelerator, model, ShardedDecoupledAdamW(model.parameters()))
+    with pytest.raises(ValueError, match="by their norm alone"):
+        accelerator.clip_grad_value_(model.parameters(), 1.0)
+    with pytest.raises(ValueError, match="by their norm alone"):
+        fabric.ShardedStrategy().clip_gradients_value(model, optimizer, 1.0)
+    strategy = lightning.ShardedStrategy(precision_plugin=precision)
+    strategy.configure_ddp()
+    with pytest.raises(ValueError, match="by their norm alone"):
+        strategy.precision_plugin.clip_gradients(optimizer, 1.0, "value")
+
+
+def test_names_of_other_optimizers_are_torchtitans_business() -> None:
+    module = pytest.importorskip("sharded_dadamw.stacks.torchtitan", exc_type=ImportError)
+    assert module.DecoupledOptimizers._resolve_optimizer_factory("AdamW") is torch.optim.AdamW
+    with pytest.raises(NotImplementedError, match="Lion"):
+        module.DecoupledOptimizers._resolve_optimizer_factory("Lion")
+
+
+def test_llm_foundrys_registry_finds_both_and_builds_one_of_yaml() -> None:
+    [entry] = entry_points(group="llmfoundry_optimizers", name="sharded_decoupled_adamw")
+    settings = {"lr": 1e-3, "weight_decay": 1e-6, "config": {"moments": "bf16", "reduce_gradients": False}}
+    assert entry.load()(params=common.build().parameters(), **settings).config.moments is Moments.BF16
+    [entry] = entry_points(group="llmfoundry_optimizers", name="decoupled_adamw_free_of_lr")
+    assert entry.load() is DecoupledAdamW
