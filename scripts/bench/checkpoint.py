@@ -48,7 +48,6 @@ class Checkpoint(OnRanks):
     folder: Annotated[Path | None, typer.Option(help="On the disk to measure; by default the temporary one.")] = None
 
     def run(self) -> None:
-        """See Benchmark."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         own = Path(tempfile.mkdtemp(dir=self.folder))
@@ -58,7 +57,6 @@ class Checkpoint(OnRanks):
             shutil.rmtree(own)
 
     def measure(self) -> Report:
-        """See OnRanks."""
         run = Run(self)
         for number in range(self.rounds):
             run.save_and_load(number)

@@ -57,18 +57,15 @@ class Gpu(Benchmark):
     seconds: Annotated[int, typer.Option(min=1, help="When to stop.")] = 530
 
     def __post_init__(self) -> None:
-        """See Benchmark."""
         if unknown := [part for part in self.parts.split(",") if part not in PARTS]:
             raise typer.BadParameter(f"expected --parts to be of {', '.join(PARTS)}, got {', '.join(unknown)}")
         if self.device is Device.CUDA and not torch.cuda.is_available():
             raise typer.BadParameter("expected a GPU for --device cuda, got none; --device cpu tries everything out")
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
-        """See Benchmark."""
         return harness.device_of(self.device)
 
     def run(self) -> None:
-        """See Benchmark."""
         self.out.mkdir(parents=True, exist_ok=True)
         started, done = time.monotonic(), {}
         for part in self.parts.split(","):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,12 @@ from torch import Tensor
 CHECKOUT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SECONDS_OF_SILENCE = 10
-_T = TypeVar("_T")
 
 
 class Device(StrEnum):
     """Where to measure."""
 
-    CPU = "cpu"
-    CUDA = "cuda"
+    CPU, CUDA = "cpu", "cuda"
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,6 @@ class OnRanks(Benchmark):
         raise NotImplementedError
 
     def run(self) -> None:
-        """See Benchmark."""
         if "RANK" in os.environ:
             _run_rank(int(os.environ["LOCAL_RANK"]), self, "env://")
         else:
@@ -237,8 +234,10 @@ def interleave(
     gc.disable()  # in the middle of a step it would be counted as that contender's
     try:
         for index in range(warmup + rounds):
+            # Rotated every other round, and turned round in between: nobody always follows the same neighbour.
+            order = sorted(range(len(contenders)), key=lambda number: (number - index // 2) % len(contenders))
             values: dict[int, Sequence[float]] = {}
-            for number in in_turn(range(len(contenders)), index):
+            for number in order if index % 2 == 0 else reversed(order):
                 if dist.is_initialized():
                     dist.barrier()
                 values[number] = contenders[number](index)
@@ -253,16 +252,6 @@ def interleave(
     if dist.is_initialized():
         dist.all_reduce(samples, dist.ReduceOp.MAX)
     return samples.cpu()
-
-
-def in_turn(contenders: Sequence[_T], index: int) -> list[_T]:
-    """An order that rotates every other round, and is turned round in between.
-
-    So nobody always runs in the wake of the same neighbour.
-    """
-    first = index // 2 % len(contenders)
-    order = [*contenders[first:], *contenders[:first]]
-    return order if index % 2 == 0 else order[::-1]
 
 
 @dataclass(frozen=True)

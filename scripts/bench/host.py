@@ -33,12 +33,10 @@ class Host(OnRanks):
     counts: Annotated[str, typer.Option(help="Numbers of parameters; the first is compared with.")] = "100,1000,10000"
 
     def __post_init__(self) -> None:
-        """See Benchmark."""
         if uneven := [count for count in harness.numbers(self.counts) if count < 1 or self.elements % count]:
             raise typer.BadParameter(f"expected --counts to divide {self.elements} elements, got {uneven}")
 
     def measure(self) -> Report:
-        """See OnRanks."""
         counts = harness.numbers(self.counts)
         optimizers: dict[str, Callable[..., Any]] = {
             "ShardedDecoupledAdamW": ShardedDecoupledAdamW,

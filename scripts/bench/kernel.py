@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -22,22 +22,13 @@ from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Step
 
 PIECES = 1000
-CRUMBS, CRUMB = 10_000, 13
-"""A case of its own: so many parameters of so few elements."""
-
-MAX_PLACES = 64
-"""Parts of the arena that take turns, at most."""
-MAX_FRAGMENTS = 50_000
-"""Fragments of all places together, above which making them ready takes longer than timing them."""
-BYTES_PER_ELEMENT = 44
-"""32 in the arena, and 12 for what peers keep and compute in between."""
-MAX_8BIT_ON_CPU = 4_000_000
-"""Elements, above which quantising them takes longer than everything else."""
-SAMPLE_S = 0.01
-"""What a sample should last, if no more than MAX_CALLS calls are needed for that."""
-MAX_CALLS = 16
-HEAD_START_CYCLES = 4_000_000
-"""About 2 ms of a GPU's time, in which the host can hand over a whole sample."""
+CRUMBS, CRUMB = 10_000, 13  # a case of its own: so many parameters of so few elements
+MAX_PLACES = 64  # parts of the arena that take turns, at most
+MAX_FRAGMENTS = 50_000  # of all places together: making more of them ready takes longer than timing them
+BYTES_PER_ELEMENT = 44  # 32 in the arena, and 12 for what peers keep and compute in between
+MAX_8BIT_ON_CPU = 4_000_000  # elements: quantising more of them takes longer than everything else
+SAMPLE_S, MAX_CALLS = 0.01, 16  # what a sample should last, if no more calls are needed for that
+HEAD_START_CYCLES = 4_000_000  # about 2 ms of a GPU's time, in which the host can hand over a whole sample
 
 COPY, IN_PLACE = "copy", "in place"
 LINES = (
@@ -101,46 +92,51 @@ class Kernel(Benchmark):
     peers: Annotated[bool, typer.Option(help="Whether to time others' optimizers too.")] = True
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
-        """See Benchmark."""
         return harness.device_of(self.device)
 
     def run(self) -> None:
-        """See Benchmark."""
         warnings.simplefilter("ignore")  # peers warn about their own use of what torch has deprecated
         device, remarks = self.torch_device(), []
-        cached, free = cache_bytes(device), free_bytes(device)
+        on_gpu = device.type == "cuda"
+        cached = cache_bytes(device)
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
 
         def num_places(numel: int) -> int:
             """So many that they do not fit into the cache, in the narrowest dtypes: 8 bytes per element."""
             return min(MAX_PLACES, math.ceil(cached / (8 * numel)))
 
-        sizes = []
-        for size in (self.numel or ("1,16,50" if device.type == "cpu" else "1,64,256,1000")).split(","):
+        sizes = [CRUMBS * CRUMB]
+        for size in (self.numel or ("1,64,256,1000" if on_gpu else "1,16,50")).split(","):
             numel = max(1, round(float(size) * 1e6 / BLOCK_8BIT)) * BLOCK_8BIT
             if (needed := BYTES_PER_ELEMENT * numel * num_places(numel)) <= 0.9 * free:
                 sizes.append(numel)
             else:
                 remarks.append(f"{millions(numel)}: needs {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
-        arena = Arena(max(numel * num_places(numel) for numel in [*sizes, CRUMBS * CRUMB]), device)
+        arena = Arena(max(numel * num_places(numel) for numel in sizes), device)
         cases = []
-        for threads in harness.numbers(self.threads) if device.type == "cpu" else [None]:
+        for threads in [None] if on_gpu else harness.numbers(self.threads):
             if threads is not None:
                 torch.set_num_threads(threads)
                 torch.compiler.reset()  # what torch compiles for CPUs, as peers have it do, is for a number of threads
-            for numel in (CRUMBS * CRUMB, *sorted(sizes)):
+            for numel in sizes:
                 case = Case(arena, numel, num_places(numel), threads)
                 case.fill(self.peers)
                 case.measure(self.rounds)
                 harness.say(case.yardsticks)
                 cases.append(case)
-        remarks += dict.fromkeys(remark for case in cases for remark in case.remarks)
-        results = [result for case in cases for result in case.results()]
-        lines = [f"{self.rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round."]
-        lines += [*(case.yardsticks for case in cases), *LINES, LINE_OF_DEVICE[Device(device.type)], *remarks]
-        rounds = [{"numel": case.numel, "threads": case.threads, "seconds": case.seconds} for case in cases]
-        rounds = [case | {"seconds": {name: s.tolist() for name, s in case["seconds"].items()}} for case in rounds]
-        record = {"results": [asdict(result) for result in results], "rounds": rounds}
-        self.publish(Report(list(results[0].cells), [list(one.cells.values()) for one in results], lines, record))
+        rows = [row for case in cases for row in case.table()]
+        lines = [
+            f"{self.rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
+            *(case.yardsticks for case in cases),
+            *LINES,
+            LINE_OF_DEVICE[Device(device.type)],
+            *dict.fromkeys([*remarks, *(remark for case in cases for remark in case.remarks)]),
+        ]
+        rounds = [
+            {"numel": one.numel, "threads": one.threads, "seconds": {k: s.tolist() for k, s in one.seconds.items()}}
+            for one in cases
+        ]
+        self.publish(Report(list(rows[0]), [list(row.values()) for row in rows], lines, {"rounds": rounds}))
 
 
 class Arena:
@@ -150,7 +146,7 @@ class Arena:
     """
 
     def __init__(self, numel: int, device: torch.device) -> None:
-        self.device = device
+        self.device, self.numel = device, numel
         random = torch.Generator(device).manual_seed(0)
 
         def empty(dtype: torch.dtype) -> Tensor:
@@ -179,99 +175,54 @@ class Arena:
             fragments.append(Operands(*parts, self._steps[number], first_element))
         return fragments
 
-    def copies(self) -> dict[str, "Task"]:
+    def copies(self) -> dict[str, Callable[[], object]]:
         """The yardstick: one large copy, of something that may overwrite what is there. And the same in place."""
         source, target = self._exp_avg_sq[torch.float32], self._max_exp_avg_sq[torch.float32]
-        tasks = {COPY: Task([partial(target.copy_, source)], 2 * source.nbytes)}
-        if self.device.type == "cpu":
-            tasks[IN_PLACE] = Task([partial(target.mul_, 1.0)], 2 * source.nbytes)
-        return tasks
-
-
-class Task(NamedTuple):
-    """What is timed.
-
-    Attributes:
-        calls: The same work in different places, each to be done in its turn.
-        num_bytes: What one call has to read and write.
-    """
-
-    calls: Sequence[Callable[[], object]]
-    num_bytes: float
+        in_place = {IN_PLACE: partial(target.mul_, 1.0)} if self.device.type == "cpu" else {}
+        return {COPY: partial(target.copy_, source), **in_place}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """What is timed, and a line of the table.
 
     Attributes:
-        kernel: Which of ours runs, if it is about ours.
-        plain: The task that it is about, by name; also the line's title.
-        fused: Torch's fused kernel on the same fragments, in the same dtypes if it has them.
-        in_other_dtypes: Whether it has not, and ``fused`` is the one in fp32.
-        flat: The same on one flat tensor, where ``plain`` is about many.
+        section: Where it stands in the table: ours, torch's fused kernel, or others. None: it is a yardstick.
+        calls: The same work in different places, each to be done in its turn.
+        size: Bytes per element that one call has to read and write.
+        kernel: Which of ours runs.
+        fused: Torch's fused kernel on the same fragments, by name.
+        in_other_dtypes: Whether it has none in these dtypes, and ``fused`` is the one in fp32.
+        flat: The same on one flat tensor, by name, where this is about many.
     """
 
-    kernel: str
-    bytes_per_element: float
-    plain: str
+    section: int | None
+    calls: Sequence[Callable[[], object]]
+    size: float
+    kernel: str = ""
     fused: str | None = None
     in_other_dtypes: bool = False
     flat: str | None = None
 
 
-@dataclass(frozen=True)
-class Result:
-    """A row's figures; those relative to others are None where there is nothing of the kind.
-
-    Attributes:
-        ratio: To torch's fused kernel, in time.
-        ratio_to_flat: Of many fragments to one, in time.
-    """
-
-    row: Row
-    numel: int
-    threads: int | None
-    seconds: Spread
-    gb_per_s: float
-    percent_of_copy: Spread
-    ratio: Spread | None
-    ratio_to_flat: Spread | None
-
-    @property
-    def cells(self) -> dict[str, str]:
-        """Texts by the titles of their columns."""
-        mark = " (fp32)" if self.row.in_other_dtypes else ""
-        return {
-            "update": self.row.plain,
-            "elements": millions(self.numel),
-            "threads": str(self.threads or "-"),
-            "kernel": self.row.kernel,
-            "B/element": f"{self.row.bytes_per_element:.3g}",
-            "ms": f"{1e3 * self.seconds.median:.3g}",
-            "GB/s": f"{self.gb_per_s:.3g}",
-            "% of copy": f"{self.percent_of_copy.median:.0f}",
-            "time / torch fused": f"{self.ratio}{mark}" if self.ratio else "",
-            "time / one flat tensor": str(self.ratio_to_flat or ""),
-        }
+OURS, FUSED, OTHERS = range(3)
 
 
 class Case:
-    """One size on one number of threads: what is timed, and the rows that are made of it.
+    """One size on one number of threads.
 
     Attributes:
-        numel: Elements that every task updates.
-        tasks: By name, in the order in which they stand next to each other.
-        rows: In the order of the table.
-        seconds: Per call of every task that could be run, [rounds] each.
+        numel: Elements that every row updates.
+        rows: By name, in the order in which they stand next to each other.
+        seconds: Per call of every row that could be run, [rounds] each.
         remarks: What is not in the table, and why.
     """
 
     def __init__(self, arena: Arena, numel: int, num_places: int, threads: int | None) -> None:
         self.numel = numel
         self.threads = threads
-        self.tasks = arena.copies()
-        self.rows: list[Row] = []
+        size = 8 * arena.numel / numel
+        self.rows = {name: Row(None, [copy], size) for name, copy in arena.copies().items()}
         self.seconds: dict[str, Tensor] = {}
         self.remarks: list[str] = []
         self._arena = arena
@@ -281,39 +232,34 @@ class Case:
 
     def fill(self, with_peers: bool) -> None:
         """Everything in this size; or, if it is that of the crumbs, many parameters of few elements beside one."""
-        fused_rows: list[Row] = []
         if self.numel == CRUMBS * CRUMB:
-            self._add(FP32, fused_rows)
-            self._add(FP32, fused_rows, pieces=CRUMBS)
-        else:
-            for precision in PRECISIONS:
-                for amsgrad in (False, True):
-                    self._add(precision, fused_rows, amsgrad=amsgrad)
-            self._add(FP32, fused_rows, pieces=PIECES)
-        self.rows += fused_rows
-        if with_peers and self.numel != CRUMBS * CRUMB:
-            for peer in peers_of_an_update():
-                self._add_peer(peer)
+            self._add(FP32)
+            self._add(FP32, pieces=CRUMBS)
+            return
+        for precision in PRECISIONS:
+            for amsgrad in (False, True):
+                self._add(precision, amsgrad=amsgrad)
+        self._add(FP32, pieces=PIECES)
+        for peer in peers_of_an_update() if with_peers else ():
+            self._add_peer(peer)
 
-    def _add(self, precision: Precision, fused_rows: list[Row], *, amsgrad: bool = False, pieces: int = 1) -> None:
+    def _add(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> None:
         """Our update, and beside it torch's fused one where it has these dtypes."""
         places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
         form = places[0][0].form
         size = bytes_per_element(form)
-        variant = ", amsgrad" if amsgrad else ""
         cut = f", {pieces:,} pieces" if pieces > 1 else ""
-        flat, flat_fused = f"{precision.title}{variant}", f"{precision.fused or FUSED_FP32}{variant}"
-        plain, yardstick = f"{flat}{cut}", f"{flat_fused}{cut}"
+        flat, flat_fused = (
+            f"{title}{', amsgrad' if amsgrad else ''}" for title in (precision.title, precision.fused or FUSED_FP32)
+        )
         kernel = choose.kernel_for(form).__name__.rpartition(".")[2].removesuffix("_kernel")
-        row = Row(kernel, size, plain, yardstick, in_other_dtypes=precision.fused is None)
-        self.rows.append(replace(row, flat=flat) if cut else row)
-
-        updates = [choose.prepare(fragments) for fragments in places]
         step = Step([replace(HYPER, amsgrad=amsgrad)])
-        self._time(plain, size, [partial(update, step, 0) for update in updates])
-        if precision.fused is not None:
-            self._time(yardstick, size, [fused(fragments) for fragments in places])
-            fused_rows.append(Row("", size, yardstick, flat=flat_fused if cut else None))
+        calls = [partial(choose.prepare(fragments), step, 0) for fragments in places]
+        is_apart, of_flat = precision.fused is None, flat if cut else None
+        self.rows[flat + cut] = Row(OURS, calls, size, kernel, flat_fused + cut, is_apart, of_flat)
+        if not is_apart:
+            calls = [fused(fragments) for fragments in places]
+            self.rows[flat_fused + cut] = Row(FUSED, calls, size, flat=flat_fused if cut else None)
 
     def _add_peer(self, peer: Peer) -> None:
         """An update of fp32 parameters, if it is installed."""
@@ -321,15 +267,13 @@ class Case:
         if in_8_bits and self._arena.device.type == "cpu" and self.numel > MAX_8BIT_ON_CPU:
             self.remarks.append(f"{peer.title}, {millions(self.numel)}: left out, since torchao takes seconds on a CPU")
             return
-        places = [fragments[0] for fragments in self._places(FP32)]
         try:
-            calls = [peer.build(at) for at in places]
+            calls = [peer.build(fragments[0]) for fragments in self._places(FP32)]
         except ImportError:
             self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
-            return
-        size = 3 * 4 + 2 * 2 * peer.moments
-        self.rows.append(Row("", size, peer.title, fused=FUSED_FP32, in_other_dtypes=in_8_bits))
-        self._time(peer.title, size, calls)
+        else:
+            size = 3 * 4 + 2 * 2 * peer.moments
+            self.rows[peer.title] = Row(OTHERS, calls, size, fused=FUSED_FP32, in_other_dtypes=in_8_bits)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
         # Equal pieces, on multiples of ALIGNMENT if they are that large.
@@ -338,64 +282,73 @@ class Case:
         num_places = max(1, min(self._num_places, MAX_FRAGMENTS // pieces))
         return [self._arena.operands(precision, amsgrad, bounds, place * self.numel) for place in range(num_places)]
 
-    def _time(self, name: str, size: float, calls: Sequence[Callable[[], object]]) -> None:
-        self.tasks[name] = Task(calls, size * self.numel)
-
     def measure(self, rounds: int) -> None:
-        """Time every task in every round; first drop what cannot be run."""
+        """Time every row in every round; first drop what cannot be run."""
         samplers = {}
-        for name, task in list(self.tasks.items()):
+        for name, row in self.rows.items():
             try:
-                self._sample(task, len(task.calls))  # compiles, allocates and touches everything once
-                (seconds,) = min(self._sample(task, 1) for _ in range(2))
+                self._sample(row, len(row.calls))  # compiles, allocates and touches everything once
+                (seconds,) = min(self._sample(row, 1) for _ in range(2))
             except Exception as error:
-                del self.tasks[name]
                 failure = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
                 reason = "does not fit" if isinstance(error, torch.OutOfMemoryError) else failure
                 self.remarks.append(f"{name}, {millions(self.numel)}: {reason}")
             else:
                 num_calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_S / seconds)))
-                samplers[name] = partial(self._sample, task, num_calls)
+                samplers[name] = partial(self._sample, row, num_calls)
         samples = harness.interleave(list(samplers.values()), rounds)
         self.seconds = dict(zip(samplers, samples[:, :, 0].T, strict=True))
 
-    def _sample(self, task: Task, num_calls: int, index: int = 0) -> list[float]:
+    def _sample(self, row: Row, num_calls: int, index: int = 0) -> list[float]:
         """Seconds of a call, over so many calls; on a GPU its own time, with a head start for the host."""
         self._clock.settle()
         if self._arena.device.type == "cuda":
             torch.cuda._sleep(HEAD_START_CYCLES)
         start = self._clock.mark()
         for turn in islice(self._turns, num_calls):
-            task.calls[turn % len(task.calls)]()
+            row.calls[turn % len(row.calls)]()
         end = self._clock.mark()
         self._clock.settle()
         return [self._clock.seconds(start, end) / num_calls]
 
+    def _gb_per_s(self, name: str) -> Tensor:
+        """In every round."""
+        return self.rows[name].size * self.numel / self.seconds[name] / 1e9
+
     @property
     def yardsticks(self) -> str:
         """What memory yields, to be read."""
-        medians = {name: float(self.seconds[name].median()) for name in (COPY, IN_PLACE) if name in self.seconds}
-        rates = (f"{name} {self.tasks[name].num_bytes / median / 1e9:.1f} GB/s" for name, median in medians.items())
+        names = [name for name in (COPY, IN_PLACE) if name in self.seconds]
+        rates = (f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s" for name in names)
         on = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{millions(self.numel)} elements{on}: {', '.join(rates)}"
 
-    def results(self) -> list[Result]:
-        """One per row of what could be run."""
+    def table(self) -> list[dict[str, str]]:
+        """Texts by the titles of their columns, for every row that could be run."""
 
-        def ratio(name: str, to: str | None) -> Spread | None:
-            return Spread.of(self.seconds[name] / self.seconds[to]) if to in self.seconds else None
+        def ratio(name: str, to: str | None) -> str:
+            return str(Spread.of(self.seconds[name] / self.seconds[to])) if to in self.seconds else ""
 
-        results = []
-        for row in self.rows:
-            if (seconds := self.seconds.get(row.plain)) is not None:
-                rate, copy = (self.tasks[name].num_bytes / self.seconds[name] for name in (row.plain, COPY))
-                ratios = ratio(row.plain, row.fused), ratio(row.plain, row.flat)
-                spread = Spread.of(seconds)
-                gb_per_s = self.tasks[row.plain].num_bytes / spread.median / 1e9
-                results.append(
-                    Result(row, self.numel, self.threads, spread, gb_per_s, Spread.of(100 * rate / copy), *ratios)
-                )
-        return results
+        shown = [name for name in self.seconds if self.rows[name].section is not None]
+        table = []
+        for name in sorted(shown, key=lambda name: self.rows[name].section or 0):
+            row, rates = self.rows[name], self._gb_per_s(name)
+            over_fused = ratio(name, row.fused)
+            table.append(
+                {
+                    "update": name,
+                    "elements": millions(self.numel),
+                    "threads": str(self.threads or "-"),
+                    "kernel": row.kernel,
+                    "B/element": f"{row.size:.3g}",
+                    "ms": f"{1e3 * Spread.of(self.seconds[name]).median:.3g}",
+                    "GB/s": f"{Spread.of(rates).median:.3g}",
+                    "% of copy": f"{100 * Spread.of(rates / self._gb_per_s(COPY)).median:.0f}",
+                    "time / torch fused": over_fused + " (fp32)" * (row.in_other_dtypes and bool(over_fused)),
+                    "time / one flat tensor": ratio(name, row.flat),
+                }
+            )
+        return table
 
 
 def bytes_per_element(form: Form) -> int:
@@ -429,14 +382,3 @@ def cache_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=2**25)
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that can be allocated, as far as that is known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)

@@ -35,7 +35,6 @@ class Memory(Contest):
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32
 
     def run(self) -> None:
-        """See Benchmark."""
         # Memory that is freed goes back at once, so that what is held is what is in use.
         os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**17)
         os.environ["MALLOC_ARENA_MAX"] = "2"

@@ -31,14 +31,12 @@ class Metrics(Training):
     packages = ("numba", "mosaicml")
 
     def run(self) -> None:
-        """See Benchmark."""
         os.environ["NODE_RANK"] = "0"  # which Composer wants to know
         super().run()
 
     def measure(self) -> Report:
-        """See OnRanks."""
         contenders, missing = self.build()
-        turns = [partial(self.take_step, one, reports) for one in contenders.values() for reports in (False, True)]
+        turns = [partial(self.take_step, *one, reports) for one in contenders.values() for reports in (False, True)]
         seconds = harness.interleave(turns, self.rounds, self.warmup)[..., 0].unflatten(1, (len(contenders), 2))
         rows = []
         for number, name in enumerate(contenders):
@@ -49,53 +47,38 @@ class Metrics(Training):
         record = {"contenders": list(contenders), "seconds": seconds.tolist()}
         return Report(("contender", "step ms", "reporting / plain: median [quartiles]"), rows, lines, record)
 
-    def build(self) -> tuple[dict[str, "Contender"], dict[str, str]]:
-        """The contenders, and those that cannot be had, with the reason. Collective."""
+    def build(self) -> tuple[dict[str, tuple[nn.Module, Any, Callable[..., object]]], dict[str, str]]:
+        """Models with optimizers and how those report; and those that cannot be had, with the reason. Collective."""
         contenders = {}
-        for name, reports in (("metrics()", all_metrics), ("a monitor's calls", a_monitors_calls)):
-            model = self.new_model()
+        for name, report in (("metrics()", all_metrics), ("a monitor's calls", a_monitors_calls)):
+            model: nn.Module = self.new_model()
             sharded = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-            contenders[f"ShardedDecoupledAdamW, {name}"] = Contender(model, sharded, reports)
-
-        def under_ddp(make: Callable[..., Any], reports: Callable[..., object]) -> Contender:
-            model = DistributedDataParallel(self.new_model(), gradient_as_bucket_view=True)
-            return Contender(model, make(model.named_parameters(), **LAW), reports)
-
-        contenders["DDP + DecoupledAdamW, metrics()"] = under_ddp(DecoupledAdamW, all_metrics)
+            contenders[f"ShardedDecoupledAdamW, {name}"] = (model, sharded, report)
+        model = DistributedDataParallel(self.new_model(), gradient_as_bucket_view=True)
+        whole = DecoupledAdamW(model.named_parameters(), **LAW)
+        contenders["DDP + DecoupledAdamW, metrics()"] = (model, whole, all_metrics)
         theirs = "DDP + Composer's DecoupledAdamW, its monitor's calls"
         try:
             composers = composers_optimizer()
         except ImportError as error:
             return contenders, {theirs: str(error)}
-        contenders[theirs] = under_ddp(lambda named, **law: composers([p for _, p in named], **law), a_monitors_calls)
+        model = DistributedDataParallel(self.new_model(), gradient_as_bucket_view=True)
+        contenders[theirs] = (model, composers(model.parameters(), **LAW), a_monitors_calls)
         return contenders, {}
 
-    def take_step(self, contender: "Contender", reports: bool, index: int) -> list[float]:
+    def take_step(
+        self, model: nn.Module, optimizer: Any, report: Callable[..., object], reports: bool, index: int
+    ) -> list[float]:
         """Seconds of a step, and of reporting it."""
         batch = self.batch_of(index, CPU)
         dist.barrier()
         start = time.perf_counter()
-        contender.model(*batch).backward()
-        contender.optimizer.step()
+        model(*batch).backward()
+        optimizer.step()
         if reports:
-            contender.report(contender.model, contender.optimizer)
-        contender.optimizer.zero_grad()
+            report(model, optimizer)
+        optimizer.zero_grad()
         return [time.perf_counter() - start]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One optimizer around its own copy of the model.
-
-    Attributes:
-        model: What forward goes through.
-        optimizer: What steps.
-        report: Reports everything about the last step of both, and reads it on the host.
-    """
-
-    model: nn.Module
-    optimizer: Any
-    report: Callable[[nn.Module, Any], object]
 
 
 def read_all(metrics: dict[str, Tensor]) -> dict[str, float]:

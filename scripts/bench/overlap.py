@@ -54,14 +54,12 @@ class Overlap(Contest):
     )
 
     def __post_init__(self) -> None:
-        """See Benchmark."""
         if wrong := [speed for speed in self.speeds.split(",") if not float(speed) > 0]:
             raise typer.BadParameter(f"expected --speeds above 0, got {wrong}")
         if self.names[0] is not Name.DDP_ADAMW or not set(self.names) <= set(CONTENDERS):
             raise typer.BadParameter(f"expected --contenders to be the first and others of {', '.join(CONTENDERS)}")
 
     def measure(self) -> Report:
-        """See OnRanks."""
         link, connect = Link(), shards.connect
         with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(link, connect(*args, **kwargs))):
             contenders = [self.contender(name, link) for name in self.names]

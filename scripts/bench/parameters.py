@@ -45,11 +45,9 @@ class Parameters(OnRanks):
     device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
-        """See Benchmark."""
         return harness.device_of(self.device)
 
     def measure(self) -> Report:
-        """See OnRanks."""
         device = self.torch_device()
         cases: dict[str, Callable[[], list[nn.Parameter]]] = {
             f"{count:,} parameters": partial(plain, count, device) for count in harness.numbers(self.counts)

@@ -17,7 +17,6 @@ import typer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
@@ -55,6 +54,9 @@ class Name(StrEnum):
     ADAMW = "adamw"
 
 
+ON_REQUEST = (Name.SHARDED_HOST, Name.ADAMW)
+
+
 class Kind(NamedTuple):
     """What a contender is, and what it sends.
 
@@ -72,32 +74,23 @@ class Kind(NamedTuple):
     is_attached: bool = False
 
 
+MESSAGES = {"exchange": Exchange.RANK_ORDER}
+ZERO2 = {"gradient_residency": GradientResidency.SHARDED}
 KINDS = {
     Name.DDP_ADAMW: Kind("DistributedDataParallel + torch.optim.AdamW(fused=True)", 2),
-    Name.SHARDED_ATTACHED: Kind("ShardedDecoupledAdamW, no wrapper, attach(model)", 2, {}, True),
-    Name.SHARDED: Kind("ShardedDecoupledAdamW, no wrapper", 2, {}),
-    Name.SHARDED_NO_OVERLAP: Kind("ShardedDecoupledAdamW(overlap=False)", 2, {"overlap": False}),
-    Name.SHARDED_MESSAGES: Kind(
-        "ShardedDecoupledAdamW(exchange=RANK_ORDER), attach(model)", 2, {"exchange": Exchange.RANK_ORDER}, True
-    ),
-    Name.SHARDED_ZERO2: Kind(
-        "ShardedDecoupledAdamW(gradient_residency=SHARDED), attach(model)",
-        2,
-        {"gradient_residency": GradientResidency.SHARDED},
-        True,
-    ),
-    Name.TORCH_ZERO: Kind(
-        "DistributedDataParallel + ZeroRedundancyOptimizer(AdamW, fused, parameters_as_bucket_view)", 3
-    ),
-    Name.FAIRSCALE_OSS: Kind("fairscale ShardedDataParallel + OSS(DecoupledAdamW, torch's fused kernel)", 2),
+    Name.SHARDED_ATTACHED: Kind("ShardedDecoupledAdamW, attached", 2, {}, True),
+    Name.SHARDED: Kind("ShardedDecoupledAdamW", 2, {}),
+    Name.SHARDED_NO_OVERLAP: Kind("ShardedDecoupledAdamW, overlap=False", 2, {"overlap": False}),
+    Name.SHARDED_MESSAGES: Kind("ShardedDecoupledAdamW, exchange=RANK_ORDER, attached", 2, MESSAGES, True),
+    Name.SHARDED_ZERO2: Kind("ShardedDecoupledAdamW, gradient_residency=SHARDED, attached", 2, ZERO2, True),
+    Name.TORCH_ZERO: Kind("DDP + ZeroRedundancyOptimizer(AdamW, fused, parameters_as_bucket_view)", 3),
+    Name.FAIRSCALE_OSS: Kind("fairscale ShardedDataParallel + OSS(DecoupledAdamW)", 2),
     Name.FSDP2: Kind("fully_shard per block, reshard_after_forward=False + AdamW(fused=True)", 2),
     Name.DEEPSPEED_ZERO1: Kind("DeepSpeed, ZeRO stage 1 + AdamW(fused=True)", 3),
     Name.DEEPSPEED_ZERO2: Kind("DeepSpeed, ZeRO stage 2 + AdamW(fused=True)", 3),
-    Name.DECOUPLED: Kind("DistributedDataParallel + DecoupledAdamW", 2),
-    Name.SHARDED_UNDER_DDP: Kind(
-        "DistributedDataParallel + ShardedDecoupledAdamW(reduce_gradients=False)", 3, {"reduce_gradients": False}
-    ),
-    Name.SHARDED_HOST: Kind("ShardedDecoupledAdamW(state_residency=HOST)", 2, {"state_residency": StateResidency.HOST}),
+    Name.DECOUPLED: Kind("DDP + DecoupledAdamW", 2),
+    Name.SHARDED_UNDER_DDP: Kind("DDP + ShardedDecoupledAdamW, reduce_gradients=False", 3, {"reduce_gradients": False}),
+    Name.SHARDED_HOST: Kind("ShardedDecoupledAdamW, state in host memory", 2, {"state_residency": StateResidency.HOST}),
     Name.ADAMW: Kind("torch.optim.AdamW(fused=True), on one rank", 0),
 }
 DEEPSPEED_STAGES = {Name.DEEPSPEED_ZERO1: 1, Name.DEEPSPEED_ZERO2: 2}
@@ -118,9 +111,7 @@ class Precision(StrEnum):
 class Main(StrEnum):
     """What ours keeps beside a parameter in bfloat16: MainParameter by name."""
 
-    FP32 = "fp32"
-    REMAINDER = "remainder"
-    NONE = "none"
+    FP32, REMAINDER, NONE = "fp32", "remainder", "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +156,15 @@ class Training(OnRanks):
 class Contest(Training):
     """A benchmark in which several optimizers train it."""
 
-    contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(list(Name)[:-2])
+    contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(
+        name for name in Name if name not in ON_REQUEST
+    )
     main_parameter: Annotated[Main, typer.Option(help="What ours keeps beside bfloat16.")] = Main.FP32
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = ShardingConfig().bucket_cap_mb
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 3e-4
     weight_decay: Annotated[float, typer.Option(min=0, help="Share of a matrix that decays per step.")] = 3e-5
 
     def __post_init__(self) -> None:
-        """See Benchmark."""
         if unknown := [name for name in self.contenders.split(",") if name not in tuple(Name)]:
             raise typer.BadParameter(f"expected --contenders to be of {', '.join(Name)}, got {', '.join(unknown)}")
 
@@ -239,8 +231,8 @@ def build(name: Name, plan: Contest, device: torch.device, clip: float = 0.0) ->
         case Name.DECOUPLED:
             return Contender(ddp(), DecoupledAdamW(ours, lr=plan.lr, betas=betas))
         case Name.TORCH_ZERO:
-            settings: dict[str, Any] = {"lr": plan.lr, "betas": betas, "fused": True}
-            zero = ZeroRedundancyOptimizer(torchs, AdamW, parameters_as_bucket_view=True, **settings)
+            zero_class = imported("torch.distributed.optim", "ZeroRedundancyOptimizer")  # which takes long to import
+            zero = zero_class(torchs, AdamW, parameters_as_bucket_view=True, lr=plan.lr, betas=betas, fused=True)
             return Contender(ddp(), zero, zero.optim)
         case Name.FAIRSCALE_OSS:
             oss = imported("fairscale.optim", "OSS")(ours, DecoupledAdamW, lr=plan.lr, betas=betas)

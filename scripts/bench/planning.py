@@ -4,7 +4,7 @@ import math
 import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_load_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -29,21 +29,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def llama_3_8b() -> dict[str, tuple[int, ...]]:
     """Names and shapes of its parameters."""
-    shapes: dict[str, tuple[int, ...]] = {"embed": (128256, 4096)}
-    for layer in range(32):
-        for name, shape in {
-            "wq": (4096, 4096),
-            "wk": (1024, 4096),
-            "wv": (1024, 4096),
-            "wo": (4096, 4096),
-            "w1": (14336, 4096),
-            "w2": (4096, 14336),
-            "w3": (14336, 4096),
-            "attention_norm": (4096,),
-            "ffn_norm": (4096,),
-        }.items():
-            shapes[f"layers.{layer}.{name}"] = shape
-    return {**shapes, "norm": (4096,), "output": (128256, 4096)}
+    width, narrow, wide, vocabulary = 4096, 1024, 14336, 128256
+    layer = {
+        **{"wq": (width, width), "wk": (narrow, width), "wv": (narrow, width), "wo": (width, width)},
+        **{"w1": (wide, width), "w2": (width, wide), "w3": (wide, width)},
+        **{"attention_norm": (width,), "ffn_norm": (width,)},
+    }
+    layers = {f"layers.{number}.{name}": shape for number in range(32) for name, shape in layer.items()}
+    return {"embed": (vocabulary, width), **layers, "norm": (width,), "output": (vocabulary, width)}
 
 
 def our_state(shapes: dict[str, tuple[int, ...]], num_ranks: int, cap_mb: float) -> Iterator[dict[str, Any]]:
@@ -104,51 +97,29 @@ def fsdp2_plans(shapes: dict[str, tuple[int, ...]], num_ranks: int) -> Iterator[
         yield SavePlan(items), time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What planning took.
+def plan(made: Iterator[tuple[SavePlan, float]], loading: dict[str, Any]) -> dict[str, float]:
+    """Have torch make the plan of all ranks, and of one that then loads into `loading`; returns what that took.
 
-    Attributes:
-        chunks: Chunks of `exp_avg` that are written.
-        items: Items of all ranks' plans.
-        local_s: Seconds for one rank's own plan, the median over ranks.
-        global_s: Seconds for the plan of all, at the coordinator.
-        metadata_mb: Size of the metadata, 1e6 bytes.
-        load_s: Seconds for one rank of as many to plan its load of that.
+    Returns:
+        Chunks of `exp_avg` that are written, and items of all ranks' plans. Seconds for one rank's own plan, the median
+        over ranks; for the plan of all, at the coordinator; for one rank's plan of its load. Bytes of metadata.
     """
-
-    chunks: int
-    items: int
-    local_s: float
-    global_s: float
-    metadata_mb: float
-    load_s: float
-
-
-def plan(made: Iterator[tuple[SavePlan, float]], loading: dict[str, Any]) -> Planned:
-    """Have torch make the plan of all ranks, and of one that then loads into `loading`."""
     plans, seconds = zip(*made, strict=True)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     start = time.perf_counter()
     _, metadata = planner.create_global_plan(list(plans))
     global_s = time.perf_counter() - start
-    assert isinstance(metadata, Metadata)
-    chunks = sum(
-        len(md.chunks)
-        for key, md in metadata.state_dict_metadata.items()
-        if key.endswith("exp_avg") and hasattr(md, "chunks")
-    )
+    entries = metadata.state_dict_metadata.items()
     start = time.perf_counter()
     create_default_local_load_plan(loading, metadata)
-    load_s = time.perf_counter() - start
-    return Planned(
-        chunks=chunks,
-        items=sum(len(plan.items) for plan in plans),
-        local_s=float(torch.tensor(seconds, dtype=torch.float64).median()),
-        global_s=global_s,
-        metadata_mb=len(pickle.dumps(metadata)) / 1e6,
-        load_s=load_s,
-    )
+    return {
+        "load_s": time.perf_counter() - start,
+        "chunks": sum(len(entry.chunks) for key, entry in entries if key.endswith("exp_avg")),
+        "items": sum(len(plan.items) for plan in plans),
+        "local_s": float(torch.tensor(seconds, dtype=torch.float64).median()),
+        "global_s": global_s,
+        "metadata_bytes": len(pickle.dumps(metadata)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +136,6 @@ class Planning(Benchmark):
     bucket_cap_mb: Annotated[float, typer.Option(help="As in ShardingConfig, of fp32 parameters.")] = 16.0
 
     def run(self) -> None:
-        """See Benchmark."""
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
         shapes = llama_3_8b()
         ours = next(our_state(shapes, self.ranks, self.bucket_cap_mb))
@@ -175,19 +145,24 @@ class Planning(Benchmark):
             "FSDP2 + AdamW": plan(fsdp2_plans(shapes, self.ranks), theirs),
         }
         dist.destroy_process_group()
-        titles = [
-            *("", "chunks of exp_avg", "items", "plan of one, ms", "of all, s", "metadata, MB"),
+        titles = (
+            "",
+            "chunks of exp_avg",
+            "items",
+            "plan of one, ms",
+            "of all, s",
+            "metadata, MB",
             "load plan of one, s",
-        ]
+        )
         rows = [
             [
-                *(name, f"{p.chunks:,}", f"{p.items:,}", f"{p.local_s * 1e3:.1f}", f"{p.global_s:.2f}"),
-                *(f"{p.metadata_mb:.2f}", f"{p.load_s:.3f}"),
+                *(name, f"{one['chunks']:,}", f"{one['items']:,}", f"{one['local_s'] * 1e3:.1f}"),
+                *(f"{one['global_s']:.2f}", f"{one['metadata_bytes'] / 1e6:.2f}", f"{one['load_s']:.3f}"),
             ]
-            for name, p in found.items()
+            for name, one in found.items()
         ]
         lines = [f"{self.ranks:,} simulated ranks, {len(shapes)} parameters."]
-        self.publish(Report(titles, rows, lines, {"found": {name: asdict(p) for name, p in found.items()}}))
+        self.publish(Report(titles, rows, lines, {"found": found}))
 
 
 def _first(tensor: Tensor, num_ranks: int) -> Tensor:

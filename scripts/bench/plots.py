@@ -33,7 +33,6 @@ class Plots(Benchmark):
     out: Annotated[Path, typer.Option(help="Folder to write.")] = harness.CHECKOUT / "docs" / "pictures"
 
     def run(self) -> None:
-        """See Benchmark."""
         self.out.mkdir(parents=True, exist_ok=True)
         for name, (draw, pattern) in PICTURES.items():
             if not (paths := sorted(RESULTS.glob(pattern))):

@@ -49,7 +49,6 @@ class Step(Contest):
     device: Annotated[Device | None, typer.Option(help="By default a GPU per rank, if there are so many.")] = None
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
-        """See Benchmark."""
         num_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
         has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_here
         on_gpu = has_gpus if self.device is None else self.device is Device.CUDA
@@ -68,7 +67,6 @@ class Step(Contest):
         return [(self.baseline, *others[at : at + size]) for at in range(0, max(1, len(others)), size)]
 
     def measure(self) -> Report:
-        """See OnRanks."""
         found: dict[Name, dict[str, Any]] = {}
         missing: dict[Name, str] = {}
         for names in self.groups:
