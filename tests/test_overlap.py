@@ -800,7 +800,7 @@ def evaluate_between(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: i
     optimizer.attach(model)
     for step in range(4):
         loss_of(model.train(), rank, step).backward()
-        if optimizer._config.gradient_residency is FULL:
+        if optimizer.config.gradient_residency is FULL:
             with torch.inference_mode():
                 assert all(float(param.grad.norm()) > 0 for param in model.parameters() if param.grad is not None)
         optimizer.step()
@@ -907,7 +907,7 @@ def test_two_optimizers_may_share_a_model(residency: GradientResidency, exchange
 def take_over(group: Any, residency: GradientResidency, exchange: Exchange) -> None:
     model, optimizer = small(group, gradient_residency=residency, exchange=exchange)
     loss_of(model, group.rank()).backward()
-    config = optimizer._config
+    config = optimizer.config
     del optimizer
     model.zero_grad()
     successor = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
