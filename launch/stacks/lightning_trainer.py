@@ -60,6 +60,7 @@ def main() -> None:
         accumulate_grad_batches=options.micro_batches,
         gradient_clip_val=common.MAX_NORM,
         callbacks=[] if options.resume else [saving],
+        enable_checkpointing=not options.resume,
         logger=False,
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,
