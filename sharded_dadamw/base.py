@@ -79,15 +79,16 @@ class DecoupledOptimizer(Optimizer):
         if "metric_functions" in vars(cls):
             raise cannot_replace()
 
-    def _start_reporting(self, *, needs_names: bool, max_grad_norm: float | None) -> None:
+    def _start_reporting(self, needs_names: bool, max_grad_norm: float | None, metrics_in_step: bool) -> None:
         """Begin before the first step; with ``norm_group``, parameters need names.
 
         Raises:
+            TypeError: ``metrics_in_step`` is neither True nor False.
             ValueError: ``max_grad_norm`` is not above 0.
         """
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._may_warn = True
-        self._reporting = Reporting(needs_names=needs_names)
+        self._reporting = Reporting(needs_names=needs_names, in_step=metrics_in_step)
         self._clip = PendingClip()  # never another one: proxies of the optimizer share it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -255,8 +256,9 @@ class DecoupledOptimizer(Optimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Everything about the most recent step. Collective: one all-reduce, and an exchange of names the first time.
 
-        Call it on every rank, after ``step`` and before ``zero_grad``. A parameter that had no gradient in that step
-        has gradient and update 0, and before the first step all have.
+        Call it on every rank, after ``step`` and before ``zero_grad``. With ``metrics_in_step`` the step has added up:
+        then any rank may call it alone, until the next step. A parameter that had no gradient in that step has gradient
+        and update 0, and before the first step all have.
 
         Returns:
             0-d fp32 tensors on the parameters' device, the same keys in the same order on every rank:
@@ -268,7 +270,8 @@ class DecoupledOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The update was made by a kernel that does not measure (in fp64, or without numba or Triton),
-                and a gradient that would have to be measured now is gone.
+                and a gradient that would have to be measured now is gone; or there was no step yet
+                with ``metrics_in_step``.
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
         enter("metrics()")

@@ -72,6 +72,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         *,
         norm_group: dist.ProcessGroup | DeviceMesh | None = None,
         max_grad_norm: float | None = None,
+        metrics_in_step: bool = False,
     ) -> None:
         """Take parameters, (name, parameter) pairs, or group dicts of either.
 
@@ -90,6 +91,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 scale taken off; ``metrics`` then has ``grad_norm`` and ``clip_coefficient``. After a
                 ``clip_grad_norm_`` it clips what that has left. None: no clipping. Where parameters are sharded, steps
                 are collective with it.
+            metrics_in_step: Add up the norms of ``metrics`` over ranks in every ``step``, in one all-reduce, so that
+                ``metrics`` is not collective, and rank 0 may call it alone. Where parameters are sharded, steps are
+                collective with it.
 
         Raises:
             TypeError: ``lr`` is a tensor on an accelerator, or ``params`` holds something that is not a tensor.
@@ -97,7 +101,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 given.
         """
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
-        self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
+        self._start_reporting(norm_group is not None, max_grad_norm, metrics_in_step)
         self._clip, self._updates = ClipOf(), ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.defaults = defaults
@@ -192,6 +196,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 report.add([params[place] for place in places], squares, hypers[index])
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
+        self._reporting.end_step(self._held(), self._device)
         return loss
 
     def _present(self) -> list[_Present]:
@@ -274,7 +279,11 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
-        own = {"_needs_names": self._reporting.needs_names, "_max_grad_norm": self._max_grad_norm}
+        own = {
+            "_needs_names": self._reporting.needs_names,
+            "_max_grad_norm": self._max_grad_norm,
+            "_metrics_in_step": self._reporting.in_step,
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,8 +292,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         for group in self.param_groups:  # whose decay was checked
             group["decoupled_weight_decay"] = FREE_OF_LR
         if not hasattr(self, "_reporting"):  # torch calls this for a loaded state, too
-            own = {"needs_names": state.get("_needs_names", False), "max_grad_norm": state.get("_max_grad_norm")}
-            self._start_reporting(**own)
+            needs_names, in_step = state.get("_needs_names", False), state.get("_metrics_in_step", False)
+            self._start_reporting(needs_names, state.get("_max_grad_norm"), in_step)
             self._clip, self._updates = ClipOf(), ReadyUpdates()
         self._updates.forget()
 

@@ -76,10 +76,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         config: ShardingConfig | Mapping[str, Any] | None = None,
         norm_group: dist.ProcessGroup | DeviceMesh | None = None,
         max_grad_norm: float | None = None,
+        metrics_in_step: bool = False,
     ) -> None:
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
-        ``lr`` to ``amsgrad``, ``norm_group`` and ``max_grad_norm`` are as in :class:`~sharded_dadamw.DecoupledAdamW`.
+        ``lr`` to ``amsgrad`` and the last three are as in :class:`~sharded_dadamw.DecoupledAdamW`.
 
         Args:
             params: Parameters, (name, parameter) pairs for messages and metrics, or group dicts of either.
@@ -101,7 +102,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         params, given, refusal = with_lists(params)
         with refusal:
             self.config = ShardingConfig.of(config)
-            self._start_reporting(needs_names=norm_group is not None, max_grad_norm=max_grad_norm)
+            self._start_reporting(norm_group is not None, max_grad_norm, metrics_in_step)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
             self._reporting.connect(norm_group, self._device)
@@ -178,6 +179,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             for bucket in self._shards.buckets:
                 report.updated += bucket.announce_update(plan.present[bucket])
         self._clock.stop()
+        self._reporting.end_step(self._held(), self._device)
         self._clip.clear()
         self._joining.end_step(plan.present)
         self._consolidated.clear()
@@ -196,8 +198,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._shards.collectives.check_alive()
         self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
         self._gatherer.finish()
-        objection = self._joining.objection(self._reducer)
-        request = Asked(self._gatherer.num_attached, objection, self._clip, **asked)
+        objection, adds = self._joining.objection(self._reducer), self._reporting.in_step
+        request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
         while (plan := self._planner.plan(request, self.param_groups)).unfrozen:
             self._shards.add_unfrozen(self.param_groups)
             self._take_in()

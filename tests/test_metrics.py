@@ -45,7 +45,7 @@ from tests.models import (
     mean_in_rank_order,
     named,
 )
-from tests.pool import on_ranks
+from tests.pool import on_ranks, outcomes
 
 DEFAULTS: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4, amsgrad=False)
 KINDS = ("moment", "param", "update", "grad")
@@ -944,3 +944,49 @@ def test_a_remainder_reports_as_an_fp32_main_parameter_does() -> None:
     for seen in on_ranks(2, remainder_and_main):
         for step in (0, 1):
             assert_close(seen[2 + step], seen[step], f"step {step}")
+
+
+def ask_on_rank_0_alone(group: Any, layout: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What rank 0 gets alone, after zero_grad, and what all ranks get together of a twin."""
+    asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    of_twin: list[dict[str, Tensor]] = []
+    for in_step in (False, True):
+        model: nn.Module = fsdp2_over(line(group), Model()) if layout == "FSDP2" else Model()
+        kind = "unsharded" if layout == "FSDP2" else "sharded"
+        own_group = None if layout == "FSDP2" else group
+        optimizer = build(kind, model.named_parameters(), own_group, metrics_in_step=in_step, max_grad_norm=0.1)
+        if in_step:
+            with pytest.raises(RuntimeError, match=r"expected a step\(\) before metrics\(\)"):
+                optimizer.metrics()
+        for step in range(3):
+            loss_of(model, step, group.rank(), group.size()).backward()
+            optimizer.step()
+            if not in_step:
+                of_twin.append(optimizer.metrics())
+            optimizer.zero_grad()
+            if in_step and group.rank() == 0:
+                with counted() as calls:
+                    asked.append((optimizer.metrics(), of_twin[step]))
+                assert not calls
+    return asked
+
+
+@pytest.mark.parametrize("layout", ["sharded", "FSDP2"])
+def test_one_rank_may_ask_alone_where_steps_add_up(layout: str) -> None:
+    on_rank_0, _ = on_ranks(2, ask_on_rank_0_alone, layout)
+    assert len(on_rank_0) == 3
+    for alone, together in on_rank_0:
+        assert list(alone) == list(together)
+        assert all(torch.equal(alone[key], together[key]) for key in together)
+
+
+def add_up_on_rank_0_only(group: Any) -> None:
+    model = Model()
+    optimizer = build("sharded", model.named_parameters(), group, metrics_in_step=group.rank() == 0)
+    loss_of(model, 0, group.rank(), group.size()).backward()
+    optimizer.step()
+
+
+def test_ranks_that_disagree_about_it_say_so() -> None:
+    for outcome in outcomes(2, add_up_on_rank_0_only):
+        assert outcome.error == "RuntimeError" and "the call: rank 0 has step() with metrics_in_step" in outcome.message

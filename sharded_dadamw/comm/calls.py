@@ -103,9 +103,11 @@ class Meetings:
             parts.append(f"{ranks} did not come to {'the end of ' * (last == call)}{call}")
         if elsewhere:
             parts.append(f"rank {self._rank} is in {call}, and {', '.join(elsewhere)}")
+        if not parts:
+            parts.append(f"all ranks came to {call}, and failed there")
         if last != call:
             parts.append(f"all were last in {last}")
-        who = "; ".join(parts) or f"all ranks came to {call}, and failed there"
+        who = "; ".join(parts)
         advice = f"{'make the same calls on every rank, and ' * bool(elsewhere)}start again from a checkpoint"
         return f"{who}; {advice} ({reason.partition('. ')[0]})"
 

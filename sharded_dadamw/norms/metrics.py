@@ -65,6 +65,7 @@ class StepReport:
             multiplied them by; None where steps do not clip.
         num_skipped: 0-d fp64, the number of steps so far that changed nothing; None means 0.
         updated: The parameters that had a gradient, on any rank.
+        table: Norms of all parameters of all ranks, where the step has added them up.
         values: Per updated parameter, by its id, fp32 [4] in the order of NORMS, once they were asked for.
         names: What somebody called the parameters that were reported to him; their ids.
     """
@@ -73,6 +74,7 @@ class StepReport:
     num_skipped: Tensor | None = None
     clip: tuple[Tensor, Tensor] | None = None
     updated: list[Tensor] = field(default_factory=list)
+    table: Table | None = None
     values: Mapping[int, Tensor] | None = None
     names: dict[str, int] = field(default_factory=dict)
     _measured: list[tuple[Sequence[Tensor], Tensor]] = field(default_factory=list)

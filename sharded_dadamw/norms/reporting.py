@@ -34,11 +34,19 @@ class Reporting:
         report: Of the last step.
         given: The ranks that the caller has named, who may know better than the parameters.
         needs_names: Whether he has, or had for the optimizer of which this one's is a copy.
+        in_step: Whether steps add up norms, so that nothing is left to be done with other ranks.
         composer: What Composer's monitor asks.
     """
 
-    def __init__(self, *, needs_names: bool) -> None:
-        """Begin before the first step."""
+    def __init__(self, *, needs_names: bool, in_step: bool) -> None:
+        """Begin before the first step.
+
+        Raises:
+            TypeError: ``in_step`` is neither True nor False.
+        """
+        if not isinstance(in_step, bool):
+            raise TypeError(f"metrics_in_step: expected True or False, got {in_step!r}")
+        self.in_step = in_step
         self.report = StepReport()
         self.given: Collectives | None = None
         self.needs_names = needs_names
@@ -78,12 +86,27 @@ class Reporting:
             self._owners = find_norm_owners(ranks, held.parts(ranks.rank))
         return self._owners
 
+    def end_step(self, held: Held, device: torch.device) -> None:
+        """Add up norms, if steps do so. Collective."""
+        if self.in_step:
+            self.report.table = self._add_up(held, device)
+
     def table(self, held: Held, device: torch.device) -> Table:
-        """Add up the squares of all parameters of all ranks. Collective: one all-reduce.
+        """Add up the squares of all parameters of all ranks. Collective, one all-reduce, unless the step has done it.
 
         Raises:
-            RuntimeError: A gradient that has to be measured is gone.
+            RuntimeError: A gradient that has to be measured is gone, or no step has added up that should have.
         """
+        if not self.in_step:
+            return self._add_up(held, device)
+        if self.report.table is None:
+            raise RuntimeError(
+                "expected a step() before metrics(), since it adds up the norms (metrics_in_step=True); got none since "
+                "the optimizer was built or a group was added"
+            )
+        return self.report.table
+
+    def _add_up(self, held: Held, device: torch.device) -> Table:
         held.make_measurable(self.report)
         owners, params = self.owners(held, device), held.params()
         rows = {row for row, was_trainable in enumerate(owners.trainable) if was_trainable}

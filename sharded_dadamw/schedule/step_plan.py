@@ -36,6 +36,7 @@ class Asked:
         num_attached: Models that are attached.
         objection: Why this rank cannot take part, if that is so.
         clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
+        adds_metrics: Whether steps add up norms for their report.
         to_clip: ``max_norm`` and ``norm_type``, where gradients are about to be clipped only.
         max_grad_norm: To what the step clips, if it does.
         found_inf: 0-d, this rank's non-finite flag, or None without a loss scaler.
@@ -45,6 +46,7 @@ class Asked:
     num_attached: int
     objection: str | None
     clip: PendingClip
+    adds_metrics: bool
     to_clip: tuple[float, float] | None = None
     max_grad_norm: float | None = None
     found_inf: Tensor | None = None
@@ -55,9 +57,10 @@ class Asked:
         """The call, with its arguments and with what a loss scaler makes of it."""
         if self.to_clip is not None:
             return "clip_grad_norm_(max_norm={}, norm_type={})".format(*self.to_clip)
-        clips = "" if self.max_grad_norm is None else f" with max_grad_norm={self.max_grad_norm}"
+        also = "" if self.max_grad_norm is None else f" with max_grad_norm={self.max_grad_norm}"
         checks, scales = self.found_inf is not None, self.grad_scale is not None
-        return "step()" + clips + " with a non-finite check" * checks + " with a scale" * scales
+        also += " with metrics_in_step" * self.adds_metrics
+        return "step()" + also + " with a non-finite check" * checks + " with a scale" * scales
 
 
 @dataclass(frozen=True, slots=True)
