@@ -458,6 +458,14 @@ def test_the_newest_is_found_and_any_can_be_named(tmp_path: Path) -> None:
         assert resumed is not None and resumed.step == step and differences(whole(*parts[:2]), expected[step]) == []
 
 
+def test_weights_that_are_read_in_place_come_back(tmp_path: Path) -> None:
+    """Chunks of up to a MiB are read at once, and larger ones by torch from their part of the file."""
+    model, other = nn.Linear(600, 600), nn.Linear(600, 600)
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
+    load_checkpoint(tmp_path, model=other)
+    assert differences(model.state_dict(), other.state_dict()) == []
+
+
 def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
     parts = build("DecoupledAdamW", None)
     fit(*parts, 1)

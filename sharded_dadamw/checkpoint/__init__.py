@@ -1,7 +1,8 @@
 """Checkpoints of a whole run, whole or not at all, at any number of ranks.
 
     folder     where checkpoints are, whether one is all there, and how one appears
-    dcp        entries in torch.distributed.checkpoint's format; metadata: its `.metadata`, read safely
+    dcp        writing torch.distributed.checkpoint's format; entries: reading it; metadata: its `.metadata`
+    pickles    pickles and files of `torch.save`, read without running anything
     run        what there is to save of a run
     matching   whether what was saved fits a run
     save_load  the calls, which sequence the rest on all ranks

@@ -142,8 +142,7 @@ class _Reader(FileSystemReader):
         info = self.storage_data[index]
         where = f"{index.fqn} in {info.relative_path}"
         try:
-            slice_ = cast(IO[bytes], _Slice(file, info.offset, info.length))
-            value = load_torch(slice_, placeholders=self._placeholders)
+            value = load_torch(_part_of(file, info.offset, info.length), placeholders=self._placeholders)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         known = self._entries.metadata.state_dict_metadata[index.fqn]
@@ -156,6 +155,13 @@ class _Reader(FileSystemReader):
         target = planner.resolve_tensor(item).detach()
         target.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
         planner.commit_tensor(item, target)
+
+
+def _part_of(file: IO[bytes], start: int, length: int) -> IO[bytes]:
+    if length > 1 << 20:
+        return cast(IO[bytes], _Slice(file, start, length))
+    file.seek(start)
+    return io.BytesIO(file.read(length))  # of which torch asks for a few bytes at a time
 
 
 class _Slice(io.RawIOBase):
