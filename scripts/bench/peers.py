@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -315,12 +315,11 @@ class Peer(NamedTuple):
 
 def peers_of_an_update() -> list[Peer]:
     """Those that may be installed."""
-    composer = "Composer's loop, transcribed" if composer_adamw() is None else "composer.optim.DecoupledAdamW.adamw"
     optimi = partial(installed, "optimi", "AdamW", decouple_lr=True)
     torchao, torchao_8bit = (partial(installed, "torchao.optim", name) for name in ("_AdamW", "AdamW8bit"))
     return [
         Peer("torch.optim.AdamW(foreach=True), fp32", torch_foreach),
-        Peer(f"{composer}, fp32", composer_loop),
+        Peer("Composer's loop, transcribed, fp32", lambda at: partial(transcribed_adamw, at)),
         Peer("optimi.AdamW(decouple_lr=True), fp32", optimi, "torch-optimi"),
         Peer("torchao.optim._AdamW, fp32", torchao, "torchao"),
         Peer("torchao.optim.AdamW8bit, fp32", torchao_8bit, "torchao", 1 + 4 / BLOCK_8BIT),
@@ -342,24 +341,6 @@ def installed(module: str, name: str, at: Operands, **options: Any) -> Callable[
     at.param.grad = at.grad
     step: Callable[[], object] = optimizer.step
     return step
-
-
-@cache
-def composer_adamw() -> Callable[..., None] | None:
-    """Composer's own, if it is installed and can be imported."""
-    try:
-        adamw: Callable[..., None] = imported("composer.optim", "DecoupledAdamW").adamw
-    except ImportError:
-        return None
-    return adamw
-
-
-def composer_loop(at: Operands) -> Callable[[], object]:
-    """Composer's function, or what it does."""
-    if (adamw := composer_adamw()) is None:
-        return partial(transcribed_adamw, at)
-    lists = [[at.param], [at.grad], [at.exp_avg], [at.exp_avg_sq], [], [at.count]]
-    return partial(adamw, *lists, **LAW, initial_lr=HYPER.initial_lr, amsgrad=False)
 
 
 def transcribed_adamw(at: Operands) -> None:
