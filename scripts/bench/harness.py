@@ -178,7 +178,8 @@ def command_of(benchmark: type[Benchmark]) -> Callable[..., None]:
 
 def device_of(chosen: Device | None) -> torch.device:
     """The device that was chosen, or the best there is."""
-    return torch.device((chosen or (Device.CUDA if torch.cuda.is_available() else Device.CPU)).value)
+    on_gpu = torch.cuda.is_available() if chosen is None else chosen is Device.CUDA
+    return torch.device("cuda", 0) if on_gpu else CPU  # with its number, which NCCL's groups ask for
 
 
 def numbers(texts: str) -> list[int]:
