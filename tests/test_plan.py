@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from launch.model import GPT
 from launch.options import PRESETS as LAUNCH
 from launch.options import Preset
 from sharded_dadamw import Exchange, GradientResidency, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.cli import app
-from sharded_dadamw.comm import collectives
+from sharded_dadamw.comm import collectives, connect
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.plan import plan
 from sharded_dadamw.plan.memory import Bytes, Model, fully_sharded
 from sharded_dadamw.plan.models import parameters_of
+from sharded_dadamw.plan.time import Gpu, Protocol, Schedule, axes_of
 from tests.models import BF16, F32
 from tests.pool import on_ranks
 
@@ -403,3 +405,126 @@ def test_the_fewest_ranks_are_the_fewest() -> None:
     assert not plan("llama3-70b", ranks=smallest - 8, config=config, memory=190e9).fits
     assert plan("llama3-70b", ranks=8, config=config, memory=140e9).smallest is None
     assert plan("llama3-8b", ranks=8, config=config).smallest == 1
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+LINKED = Gpu(memory=1e9, flops=1e12, copy=2e9, intra=1e8, inter=1e8, protocols=(Protocol(0.0, 0.0, 0.0, 1.0),))
+COMPUTE = 0.030  # seconds of forward and backward
+
+
+class Clock:
+    """Time that passes only where it is told to.
+
+    Attributes:
+        now: Seconds.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+    def wait_until(self, moment: float) -> None:
+        self.now = max(self.now, moment)
+
+
+class Delivery:
+    """The handle of a verb whose data a link has to bring first."""
+
+    def __init__(self, handle: Any, arrival: float, clock: Clock) -> None:
+        self._handle, self._arrival, self._clock = handle, arrival, clock
+
+    def wait(self) -> None:
+        self._clock.wait_until(self._arrival)
+        self._handle.wait()
+
+    finish = wait
+
+
+def over_a_link(verbs: Any, clock: Clock) -> Any:
+    """Verbs whose data go over a link of their own, one transfer at a time."""
+    free = [0.0]
+
+    def sent(verb: Callable[..., Any]) -> Callable[..., Delivery]:
+        def start(buffer: Tensor, *args: Any, **kwargs: Any) -> Delivery:
+            seconds = buffer.nbytes * (verbs.num_ranks - 1) / verbs.num_ranks / LINKED.intra
+            free[0] = max(free[0], clock.now) + seconds
+            return Delivery(verb(buffer, *args, **kwargs), free[0], clock)
+
+        return start
+
+    verbs.reduce_scatter_mean, verbs.all_gather_ = sent(verbs.reduce_scatter_mean), sent(verbs.all_gather_)
+    verbs.gathers_by_itself = True
+    return verbs
+
+
+class Layers(nn.Module):
+    """A module for each of a few layers, in whose forward time passes."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(96, width) for width in (300, 40, 200, 96, 150, 310))
+        self._clock, self._total = clock, sum(p.numel() for p in self.parameters())
+        for param in self.parameters():
+            param.register_hook(lambda grad: clock.pass_(COMPUTE * 2 / 3 * grad.numel() / self._total))
+
+    def forward(self) -> Tensor:
+        loss = torch.zeros(())
+        for layer in self.layers:
+            loss = loss + layer(torch.ones(96)).sum()
+            self._clock.pass_(COMPUTE / 3 * sum(p.numel() for p in layer.parameters()) / self._total)
+        return loss
+
+
+def seconds_of_a_step(
+    config: ShardingConfig, shape: tuple[int, ...], attached: bool, monkeypatch: pytest.MonkeyPatch
+) -> float:
+    """What the fourth step takes, from one backward to the next, where time passes only as it is told."""
+    clock = Clock()
+    update, connect_group = Bucket.update_, connect._connect_group
+
+    def timed_update(bucket: Any, *args: Any) -> Any:
+        clock.pass_(28 * bucket.layout.shard_numel / (0.95 * LINKED.copy))
+        return update(bucket, *args)
+
+    monkeypatch.setattr(Bucket, "update_", timed_update)
+    monkeypatch.setattr(connect, "_connect_group", lambda *args: over_a_link(connect_group(*args), clock))
+    with fake_ranks(math.prod(shape)):
+        model = Layers(clock)
+        mesh = init_device_mesh("cpu", shape)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=mesh, config=config)
+        optimizer._reducer.knows_source = True  # see peaks()
+        if attached:
+            optimizer.attach(model)
+        starts = []
+        for _ in range(5):
+            loss = model()
+            starts.append(clock.now)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.synchronize()
+    return starts[4] - starts[3]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("residency", GradientResidency)
+def test_a_step_over_links_takes_what_is_planned(
+    residency: GradientResidency,
+    overlap: bool,
+    shape: tuple[int, ...],
+    attached: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The schedule that the planner plays is the optimizer's, to the nanosecond."""
+    config = ShardingConfig(
+        bucket_cap_mb=0.08, overlap=overlap, gradient_residency=residency, exchange=Exchange.BACKEND
+    )
+    taken = seconds_of_a_step(config, shape, attached, monkeypatch)
+    model = Model.of(dict(Layers(Clock()).named_parameters()), config, *reversed(shape))
+    planned = Schedule(model, LINKED, *axes_of(math.prod(shape), 8, (1, *shape)[-2:])).time(COMPUTE, attached=attached)
+    assert taken == pytest.approx(planned.step, abs=1e-9)
