@@ -26,6 +26,7 @@ from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.inspection import inspect as look_into
 from sharded_dadamw.plan import plan as plan_run
+from sharded_dadamw.plan.picture import draw
 from sharded_dadamw.plan.text import lines_of
 
 if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
@@ -152,6 +153,7 @@ def plan(
     tokens: Annotated[int | None, typer.Option(help="Tokens of one rank in a step, with --mfu.", min=1)] = None,
     mfu: Annotated[float | None, typer.Option(help="Share of the GPU's operations that compute reaches.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A picture to write, such as plan.png.")] = None,
 ) -> None:
     """Say what a training run will hold, send and wait for, on every rank, before it runs."""
     with _errors():
@@ -181,6 +183,8 @@ def plan(
             tokens=tokens,
             mfu=mfu,
         )
+        if plot is not None:
+            draw(planned, plot)
     typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else "\n".join(lines_of(planned)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Plan:
         settings: How the optimizer shards, by the names of ``ShardingConfig``, and the dtypes of the model.
         num_buckets: Reductions, updates and gathers of a step.
         phases: By name.
+        by_ranks: What is there between steps on the device of each of other numbers of ranks, without replicas.
         activations: As told.
         memory: Of the device.
         smallest: The fewest ranks on which the device's memory is enough; None where that is never so.
@@ -85,6 +87,7 @@ class Plan:
     settings: dict[str, str]
     num_buckets: int
     phases: dict[str, Phase]
+    by_ranks: dict[int, Bytes]
     activations: int
     memory: int
     smallest: int | None
@@ -197,6 +200,7 @@ def plan(
         settings=_settings(cut),
         num_buckets=len(cut.buckets),
         phases=phases,
+        by_ranks={shards: replace(cut, shards=shards, replicas=1).at_rest()[0] for shards in _steps(ranks, per_host)},
         activations=int(activations),
         memory=available,
         smallest=smallest(),
@@ -216,6 +220,13 @@ def _phases(model: Model) -> dict[str, Phase]:
 
 def _peak(phases: Mapping[str, Phase]) -> int:
     return max(phase.device.total for phase in phases.values())
+
+
+def _steps(ranks: int, per_host: int) -> list[int]:
+    """Numbers of ranks from one on, four times as many each beyond a host, up to twice as many as there are."""
+    host = min(per_host, ranks)
+    beyond = takewhile(lambda more: more <= 2 * ranks, (host * 4**power for power in count()))
+    return sorted({1, ranks, *beyond})
 
 
 def _smallest(fits: Callable[[int], bool], per_host: int) -> int | None:
