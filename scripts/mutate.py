@@ -182,7 +182,7 @@ MUTATIONS = {
         ("first + offset for first, offset", "offset for first, offset", "resharding"),
     ],
     "checkpoint/folder.py": [
-        ("crc == self.crc32", "True", "checkpoint_faults"),
+        ("if read and crc != self.crc32:", "if False:", "checkpoint_faults"),
         ("(count - 1))]", "count)]", "checkpoint checkpoint_faults"),
     ],
     "checkpoint/metadata.py": [

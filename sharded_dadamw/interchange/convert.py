@@ -88,8 +88,6 @@ def read_state(
     _check_optimizer(path, source, "" if manifest is None else manifest.optimizer)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
-    if _is_safetensors(path) and source is not Source.OURS:
-        raise ValueError(f"expected a file that {source.value} writes, got {path}; only ours are .safetensors")
     contents = {"optimizer": from_safetensors(path)} if _is_safetensors(path) else _contents(path)
     found = optimizers_in(contents)
     if len(found) != 1:
@@ -116,7 +114,10 @@ def read_state(
     without = [name for group in state["param_groups"] for name in group["params"] if name not in state["state"]]
     if without:
         log.warning("%d parameters have no state, being frozen or never stepped, such as %s", len(without), without[0])
-    return _with_main_params(state, held), held
+    for name, entries in state["state"].items():
+        if name in held and held[name].dtype.itemsize < 4 and not has_main(entries):
+            entries["main_param"] = held[name].float()  # of a narrow weight its fp32 value is itself
+    return state, held
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights: Weights | None = None) -> None:
@@ -237,17 +238,3 @@ def _tied(weights: Weights, state: Mapping[str, Any]) -> list[list[str]]:
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         names.setdefault(place, []).append(name)
     return [sorted(same, key=lambda name: name not in state) for same in names.values() if len(same) > 1]
-
-
-def _with_main_params(state: State, weights: Weights) -> State:
-    """Add main parameters where there are none: the fp32 value of a narrow weight is the weight."""
-    narrow = {
-        name
-        for name, entries in state["state"].items()
-        if name in weights and weights[name].dtype.itemsize < 4 and not has_main(entries)
-    }
-    with_main = {
-        name: {**entries, "main_param": weights[name].float()} if name in narrow else entries
-        for name, entries in state["state"].items()
-    }
-    return {**state, "state": with_main}
