@@ -274,7 +274,7 @@ class DecoupledOptimizer(Optimizer):
                 with ``metrics_in_step``.
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
-        enter("metrics()")
+        enter("metrics()", "with metrics_in_step=True one rank may call it alone")
         table = self._reporting.table(self._held(), self._device)
         return named_values(self._reporting.report, self._norm_owners(), table, len(self.param_groups))
 

@@ -1,6 +1,7 @@
 """Ranks with uneven data under torch.distributed.algorithms.Join bring zeros, or an error comes on all."""
 
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -129,3 +130,28 @@ def joined_wrongly(group: Any, case: str, num_mine: int) -> None:
 def test_what_zeros_cannot_make_right_is_an_error_on_every_rank(case: str, num_mine: int, said: str) -> None:
     for outcome in outcomes(2, joined_wrongly, case, num_mine):
         assert outcome.error == "RuntimeError" and said in outcome.message, outcome
+
+
+def step_under_joined_ddp(_: Any) -> str:
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    said = ""
+    if dist.get_rank() < 2:
+        model = DistributedDataParallel(Model().layers, process_group=group)
+        config = ShardingConfig(reduce_gradients=False)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+        try:
+            with model.join():
+                for step in range(1 + dist.get_rank()):
+                    optimizer.zero_grad()
+                    model(torch.full((2, 8), step + 1.0)).square().mean().backward()
+                    optimizer.step()
+        except RuntimeError as error:  # torch's own on the rank without data
+            said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return said
+
+
+def test_a_step_under_ddps_own_join_says_who_is_missing() -> None:
+    without_data, with_data, *_ = on_ranks(4, step_under_joined_ddp)
+    assert with_data.startswith("RankError: rank 0 did not come to") and "Join" in with_data
+    assert without_data

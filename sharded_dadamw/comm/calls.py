@@ -24,6 +24,7 @@ _STORE_S = 0.5
 
 class _Here(threading.local):
     call = "an exchange"
+    hint = ""
 
 
 here = _Here()
@@ -35,9 +36,9 @@ left: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 """The groups at whose stores this rank has left a call."""
 
 
-def enter(call: str) -> None:
-    """Say in which call this thread is from now on."""
-    here.call = call
+def enter(call: str, hint: str = "") -> None:
+    """Say in which call this thread is from now on, and what to do where not all ranks come to it."""
+    here.call, here.hint = call, hint
 
 
 class RankError(RuntimeError):
@@ -109,6 +110,7 @@ class Meetings:
             parts.append(f"all were last in {last}")
         who = "; ".join(parts)
         advice = f"{'make the same calls on every rank, and ' * bool(elsewhere)}start again from a checkpoint"
+        advice += f"; {here.hint}" * bool(here.hint)
         return f"{who}; {advice} ({reason.partition('. ')[0]})"
 
 

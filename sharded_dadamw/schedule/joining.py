@@ -22,6 +22,8 @@ from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import BackendVerbs
 from sharded_dadamw.schedule.reducer import Reducer
 
+_WITHOUT_DATA = "a rank that has no more data comes along within torch.distributed.algorithms.Join([optimizer])"
+
 
 class Joining:
     """One rank within ``Join``. It is changed in place and never replaced, since proxies of an optimizer share it.
@@ -52,7 +54,7 @@ class Joining:
 
     def announce(self, call: str) -> None:
         """Enter a call. Tell ranks without data that this one has some, once per step and ahead of all collectives."""
-        enter(call)
+        enter(call, _WITHOUT_DATA)
         if self._join_config is not None and self._has_data and not self._is_announced:
             self._is_announced = True
             Join.notify_join_context(self)  # type: ignore[arg-type]
