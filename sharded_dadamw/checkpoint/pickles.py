@@ -69,7 +69,7 @@ def _listed(items: Any = ()) -> Any:
     return items
 
 
-_MOST_PARTS = 100
+_MOST_PARTS = 1000
 
 
 def _hashed(keys: Any) -> Any:
@@ -86,7 +86,7 @@ def _hashed(keys: Any) -> Any:
             if isinstance(part, tuple | frozenset | MetadataIndex):
                 num_parts += len(parts)
                 if num_parts > _MOST_PARTS:
-                    raise pickle.UnpicklingError(f"it has keys, tuples of tuples, of more than {_MOST_PARTS} parts")
+                    raise pickle.UnpicklingError(f"it has keys like tuples of tuples, of over {_MOST_PARTS} parts")
                 waiting.extend(parts)
     return keys
 
