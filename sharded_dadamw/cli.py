@@ -133,7 +133,7 @@ def plan(
     precision: Annotated[
         Precision | None, typer.Option(help="What parameters are held in. [default: what the model says, or bf16]")
     ] = None,
-    gradient_precision: Annotated[
+    gradient_dtype: Annotated[
         Precision | None, typer.Option(help="What gradients are added up in. [default: the parameters']")
     ] = None,
     main_parameter: Annotated[
@@ -174,7 +174,7 @@ def plan(
                 moments=_chosen(Moments, "--moments", moments),
             ),
             dtype=None if precision is None else precision.dtype,
-            gradient_dtype=None if gradient_precision is None else gradient_precision.dtype,
+            gradient_dtype=None if gradient_dtype is None else gradient_dtype.dtype,
             amsgrad=amsgrad,
             attached=attach,
             memory=None if memory is None else 1e9 * memory,

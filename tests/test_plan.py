@@ -23,9 +23,11 @@ from launch.options import PRESETS as LAUNCH
 from launch.options import Preset
 from sharded_dadamw import Exchange, GradientResidency, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.cli import app
 from sharded_dadamw.comm import collectives, connect
 from sharded_dadamw.config import StateResidency
+from sharded_dadamw.interchange import inspect
 from sharded_dadamw.plan import plan
 from sharded_dadamw.plan.memory import Bytes, Model, fully_sharded
 from sharded_dadamw.plan.models import parameters_of
@@ -116,9 +118,9 @@ def check(found: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: boo
     """The planner's figures are those of the optimizer, to the byte."""
     config = ShardingConfig(bucket_cap_mb=0.05, **settings)
     model = Model.of(make_params(dtype, "meta"), config, *mesh, amsgrad=amsgrad)
-    device, host = model.at_rest()
+    rest = model.at_rest()
     held, state_bytes, wire_bytes = found
-    both = device + host
+    both = rest.device + rest.host
     if not config.reduce_gradients:  # p.grad is not the optimizer's, and its own copy is in transit
         both = Bytes(both.parameters, both.staging, both.main, both.moments)
     assert held == {kind: getattr(both, kind) for kind in held}
@@ -150,6 +152,25 @@ def on_mesh(group: Any, shape: tuple[int, int], dtype: torch.dtype, settings: di
 def test_bytes_on_a_mesh_are_those_of_real_ranks(layout: str, dtype: torch.dtype) -> None:
     for found in on_ranks(4, on_mesh, (2, 2), dtype, LAYOUTS[layout]):
         check(found, dtype, LAYOUTS[layout], False, 2, 2)
+
+
+def saved_bytes(group: Any, folder: str) -> int:
+    """Bytes of the tensors of model and optimizer in a checkpoint, as `inspect` tells them."""
+    model = nn.Module()
+    for name, param in make_params(BF16).items():
+        model.register_parameter(name.replace(".", "_"), param)
+    config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    train_once(dict(model.named_parameters()))
+    optimizer.step()
+    save_checkpoint(folder, step=1, model=model, optimizer=optimizer, process_group=group)
+    return sum(entry["num_bytes"] for entry in inspect(folder)["sizes"] if entry["kind"] != "other")
+
+
+def test_bytes_of_a_checkpoint_are_those_that_are_saved(tmp_path: Path) -> None:
+    config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
+    expected = Model.of(make_params(BF16, "meta"), config, 3).checkpoint_bytes()
+    assert on_ranks(3, saved_bytes, str(tmp_path)) == [expected] * 3
 
 
 SMALL = 264  # bytes; smaller tensors are step counters, scalars, and a sample of each bucket
@@ -263,7 +284,7 @@ def test_peaks_are_those_of_many_ranks(
     with fake_ranks(math.prod(shape)):
         found = peaks(dtype, config, init_device_mesh("cpu", shape))
     model = Model.of(make_params(dtype, "meta"), config, *reversed(shape))
-    planned = {phase: device.total + host.total for phase, (device, host) in model.phases().items()}
+    planned = {name: phase.device.total + phase.host.total for name, phase in model.phases().items()}
     if config.state_residency is HOST:  # where this test cannot tell one memory from the other
         del found["construct"]
     assert found == {phase: planned[phase] for phase in found}
@@ -278,7 +299,7 @@ def of_size(
     """What a rank holds of one large parameter."""
     param = nn.Parameter(torch.empty(int(num_elements), dtype=dtype, device="meta"))
     param.grad_dtype = F32 if wide else dtype
-    return Model.of({"weight": param}, config, ranks).at_rest()[0]
+    return Model.of({"weight": param}, config, ranks).at_rest().device
 
 
 def test_zero_paper() -> None:

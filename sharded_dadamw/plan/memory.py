@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +19,10 @@ from sharded_dadamw.buckets.build import Arrangement, Bucketing
 from sharded_dadamw.buckets.sharded_gradients import SpareBuffers
 from sharded_dadamw.comm.collectives import Collectives, sent_dtype, sum_dtype
 from sharded_dadamw.config import Exchange, GradientResidency, ShardingConfig, StateResidency
+from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 
 Found = TypeVar("Found")
-PHASES = ("construct", "forward", "backward peak", "step", "gather", "save")
 _AHEAD = 2
 """Reductions that are under way together where they are not all begun in backward."""
 
@@ -65,6 +65,14 @@ class Bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """What one rank holds at most in a phase: on its device, and in host memory."""
+
+    device: Bytes
+    host: Bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """Bytes that one rank sends in a step, as ``last_step.wire_bytes`` counts them.
 
@@ -101,14 +109,8 @@ class Model:
     amsgrad: bool
     config: ShardingConfig
     shards: int
-    replicas: int = 1
-    buckets: tuple[Arrangement, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Ask the layout."""
-        trainable = [member for member in self.members if member.param.requires_grad]
-        bucketing = Bucketing(Collectives(0, self.shards), self.config)
-        object.__setattr__(self, "buckets", tuple(bucketing.arrange(trainable)))
+    replicas: int
+    buckets: tuple[Arrangement, ...]
 
     @classmethod
     def of(
@@ -116,26 +118,46 @@ class Model:
     ) -> Model:
         """Cut parameters, which may be on the meta device, in one parameter group."""
         group = {"params": list(params.values()), "param_names": list(params)}
-        return cls(tuple(named_parameters([group])), amsgrad, config, shards, replicas)
+        return cls(tuple(named_parameters([group])), amsgrad, config, shards, replicas, ()).under(config)
 
-    def at_rest(self) -> tuple[Bytes, Bytes]:
-        """What a rank holds between steps: on its device, and in host memory."""
+    def under(self, config: ShardingConfig) -> Model:
+        """The same parameters, sharded in another way.
+
+        Raises:
+            ValueError: A setting is not for a parameter's dtype.
+        """
+        trainable = [member for member in self.members if member.param.requires_grad]
+        buckets = Bucketing(Collectives(0, self.shards), config).arrange(trainable)
+        return replace(self, config=config, buckets=tuple(buckets))
+
+    def over(self, shards: int, replicas: int = 1) -> Model:
+        """The same buckets, cut for other ranks."""
+        layouts = {numels: BucketLayout(numels, shards) for numels in {bucket.layout.numels for bucket in self.buckets}}
+        buckets = tuple(replace(bucket, layout=layouts[bucket.layout.numels]) for bucket in self.buckets)
+        return replace(self, shards=shards, replicas=replicas, buckets=buckets)
+
+    def at_rest(self) -> Phase:
+        """What a rank holds between steps, without what gradients leave behind."""
         device, host, resident = Bytes(parameters=self._frozen()), Bytes(), once(self._resident)
         for bucket in self.buckets:
             more_on_device, more_on_host = resident(bucket)
             device, host = device + more_on_device, host + more_on_host
-        return device, host
+        return Phase(device, host)
 
-    def phases(self) -> dict[str, tuple[Bytes, Bytes]]:
-        """What a rank holds at most in each phase: on its device, and in host memory."""
-        device, host = self.at_rest()
+    def phases(self) -> dict[str, Phase]:
+        """What a rank holds at most in each phase."""
+        rest = self.at_rest()
         in_backward, kept = self._in_backward()
-        found = dict.fromkeys(PHASES, (replace(device, in_flight=kept), host))
-        found["construct"] = self._constructing(), host
-        found["backward peak"] = replace(device, in_flight=in_backward), host
-        found["step"] = replace(device, in_flight=kept + self._in_step()), host
-        found["save"] = found["save"][0], host + Bytes(staging=self.checkpoint_bytes() // self.num_ranks)
-        return found
+        held = replace(rest.device, in_flight=kept)
+        share = Bytes(staging=self.checkpoint_bytes() // self.num_ranks)
+        return {
+            "construct": Phase(self._constructing(), rest.host),
+            "forward": Phase(held, rest.host),
+            "backward peak": Phase(replace(held, in_flight=in_backward), rest.host),
+            "step": Phase(replace(held, in_flight=kept + self._in_step()), rest.host),
+            "gather": Phase(held, rest.host),
+            "save": Phase(held, rest.host + share),
+        }
 
     @property
     def num_ranks(self) -> int:

@@ -49,7 +49,7 @@ def _draw_bytes(plan: Plan, axes: Any) -> None:
             axes.bar(names, heights, bottom=bottom, label=kind.replace("_", " "))
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     axes.axhline(plan.memory / 1e9, color="black", linestyle=":", label=f"memory of {plan.gpu}")
-    axes.set(xlabel="ranks that share the state", ylabel="GB on the device of each, between steps")
+    axes.set(xlabel="ranks that share the state", ylabel="GB on the device of each, without what is in flight")
     axes.legend()
 
 

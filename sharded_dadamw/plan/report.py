@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
+from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
@@ -19,19 +21,11 @@ from sharded_dadamw.config import (
     ShardingConfig,
     StateResidency,
 )
-from sharded_dadamw.plan.memory import Bytes, Model, Sent, fully_sharded
+from sharded_dadamw.plan.memory import Bytes, Model, Phase, Sent, fully_sharded
 from sharded_dadamw.plan.models import parameters_of
-from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Schedule, Time, axes_of, compute_of, on_links
+from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Schedule, Time, axes_of, on_links
 
 _MOST_RANKS = 2**16
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one rank holds at most in a phase: on its device, and in host memory."""
-
-    device: Bytes
-    host: Bytes
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Plan:
         settings: How the optimizer shards, by the names of ``ShardingConfig``, and the dtypes of the model.
         num_buckets: Reductions, updates and gathers of a step.
         phases: By name.
-        by_ranks: What is there between steps on the device of each of other numbers of ranks, without replicas.
+        by_ranks: What is always there on the device of each of other numbers of ranks, without replicas.
         activations: As told.
         memory: Of the device.
         smallest: The fewest ranks on which the device's memory is enough; None where that is never so.
@@ -73,7 +67,7 @@ class Plan:
         links: The same by the link that carries them: ``intra`` a host, and ``inter``.
         checkpoint: Bytes of a whole checkpoint.
         time: Of a step.
-        alternatives: Other settings, the one that saves most memory first.
+        alternatives: Other settings that make a difference, the one that saves most memory first.
         fsdp2: Bytes at rest if FSDP2 sharded everything, in fp32.
         unknown: What is not in these figures.
     """
@@ -167,28 +161,28 @@ def plan(
         param.grad_dtype = gradient_dtype or param.dtype
     cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
     if compute is None and tokens is not None and mfu is not None:
-        compute = compute_of(cut.num_elements, tokens, mfu, device)
-    phases = _phases(cut)
+        compute = 6 * cut.num_elements * tokens / (device.flops * mfu)  # operations per parameter and token
+    phases, time = cut.phases(), Schedule(cut, device, row, column).time(compute, attached=attached)
     available = int(memory or device.memory)
 
     def smallest() -> int | None:
-        room, (at_rest, _) = available - int(activations), cut.at_rest()
+        room, at_rest = available - int(activations), cut.at_rest().device
         sharded = config.gradient_residency is GradientResidency.SHARDED
         if at_rest.parameters + (0 if sharded else at_rest.gradients) > room:  # which no number of ranks changes
             return None
-        return _smallest(lambda shards: _peak(_phases(replace(cut, shards=shards, replicas=1))) <= room, per_host)
+        return _smallest(lambda shards: _peak(cut.over(shards).phases()) <= room, per_host)
+
+    def figures(held: Mapping[str, Phase], time: Time) -> tuple[int, int, float | None]:
+        return _peak(held), max(each.host.total for each in held.values()), time.step
 
     def alternatives() -> Iterator[Alternative]:
-        for setting, other in _others(cut):
-            try:
+        for setting, changed in _others(cut).items():
+            with suppress(ValueError):  # it is not for these parameters
+                other = changed()
                 axes = axes_of(other.num_ranks, per_host, (other.replicas, other.shards))
-                found = _phases(other)
-            except ValueError:  # it is not for these parameters
-                continue
-            step = Schedule(other, device, *axes).time(compute, attached=attached).step
-            yield Alternative(setting, _peak(found), max(each.host.total for each in found.values()), step)
-
-    time = Schedule(cut, device, row, column).time(compute, attached=attached)
+                theirs = figures(other.phases(), Schedule(other, device, *axes).time(compute, attached=attached))
+                if theirs != figures(phases, time):
+                    yield Alternative(setting, *theirs)
 
     return Plan(
         model=model if isinstance(model, str) else type(model).__name__,
@@ -200,7 +194,7 @@ def plan(
         settings=_settings(cut),
         num_buckets=len(cut.buckets),
         phases=phases,
-        by_ranks={shards: replace(cut, shards=shards, replicas=1).at_rest()[0] for shards in _steps(ranks, per_host)},
+        by_ranks={shards: cut.over(shards).at_rest().device for shards in _steps(ranks, per_host)},
         activations=int(activations),
         memory=available,
         smallest=smallest(),
@@ -212,10 +206,6 @@ def plan(
         fsdp2=fully_sharded(cut.members, ranks),
         unknown=tuple(_unknown(cut, activations, compute)),
     )
-
-
-def _phases(model: Model) -> dict[str, Phase]:
-    return {name: Phase(*held) for name, held in model.phases().items()}
 
 
 def _peak(phases: Mapping[str, Phase]) -> int:
@@ -243,23 +233,20 @@ def _smallest(fits: Callable[[int], bool], per_host: int) -> int | None:
     return ranks
 
 
-def _others(model: Model) -> Iterator[tuple[str, Model]]:
+def _others(model: Model) -> dict[str, Callable[[], Model]]:
     """The same model in another setting each, by what to set."""
     config = model.config
-    changes: dict[str, dict[str, Any]] = {
-        "gradients sharded": {"gradient_residency": GradientResidency.SHARDED},
-        "main remainder": {"main_parameter": MainParameter.REMAINDER},
-        "moments bf16": {"moments": Moments.BF16},
-        "state on the host": {"state_residency": StateResidency.HOST},
-        "wire bf16": {"wire_dtype": torch.bfloat16},
-        "overlap": {"overlap": True},
-        "buckets 4 times as large": {"bucket_cap_mb": 4 * config.bucket_cap_mb},
+    others = {
+        "gradients sharded": replace(config, gradient_residency=GradientResidency.SHARDED),
+        "main remainder": replace(config, main_parameter=MainParameter.REMAINDER),
+        "moments bf16": replace(config, moments=Moments.BF16),
+        "state on the host": replace(config, state_residency=StateResidency.HOST),
+        "wire bf16": replace(config, wire_dtype=torch.bfloat16),
+        "overlap": replace(config, overlap=True),
+        "buckets 4 times as large": replace(config, bucket_cap_mb=4 * config.bucket_cap_mb),
     }
-    for setting, changed in changes.items():
-        other = replace(config, **changed)
-        if other != config:
-            yield setting, replace(model, config=other)
-    yield "twice the ranks", replace(model, shards=2 * model.shards)
+    changed = {setting: partial(model.under, other) for setting, other in others.items() if other != config}
+    return {**changed, "twice the ranks": partial(model.over, 2 * model.shards, model.replicas)}
 
 
 def _settings(model: Model) -> dict[str, str]:
@@ -300,6 +287,7 @@ def _unknown(model: Model, activations: float, compute: float | None) -> Iterato
     if compute is None:
         yield "what overlap hides: neither the compute time of a step was told, nor tokens and MFU"
     yield "other parameter groups, each of which has buckets of its own; buffers of the model"
+    yield "accumulation: one backward per step is planned; in no_sync(), sharded gradients take whole buffers"
     if model.config.state_residency is StateResidency.HOST:
         yield "pinned memory, which torch rounds up to a power of two, and how fast the host updates (25 GB/s assumed)"
     if not model.config.reduce_gradients:

@@ -40,7 +40,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     else:
         yield f"  fewest ranks on which it fits: {plan.smallest:,}"
     by_ranks = ", ".join(f"{ranks:,}: {_gb(held.total)}" for ranks, held in plan.by_ranks.items())
-    yield f"  GB between steps, by the ranks that share the state: {by_ranks}"
+    yield f"  GB without what is in flight, by the ranks that share the state: {by_ranks}"
     yield f"  FSDP2 with DecoupledAdamW, all in fp32: {_gb(plan.fsdp2)} GB at rest"
     yield f"a checkpoint: {_gb(plan.checkpoint)} GB, {_gb(plan.checkpoint / plan.ranks)} of each rank"
     yield ""

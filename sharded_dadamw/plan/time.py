@@ -155,14 +155,8 @@ def transfer(num_bytes: float, axis: Axis, gpu: Gpu, *, direct: bool = False) ->
     hosts = axis.ranks // axis.per_host
     intra, inter = on_links(num_bytes, axis, direct=direct)
     slowest = max(intra / gpu.intra, inter / gpu.inter)
-    if direct:
-        return min(
-            each.start + max(each.intra, each.inter * (hosts > 1)) + slowest / each.share for each in gpu.protocols
-        )
-    return min(
-        each.start + (axis.ranks - hosts) * each.intra + (hosts - 1) * each.inter + slowest / each.share
-        for each in gpu.protocols
-    )
+    within, between = (1, min(1, hosts - 1)) if direct else (axis.ranks - hosts, hosts - 1)
+    return min(each.start + within * each.intra + between * each.inter + slowest / each.share for each in gpu.protocols)
 
 
 class _Seconds(NamedTuple):
@@ -306,11 +300,6 @@ class Schedule:
             self._wait(max(self._arrivals[home[member.index]] for member in members), "gather")
             numel = sum(member.placement.local_numel for member in members)
             self._work(f"forward {module}", seconds * numel / total)
-
-
-def compute_of(num_elements: int, tokens: int, mfu: float, gpu: Gpu) -> float:
-    """Seconds of forward and backward: 6 operations per parameter and token, at a share of the device's speed."""
-    return 6 * num_elements * tokens / (gpu.flops * mfu)
 
 
 def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Axis, Axis]:
