@@ -2,12 +2,12 @@
 
     backward    hooks move each gradient into its bucket and launch its reduce-scatter;
                 backward ends when all means are there                                     (reducer, comm)
-    step        ranks compare what they are about to do, then bucket by bucket:            (plan, agreement)
+    step        ranks compare what they are about to do, then bucket by bucket:            (step_plan, handshake)
                     one fused update of this rank's shard                                  (kernels)
                     all-gather the parameters in place, while the next bucket is updated   (gatherer, comm)
     forward     where the model is attached, layers wait for the parameters they read      (gatherer)
 
-With ``overlap=False``, and where gradients belong to others, means are made in ``step``, one bucket ahead.
+With ``overlap=False`` full gradients are averaged in ``step``, one bucket ahead; of others they are averages already.
 
 This module conducts and touches no element itself.
 """

@@ -5,5 +5,5 @@
 share, ``build`` decides which go together, ``kinds`` what serves their weights and gradients. ``shards`` has all
 buckets of an optimizer and the ranks that share them. ``offload`` is a bucket whose state lives in host memory.
 
-A bucket knows its own memory. It does not know the other buckets, the step's order, or the user's calls.
+A bucket knows its own memory, and which parameters other live buckets hold. It does not know the step's order.
 """

@@ -6,8 +6,8 @@
 
 [Note: where a gradient lives] A parameter without a gradient has ``p.grad is None``, as everywhere in torch, so that
 an unused parameter stays untouched. A hook moves the first gradient that backward produces into the bucket's flat
-buffer at once, so that two copies never coexist for more than one parameter; later ones accumulate into that view. No
-other modules assign ``p.grad``.
+buffer at once, so that two copies never coexist for more than one parameter; later ones accumulate into that view. Only
+this module and ``sharded_gradients`` assign ``p.grad``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
     matching   whether what was saved fits a run
     save_load  the calls, which sequence the rest on all ranks
 
-This room knows optimizers by their state dicts alone, and no other library's files: those are `interchange`'s.
+This room knows optimizers by their class and their state dicts, and of other people's files torch's alone: the rest are
+`interchange`'s.
 """
 
 from sharded_dadamw.checkpoint.folder import checkpoints

@@ -5,5 +5,5 @@
 way. ``agreement`` turns a disagreement into an error on every rank, and ``calls`` tells who is missing where a verb
 fails. ``dtensors`` takes this rank's part of a tensor of torch's that is spread over ranks.
 
-A verb knows flat tensors and ranks. It does not know what a parameter, a gradient or a step is.
+A verb knows flat tensors and ranks. But for ``dtensors`` nothing here knows what a parameter or a gradient is.
 """

@@ -7,8 +7,8 @@ slice per rank:
     all_gather_(buffer)                 other slices <- their owners' own slices
 
 :class:`Collectives` is one rank, for which everything is there already. :class:`BackendVerbs` are the backend's own
-verbs, and :class:`RankOrderVerbs` are those with sums in rank order. ``messages`` and ``memory`` serve CPUs, ``mesh``
-joins two axes, and ``connect`` chooses.
+verbs, and :class:`RankOrderVerbs` are those with sums in rank order. ``messages`` and ``shared_memory`` serve CPUs,
+``mesh`` joins two axes, and ``connect`` chooses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which verbs serve a group of ranks best, and which group it is that ranks have in common."""
+"""Which verbs serve a group of ranks best."""
 
 from __future__ import annotations
 

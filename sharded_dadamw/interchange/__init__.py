@@ -1,4 +1,8 @@
-"""State of other optimizers as ours, and back; in files, in folders and in memory."""
+"""State of other optimizers as ours, and back; in files, in folders and in memory.
+
+``state_dicts`` turns one kind of state dict into another, ``deepspeed`` reads its folders, ``files`` safetensors, and
+``convert`` goes from files to files. ``inspection`` tells what a checkpoint holds, ours included.
+"""
 
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed import from_deepspeed

@@ -1,7 +1,10 @@
 """What training will need, before anything is rented: bytes of each rank and phase, bytes on each link, and time.
 
-It asks the layout where every element will lie, and touches no device and no process group. It must not know how an
-optimizer does its work, only what it holds and sends.
+``models`` lists parameters, ``memory`` counts bytes and ``time`` milliseconds, ``report`` puts both together, ``text``
+and ``picture`` show it.
+
+It asks ``layout`` and ``buckets`` where every element will lie, and follows the order in which ``schedule`` holds and
+sends buckets. It touches no device and no process group.
 """
 
 from sharded_dadamw.plan.report import Plan, plan

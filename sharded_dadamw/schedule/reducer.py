@@ -362,7 +362,8 @@ class Reducer:
             self.num_rounds += 1
 
     def _finish_all(self) -> None:
-        # Reductions are finished in the order of their start: first all of ours, and then we wait for other ranks.
+        # Verbs on CPUs finish what was started before first, so that all of our part is sent before we wait for any;
+        # of the backend's own the last one is waited for first, which waits for all.
         for bucket in reversed(self._under_way):
             bucket.gradients.wait()
         self._under_way.clear()

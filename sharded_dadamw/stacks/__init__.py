@@ -7,6 +7,6 @@
     torchtitan    an optimizers container that knows our two names
     olmo_core     two optimizer configs
 
-A module imports its stack, and nothing imports the module but who uses it. None knows more of the optimizers than a
-user does. All say the same two things to their stack: who averages, and who clips.
+A module imports its stack, and nothing outside of this room imports the module but who uses it. None knows more of the
+optimizers than a user does. Where a stack averages or clips by itself, it is told who does.
 """

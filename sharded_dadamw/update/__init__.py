@@ -4,5 +4,5 @@
 them, ``precision`` the arithmetic of narrow dtypes (exact remainders, stochastic rounding), and ``storage`` the dtypes
 in which state is kept.
 
-The rule sees tensors of one size and nothing around them: no ranks, no buckets.
+The rule sees tensors of one size and nothing around them: no ranks, no buckets; ``storage`` says what these keep.
 """
