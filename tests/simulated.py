@@ -3,8 +3,9 @@
     results = on_ranks(3, train_a_little, 0.1)       # train_a_little(process_group, 0.1) on each of three ranks
 
 is what it is in `tests.pool`, and a test moves from one to the other by its import. There, each case costs the latency
-of a transport between processes. Here, it costs its arithmetic. Tests of a transport, of processes that end, of torch's
-DDP and FSDP1 (whose C++ waits by itself), and of what patches a module in a rank's function belong in the pool.
+of a transport between processes. Here, it costs its arithmetic. In the pool belong tests of a transport, of processes
+that end, and of what has no rank of its own: profilers, torch.compile, threads that save in the background, the working
+folder, FSDP1's state dicts, what patches a module in a rank's function, and counts of what a process holds.
 
 Invariants:
 
@@ -14,8 +15,8 @@ Invariants:
   early, or writes into a buffer that is under way, gets wrong values each time.
 - Where no rank can run, they wait for each other forever. This is an error at once, and shows where each one waits.
 - Ranks that start different collectives, or in another order, or of other sizes, are all told so.
-- What is one per process is one per rank: torch's and Python's random numbers, warnings' filters, process groups.
-  Arguments and results are pickled, as they are on their way to another process.
+- What is one per process is one per rank: random numbers, warnings' filters, process groups. Arguments and results are
+  pickled, as they are on their way to another process.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import device_mesh
 from torch.distributed import distributed_c10d as c10d
 
 from sharded_dadamw.checkpoint import save_load
@@ -59,6 +62,7 @@ _OF_A_PROCESS: tuple[tuple[Any, str], ...] = (
     (warnings, "showwarning"),
     (warnings, "_showwarnmsg_impl"),
     (c10d, "_world"),
+    (device_mesh, "threading"),
     (in_flight, "_in_flight"),
     (in_flight, "_lock"),
     (save_load, "_latest"),
@@ -69,25 +73,30 @@ class _Globals:
     """What other ranks must not see of one, though it is the process's."""
 
     def __init__(self, **values: Any) -> None:
-        self._numbers = torch.get_rng_state(), random.getstate()
+        self._numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
         self._values = [values.get(name, getattr(module, name)) for module, name in _OF_A_PROCESS]
 
     def take(self) -> None:
-        self._numbers = torch.get_rng_state(), random.getstate()
+        self._numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
         self._values = [getattr(module, name) for module, name in _OF_A_PROCESS]
 
     def put(self) -> None:
         torch.set_rng_state(self._numbers[0])
         random.setstate(self._numbers[1])
+        np.random.set_state(self._numbers[2])
         for (module, name), value in zip(_OF_A_PROCESS, self._values, strict=True):
             setattr(module, name, value)
+
+
+def _always() -> bool:
+    return True
 
 
 class _Rank:
     def __init__(self, rank: int, globals_: _Globals) -> None:
         self.rank = rank
         self.globals = globals_
-        self.can_go_on: Callable[[], bool] | None = lambda: True  # None: it has ended
+        self.can_go_on: Callable[[], bool] | None = _always  # None: it has ended
         self.turn = threading.Semaphore(0)
         self.thread: threading.Thread | None = None
         self.outcome: Outcome | None = None
@@ -98,7 +107,7 @@ class _Turns:
 
     def __init__(self, num_ranks: int, seed: int | None) -> None:
         number = next(_numbers)
-        self.ranks = [_Rank(rank, _of_a_new_rank(number)) for rank in range(num_ranks)]
+        self.ranks = [_Rank(rank, _of_a_new_rank(number, rank)) for rank in range(num_ranks)]
         self.calls: dict[Any, _Call] = {}
         self.stored: dict[str, bytes] = {}
         self.stacks: dict[int, str] = {}  # of the ranks that wait forever
@@ -118,6 +127,7 @@ class _Turns:
         rank.globals.take()
         self._pick(after=rank.rank)
         rank.turn.acquire()
+        rank.can_go_on = _always  # what the condition refers to may go
         rank.globals.put()
         if self.over:
             raise _Abandoned
@@ -135,7 +145,7 @@ class _Turns:
         if self.over:
             raise _Abandoned
         if self._choice is not None:
-            self.wait_until(lambda: True)
+            self.wait_until(_always)
 
     def _pick(self, after: int) -> None:
         left = [rank for rank in self.ranks if rank.can_go_on is not None]
@@ -158,8 +168,9 @@ class _Turns:
         self.over = True
 
 
-def _of_a_new_rank(case: int) -> _Globals:
-    # torch caches by groups' names, so cases count theirs on.
+def _of_a_new_rank(case: int, rank: int) -> _Globals:
+    # torch caches by groups' names and by meshes, which differ by their thread, whose number the next one may have.
+    number = 1000 * case + rank
     world: Any = SimpleNamespace(default_pg=None, comms=[], group_count=1000 * case)
     names = (
         "pg_map",
@@ -172,7 +183,14 @@ def _of_a_new_rank(case: int) -> _Globals:
     )
     for name in names:
         setattr(world, name, {})
-    return _Globals(_world=world, filters=list(warnings.filters), _in_flight={}, _lock=threading.RLock(), _latest=None)
+    return _Globals(
+        _world=world,
+        threading=SimpleNamespace(get_ident=lambda: number),
+        filters=list(warnings.filters),
+        _in_flight={},
+        _lock=threading.RLock(),
+        _latest=None,
+    )
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -183,33 +201,39 @@ class _Call:
     """A collective, from the first rank that starts it on."""
 
     num_ranks: int
-    posted: dict[int, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)  # what, and with which tensors
-    has_moved: bool = False
+    started: dict[int, str] = field(default_factory=dict)  # what, by rank
+    data: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # with which tensors
 
     @property
     def is_complete(self) -> bool:
-        return len(self.posted) == self.num_ranks
+        return len(self.started) == self.num_ranks
 
     def finish(self, move: Callable[..., None]) -> None:
-        calls = [self.posted[rank][0] for rank in range(self.num_ranks)]
-        if len(set(calls)) > 1:
-            raise RuntimeError(f"ranks have started different collectives: {dict(enumerate(calls))}")
-        if not self.has_moved:
-            self.has_moved = True
+        if len(set(self.started.values())) > 1:
+            raise RuntimeError(f"ranks have started different collectives: {dict(sorted(self.started.items()))}")
+        if self.data:
             with torch.no_grad():
-                move(*zip(*(self.posted[rank][1] for rank in range(self.num_ranks)), strict=True))
+                move(*zip(*(self.data[rank] for rank in range(self.num_ranks)), strict=True))
+            self.data.clear()
 
 
 class _Work(dist.Work):
-    def __init__(self, turns: _Turns, call: _Call, move: Callable[..., None]) -> None:
+    def __init__(self, turns: _Turns, call: _Call, move: Callable[..., None], outputs: Any) -> None:
         super().__init__()
-        self._turns, self._call, self._move = turns, call, move
+        self._turns, self._call, self._move, self._outputs = turns, call, move, outputs
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         if not self._call.is_complete:
             self._turns.wait_until(lambda: self._call.is_complete)
         self._call.finish(self._move)
         return True
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """For DDP, whose C++ would wait without letting others run: over before it is given."""
+        self.wait()
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(self._outputs)
+        return future
 
     def is_completed(self) -> bool:
         if self._call.is_complete:
@@ -257,6 +281,10 @@ class _Group(dist.ProcessGroup):
         self._count = 0
 
     @property
+    def _device_types(self) -> list[torch.device]:  # type: ignore[override]
+        return [torch.device("cpu")]
+
+    @property
     def group_name(self) -> str:  # type: ignore[override]
         return self._name
 
@@ -271,10 +299,11 @@ class _Group(dist.ProcessGroup):
         self._count += 1
         key = self._name, self._count
         call = self._turns.calls.setdefault(key, _Call(self.size()))
-        call.posted[self.rank()] = f"{what} of {_size_of(data[-1]) if size is None else size}", data
+        call.started[self.rank()] = f"{what} of {_size_of(data[-1]) if size is None else size}"
+        call.data[self.rank()] = data
         if call.is_complete:
             del self._turns.calls[key]
-        return _Work(self._turns, call, move)
+        return _Work(self._turns, call, move, data[0] if data else None)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> _Work:
         tensors = [tensors] if isinstance(tensors, Tensor) else tensors

@@ -32,7 +32,7 @@ from sharded_dadamw import (
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.interchange import from_torch
 from tests.models import BF16, F32, TiedLanguageModel, draw_gradient, make_groups, mean_in_rank_order, named
-from tests.pool import on_ranks, outcomes
+from tests.simulated import on_ranks, outcomes
 
 Params = dict[str, nn.Parameter]
 

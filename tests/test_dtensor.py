@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from sharded_dadamw import DecoupledAdamW
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 
 def mesh_of(group: Any) -> DeviceMesh:

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.comm.messages import GlooVerbs
+from tests import pool
 from tests.layouts import (
     Control,
     Model,
@@ -45,7 +46,7 @@ from tests.models import (
     mean_in_rank_order,
     named,
 )
-from tests.pool import on_ranks, outcomes
+from tests.simulated import on_ranks, outcomes
 
 DEFAULTS: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4, amsgrad=False)
 KINDS = ("moment", "param", "update", "grad")
@@ -597,8 +598,8 @@ ONE = {"all_reduce": 1}
 @pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
 def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layout: str) -> None:
     """The first time, ranks exchange names besides."""
-    asked = on_ranks(2, collectives_of, layout, True)
-    not_asked = on_ranks(2, collectives_of, layout, False)
+    asked = pool.on_ranks(2, collectives_of, layout, True)
+    not_asked = pool.on_ranks(2, collectives_of, layout, False)
     one = {} if layout == "unsharded" else ONE
     for calls, without in zip(asked, not_asked, strict=True):
         assert calls["step"] == without["step"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import GradientResidency, ShardedDecoupledAdamW, ShardingConfig
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
 

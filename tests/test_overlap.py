@@ -40,8 +40,9 @@ from sharded_dadamw import (
 )
 from sharded_dadamw.buckets.gradients import Stage
 from sharded_dadamw.comm.messages import MessageVerbs
+from tests import pool
 from tests.models import BF16, F32, MODELS, draw_gradient, reduce_for_control
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
 over_each_exchange = pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def reductions_begin_in_backward(group: Any) -> list[str]:
 
 
 def test_a_profiler_sees_reductions_begin_while_backward_runs() -> None:
-    for seen in on_ranks(2, reductions_begin_in_backward):
+    for seen in pool.on_ranks(2, reductions_begin_in_backward):
         for step in seen:
             began, total = map(int, step.split(" of "))
             assert total >= 6 and began >= 3, f"{step} reductions began before the first layer's backward"
@@ -256,8 +257,8 @@ def gathers_run_in_forward(group: Any, attached: bool) -> list[str]:
 
 def test_a_profiler_sees_gathers_run_during_forward_where_the_model_is_attached() -> None:
     """A weight and a bias, in a bucket each, are waited for by their own layer."""
-    assert on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggLggLggL", "ggLggLggL"]] * 2
-    assert on_ranks(2, gathers_run_in_forward, False) == [["LLL", "LLL", "LLL"]] * 2
+    assert pool.on_ranks(2, gathers_run_in_forward, True) == [["LLL", "ggLggLggL", "ggLggLggL"]] * 2
+    assert pool.on_ranks(2, gathers_run_in_forward, False) == [["LLL", "LLL", "LLL"]] * 2
 
 
 class Slow:
@@ -640,7 +641,7 @@ def one_backward_more(group: Any, residency: GradientResidency) -> list[str]:
 
 @pytest.mark.parametrize("residency", [FULL, SHARDED])
 def test_one_backward_more_on_one_rank_is_an_error_on_all_and_no_hang(residency: GradientResidency) -> None:
-    first, second = on_ranks(2, one_backward_more, residency, timeout_s=20.0)
+    first, second = pool.on_ranks(2, one_backward_more, residency, timeout_s=20.0)
     assert first[0] == first[1] and "rank 1 has begun a reduce-scatter of" in first[0]
     assert second[0] == second[1] and "rank 0 has begun an all-reduce of" in second[0]
 
@@ -1208,7 +1209,7 @@ def test_bytes_held_are_those_of_the_formula_and_the_buckets_between(
 ) -> None:
     everywhere, spread = FORMULAS[case]
     formula = everywhere + spread / num_ranks
-    for held in on_ranks(num_ranks, bytes_held, *case):
+    for held in pool.on_ranks(num_ranks, bytes_held, *case):
         spare = held["bucket"] if case[0] is SHARDED else 0.0
         assert held["rest"] == pytest.approx(formula + spare, rel=1e-9), "at rest: the formula, and one spare buffer"
         assert held["peak"] <= formula + 2 * spare + 1e-9, "at the peak: one bucket fills, one is being reduced"

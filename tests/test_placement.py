@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
 from tests.layouts import grid, line, root_sum_square
-from tests.pool import on_ranks, outcomes
+from tests.simulated import on_ranks, outcomes
 from tests.test_metrics import both, build, numbers
 
 

@@ -21,7 +21,7 @@ from sharded_dadamw.update.precision import (
     weight_of,
 )
 from tests.models import BF16, F32
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 EXACT = 2.0**-16  # MiB: small enough for several buckets
 

@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from tests.models import BF16, F32, F64, draw_gradient, make_groups, mean_in_rank_order, named
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 Params = dict[str, nn.Parameter]
 

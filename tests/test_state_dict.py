@@ -24,7 +24,7 @@ from torch.optim import AdamW
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import join
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 NUM_STEPS = 3

@@ -28,7 +28,7 @@ from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import torch_kernel
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
 from tests.models import BF16, F16, F32, F64, draw_gradient, whole_state_dict
-from tests.pool import on_ranks
+from tests.simulated import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 SHAPES = [(65, 16), (300,), (), (4096,), (33, 3), (0,), (256, 20)]
