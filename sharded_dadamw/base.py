@@ -32,12 +32,7 @@ _ROUNDING = 1e-4
 def checked_defaults(
     lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, amsgrad: bool
 ) -> dict[str, Any]:
-    """Return what a parameter group has by default, with the entries of torch's AdamW; warns of a high decay.
-
-    Raises:
-        TypeError: ``lr`` is a tensor of several elements.
-        ValueError: A value is out of range.
-    """
+    """Return what a parameter group has by default, with the entries of torch's AdamW; warns of a high decay."""
     check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
     _warn_if_high(weight_decay)
     beta1, beta2 = betas
@@ -70,22 +65,13 @@ class DecoupledOptimizer(Optimizer):
     """Whether Composer's protocol is given norms of whole parameters, or of what this rank holds of them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that brings metric functions, which nothing would call.
-
-        Raises:
-            AttributeError: It does; says what to do instead.
-        """
+        """Refuse a class that brings metric functions, which nothing would call."""
         super().__init_subclass__(**kwargs)
         if "metric_functions" in vars(cls):
             raise cannot_replace()
 
     def _start_reporting(self, needs_names: bool, max_grad_norm: float | None, metrics_in_step: bool) -> None:
-        """Begin before the first step; with ``norm_group``, parameters need names.
-
-        Raises:
-            TypeError: ``metrics_in_step`` is neither True nor False.
-            ValueError: ``max_grad_norm`` is not above 0.
-        """
+        """Begin before the first step; with ``norm_group``, parameters need names."""
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._may_warn = True
         self._reporting = Reporting(needs_names=needs_names, in_step=metrics_in_step)
@@ -120,13 +106,7 @@ class DecoupledOptimizer(Optimizer):
             _warn_if_high(merged["weight_decay"])
 
     def _check_loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse groups of a state dict, or warn of them.
-
-        Raises:
-            TypeError: As the constructor.
-            ValueError: As the constructor, or a weight decay is too high for one that does not scale with lr, and
-                nothing tells that it is one.
-        """
+        """Refuse groups of a state dict, or warn of them."""
         for index, group in enumerate(groups):
             self._check_group(group)
             weight_decay = float(group.get("weight_decay", 0.0))
@@ -139,11 +119,7 @@ class DecoupledOptimizer(Optimizer):
                 )
 
     def _hypers(self) -> list[Hyperparameters]:
-        """Read the scalars of every group, for one step.
-
-        Raises:
-            ValueError: A group's decay is 1 or more.
-        """
+        """Read the scalars of every group, for one step."""
         for group in self.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
@@ -186,11 +162,8 @@ class DecoupledOptimizer(Optimizer):
     def _clip_within_step(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the step that is under way by ``max_grad_norm``, after whatever clip waited for it.
 
-        Args:
-            norm: 0-d fp32, of the gradients as they are, their loss scale included.
-
-        Returns:
-            For the report, 0-d fp32: the norm after earlier clips, and what all clips multiply gradients by.
+        ``norm`` is that of the gradients as they are, their loss scale included. Returns, for the report, the norm
+        after earlier clips, and what all clips multiply gradients by.
         """
         assert self._max_grad_norm is not None
         scale = self._with_loss_scale(None)
@@ -200,13 +173,7 @@ class DecoupledOptimizer(Optimizer):
     def _begin_report(
         self, hypers: Sequence[Hyperparameters], found_inf: Tensor | None, clip: tuple[Tensor, Tensor] | None
     ) -> StepReport:
-        """Begin the report of a step, with what its updates are to be told.
-
-        Args:
-            hypers: Of every group.
-            found_inf: 0-d fp32, 1 where the step is void; None where nothing can make it so.
-            clip: What :meth:`_clip_within_step` has returned, if the step clips.
-        """
+        """Begin the report of a step, with what its updates are to be told."""
         step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
         self._reporting.report = self._reporting.report.next(step, clip)
         return self._reporting.report

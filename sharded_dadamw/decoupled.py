@@ -200,11 +200,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         return loss
 
     def _present(self) -> list[_Present]:
-        """Return per group the parameters that a step updates, and their gradients.
-
-        Raises:
-            RuntimeError: A gradient is sparse.
-        """
+        """Return per group the parameters that a step updates, and their gradients, of which none may be sparse."""
         present = [_with_gradients(group) for group in self.param_groups]
         for params, grads in present:
             for param, grad in zip(params, grads, strict=True):

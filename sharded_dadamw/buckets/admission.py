@@ -79,12 +79,7 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
 
 
 def check_shardable(groups: Sequence[Mapping[str, Any]], config: ShardingConfig) -> None:
-    """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for.
-
-    Raises:
-        TypeError: As :func:`~sharded_dadamw.layout.parameters.check_parameters`.
-        ValueError: Likewise, or a setting is not for a parameter's dtype, or not for its device.
-    """
+    """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
     members = named_parameters(groups)
     check_parameters(members)
     check_residency(config.state_residency, members[0].param.device)
@@ -111,13 +106,8 @@ def agree_on_groups(
 ) -> None:
     """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective.
 
-    Args:
-        groups: All parameter groups.
-        first_group: Position of the first new one.
-        config: How to shard.
-        collectives: The ranks among which to shard.
-        holders: Those that hold any parts of the parameters.
-        refusal: What this rank has to object already; raised on every rank.
+    What this rank has to object already is in ``refusal``. ``holders`` have any parts of the parameters;
+    ``collectives`` are the ranks among which to shard.
 
     Raises:
         Exception: This rank's refusal, where it has one.

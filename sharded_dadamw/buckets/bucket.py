@@ -34,7 +34,7 @@ class _Prepared(NamedTuple):
     """What a step needs for one set of present slots, made once.
 
     Attributes:
-        update: The kernel with its operands; None where this rank holds nothing of those slots.
+        update: None where this rank holds nothing of those slots.
         params: The parameters of the fragments that it updates, in their order.
         counted: fp32 [num_slots], 1 where a slot is updated.
     """
@@ -47,17 +47,9 @@ class _Prepared(NamedTuple):
 class Bucket:
     """One bucket on one rank: parameters of one group, dtype and device, all of them borrowed or none.
 
-    Constructing it allocates the state.
-
     Attributes:
         num_ahead: For how many buckets ``fetch_`` is worth calling before the first of them is updated.
-        layout: Where everything lies.
-        storage: In what dtypes.
-        rank: This rank.
-        group_index: The parameter group whose hyperparameters hold for the whole bucket.
         members: The parameters, in slot order.
-        weights: The parameters' elements.
-        gradients: Their gradients.
         state_shards: The state tensors [n] of this rank, by their names in ``optimizer.state``.
     """
 
@@ -75,7 +67,7 @@ class Bucket:
         gradients: Gradients,
         amsgrad: bool,
     ) -> None:
-        """Allocate the state; ``amsgrad`` says whether there is a ``max_exp_avg_sq``, the rest is as the attributes."""
+        """Allocate the state; ``amsgrad`` says whether there is a ``max_exp_avg_sq``."""
         self.layout = layout
         self.storage = storage
         self.rank = rank
@@ -164,11 +156,10 @@ class Bucket:
         self._takes_edits = self._absorbs_edits and self.weights.may_be_edited()
 
     def update_(self, step: Step, present: tuple[bool, ...]) -> tuple[list[Tensor], Tensor | None]:
-        """Apply the update rule to this rank's shard, after ``fetch_``.
+        """Apply the update rule to this rank's shard, after ``fetch_`` with the same ``step``.
 
-        Args:
-            step: The same. Where ``found_inf`` is 1 no step is counted either.
-            present: Per slot whether its parameter has a gradient; the others, and their state, stay as they are.
+        Slots that are not ``present`` stay as they are, with their state. Where ``found_inf`` is 1 no step is counted
+        either.
 
         Returns:
             The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
@@ -241,14 +232,7 @@ class Bucket:
         self.main.copy_(torch.where(edited, self.param.to(self.main.dtype), self.main))
 
     def announce_update(self, present: Sequence[bool]) -> list[Tensor]:
-        """Let autograd know that parameters have changed, so that a backward through an older graph fails.
-
-        Args:
-            present: Per slot whether it was updated.
-
-        Returns:
-            The parameters that were.
-        """
+        """Let autograd know of the update, so that a backward through an older graph fails; returns who was updated."""
         updated = self._params if all(present) else list(compress(self._params, present))
         increment_version(updated)
         if self._absorbs_edits:

@@ -22,14 +22,7 @@ from sharded_dadamw.update.storage import Storage
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """What goes into one bucket.
-
-    Attributes:
-        members: The parameters, in slot order.
-        storage: The same for all of them.
-        layout: Where they lie.
-        reduces: Whether it is us who averages their gradients.
-    """
+    """What goes into one bucket: parameters in slot order, and whether it is us who averages their gradients."""
 
     members: tuple[NamedParameter, ...]
     storage: Storage
@@ -41,18 +34,12 @@ class Bucketing:
     """Lays the parameters that a group of ranks shares into buckets."""
 
     def __init__(self, collectives: Collectives, config: ShardingConfig) -> None:
-        """For the ranks of a group, in the way that a user has chosen."""
         self._collectives = collectives
         self._config = config
         self._spares = SpareBuffers(collectives.new_buffer)
 
     def fill(self, members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]]) -> Iterator[Bucket]:
-        """New buckets with these parameters, which get rank 0's values. Collective.
-
-        Args:
-            members: Trainable parameters in the order of their groups. Plain ones become views of flat buffers.
-            groups: All parameter groups.
-        """
+        """Make buckets of trainable parameters, in the order of their groups, with rank 0's values. Collective."""
         for arrangement in self.arrange(members):
             bucket = self._bucket(arrangement, bool(groups[arrangement.members[0].group_index]["amsgrad"]))
             whole = bucket.weights.whole()
@@ -63,9 +50,6 @@ class Bucketing:
 
     def arrange(self, members: Sequence[NamedParameter]) -> Iterator[Arrangement]:
         """Say which of these parameters go together, and where they lie; allocates nothing.
-
-        Args:
-            members: Trainable parameters in the order of their groups.
 
         Raises:
             ValueError: A setting is not for a parameter's dtype.

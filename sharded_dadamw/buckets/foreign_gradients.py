@@ -20,13 +20,6 @@ class ForeignGradients(Gradients):
     """Gradients that live elsewhere and are means over ranks already; they are only read."""
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        """Allocate memory for this rank's shard alone.
-
-        Args:
-            members: The parameters, in slot order.
-            layout: Where they lie.
-            rank: Which shard is ours.
-        """
         super().__init__(members)
         self.shard = torch.zeros(layout.shard_numel, dtype=members[0].gradient_dtype, device=members[0].param.device)
         self._layout = layout

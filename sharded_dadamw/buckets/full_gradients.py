@@ -39,7 +39,6 @@ class FullGradients(HookedGradients):
         rank: int,
         allocate: Allocate,
     ) -> None:
-        """Allocate the buffer; see :class:`HookedGradients`."""
         super().__init__(members, layout, wire_dtype)
         self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
         # Another name for the same memory: what is written through it does not count as a change to p.grad.
@@ -161,10 +160,9 @@ class FullGradients(HookedGradients):
         )
 
     def _have_ended(self, *, arriving: int | None = None) -> bool:
-        """Whether gradients that were averaged were dropped or cleared, by ``model.zero_grad`` or by hand.
+        """Whether averages were dropped or cleared, by ``model.zero_grad`` or by hand.
 
-        Args:
-            arriving: The slot to which backward has just delivered a gradient, or None.
+        Backward has just delivered to the slot ``arriving``, if to one.
         """
         if not any(self._present):
             return self.stage is Stage.CONSUMED or arriving is not None or any(are_present(self._params))

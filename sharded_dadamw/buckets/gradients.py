@@ -41,17 +41,11 @@ class Stage(Enum):
 
 
 class Gradients(ABC):
-    """The gradients of one bucket on one rank.
-
-    Attributes:
-        stage: What the gradients mean right now.
-        shard: [n], this rank's part of the mean over ranks, once they are reduced.
-    """
+    """The gradients of one bucket on one rank; ``shard`` [n] is its part of their mean, once they are reduced."""
 
     shard: Tensor
 
     def __init__(self, members: Sequence[NamedParameter]) -> None:
-        """Start without gradients, for ``members`` in slot order."""
         self.stage = Stage.LOCAL
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
@@ -93,8 +87,7 @@ class Gradients(ABC):
     def collect(self, *, to_clip: bool) -> None:
         """Make sure of the gradients before they are used: bring in those that were assigned by hand.
 
-        Args:
-            to_clip: They are about to be clipped, perhaps again, and not yet to be used up.
+        With ``to_clip`` they are about to be clipped, perhaps again, and not yet to be used up.
 
         Raises:
             RuntimeError: A step has used these gradients already, they were changed after they were clipped, or their
@@ -107,11 +100,7 @@ class Gradients(ABC):
         """Begin to fill ``shard`` with the mean over ranks; ``wait`` ends that. Collective."""
 
     def wait(self) -> None:
-        """Wait until ``shard`` is the mean and gradients may be written; more than once does no harm.
-
-        Raises:
-            RuntimeError: As :meth:`~sharded_dadamw.comm.pending.Pending.wait`.
-        """
+        """Wait until ``shard`` is the mean and gradients may be written; more than once does no harm."""
         try:
             self._reduction.wait()
         except BaseException:  # after a KeyboardInterrupt, a part of the mean may be missing
@@ -126,10 +115,8 @@ class Gradients(ABC):
         """Return by what factors gradients were multiplied since they were made, or since this was last asked.
 
         Local gradients may be edited freely, and the result is averaged. Of them only a common factor is reported,
-        because it may come from torch's ``clip_grad_norm_``, whose norm differs from rank to rank.
-
-        Args:
-            is_unscaled: A loss scaler says that it has divided gradients, which torch does not count as a change.
+        because it may come from torch's ``clip_grad_norm_``, whose norm differs from rank to rank. ``is_unscaled`` says
+        that a loss scaler has divided gradients, which torch does not count as a change.
 
         Returns:
             fp64 [k], of a sample of elements; nan where that does not show, inf where it is no multiplication. None
@@ -169,13 +156,6 @@ class HookedGradients(Gradients):
     """Gradients of plain parameters, which backward delivers one by one through hooks."""
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, wire_dtype: torch.dtype | None) -> None:
-        """Start without gradients.
-
-        Args:
-            members: The parameters, in slot order, whose gradients are of one dtype.
-            layout: Where they lie.
-            wire_dtype: In what gradients are sent to other ranks; None as they are.
-        """
         super().__init__(members)
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
@@ -200,9 +180,7 @@ class HookedGradients(Gradients):
     def deliver(self, slot: int, *, counts: bool) -> None:
         """Take the gradient that backward has just accumulated for a slot.
 
-        Args:
-            slot: Whose it is.
-            counts: Whether it is the last of this slot before a reduction, as far as backward passes go.
+        ``counts`` says whether it is the last of this slot before a reduction, as far as backward passes go.
 
         Raises:
             RuntimeError: The gradients before it were used or averaged already, and are still there.
@@ -260,11 +238,7 @@ def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:
 
 
 def check_gradient(member: NamedParameter, grad: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a gradient that is not what is expected of a member's.
-
-    Raises:
-        ValueError: It is sparse, or not in ``dtype``.
-    """
+    """Refuse a gradient that is sparse, or not in ``dtype``."""
     if grad.layout != torch.strided:
         raise ValueError(f"gradient of {member.name}: expected a dense tensor, got layout {grad.layout}")
     if grad.dtype != dtype:

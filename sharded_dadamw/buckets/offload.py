@@ -89,11 +89,7 @@ class OffloadedBucket(Bucket):
 
 
 def check_residency(residency: StateResidency, device: torch.device) -> None:
-    """Refuse host memory beside devices that cannot copy while they compute.
-
-    Raises:
-        ValueError: ``device`` has no streams.
-    """
+    """Refuse host memory beside devices that cannot copy while they compute, for want of streams."""
     if residency is StateResidency.HOST and not hasattr(torch.get_device_module(device), "Stream"):
         raise ValueError(
             f"state_residency: expected StateResidency.DEVICE for parameters on {device.type}, got HOST; it takes a "

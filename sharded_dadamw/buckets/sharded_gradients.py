@@ -18,7 +18,6 @@ class SpareBuffers:
     """Memory for gradients between backward and their reduction; the largest buffer is kept for the next ones."""
 
     def __init__(self, allocate: Allocate) -> None:
-        """Make new ones with ``allocate``."""
         self._allocate = allocate
         self._spare: Tensor | None = None
 
@@ -38,10 +37,8 @@ class SpareBuffers:
 class ShardedGradients(HookedGradients):
     """Gradients of which only this rank's shard of the mean is kept.
 
-    The means of several reductions add up there, once the optimizer's ``zero_grad`` has been called.
-
-    A flat buffer exists from the first gradient until the reduction is done. ``p.grad`` is None from the moment at
-    which the reduction begins, so gradients that come later go into another buffer, and another reduction.
+    The means of several reductions add up there, once the optimizer's ``zero_grad`` has been called. A flat buffer
+    exists from the first gradient until the reduction is done; gradients that come later go into another one.
     """
 
     def __init__(
@@ -52,7 +49,6 @@ class ShardedGradients(HookedGradients):
         *,
         spares: SpareBuffers,
     ) -> None:
-        """Allocate the shard; see :class:`HookedGradients`."""
         super().__init__(members, layout, wire_dtype)
         self._device = members[0].param.device
         self._spares = spares

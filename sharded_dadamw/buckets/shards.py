@@ -30,7 +30,6 @@ class Shards:
         device: Where they live.
         collectives: The ranks among which they are sharded.
         holders: The ranks that hold any parts of them: others may have other parts of DTensors.
-        buckets: The trainable ones.
         slots: Per trainable parameter, by its id, its bucket and its slot there.
         frozen: The others.
     """
@@ -43,17 +42,10 @@ class Shards:
         config: ShardingConfig,
         refusal: Refusal,
     ) -> None:
-        """Shard the first groups of an optimizer. Collective.
+        """Shard the first groups of an optimizer. Collective; raises as :func:`agree_on_groups` and :func:`connect`.
 
-        Args:
-            params: The tensors that it was given. They tell the ranks even where there are no groups of them.
-            groups: All groups.
-            process_group: As the optimizer takes it.
-            config: How to shard.
-            refusal: What this rank has to object so far.
-
-        Raises:
-            Exception: As :func:`agree_on_groups` and :func:`connect`.
+        ``params``, the tensors that it was given, tell the ranks even where there are no groups of them. ``refusal`` is
+        what this rank has to object so far.
         """
         enter("ShardedDecoupledAdamW()")
         placements: list[Placement] = []
@@ -109,12 +101,7 @@ class Shards:
 
 
 def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
-    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated.
-
-    Args:
-        buckets: With their gradients reduced as they come.
-        step: What to do to them.
-    """
+    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated."""
     waiting: deque[Bucket] = deque()
     for bucket in buckets:
         bucket.fetch_(step)

@@ -30,23 +30,11 @@ _alive: WeakSet[OwnWeights] = WeakSet()
 
 
 class Weights(ABC):
-    """The parameters of one bucket on one rank.
-
-    Attributes:
-        shard: [n], what this rank updates.
-        ids: The ``id`` of each parameter.
-    """
+    """The parameters of one bucket on one rank, which updates ``shard`` [n]; ``ids`` are the parameters'."""
 
     shard: Tensor
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        """Take parameters of one dtype on one device, in slot order.
-
-        Args:
-            members: The parameters.
-            layout: Where they lie.
-            rank: Which shard is ours.
-        """
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
         self.ids = frozenset(map(id, self._params))
@@ -101,7 +89,6 @@ class OwnWeights(Weights):
     """
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, allocate: Allocate) -> None:
-        """See :class:`Weights`; ``allocate`` makes the flat buffer."""
         super().__init__(members, layout, rank)
         self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
@@ -171,7 +158,6 @@ class BorrowedWeights(Weights):
     """Parameters whose memory belongs to something else."""
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        """See :class:`Weights`; allocates memory for this rank's shard alone."""
         super().__init__(members, layout, rank)
         first = members[0].param
         self._fragments = tuple(layout.fragments(rank))

@@ -29,14 +29,10 @@ _ABSENT = "nothing"
 class Refusal:
     """What one rank has to object, kept until the others can hear of it: they are waiting.
 
-    As a context it catches whatever is raised inside.
-
-    Attributes:
-        error: The first error, or None.
+    As a context it catches whatever is raised inside; ``error`` is the first of that, or None.
     """
 
     def __init__(self) -> None:
-        """Object to nothing so far."""
         self.error: Exception | None = None
 
     def __enter__(self) -> None:
@@ -58,14 +54,9 @@ def require_agreement(
 ) -> None:
     """Check that every rank's arguments are valid and equal. Collective, and host-blocking.
 
-    Args:
-        collectives: The group.
-        description: What this rank was given; ignored where ``refusal`` is given.
-        refusal: The error with which this rank refuses its own arguments, or None.
-        advice: What to do where they differ.
+    ``refusal`` is the error with which this rank refuses its own, whose description then is ignored; it is raised here.
 
     Raises:
-        Exception: ``refusal`` itself, on the ranks that have one.
         ValueError: Another rank refuses its arguments, or ranks differ; names the first difference and both sides.
     """
     description = {"the call": here.call, **description}
@@ -84,14 +75,7 @@ def require_agreement(
 
 
 def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
-    """Do something that may fail on any rank, and go on only if it has not failed on one. Collective.
-
-    Args:
-        collectives: The ranks.
-        work: This rank's part.
-
-    Returns:
-        What ``work`` returned here.
+    """Return what this rank's ``work`` does, if it has not failed on any rank. Collective.
 
     Raises:
         Exception: What ``work`` raised on the first rank where it did: itself there, and elsewhere the nearest of

@@ -46,14 +46,9 @@ class RankError(RuntimeError):
 
 
 class Meetings:
-    """Why some ranks did not meet.
-
-    Attributes:
-        failure: What to say of any further verb, once one has failed.
-    """
+    """Why some ranks did not meet; ``failure`` is what to say of any further verb, once one has failed."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
-        """Begin before the first verb of a rank of a process group."""
         self.failure = ""
         self._rank, self._num_ranks = rank, num_ranks
 

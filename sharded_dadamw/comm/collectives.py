@@ -54,14 +54,10 @@ def sum_dtype(sent: torch.dtype, out: torch.dtype) -> torch.dtype:
 def average_in_order(
     parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool = False
 ) -> None:
-    """Put the mean of ``parts``, summed in their order, into ``out`` [n], which may be one of them.
+    """Put the mean of ``parts``, [n] of each rank, summed in their order, into ``out`` [n], which may be one of them.
 
-    Args:
-        parts: [n] each, one per rank.
-        sent: The dtype to which each is rounded first.
-        out: Gets the mean, rounded once.
-        total: [n], scratch memory in the dtype of the sum.
-        add: Increase ``out`` by the rounded mean instead.
+    Each is first rounded to ``sent``. ``total`` [n] is scratch memory in the dtype of the sum. The mean is rounded
+    once; with ``add`` it increases ``out``.
     """
     first, *rest = (part.to(sent) for part in parts)
     if rest and sent == total.dtype:
@@ -95,7 +91,6 @@ class Collectives:
     gathers_by_itself = True
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
-        """One rank needs no torch.distributed."""
         self.rank = rank
         self.num_ranks = num_ranks
         self.bytes_sent = 0
@@ -117,11 +112,7 @@ class Collectives:
         """Raise RuntimeError when the process group has been destroyed."""
 
     def explaining(self) -> AbstractContextManager[None]:
-        """A context for what other ranks have to come to, which says of any failure who did not.
-
-        Raises:
-            RankError: In place of the backend's RuntimeError.
-        """
+        """A context for what other ranks have to come to, in which a RankError says who did not."""
         return nullcontext()
 
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
@@ -182,7 +173,6 @@ class BackendVerbs(Collectives):
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Wrap a live process group that this rank is in, for tensors on ``device``."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group_reference = weakref.ref(group)
         self._meetings = Meetings(self.rank, self.num_ranks)

@@ -119,9 +119,6 @@ def _spanning(mesh: DeviceMesh, called: str) -> dist.ProcessGroup:
 def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
     """A second group of all ranks, whose messages cannot meet those of training. Collective the first time.
 
-    Args:
-        collectives: The ranks, on all of which this is called.
-
     Raises:
         ValueError: They are not all ranks: torch could not make the group without the others.
     """
@@ -150,10 +147,8 @@ def connect_over(
 ) -> Collectives:
     """The verbs of all ranks among which parameters are spread.
 
-    Args:
-        groups: One for each axis of a mesh along which parameters are sharded; may be none, or the same one repeatedly.
-        device: Where parameters live.
-        also: A further axis, whose ranks are the answer where there is no other.
+    There is a group for each axis of a mesh along which they are sharded, perhaps repeatedly; ``also`` is a further
+    axis, whose ranks are the answer where there is no other.
 
     Raises:
         ValueError: There are several axes, and they are not all there is: no one group is known to hold their product.

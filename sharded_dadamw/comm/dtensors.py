@@ -10,11 +10,7 @@ from sharded_dadamw.layout.placement import local
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of a gradient, laid out like its parameter. Collective where that is still unsummed.
-
-    Args:
-        param: Has a gradient.
-    """
+    """This rank's part of a gradient, laid out like its parameter. Collective where that is still unsummed."""
     grad: Any = param.grad
     placements = getattr(param, "placements", None)
     if placements is not None and grad.placements != placements:
@@ -25,10 +21,7 @@ def local_gradient(param: Tensor) -> Tensor:
 def like_parameter(part: Tensor, param: Any, *, copies: bool = False) -> Tensor:
     """This rank's part of something with the shape of a parameter, as that is: whole, or as a DTensor.
 
-    Args:
-        part: Local shape of the parameter.
-        param: The parameter.
-        copies: Whether to copy it; a tensor that is whole goes to host memory then.
+    With ``copies`` it is a copy; a tensor that is whole goes to host memory then.
     """
     if not hasattr(param, "to_local"):
         return part.to("cpu", copy=True) if copies else part

@@ -29,13 +29,7 @@ class MeshVerbs(BackendVerbs):
     """
 
     def __init__(self, row: Collectives, column: Collectives, everyone: BackendVerbs) -> None:
-        """Put two axes together.
-
-        Args:
-            row: The ranks among which buffers are cut into slices.
-            column: The ranks that have the same slice as this one.
-            everyone: All ranks of the mesh.
-        """
+        """Cut buffers among the ranks of the row; those of the column have the same slice."""
         super().__init__(everyone.group, everyone.device)
         self.rank, self.num_ranks = row.rank, row.num_ranks
         self.gathers_by_itself = row.gathers_by_itself

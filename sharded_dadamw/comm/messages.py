@@ -46,7 +46,6 @@ class GlooVerbs(BackendVerbs):
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Wrap a live process group of gloo that this rank is in, for tensors on the CPU."""
         super().__init__(group, device)
         # Beginning with the right neighbour, so that no receiver is everyone's first.
         self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
@@ -100,7 +99,6 @@ class MessageVerbs(GlooVerbs):
     """Slices travel through gloo's connections, in pieces: the sum of one overlaps the transfer of the next."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """See :class:`GlooVerbs`."""
         super().__init__(group, device)
         self._under_way: deque[Pending] = deque()
         self._reductions: deque[Pending] = deque()

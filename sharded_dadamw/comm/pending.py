@@ -45,10 +45,8 @@ class Pending:
     def wait(self) -> None:
         """Wait until the result is there and buffers may be written; more than once does no harm.
 
-        This blocks the host, or on an accelerator the current stream.
-
-        Raises:
-            RuntimeError: Another rank is gone, or too late. Each call raises again.
+        This blocks the host, or on an accelerator the current stream. A RuntimeError, at each call, says that another
+        rank is gone, or too late.
         """
         self.finish()
         if self._failure is not None:

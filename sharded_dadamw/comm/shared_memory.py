@@ -64,11 +64,7 @@ class MemoryFile:
     """A rank's file, as one of the ranks has mapped it; buffers on it keep it mapped."""
 
     def __init__(self, pid: int, fd: int, name: str, size: int) -> None:
-        """Map what a process of this host has open.
-
-        Raises:
-            OSError: It cannot be reached from here: it is in another container, or may not be read.
-        """
+        """Map what a process of this host has open; an OSError where it is in another container, or may not be read."""
         path = f"/proc/{pid}/fd/{fd}"
         if name not in os.readlink(path):  # in another container numbers mean other processes
             raise OSError(f"{path} is something else here")
@@ -91,11 +87,7 @@ class MemoryFile:
         self._live: dict[int, int] = {}
 
     def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Zero-filled memory [numel] that begins on a page of its own, in this rank's file.
-
-        Raises:
-            MemoryError: No stretch is long enough.
-        """
+        """Zero-filled memory [numel] in this rank's file, on a page of its own; a MemoryError if there is no room."""
         if not numel:
             return torch.zeros(0, dtype=dtype)
         nbytes = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -135,14 +127,10 @@ class MemoryFile:
 
 
 def map_files(verbs: BackendVerbs) -> list[MemoryFile] | None:
-    """Make a file on every rank, and map those of all. Collective.
+    """Make a file on every rank, and map those of all, in rank order. Collective.
 
-    Args:
-        verbs: Between the ranks.
-
-    Returns:
-        The files in rank order; None on all ranks where one of them cannot: they run on several hosts or in containers
-        of their own, or not on Linux.
+    None on all ranks where one of them cannot: they run on several hosts or in containers of their own, or not on
+    Linux.
     """
     offer = ""
     files: list[MemoryFile] = []
@@ -178,13 +166,6 @@ class SharedMemoryVerbs(GlooVerbs):
     gathers_by_itself = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, files: Sequence[MemoryFile]) -> None:
-        """See :class:`GlooVerbs`.
-
-        Args:
-            group: The ranks.
-            device: The CPU.
-            files: Of every rank, as this one has mapped them.
-        """
         super().__init__(group, device)
         self._own, self._files = files[self.rank], files
         self._timeout_s: float = group._get_backend(device).options._timeout.total_seconds()
@@ -310,11 +291,7 @@ class SharedMemoryVerbs(GlooVerbs):
             self._wait(self._files[peer], _LEFT, number)
 
     def _wait(self, file: MemoryFile, what: int, number: int) -> bool:
-        """Wait until a rank has begun or left a verb; returns False if it has not and will not.
-
-        Raises:
-            RuntimeError: It has done neither within the group's timeout.
-        """
+        """Wait until a rank has begun or left a verb; False if it has not and will not, and an error if it is late."""
         start = time.perf_counter()
         while True:
             waited_s = time.perf_counter() - start

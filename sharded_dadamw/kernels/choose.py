@@ -23,12 +23,7 @@ _COMPILED = {"cpu": ("numba_kernel", "numba", "cpu"), "cuda": ("triton_kernel", 
 
 
 def prepare(operands: Sequence[Operands]) -> Update:
-    """Make the update of fragments of one form ready to be called every step.
-
-    Args:
-        operands: At least one fragment, all of one form. Their memory has to stay where it is as long as the update is
-            called.
-    """
+    """Make the update of fragments of one form ready to be called as long as their memory stays where it is."""
     update: Update = kernel_for(operands[0].form).Update(operands)
     return update
 

@@ -81,11 +81,9 @@ def _has_fp16() -> bool:
 
 
 class Update:
-    """The update of a list of fragments, prepared once and applied at every step.
+    """The update of fragments of one form that :func:`supports` accepts, prepared once and applied at every step.
 
-    Args:
-        operands: Fragments of one form that :func:`supports` accepts. Their memory, and not the tensors, has to outlive
-            every call.
+    Their memory, and not the tensors, has to outlive every call.
     """
 
     keeps_tensors = False

@@ -108,10 +108,9 @@ class Update(Protocol):
     """Whether norms come out of the pass over memory that the update is."""
 
     def point_to(self, gradients: Tensor) -> None:
-        """Take gradients elsewhere from now on, of the dtype they had; unless ``keeps_tensors``.
+        """Take gradients of the same dtype from these addresses from now on, int64 [num_fragments] on the CPU.
 
-        Args:
-            gradients: int64 [num_fragments] on the CPU, the address of each fragment's.
+        Not where it ``keeps_tensors``.
         """
 
     def __call__(self, step: Step, group: int) -> Tensor | None:

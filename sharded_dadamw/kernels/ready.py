@@ -67,18 +67,12 @@ class Columns:
 
 
 class ReadyUpdate:
-    """The update of some parameters of one group, for any gradients.
-
-    Attributes:
-        counts: Their step counts, in as few tensors as there are to add to.
-    """
+    """The update of some parameters of one group, for any gradients; ``counts`` hold their step counts."""
 
     def __init__(self, columns: Columns, captured: list[Update]) -> None:
         """Make ready what a compiled kernel can update where it lies; the rest is made ready in every step.
 
-        Args:
-            columns: The tensors; gradients are not kept.
-            captured: While a CUDA graph is captured, gets what its replays read.
+        While a CUDA graph is captured, ``captured`` gets what its replays read.
 
         Raises:
             ValueError: Tensors of one fragment differ in shape; a kernel would write past the end of the smaller ones.
@@ -106,12 +100,7 @@ class ReadyUpdate:
         )
 
     def __call__(self, columns: Columns, step: Step, group: int) -> Sequence[_Squares]:
-        """Apply the update rule.
-
-        Args:
-            columns: Tensors that it fits.
-            step: What to do.
-            group: The group whose scalars hold.
+        """Apply the update rule to columns that it fits.
 
         Returns:
             Places of fragments, with their squared norms fp64 [num_places, 4] in the order of NORMS if those came out
@@ -147,7 +136,6 @@ class ReadyUpdates:
     """The updates of an optimizer's groups."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self._kept: dict[int, dict[tuple[int, ...], ReadyUpdate]] = {}
         self._captured: list[Update] = []
 
@@ -157,11 +145,7 @@ class ReadyUpdates:
         return ready if ready is not None and ready.fits(columns) else None
 
     def make(self, group: int, columns: Columns) -> ReadyUpdate:
-        """Make an update ready, to be found in the next steps.
-
-        Raises:
-            ValueError: Tensors of one fragment differ in shape.
-        """
+        """Make an update ready, to be found in the next steps."""
         ready, key = ReadyUpdate(columns, self._captured), _key(columns)
         kept = self._kept.setdefault(group, {})
         if key in kept:
@@ -212,11 +196,7 @@ def _prepare(fragments: Iterable[tuple[int, Operands]]) -> list[tuple[Update, li
 
 
 def _is_contiguous(fragment: Operands) -> bool:
-    """Whether all tensors are contiguous.
-
-    Raises:
-        ValueError: The tensors differ in shape.
-    """
+    """Whether all tensors are contiguous; a ValueError where they differ in shape."""
     tensors = [tensor for tensor in fragment.tensors if tensor is not None]
     if any(tensor.shape != fragment.param.shape for tensor in tensors):
         raise ValueError(f"expected tensors of one shape, got {[list(tensor.shape) for tensor in tensors]}")

@@ -33,7 +33,6 @@ class Update:
     fuses_norms = False
 
     def __init__(self, operands: Sequence[Operands]) -> None:
-        """Take at least one fragment, all of one form."""
         self._operands = list(operands)
         self._is_fusible = _is_fusible(operands[0].form)
         if self._is_fusible:

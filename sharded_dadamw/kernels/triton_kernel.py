@@ -87,11 +87,7 @@ class Update:
     fuses_norms = True
 
     def __init__(self, operands: Sequence[Operands]) -> None:
-        """Put the addresses of fragments on their device, without waiting for it.
-
-        Args:
-            operands: At least one fragment, all of one form that :func:`supports` accepts.
-        """
+        """Put the addresses of fragments of one form on their device, without waiting for it."""
         self._form = operands[0].form
         device = self._form.device
         numels = [each.param.numel() for each in operands]
@@ -166,15 +162,10 @@ class Update:
 
 
 def _alignment(addresses: Tensor, example: Operands) -> tuple[Tensor, Tensor]:
-    """How fragments lie to the boundaries of memory.
+    """Per fragment, int64, how its tensors at ``addresses`` lie to the boundaries of memory.
 
-    Args:
-        addresses: Those of each fragment, as Operands.addresses.
-        example: One of the fragments.
-
-    Returns:
-        Per fragment, int64: by how many elements its parameter's first one is behind the boundary of a line; and by how
-        many all of its tensors but the gradient are behind that of a vector, or -1 where they differ.
+    By how many elements its parameter's first one is behind the boundary of a line; and by how many all of its tensors
+    but the gradient are behind that of a vector, or -1 where they differ.
     """
     sizes = {column: tensor.element_size() for column, tensor in enumerate(example.tensors) if tensor is not None}
     del sizes[_GRAD.value]
@@ -190,14 +181,9 @@ def _log(beta: float) -> float:
 def _levels_of_sums(first_rows: Tensor) -> list[Tensor]:
     """How to add up rows that belong to fragments, in launches whose programs add up few rows each.
 
-    A fragment's sum does not depend on the others: it passes unchanged through levels that only they need.
-
-    Args:
-        first_rows: The first row of each fragment, and the end.
-
-    Returns:
-        Per launch: the first row that each program adds up, and the end. It makes a row of the next level of them,
-        and the last level's rows are the fragments.
+    A fragment's sum does not depend on the others: it passes unchanged through levels that only they need. Per launch
+    there is the first row that each program adds up, and the end, as ``first_rows`` has it of the fragments. A program
+    makes a row of the next level, and the last level's rows are the fragments.
     """
     counts = first_rows.diff()
     if int(counts.max()) <= _SUMMANDS:

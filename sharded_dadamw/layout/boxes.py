@@ -40,16 +40,7 @@ class Box:
 
 
 def boxes_of(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Cut a range of a flattened tensor into boxes.
-
-    Args:
-        shape: Of the tensor.
-        start: First element of the range, counted in row-major order.
-        stop: The one behind its last.
-
-    Returns:
-        Boxes in the order of their elements, none of them empty; disjoint, and together they are the range.
-    """
+    """Cut elements [start, stop) of a flattened tensor into boxes, in order, none of them empty."""
     boxes: list[Box] = []
     place = 0
     for offsets, sizes in _cut(tuple(shape), start, stop):

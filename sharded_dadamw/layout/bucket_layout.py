@@ -118,11 +118,7 @@ class BucketLayout:
 
 
 def plan_buckets(numels: Sequence[int], *, cap: int) -> list[tuple[int, ...]]:
-    """Group parameters into buckets.
-
-    Args:
-        numels: Number of elements of each parameter, in registration order.
-        cap: Elements a bucket may hold; a parameter larger than that gets a bucket of its own.
+    """Group parameters of these sizes, in registration order, into buckets of ``cap`` elements or one larger parameter.
 
     Returns:
         Per bucket the parameters' indices in slot order. Buckets are filled from the last parameter to the first,

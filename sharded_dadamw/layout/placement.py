@@ -113,12 +113,8 @@ def _of_tensor(param: Any) -> Placement:
 def _of_fsdp1(param: Any, unsharded: Collection[int]) -> Placement:
     """The placement of a flat parameter, or of a view of one; no way leads from there to the ranks that have others.
 
-    FSDP1 says how large a flat parameter is in all. Where it shards, the views are 1-D; under NO_SHARD they have the
-    shapes of the originals, which tells unless all parameters of its unit are vectors.
-
-    Args:
-        param: The parameter.
-        unsharded: Addresses of the memory of those units that NO_SHARD has left whole.
+    FSDP1 says how large a flat parameter is in all. Where it shards, the views are 1-D; under NO_SHARD, whose units'
+    memory is at the addresses ``unsharded``, they have the shapes of the originals, which tells unless all are vectors.
     """
     whole_size = getattr(param, "_unpadded_unsharded_size", None)
     if whole_size is None:

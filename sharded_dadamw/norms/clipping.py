@@ -24,11 +24,7 @@ def checked_max_grad_norm(max_grad_norm: float | None) -> float | None:
 
 
 def check_clip(max_norm: float, norm_type: float) -> None:
-    """Refuse what no gradient can be clipped by.
-
-    Raises:
-        ValueError: ``max_norm`` is negative or nan, or ``norm_type`` is neither 2 nor inf.
-    """
+    """Refuse what no gradient can be clipped by."""
     if not max_norm >= 0.0:
         raise ValueError(f"max_norm: expected a number >= 0, got {max_norm}")
     if norm_type not in (2.0, math.inf):
@@ -49,7 +45,6 @@ class PendingClip:
     norm: Tensor
 
     def __init__(self) -> None:
-        """Start without a clip."""
         self._waits = False
 
     def __bool__(self) -> bool:
@@ -59,17 +54,11 @@ class PendingClip:
     def add(self, norm: Tensor, *, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip gradients that may have been clipped before, without touching them.
 
-        Args:
-            norm: 0-d fp32, of the gradients as they are.
-            max_norm: The norm that must not be exceeded.
-            norm_type: 2 or inf, for the message.
-            error_if_nonfinite: Whether to wait for the norm, and raise if it is nan or infinite.
-
-        Returns:
-            0-d fp32: the norm before this clip and after earlier ones.
+        ``norm`` is that of the gradients as they are, 0-d fp32, of order ``norm_type``. With ``error_if_nonfinite``
+        this waits for it. Returns, 0-d fp32, the norm before this clip and after earlier ones.
 
         Raises:
-            RuntimeError: That norm is nan or infinite, and ``error_if_nonfinite`` is set.
+            RuntimeError: That is nan or infinite, and ``error_if_nonfinite`` is set.
         """
         before = norm * self.coefficient if self._waits else norm
         if error_if_nonfinite and not torch.isfinite(before):
@@ -96,7 +85,6 @@ class ClipOf(PendingClip):
     """A clip that waits for the step that uses it, and the gradients that it is for, which others own."""
 
     def __init__(self) -> None:
-        """Start without a clip."""
         super().__init__()
         self._clipped: list[tuple[ref[Tensor], int]] = []
         self._is_used = False
@@ -117,11 +105,7 @@ class ClipOf(PendingClip):
         return all(clipped.get(id(grad)) == _version(grad) for grad in grads)
 
     def require_unchanged(self, grads: Sequence[Tensor]) -> None:
-        """Make sure before a step that gradients which it would use unclipped are not what is left of the clipped ones.
-
-        Raises:
-            RuntimeError: Some are, and have changed since, and no step has used them yet.
-        """
+        """Refuse to use gradients unclipped that are left of the clipped ones, if they have changed before any step."""
         clipped = self._those_alive()
         if not self._is_used and any(id(grad) in clipped for grad in grads):
             raise RuntimeError(

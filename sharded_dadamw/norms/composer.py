@@ -42,11 +42,7 @@ class MetricFunctions:
         return _FUNCTIONS
 
     def __set__(self, instance: object, value: object) -> NoReturn:
-        """Refuse other functions.
-
-        Raises:
-            AttributeError: Always; says what to do instead.
-        """
+        """Refuse other functions; says what to do instead."""
         raise cannot_replace()
 
 
@@ -62,7 +58,6 @@ class ComposerProtocol:
     """What Composer's monitor asks of an optimizer, whose methods say what they take; ``metrics`` is changed."""
 
     def __init__(self) -> None:
-        """Know no metric yet."""
         self._keys: Sequence[str] = ()
 
     def report(self, report: StepReport, param: Tensor, name: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +104,7 @@ def _is_norm(metric: str) -> bool:
 def _pack(metrics: Mapping[str, Any], keys: Sequence[str], device: torch.device) -> Tensor:
     """What one rank adds to a sum over ranks, fp64 [1 + 2 * num_keys].
 
-    Returns:
-        Whether it has a metric that is not among ``keys``; per key its value, or 0; per key whether it has one.
+    It is whether there is a metric that is not among ``keys``; per key its value, or 0; per key whether there is one.
     """
     zero = torch.zeros((), dtype=torch.float64, device=device)
     values = [torch.as_tensor(metrics[key]).to(device, torch.float64) if key in metrics else zero for key in keys]

@@ -27,13 +27,7 @@ _CPU_CHUNK = 1 << 15
 
 
 class Part(NamedTuple):
-    """What one rank holds of a parameter.
-
-    Attributes:
-        param: The parameter.
-        name: One name means one parameter, on all ranks.
-        part: One part means the same elements of it.
-    """
+    """What one rank holds of a parameter: equal names mean one parameter, equal parts the same elements of it."""
 
     param: Tensor
     name: str
@@ -63,10 +57,6 @@ class NormOwners:
 
 def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwners:
     """Exchange what every rank holds. Collective, and host-blocking.
-
-    Args:
-        collectives: The ranks that hold the parts of the parameters.
-        parts: Those of this rank.
 
     Raises:
         ValueError: Two ranks have parameters of one name and different shapes. On every rank.
@@ -99,17 +89,11 @@ def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwn
 
 
 def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collectives, device: torch.device) -> Tensor:
-    """The norm over all ranks of what each rank holds.
+    """The norm over all ranks of what each rank holds, 0-d fp32 on ``device``, the same bits on every rank.
 
-    Args:
-        runs: Tensors of any shape that no other rank counts; may be empty.
-        norm_type: 2 or inf.
-        collectives: The ranks to add up.
-        device: Where the result goes.
-
-    Returns:
-        0-d fp32, the same bits on every rank. Squares are summed in fp64. A nan anywhere gives nan, and with
-        ``norm_type`` inf, where backends disagree about the larger of nan and a number, it gives inf.
+    ``runs`` are tensors of any shape that no other rank counts; there may be none. ``norm_type`` is 2 or inf. Squares
+    are summed in fp64. A nan anywhere gives nan, and with inf, where backends disagree about the larger of nan and a
+    number, it gives inf.
     """
     if norm_type == math.inf:
         largest = [run.abs().amax().to(torch.float64) for run in runs if run.numel()]

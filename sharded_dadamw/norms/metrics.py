@@ -35,13 +35,7 @@ METRICS = {f"l2_norm/{norm}": NORMS.index(norm) for norm in ("moment", "param", 
 class Snapshot:
     """This rank's part of a parameter as it is now; all of one shape, on one device.
 
-    Attributes:
-        value: What the update rule acts on, fp32 or wider.
-        exp_avg: None where the parameter has no state.
-        exp_avg_sq: None likewise.
-        max_exp_avg_sq: None likewise, or without amsgrad.
-        count: 0-d, the number of updates so far. None likewise.
-        grad: The gradient; None where there is none.
+    Without state there are only ``value``, which the update rule acts on, fp32 or wider, and perhaps ``grad``.
     """
 
     value: Tensor
@@ -89,12 +83,10 @@ class StepReport:
         return StepReport(step, skipped, clip)
 
     def add(self, params: Sequence[Tensor], squares: Tensor | None, hyper: Hyperparameters) -> None:
-        """Take what an update of one group has yielded.
+        """Take the parameters of which an update of one group has updated parts of this rank.
 
-        Args:
-            params: Parameters of which it has updated parts of this rank.
-            squares: fp64 [num_params, 4], their squared norms in the order of NORMS; None where the kernel yields none.
-            hyper: The scalars it had.
+        ``squares`` are their squared norms, fp64 [num_params, 4] in the order of NORMS; None where the kernel yields
+        none.
         """
         if squares is None:
             self._unmeasured += [(param, hyper) for param in params]
@@ -111,13 +103,8 @@ class StepReport:
     ) -> tuple[list[Tensor], Tensor]:
         """Square and sum this rank's parts of parameters, where the update has not done so.
 
-        Args:
-            params: Any of this rank's.
-            look: Shows those that no update has measured.
-            device: Where the result goes.
-
-        Returns:
-            The same parameters in another order, and fp64 [num_params, 4] in the order of NORMS.
+        ``look`` shows those that no update has measured. Returns the parameters in another order, and fp64 [num_params,
+        4] on ``device`` in the order of NORMS.
 
         Raises:
             RuntimeError: A gradient that has to be measured is gone.

@@ -16,14 +16,9 @@ from sharded_dadamw.update.adamw import value_of
 
 
 class HeldInBuckets:
-    """The trainable parameters of an optimizer, of which each rank holds a shard of every bucket.
-
-    Attributes:
-        axis: The ranks among which they are sharded.
-    """
+    """The trainable parameters of an optimizer, of which each rank of ``axis`` holds a shard of every bucket."""
 
     def __init__(self, shards: Shards) -> None:
-        """Look at what is sharded, also at what comes later."""
         self._shards = shards
         self.axis = shards.collectives
 
@@ -54,11 +49,7 @@ class HeldInBuckets:
         return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.count, grad)
 
     def make_measurable(self, report: StepReport) -> None:
-        """Read weights that others own, and see that gradients are there which have to be measured.
-
-        Raises:
-            RuntimeError: Some are gone; on all ranks, those without a fragment too.
-        """
+        """Read weights that others own, and raise, on all ranks, if gradients are gone that have to be measured."""
         updated = {id(param) for param in report.updated}
         for bucket in self._shards.buckets:
             bucket.weights.refresh_()
@@ -71,10 +62,7 @@ class HeldInBuckets:
     ) -> Tensor:
         """The norm of averaged gradients, as :func:`global_norm` gives it. Collective.
 
-        Args:
-            present: Per bucket and slot whether there is a gradient.
-            norm_type: 2 or inf.
-            owners: Who counts what; None where it does no harm that several ranks count the same.
+        ``owners`` say who counts what; None where it does no harm that several ranks count the same.
         """
         runs: list[Tensor] = []
         for bucket, slots in present.items():

@@ -24,7 +24,6 @@ class HeldAsTheyLie:
     """Not spread by the optimizer itself."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Look at groups, and at the state of their parameters by the keys of torch's AdamW."""
         self._groups, self._state = groups, state
 
     def params(self) -> list[Tensor]:

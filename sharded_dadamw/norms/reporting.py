@@ -39,11 +39,6 @@ class Reporting:
     """
 
     def __init__(self, *, needs_names: bool, in_step: bool) -> None:
-        """Begin before the first step.
-
-        Raises:
-            TypeError: ``in_step`` is neither True nor False.
-        """
         if not isinstance(in_step, bool):
             raise TypeError(f"metrics_in_step: expected True or False, got {in_step!r}")
         self.in_step = in_step
@@ -67,11 +62,7 @@ class Reporting:
         self._ranks, self._owners, self._ranked = None, None, []
 
     def ranks(self, held: Held, device: torch.device, *, for_composer: bool = False) -> Collectives:
-        """Return the ranks over which norms are added up, found anew where parameters have changed.
-
-        Raises:
-            ValueError: They are not known, or ``norm_group`` is not all of them.
-        """
+        """Return the ranks over which norms are added up, found anew where parameters have changed."""
         params = held.params()
         if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
             self._ranks, self._owners, self._ranked = None, None, params
@@ -92,11 +83,7 @@ class Reporting:
             self.report.table = self._add_up(held, device)
 
     def table(self, held: Held, device: torch.device) -> Table:
-        """Add up the squares of all parameters of all ranks. Collective, one all-reduce, unless the step has done it.
-
-        Raises:
-            RuntimeError: A gradient that has to be measured is gone, or no step has added up that should have.
-        """
+        """Add up the squares of all parameters of all ranks. Collective, one all-reduce, unless a step has done it."""
         if not self.in_step:
             return self._add_up(held, device)
         if self.report.table is None:

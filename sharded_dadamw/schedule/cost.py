@@ -28,14 +28,9 @@ class StepCost:
 
 
 class StepClock:
-    """Adds up the host seconds of a step that is under way, lap by lap, by the part they belong to.
-
-    Attributes:
-        last: What the step before that has cost.
-    """
+    """Adds up the host seconds of a step, lap by lap, by their part; ``last`` is what the step before has cost."""
 
     def __init__(self, collectives: Collectives) -> None:
-        """Begin the first step; what it sends is what these ranks exchange."""
         self.last = StepCost(0.0, 0.0, 0.0, 0)
         self._collectives = collectives
         self.skip_bytes()

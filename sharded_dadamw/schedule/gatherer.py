@@ -33,7 +33,6 @@ class Gatherer:
     """Publishes the shards of one optimizer, and knows what is under way."""
 
     def __init__(self, collectives: Collectives) -> None:
-        """Gather from the ranks of ``collectives``."""
         self._collectives = collectives
         self._under_way: dict[Bucket, AllGather] = {}
         self._attachments: list[Attachment] = []
@@ -52,8 +51,8 @@ class Gatherer:
     def publishing(self) -> Iterator[None]:
         """A context for the part of a step that publishes buckets.
 
-        At its end gathers are left in flight or, where readers cannot be made to wait, finished; if something is
-        raised, all are finished.
+        At its end gathers are left in flight or, where readers cannot be made to wait or something was raised,
+        finished.
         """
         try:
             yield
@@ -88,21 +87,12 @@ class Gatherer:
         )
 
     def finish(self) -> None:
-        """Finish everything under way.
-
-        Raises:
-            RuntimeError: As :meth:`AllGather.wait`, after the others have been finished.
-        """
+        """Finish everything under way; raises as :meth:`AllGather.wait`, after the others have been finished."""
         finish(list(self._under_way.values()))
         self._under_way.clear()
 
     def attach(self, model: nn.Module, params: Container[Tensor]) -> Attachment:
-        """Leave the gathers of a model's buckets in flight from now on; ``params`` are those of the optimizer.
-
-        Raises:
-            ValueError: None of them is the model's.
-            TypeError: It is no module, or has a scripted one in it, whose parameters are read from C++.
-        """
+        """Leave the gathers of a model's buckets in flight from now on; see ``ShardedDecoupledAdamW.attach``."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
         if not any(param in params for param in model.parameters()):
@@ -119,14 +109,9 @@ class Gatherer:
 
 
 class Attachment:
-    """What ``attach`` returns: ``remove()`` undoes it.
-
-    Attributes:
-        ids: The ``id`` of each parameter of the model.
-    """
+    """What ``attach`` returns: ``remove()`` undoes it. It has the ``ids`` of the model's parameters."""
 
     def __init__(self, gatherer: Gatherer, model: nn.Module) -> None:
-        """Put hooks on the modules."""
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(

@@ -46,13 +46,10 @@ class Handshake:
     """
 
     def __init__(self, collectives: Collectives, device: torch.device, *, refuse: Callable[..., None]) -> None:
-        """Compare what ranks are about to do.
+        """Compare what ranks are about to do; answers arrive on ``device``.
 
-        Args:
-            collectives: The ranks.
-            device: Where the answer arrives.
-            refuse: Called on every rank before a refusal is raised, with ``differ=True`` where ranks differ; what all
-                refuse alike leaves their averages alike.
+        ``refuse`` is called on every rank before a refusal is raised, with ``differ=True`` where ranks differ; what all
+        refuse alike leaves their averages alike.
         """
         self._collectives = collectives
         self._refuse = refuse
@@ -79,20 +76,17 @@ class Handshake:
             key: Bytes that differ where descriptions differ.
             found_inf: This rank's 0-d non-finite flag, or None where no loss scaler asked.
             grad_scale: This rank's 0-d loss scale, > 0, or None where gradients are not scaled.
-            factors: fp64 [k] each, >= 0: by what factors averages were multiplied since they were made; nan where that
-                cannot be told.
+            factors: fp64 [k] each, >= 0: by what averages were multiplied since they were made; nan if unknown.
             tolerance: By how much factors may differ relatively, between ranks and on one.
             sums: 0-d int64, >= 0, to be compared for ``sums_differ``, where it is of interest to all ranks.
-            refusal: The error with which this rank refuses the step, or None.
+            refusal: The error with which this rank refuses the step, or None; raised here.
 
         Returns:
             0-d fp32 on the device, 1 where the step is void: where any rank's flag is set, and where scales or factors
             differ. None where this rank has none of them.
 
         Raises:
-            Exception: ``refusal`` itself, on the ranks that have one.
-            RuntimeError: Another rank refuses, or ranks differ; names the first difference and both sides. On
-                every rank.
+            RuntimeError: Another rank refuses, or ranks differ; names the first difference and both sides. Everywhere.
         """
         self._read_previous()
         if refusal is not None:

@@ -32,16 +32,9 @@ _lock = threading.RLock()  # backward runs hooks on threads of its own
 
 
 class AllGather:
-    """The all-gather of one bucket, under way."""
+    """The all-gather of one bucket, under way into ``buffer`` [num_ranks * n]."""
 
     def __init__(self, weights: Weights, buffer: Tensor, handle: Pending) -> None:
-        """Take over what has been started.
-
-        Args:
-            weights: The parameters that are on their way.
-            buffer: [num_ranks * n], into which they are gathered.
-            handle: To be waited for.
-        """
         self._weights, self._buffer, self._handle = weights, buffer, handle
         self._params: Sequence[Tensor] = ()
         self._is_over = False
@@ -55,11 +48,7 @@ class AllGather:
             param.__class__ = ParameterInFlight
 
     def wait(self) -> None:
-        """Wait, and give the parameters back; more than once does no harm.
-
-        Raises:
-            RuntimeError: Waiting has failed, now or at an earlier call: the parameters cannot be read any more.
-        """
+        """Wait, and give the parameters back; more than once does no harm, and a failure is raised at each call."""
         with _lock:
             if self._error is not None:
                 raise RuntimeError(_LOST) from self._error

@@ -29,7 +29,6 @@ class Joining:
     """One rank within ``Join``. It is changed in place and never replaced, since proxies of an optimizer share it.
 
     Attributes:
-        join_device: Where ``Join`` counts the ranks that still have data.
         clips: The ``max_norm`` and ``norm_type`` of each clip of the last step.
         clips_now: Those of the step to come.
     """
@@ -37,7 +36,6 @@ class Joining:
     _join_config: Any = None  # what Join says; by these three it knows its own
 
     def __init__(self, shards: Shards) -> None:
-        """Begin outside of any ``Join``."""
         self.join_device = shards.device
         self.clips: list[tuple[float, float]] = []
         self.clips_now: list[tuple[float, float]] = []

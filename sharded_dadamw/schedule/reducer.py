@@ -51,13 +51,6 @@ class Reducer:
     """
 
     def __init__(self, collectives: Collectives, config: ShardingConfig, announce: Callable[[str], None]) -> None:
-        """Reduce over ranks.
-
-        Args:
-            collectives: The ranks.
-            config: Says whether that is ours to do, and for full gradients whether in backward.
-            announce: Called before a backward pass sends anything.
-        """
         self._announce = announce
         self._config = config
         self.is_accumulating = False
@@ -98,11 +91,7 @@ class Reducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A context in which backward only accumulates.
-
-        Raises:
-            RuntimeError: Something else reduces gradients.
-        """
+        """A context in which backward only accumulates; a RuntimeError where something else reduces gradients."""
         if not self._config.reduce_gradients:
             raise RuntimeError(
                 "reduce_gradients=False: the wrapper that reduces the gradients has the no_sync() to use"
@@ -114,12 +103,7 @@ class Reducer:
             self.is_accumulating = before
 
     def deliver(self, bucket: Bucket, slot: int) -> None:
-        """Take a gradient that backward has just accumulated.
-
-        Raises:
-            RuntimeError: It comes after its bucket was averaged, and before ``zero_grad``.
-            ValueError: It is sparse.
-        """
+        """Take a gradient that backward has just accumulated; raises as :meth:`HookedGradients.deliver`."""
         gradients = bucket.gradients
         assert isinstance(gradients, HookedGradients)
         reduces = self._reduces_in_backward and not self.is_accumulating
@@ -150,11 +134,7 @@ class Reducer:
         self._complete_round()
 
     def learn_source(self, *, are_equal: bool) -> None:
-        """Take note whether gradients were the same on all ranks before we have averaged them.
-
-        Warns:
-            UserWarning: They were.
-        """
+        """Take note whether gradients were the same on all ranks before we have averaged them; warns if they were."""
         self.knows_source = True
         self._remembers = not are_equal
         if are_equal and self._hooked:
@@ -174,11 +154,9 @@ class Reducer:
     def reduced(self, *, last_first: bool = False) -> Generator[Bucket]:
         """Reduce what backward has left, one bucket ahead, and yield each bucket once its gradient shard is the mean.
 
-        Collective. Close the generator where it might not be exhausted: that waits for what has been started.
-
-        Args:
-            last_first: Reduce everything first, and yield the buckets in the reverse order: what forward reads first,
-                backward delivers last.
+        Collective. Close the generator where it might not be exhausted: that waits for what has been started. With
+        ``last_first`` everything is reduced first, and buckets come in the reverse order: what forward reads first,
+        backward delivers last.
         """
         rest = deque(self.still_local())
         rest += [bucket for bucket in self._others if bucket.gradients.stage is Stage.LOCAL]

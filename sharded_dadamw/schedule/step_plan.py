@@ -85,7 +85,6 @@ class StepPlanner:
     """Has all ranks confirm that they are about to do the same."""
 
     def __init__(self, shards: Shards, reducer: Reducer) -> None:
-        """Plan for these parameters; the reducer brings in what other ranks may be waiting for in backward."""
         self._shards = shards
         self._reducer = reducer
         self._handshake = Handshake(shards.holders, shards.device, refuse=reducer.refuse)
@@ -158,11 +157,7 @@ def _sum_of_gradients(buckets: Sequence[Bucket], reducer: Reducer) -> Tensor | N
 
 
 def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, handshake: Handshake) -> None:
-    """Find out by the first gradients whether somebody else averages them. Equal on all ranks.
-
-    Raises:
-        RuntimeError: Somebody else should, and nobody does.
-    """
+    """Find out by the first gradients whether somebody else averages them, who should. Equal on all ranks."""
     differ, handshake.sums_differ = handshake.sums_differ, None
     if differ and not all(isinstance(bucket.gradients, HookedGradients) for bucket in buckets):
         raise RuntimeError(
@@ -222,9 +217,6 @@ class _Side:
     Attributes:
         asked: What this rank is asked to do. The loss scale in it is here for the message alone: what ranks
             compare has scales and factors of its own, which need no reading on the host.
-        hypers: The scalars of every group.
-        unfrozen: Parameters that have been unfrozen since the last step.
-        present: Per bucket and slot whether there is a gradient.
         local: The buckets whose gradients are still to be averaged.
         changes: Where somebody wrote into averages, per bucket by what factors elements were multiplied.
     """

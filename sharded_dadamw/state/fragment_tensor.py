@@ -50,13 +50,9 @@ class FragmentTensor(DTensor):
 
     @classmethod
     def of(cls, piece: Piece, *, like: Tensor, mesh: DeviceMesh, ranks: Collectives) -> FragmentTensor:
-        """Wrap what this rank holds, without copying it.
+        """Wrap what this rank holds, without copying it; cut and spread like the parameter, where that is a DTensor.
 
-        Args:
-            piece: This rank's elements.
-            like: The parameter; where it is a DTensor, this is cut and spread alike.
-            mesh: The ranks that hold the same local part, for a parameter that is no DTensor.
-            ranks: The same, for ``redistribute``.
+        Else ``mesh`` has the ranks that hold the same local part, as do ``ranks``, for ``redistribute``.
         """
         placements: Any = (Replicate(),)
         offsets: tuple[int, ...] = (0,) * len(piece.shape)
@@ -126,11 +122,7 @@ class FragmentTensor(DTensor):
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(box.sizes))
 
     def redistribute(self, *args: Any, **kwargs: Any) -> DTensor:
-        """Gather the local part, then go on as any DTensor. Collective; needs memory for one tensor.
-
-        Raises:
-            RuntimeError: The optimizer that it came from is gone.
-        """
+        """Gather the local part, then go on as any DTensor. Collective; needs memory for one tensor."""
         ranks = self._ranks()
         if ranks is None:
             raise RuntimeError(f"{self._piece.name}: the optimizer of this state is gone; gather before that")
@@ -153,11 +145,7 @@ class FragmentTensor(DTensor):
         return spread
 
     def to_local(self, **kwargs: Any) -> NoReturn:
-        """Refuse to pass for the whole.
-
-        Raises:
-            RuntimeError: Always.
-        """
+        """Refuse to pass for the whole."""
         raise self._refusal("to_local()")
 
     def _refusal(self, doing: str) -> RuntimeError:
@@ -170,12 +158,7 @@ class FragmentTensor(DTensor):
         )
 
     def holding(self, fragment: Tensor, loaded: Tensor | None = None) -> FragmentTensor:
-        """The same range with other values, perhaps of another dtype.
-
-        Args:
-            fragment: 1-D: this rank's elements.
-            loaded: The same, of what was loaded for it.
-        """
+        """The same range with other values, 1-D, perhaps of another dtype, and what was loaded for it."""
         spec = _spec_of(self.device_mesh, self.placements, self.shape, fragment.dtype)
         made: Any = type(self)(fragment, spec, requires_grad=False)
         made.__dict__.update(self.__dict__, _loaded=loaded)
@@ -198,11 +181,7 @@ class FragmentTensor(DTensor):
         return f"FragmentTensor({self._piece.name}, {list(self.shape)}, {self.dtype}, [{start}:{stop}] on this rank)"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse ``torch.save`` and ``pickle``.
-
-        Raises:
-            RuntimeError: Always; one rank's file would not be the state.
-        """
+        """Refuse ``torch.save`` and ``pickle``: one rank's file would not be the state."""
         raise self._refusal("torch.save, or pickle,")
 
     @classmethod

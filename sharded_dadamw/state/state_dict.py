@@ -29,17 +29,10 @@ _Pairs = list[tuple[Tensor, Tensor]]
 
 
 def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[int, dict[str, Tensor]]:
-    """This rank's state, each tensor in the shape of the whole. Not collective, and copies nothing.
+    """This rank's state by parameter index, each tensor in the shape of the whole. Not collective, and copies nothing.
 
-    Args:
-        buckets: All buckets of the rank.
-        collectives: The ranks that have the other shards.
-
-    Returns:
-        Per parameter index ``step`` and what there is of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
-        ``main_param`` and ``main_remainder``: views of the live state, as
-        :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank, which has all, as plain tensors or
-        as the DTensors that the parameters are.
+    They are views of the live state, as :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank,
+    which has all, plain tensors or the DTensors that the parameters are.
     """
     wrap: Callable[..., Tensor] = _as_plain
     if collectives.num_ranks > 1:
@@ -65,17 +58,11 @@ def _as_plain(piece: Piece, *, like: Tensor) -> Tensor:
 
 
 def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int) -> dict[int, dict[str, Tensor]]:
-    """The state of whole parameters. Collective; needs memory for one more flat buffer at a time.
-
-    Args:
-        buckets: All buckets of the rank.
-        collectives: The ranks that have the other shards.
-        to: The rank that wants it; the others only take part.
+    """The state of whole parameters, for rank ``to``. Collective; needs memory for one more flat buffer at a time.
 
     Returns:
-        Per parameter index ``step`` [] and, in the parameter's shape, what there is of ``exp_avg``, ``exp_avg_sq``,
-        ``max_exp_avg_sq``, ``main_param`` and ``main_remainder``: copies in host memory; DTensors where the parameter
-        is one. Empty on the others.
+        Per parameter index ``step`` [] and, in the parameter's shape, the other state: copies in host memory; DTensors
+        where the parameter is one. Empty on the other ranks.
 
     Raises:
         ValueError: There is no such rank.
@@ -108,14 +95,7 @@ def load_into(
 ) -> None:
     """Copy saved state into that of buckets, and saved hyperparameters into their groups; all or nothing.
 
-    Args:
-        buckets: All buckets of the rank; changed.
-        groups: The optimizer's parameter groups; changed.
-        frozen: The parameters that have no bucket, of which a warning names one if there is state of it.
-        state_dict: As :func:`match_state` takes it.
-
-    Raises:
-        ValueError: As :func:`match_state`.
+    Warns of state of ``frozen`` parameters, which have no bucket. Raises as :func:`match_state`.
     """
     pairs = match_state(state_dict, buckets, groups)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -138,13 +118,10 @@ def match_state(
 ) -> _Pairs:
     """Pair every live state tensor with the saved one that belongs into it, and write nothing.
 
-    Args:
-        state_dict: What ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since: this
-            rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
-            Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main
-            parameters: where nothing was saved of one, it is taken from the weight.
-        buckets: All buckets of the rank.
-        groups: The optimizer's parameter groups.
+    The state dict may be what ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since:
+    this rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
+    Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main parameters:
+    where nothing was saved of one, it is taken from the weight.
 
     Raises:
         ValueError: The saved state does not fit; names the first difference.

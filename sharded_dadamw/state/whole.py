@@ -26,14 +26,8 @@ def moments_of(amsgrad: bool) -> tuple[str, ...]:
 def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2: float, amsgrad: bool) -> bool:
     """Make the state that parameters of a group lack, and bring what they have to where they are.
 
-    Args:
-        state: Per parameter a dict of tensors; changed.
-        params: A group's. Frozen ones get no state, and keep what they have.
-        beta2: The group's; for a warning where moments of 16 bits would freeze.
-        amsgrad: Whether there is to be ``max_exp_avg_sq``.
-
-    Returns:
-        Whether any moment was made.
+    Frozen ones get no state, and keep what they have. ``beta2`` is for a warning where moments of 16 bits would freeze.
+    Returns whether any moment was made.
     """
     by_device: dict[torch.device, list[dict[str, Tensor]]] = {}
     is_any_new = False
@@ -56,11 +50,7 @@ def is_fragment(value: Any) -> bool:
 
 
 def without_mains(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """Return the state of a state dict without main parameters.
-
-    Raises:
-        ValueError: It is one rank's fragments.
-    """
+    """Return the state of a state dict, which must not be one rank's fragments, without main parameters."""
     if any(is_fragment(value) for entries in state.values() for value in entries.values()):
         raise ValueError(
             "expected whole tensors, got one rank's fragments of them, from ShardedDecoupledAdamW.state_dict(); "

@@ -116,17 +116,9 @@ def applied_update(
 ) -> Tensor:
     """Return what the last update subtracted, told from what it left: ``(decay * value + descent) / (1 - decay)``.
 
-    It is ``decay * before + descent`` with ``before = (value + descent) / (1 - decay)``.
-
-    Args:
-        value: What the rule acted on, as it is after that update.
-        exp_avg: Shape of ``value``, after the update.
-        second_moment: Shape of ``value``: ``exp_avg_sq``, or with amsgrad ``max_exp_avg_sq``, after the update.
-        count: 0-d; the number of that update, counted from 1.
-        hyper: The scalars that it had; nothing can be told where they made it forget the value (decay 1).
-
-    Returns:
-        Shape of ``value``, fp32 or wider.
+    It is ``decay * before + descent`` with ``before = (value + descent) / (1 - decay)``. All is as it is after that
+    update, the number of which, counted from 1, is ``count``; ``second_moment`` is ``max_exp_avg_sq`` with amsgrad,
+    else ``exp_avg_sq``. Nothing can be told where the scalars made it forget the value (decay 1). fp32 or wider.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
     descent = _descent(exp_avg.to(wide), second_moment.to(wide), count, hyper)

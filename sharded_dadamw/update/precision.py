@@ -58,26 +58,16 @@ def weight_of(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_stochastically(value: Tensor, random_bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up with a probability equal to the fraction that is cut off.
-
-    Args:
-        value: fp32.
-        random_bits: Shape of ``value``, uniform integers in [0, 65536).
-    """
+    """Round fp32 to bf16, up with a probability equal to the fraction that is cut off; bits are in [0, 65536)."""
     pattern = value.view(torch.int32).to(torch.int64)
     finite = ((pattern + random_bits) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(value.isfinite(), finite, value.to(torch.bfloat16))
 
 
 def random_bits(count: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent 16-bit numbers per element: a hash of (step, element).
+    """Two independent 16-bit numbers per element, for ``exp_avg`` and ``exp_avg_sq``: a hash of (step, element).
 
-    Args:
-        count: 0-d, the number of the update, counted from 1.
-        elements: int64, numbers of elements counted over all parameters.
-
-    Returns:
-        For ``exp_avg`` and for ``exp_avg_sq``: int64 in [0, 65536), shape of ``elements``.
+    ``count`` is the number of the update, counted from 1, and ``elements`` are counted over all parameters; all int64.
     """
     key0 = _mix(_mix((count.to(torch.int64) + 0x9E3779B9) & _WORD))
     key1 = _mix((key0 + 0x85EBCA6B) & _WORD)

@@ -46,11 +46,7 @@ class Storage:
 
     @classmethod
     def of(cls, param: Tensor, config: ShardingConfig) -> Storage:
-        """Choose for a parameter.
-
-        Raises:
-            ValueError: The settings are not for parameters of its dtype.
-        """
+        """Choose for a parameter, if the settings are for its dtype."""
         wide = torch.promote_types(param.dtype, torch.float32)
         is_narrow = param.dtype != wide
         main = None
@@ -81,11 +77,7 @@ class Storage:
         return self.moments is torch.bfloat16 and not self.rounds_to_nearest
 
     def check_beta2(self, beta2: float) -> None:
-        """Refuse what would freeze.
-
-        Raises:
-            ValueError: Rounding to the nearest would keep ``exp_avg_sq`` from ever falling.
-        """
+        """Refuse a beta2 with which rounding to the nearest would keep ``exp_avg_sq`` from ever falling."""
         if self.rounds_to_nearest and self.moments.itemsize < 4 and beta2 > LARGEST_BETA2_FOR_NEAREST:
             raise ValueError(
                 f"betas: expected beta2 <= {LARGEST_BETA2_FOR_NEAREST} with moments in {self.moments} rounded to "
