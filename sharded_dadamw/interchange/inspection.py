@@ -13,13 +13,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from sharded_dadamw.checkpoint.folder import MANIFEST, Manifest, newest, root_within
 from sharded_dadamw.checkpoint.metadata import read_metadata
 
+_NUM_LARGEST = 5
+"""How many parameters are named."""
 
-def inspect(path: str | os.PathLike[str], *, num_largest: int = 5) -> dict[str, Any]:
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Tell what one of our checkpoints holds. Its files are read to compare checksums; its tensors are not loaded.
 
     Args:
         path: What `save_checkpoint` or `write_state` made; of a folder of several, the newest is taken.
-        num_largest: How many parameters to name.
 
     Returns:
         Types that JSON has, with a tensor that has several names counted once:
@@ -85,7 +87,7 @@ def inspect(path: str | os.PathLike[str], *, num_largest: int = 5) -> dict[str, 
         ],
         "largest": [
             {"name": name, "shape": shapes.get(name, []), "num_bytes": size}
-            for name, size in of_parameter.most_common(num_largest)
+            for name, size in of_parameter.most_common(_NUM_LARGEST)
         ],
         "damage": list(manifest.damage(folder)),
     }
