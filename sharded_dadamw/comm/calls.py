@@ -100,7 +100,7 @@ class Meetings:
         if elsewhere:
             parts.append(f"rank {self._rank} is in {call}, and {', '.join(elsewhere)}")
         if not parts:
-            parts.append(f"all ranks came to {call}, and failed there")
+            parts.append(f"all ranks came to {call}, some of them too late, or the network failed")
         if last != call:
             parts.append(f"all were last in {last}")
         who = "; ".join(parts)
