@@ -363,6 +363,8 @@ def asks_for_values():
     return float(torch.ones(3).sum())
 def none():
     pass
+def frozen():
+    return good().requires_grad_(False)
 """
 
 
@@ -395,6 +397,7 @@ def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
         ("BUILD:on_cpu --ranks 8", "expected parameters on the meta device, got weight on cpu"),
         ("BUILD:asks_for_values --ranks 8", "expected a function that builds a module on the meta device, got"),
         ("BUILD:none --ranks 8", "expected a torch.nn.Module, got a NoneType"),
+        ("BUILD:frozen --ranks 8", "expected parameters that are trained, found none"),
         ("BUILD:missing --ranks 8", "has no attribute 'missing'"),
         ("CONFIG --ranks 8", "expected a model_type of"),
     ],

@@ -335,10 +335,11 @@ def fully_sharded(members: Sequence[NamedParameter], shards: int) -> int:
 
     The largest rank's: FSDP2 cuts parameters along their first dimension.
     """
-    numels = [
-        -(-member.param.shape[0] // shards) * member.param[0].numel() if member.param.dim() else 1 for member in members
-    ]
-    return 16 * sum(numels)
+    held = 0
+    for param in (member.param for member in members):
+        numel = -(-param.shape[0] // shards) * param[0].numel() if param.dim() and param.numel() else param.numel()
+        held += numel * (16 if param.requires_grad else 4)
+    return held
 
 
 class _Counted:

@@ -48,8 +48,8 @@ def parameters_of(model: str | nn.Module | Mapping[str, Tensor], dtype: torch.dt
         model = _named(model)
     if isinstance(model, nn.Module):
         model = dict(model.named_parameters())
-    if not model:
-        raise ValueError("model: expected parameters, found none")
+    if not any(tensor.requires_grad for tensor in model.values()):
+        raise ValueError("model: expected parameters that are trained, found none")
     return {name: _without_memory(tensor, dtype) for name, tensor in model.items()}
 
 

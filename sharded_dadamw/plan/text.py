@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from sharded_dadamw.plan.report import Plan
 
@@ -16,53 +17,57 @@ _SETTINGS = {
     "exchange": "exchange {}",
     "bucket_cap_mb": "buckets of {} MiB",
 }
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 KINDS = ("parameters", "gradients", "main", "moments", "in_flight", "staging")
 
 
 def lines_of(plan: Plan) -> Iterator[str]:
-    """The plan as text, line by line; GB are 1e9 bytes."""
+    """The plan as text, line by line; a GB is 1e9 bytes, and small models are told in MB."""
+    unit = next((unit for unit in _UNITS if plan.peak >= _UNITS[unit]), "kB")
+    in_unit = partial(_in_unit, unit)
     replicas, shards = plan.mesh
     on = f"{plan.ranks:,} ranks, {plan.per_host} per host"
     on += f", {replicas} replicas of {shards} shards" if replicas > 1 else ""
     yield f"{plan.model}: {plan.num_parameters:,} parameters in {plan.settings['parameters']}, on {on}, {plan.gpu}"
     yield f"  {', '.join(_SETTINGS[name].format(plan.settings[name]) for name in _SETTINGS)}"
     yield ""
-    rows = [["GB on the device of each rank", *(kind.replace("_", " ") for kind in KINDS), "total", "in host memory"]]
+    kinds = [kind.replace("_", " ") for kind in KINDS]
+    rows = [[f"{unit} on the device of each rank", *kinds, "total", "in host memory"]]
     for name, phase in plan.phases.items():
-        held = asdict(phase.device)
-        rows.append([f"  {name}", *(_gb(held[kind]) for kind in KINDS), _gb(phase.device.total), _gb(phase.host.total)])
+        held = [*asdict(phase.device).values(), phase.device.total, phase.host.total]
+        rows.append([f"  {name}", *map(in_unit, held)])
     yield from _table(rows)
     yield ""
-    more = f", {_gb(plan.activations)} of it activations" if plan.activations else " and activations"
-    yield f"at most {_gb(plan.peak)} GB{more}, of {_gb(plan.memory)} GB: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    more = f", {in_unit(plan.activations)} of it activations" if plan.activations else " and activations"
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"at most {in_unit(plan.peak)} {unit}{more}, of {in_unit(plan.memory)} {unit}: {fits}"
     if plan.smallest is None:
         yield "  no number of ranks is enough; FSDP2, which shards parameters as well, is in docs/layouts.md"
     else:
         yield f"  fewest ranks on which it fits: {plan.smallest:,}"
-    by_ranks = ", ".join(f"{ranks:,}: {_gb(held.total)}" for ranks, held in plan.by_ranks.items())
-    yield f"  GB without what is in flight, by the ranks that share the state: {by_ranks}"
-    yield f"  FSDP2 with DecoupledAdamW, all in fp32: {_gb(plan.fsdp2)} GB at rest"
-    yield f"a checkpoint: {_gb(plan.checkpoint)} GB, {_gb(plan.checkpoint / plan.ranks)} of each rank"
+    by_ranks = ", ".join(f"{ranks:,}: {in_unit(held.total)}" for ranks, held in plan.by_ranks.items())
+    yield f"  {unit} without what is in flight, by the ranks that share the state: {by_ranks}"
+    yield f"  FSDP2 with DecoupledAdamW, all in fp32: {in_unit(plan.fsdp2)} {unit} at rest"
+    yield f"a checkpoint: {in_unit(plan.checkpoint)} {unit}, {in_unit(plan.checkpoint / plan.ranks)} of each rank"
     yield ""
-    yield from _times(plan)
+    yield from _times(plan, unit)
     yield ""
     peak, step = max(phase.device.total for phase in plan.phases.values()), plan.time.step
-    rows = [["what other settings would change", "GB", "in host memory", "ms per step"]]
+    rows = [["what other settings would change", unit, "in host memory", "ms per step"]]
     host = max(phase.host.total for phase in plan.phases.values())
     for other in plan.alternatives:
+        changes = [f"{num_bytes / _UNITS[unit]:+,.2f}" for num_bytes in (other.peak - peak, other.host - host)]
         ms = "" if other.step is None or step is None else f"{1e3 * (other.step - step):+,.1f}"
-        rows.append(
-            [f"  {other.setting}", f"{(other.peak - peak) / 1e9:+,.2f}", f"{(other.host - host) / 1e9:+,.2f}", ms]
-        )
+        rows.append([f"  {other.setting}", *changes, ms])
     yield from _table(rows)
     yield ""
     yield "not in these figures"
     yield from (f"  {text}" for text in plan.unknown)
 
 
-def _times(plan: Plan) -> Iterator[str]:
-    time, sent = plan.time, plan.sent
-    rows = [["of one step, each rank", "GB sent", "ms", "of which compute waits"]]
+def _times(plan: Plan, unit: str) -> Iterator[str]:
+    time, sent, in_unit = plan.time, plan.sent, partial(_in_unit, unit)
+    rows = [["of one step, each rank", f"{unit} sent", "ms", "of which compute waits"]]
     exposed = {
         "average gradients": time.exposed_reduce,
         "update": time.update,
@@ -77,13 +82,13 @@ def _times(plan: Plan) -> Iterator[str]:
         rows.append(
             [
                 f"  {name}",
-                "" if num_bytes is None else _gb(num_bytes),
+                "" if num_bytes is None else in_unit(num_bytes),
                 f"{1e3 * seconds:,.1f}",
                 "?" if waits is None else f"{1e3 * waits:,.1f}",
             ]
         )
     yield from _table(rows)
-    links = f"{_gb(plan.links['intra'])} GB within a host, {_gb(plan.links['inter'])} GB between hosts"
+    links = f"{in_unit(plan.links['intra'])} {unit} within a host, {in_unit(plan.links['inter'])} {unit} between hosts"
     yield f"  by link: {links}; {plan.num_buckets:,} buckets"
     if time.step is not None and time.compute is not None:
         of_it = f"{1e3 * time.compute:,.1f} of it forward and backward ({time.compute / time.step:.1%})"
@@ -97,5 +102,5 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f}"
+def _in_unit(unit: str, num_bytes: float) -> str:
+    return f"{num_bytes / _UNITS[unit]:,.2f}"
