@@ -54,10 +54,10 @@ def table_in(path: Path) -> list[dict[str, str]]:
 
 
 def subtitle_of(path: Path) -> str:
-    """What was measured, the first of a result's notes up to its semicolon, and on what: date and hardware."""
+    """What was measured, of the first note that counts parameters, and on what: date and hardware."""
     text = path.read_text()
+    about = re.findall(r"[\d.]+ M \w+ parameters[^;\n]*?(?=;|, \d+ ranks|\n)", text)
     around = re.findall(r"(?:^|- )(\d{4}-\d\d-\d\d, [^;]*);", text, re.MULTILINE)
-    about = re.findall(r"^- (?:Bytes per parameter and rank\. )?([^;\n]* parameters[^;\n]*)", text, re.MULTILINE)
     return "\n".join([*about[:1], *around[:1]])
 
 
@@ -126,7 +126,7 @@ def draw_curves(axes: Any, curves: dict[str, list[tuple[float, float]]]) -> None
     for name, points in curves.items():
         color, line = (OURS if is_ours(name) else THEIRS), next(lines[is_ours(name)])
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=color, linestyle=line)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 PICTURES: dict[str, tuple[Callable[[Any, list[Path]], None], str]] = {
