@@ -37,7 +37,8 @@ from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.checkpoint.run import random_state, seed_from, set_random_state
 from sharded_dadamw.update.precision import join
-from tests.pool import on_ranks
+from tests import pool
+from tests.simulated import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
 
@@ -677,7 +678,7 @@ def from_fsdp1_to_plain(group: Any, kind: str, tie: bool, root: Path) -> list[st
 @pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", False), ("fsdp1, flat", True)])
 def test_what_fsdp1_shards_loads_there_and_without(kind: str, tie: bool, tmp_path: Path) -> None:
     """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
-    assert on_ranks(4, from_fsdp1_to_plain, kind, tie, tmp_path) == [[]] * 4
+    assert pool.on_ranks(4, from_fsdp1_to_plain, kind, tie, tmp_path) == [[]] * 4
 
 
 def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
@@ -693,7 +694,7 @@ def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
 
 
 def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
-    assert on_ranks(4, refuse_in_fsdp1, tmp_path) == [[]] * 4
+    assert pool.on_ranks(4, refuse_in_fsdp1, tmp_path) == [[]] * 4
 
 
 def test_state_that_the_optimizer_does_not_keep_is_refused(tmp_path: Path) -> None:
@@ -994,7 +995,7 @@ def on_storage_of_its_own(group: Any, root: Path) -> str:
 
 
 def test_ranks_that_do_not_share_storage_are_told(tmp_path: Path) -> None:
-    for message in on_ranks(2, on_storage_of_its_own, tmp_path):
+    for message in pool.on_ranks(2, on_storage_of_its_own, tmp_path):
         assert "rank 1: expected to see" in message and "storage that all ranks share" in message
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -33,8 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sharded_dadamw import GradientResidency, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from tests import pool
 from tests.models import whole_state_dict
-from tests.pool import on_ranks, outcomes
+from tests.simulated import on_ranks, outcomes
 
 ONE_EACH = 1e-6  # MiB: every parameter gets a bucket of its own
 WIDTH = 6
@@ -739,7 +740,7 @@ def be_interrupted_in_waiting(group: Any) -> None:
 
 
 def test_a_step_says_what_went_wrong_first_and_not_what_was_lost_by_it() -> None:
-    on_ranks(2, be_interrupted_in_waiting)
+    pool.on_ranks(2, be_interrupted_in_waiting)
 
 
 def lose_the_network(group: Any) -> None:
@@ -807,7 +808,7 @@ def fork(group: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork here")
 def test_a_forked_process_finds_parameters_at_rest() -> None:
-    on_ranks(2, fork)
+    pool.on_ranks(2, fork)
 
 
 SCRIPT = """
@@ -1061,8 +1062,8 @@ def compile_training(group: Any, what: str, residency: GradientResidency) -> Ten
 def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(
     what: str, residency: GradientResidency
 ) -> None:
-    plain = on_ranks(2, compile_training, "", residency)
-    assert_equal(on_ranks(2, compile_training, what, residency), plain)
+    plain = pool.on_ranks(2, compile_training, "", residency)
+    assert_equal(pool.on_ranks(2, compile_training, what, residency), plain)
 
 
 def compile_whole(model: Any) -> nn.Module:
@@ -1129,7 +1130,7 @@ def train_compiled(group: Any, how: str) -> None:
 
 @pytest.mark.parametrize("how", COMPILED)
 def test_compiled_code_trains_to_the_same_bits_and_is_compiled_once(how: str) -> None:
-    on_ranks(2, train_compiled, how)
+    pool.on_ranks(2, train_compiled, how)
 
 
 def compile_unseen(group: Any) -> None:

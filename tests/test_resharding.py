@@ -38,7 +38,8 @@ from torch.optim import AdamW
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.layout.boxes import boxes_of
-from tests.pool import alone, on_ranks
+from tests import pool
+from tests.simulated import alone, on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
 FIRST = 1
@@ -317,8 +318,8 @@ def load_in_groups(group: Any, path: str, through: str) -> Any:
 def test_groups_and_parameters_may_come_in_another_order_and_be_cut_elsewhere(
     saved_at: int, loaded_at: int, through: str, tmp_path: Path
 ) -> None:
-    expected, later = on_ranks(saved_at, save_in_groups, str(tmp_path), through)[0]
-    for found, found_later in on_ranks(loaded_at, load_in_groups, str(tmp_path), through):
+    expected, later = pool.on_ranks(saved_at, save_in_groups, str(tmp_path), through)[0]
+    for found, found_later in pool.on_ranks(loaded_at, load_in_groups, str(tmp_path), through):
         assert_same(found, expected)
         if saved_at == loaded_at:
             assert_same(found_later, later)
@@ -686,7 +687,7 @@ def save_behind_training(group: Any, path: str) -> Any:
 
 
 def test_an_asynchronous_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
-    state, weights = on_ranks(4, save_behind_training, str(tmp_path))[0]
+    state, weights = pool.on_ranks(4, save_behind_training, str(tmp_path))[0]
     for (loaded_state, loaded_weights), _ in on_ranks(3, load_at, "ours", str(tmp_path)):
         assert_same(loaded_state, state)
         assert_same(loaded_weights, weights)
