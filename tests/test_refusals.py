@@ -165,7 +165,7 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...], st
         VALUE,
         "(?s)first.*memory|second.*memory",
     ),
-    "config of another type": (lambda: dict(config={"bucket_cap_mb": 1.0}), TYPE, "config.*dict|config.*bucket_cap_mb"),
+    "config of another type": (lambda: dict(config=[1.0]), TYPE, "config: expected a ShardingConfig, or a mapping"),
 }
 
 
