@@ -391,6 +391,11 @@ def disagree(group: Any, residency: GradientResidency, what: str) -> str:
     elif what == "no backward":
         if rank == 0:
             loss_of(model, rank).backward()
+    elif what == "no backward after one that all dropped":
+        loss_of(model, rank, 9).backward()
+        optimizer.zero_grad()
+        if rank == 0:
+            loss_of(model, rank).backward()
     elif what == "a pass that only one dropped":
         if rank == 1:
             loss_of(model, rank, 9).backward()
@@ -415,6 +420,8 @@ def disagree(group: Any, residency: GradientResidency, what: str) -> str:
         ("an unused layer", SHARDED),
         ("no backward", FULL),
         ("no backward", SHARDED),
+        ("no backward after one that all dropped", FULL),
+        ("no backward after one that all dropped", SHARDED),
         ("a pass that only one dropped", FULL),
     ],
 )
@@ -1381,3 +1388,24 @@ def scale_sharded(group: Any) -> None:
 
 def test_a_loss_scaler_and_sharded_gradients_are_refused() -> None:
     on_ranks(2, scale_sharded)
+
+
+def scale_beside_a_bucket_without_elements(group: Any, exchange: Exchange) -> list[float]:
+    full, empty = nn.Parameter(torch.ones(5, dtype=torch.bfloat16)), nn.Parameter(torch.ones(0, 4))
+    config = ShardingConfig(exchange=exchange)
+    optimizer = ShardedDecoupledAdamW([full, empty], lr=1e-2, process_group=group, config=config)
+    scaler = ShardedGradScaler("cpu", init_scale=8.0, process_group=group)
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale((full * (group.rank() + 1)).sum() + empty.sum()).backward()
+        scaler.unscale_(optimizer)
+        if step % 2:
+            optimizer.clip_grad_norm_(1e3)
+        scaler.step(optimizer)
+        scaler.update()
+    return [float(optimizer.state[param]["step"]) for param in (full, empty)]
+
+
+@pytest.mark.parametrize("exchange", [Exchange.RANK_ORDER, Exchange.BACKEND])
+def test_a_loss_scaler_works_beside_a_bucket_without_elements(exchange: Exchange) -> None:
+    assert on_ranks(2, scale_beside_a_bucket_without_elements, exchange) == [[4.0, 4.0]] * 2

@@ -125,6 +125,8 @@ class FullGradients(HookedGradients):
     def _take_sample(self) -> Tensor:
         """A sample of the mean's shard, or of local gradients; nan where there is no gradient."""
         start, stop = (0, self.buffer.numel()) if self.stage is Stage.LOCAL else self._range
+        if start == stop:  # of parameters without elements
+            return self.shard.new_full((1,), torch.nan)
         stride = max(1, (stop - start) // _NUM_SAMPLES)
         sample = self._exchanged[start:stop:stride].clone()
         if not all(self._present):
@@ -172,7 +174,7 @@ class FullGradients(HookedGradients):
         # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
         # show its zeros any more, but has changed once more. Views share one count of changes with their buffer.
         filled = [slot for slot in kept if self._views[slot].numel()]
-        num_changes = len(filled) + (arriving in filled)
+        num_changes = max(1, len(filled) + (arriving in filled))  # one also where all are empty, and show no zeros
         return self.buffer._version - self._version >= num_changes and not any(
             self._views[slot].any() for slot in filled if slot != arriving
         )

@@ -47,7 +47,7 @@ class Reducer:
     Attributes:
         is_accumulating: Whether backward passes leave gradients local.
         knows_source: Whether ranks have found out if something else averages these gradients.
-        num_rounds: Rounds since the last step, or the last call that all ranks refused.
+        num_rounds: Rounds since gradients were last used or dropped, or a call was refused by all ranks.
     """
 
     def __init__(self, collectives: Collectives, config: ShardingConfig, announce: Callable[[str], None]) -> None:
@@ -195,7 +195,8 @@ class Reducer:
                 bucket.gradients.consume()
 
     def drop(self) -> None:
-        """Forget all gradients, once no other rank waits for them."""
+        """Forget all gradients, once no other rank waits for them; the next round is the first of its step."""
+        self.num_rounds = 0
         self._under_way.clear()
         for bucket in self.buckets():
             bucket.gradients.drop()
