@@ -28,16 +28,13 @@ class ForeignGradients(Gradients):
 
     @property
     def present(self) -> tuple[bool, ...]:
-        """See :meth:`Gradients.present`."""
         return are_present(self._params)
 
     @property
     def still_holds_last_step(self) -> bool:
-        """See :meth:`Gradients.still_holds_last_step`."""
         return True
 
     def set_read(self) -> None:
-        """See :meth:`Gradients.set_read`."""
         super().set_read()
         self._read = [(ref(grad), version) for grad, version in self._existing()]
 
@@ -90,7 +87,6 @@ class CopiedGradients(ForeignGradients):
     """
 
     def reduce(self, collectives: Collectives) -> None:
-        """See :meth:`Gradients.reduce`."""
         buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
         views = views_of(buffer, self._members, self._layout.offsets)
         for slot, grad in self._local_gradients().items():

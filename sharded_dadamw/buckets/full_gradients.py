@@ -94,13 +94,11 @@ class FullGradients(HookedGradients):
         self._sample = None
 
     def remember(self) -> None:
-        """See :meth:`Gradients.remember`."""
         if self.stage is Stage.LOCAL:
             self._present, self._version = self._held(), self.buffer._version
             self._sample = self._take_sample()
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
-        """See :meth:`Gradients.change`."""
         may_differ = is_unscaled or self._is_written
         if self.stage is Stage.CONSUMED or self._sample is None or not may_differ:
             return None

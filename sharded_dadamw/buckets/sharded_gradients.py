@@ -71,12 +71,10 @@ class ShardedGradients(HookedGradients):
         self._holds_a_mean = False
 
     def consume(self) -> None:
-        """See :meth:`Gradients.consume`."""
         super().consume()
         self._is_cleared = False
 
     def drop(self) -> None:
-        """See :meth:`Gradients.drop`."""
         super().drop()
         self._is_cleared = True
 

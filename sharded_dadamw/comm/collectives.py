@@ -187,13 +187,11 @@ class BackendVerbs(Collectives):
         return group
 
     def check_alive(self) -> None:
-        """See :meth:`Collectives.check_alive`."""
         if not is_alive(self.group):
             raise _was_destroyed()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """See :meth:`Collectives.explaining`."""
         with self._translating():
             yield
         last_met[self.group] = here.call  # no function is called, for a Ctrl-C would find the verb to be half done
@@ -256,7 +254,6 @@ class BackendVerbs(Collectives):
         return self._pending(REDUCE_SCATTER, finish)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
-        """See :meth:`Collectives.all_gather_`."""
         with self._beginning(ALL_GATHER):
             own = self._slices(buffer)[self.rank]
             work = _all_gather(buffer, own, group=self.group, async_op=True)
@@ -264,12 +261,10 @@ class BackendVerbs(Collectives):
         return self._pending(ALL_GATHER, work.wait)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """See :meth:`Collectives.all_reduce_`."""
         with self.explaining():
             dist.all_reduce(tensor, op=op, group=self.group)
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """See :meth:`Collectives.broadcast_`."""
         with self.explaining():
             dist.broadcast(tensor, group=self.group, group_src=0)
 

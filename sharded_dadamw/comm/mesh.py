@@ -40,23 +40,18 @@ class MeshVerbs(BackendVerbs):
 
     @property
     def everyone(self) -> Collectives:
-        """See :attr:`Collectives.everyone`."""
         return self._everyone
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See :meth:`Collectives.new_buffer`."""
         return self._row.new_buffer(numel, dtype, device)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """See :meth:`Collectives.all_reduce_`."""
         self._everyone.all_reduce_(tensor, op)
 
     def gather_texts(self, text: str) -> list[str]:
-        """See :meth:`Collectives.gather_texts`."""
         return self._everyone.gather_texts(text)
 
     def check_alive(self) -> None:
-        """See :meth:`Collectives.check_alive`."""
         super().check_alive()
         self._row.check_alive()
         self._column.check_alive()
@@ -66,8 +61,7 @@ class MeshVerbs(BackendVerbs):
     ) -> Pending:
         """See :meth:`Collectives.reduce_scatter_mean`: the mean over replicas of the means over shards.
 
-        Those of the row are not rounded in between, but to ``wire_dtype``. One of the replicas makes the mean of an
-        element, so all have the same bits.
+        One of the replicas makes the mean of an element, so all have the same bits.
         """
         piece = -(-out.numel() // self._column.num_ranks)
         padded = piece * self._column.num_ranks
@@ -93,7 +87,6 @@ class MeshVerbs(BackendVerbs):
         return self._pending(REDUCE_SCATTER, finish, self._under_way)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
-        """See :meth:`Collectives.all_gather_`."""
         with self._beginning(ALL_GATHER):
             gather = self._row.all_gather_(buffer)
             self._count()

@@ -175,7 +175,6 @@ class SharedMemoryVerbs(GlooVerbs):
         weakref.finalize(self, _depart, self._own)
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See :meth:`Collectives.new_buffer`."""
         assert device.type == "cpu"
         return self._own.new_buffer(numel, dtype)
 
@@ -205,7 +204,6 @@ class SharedMemoryVerbs(GlooVerbs):
         return self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))
 
     def all_gather_(self, buffer: Tensor) -> Pending:
-        """See :meth:`Collectives.all_gather_`."""
         with self._beginning(ALL_GATHER):
             readable = self._readable(buffer, [self.rank])
             number = self._begin(1, readable)

@@ -103,11 +103,9 @@ class Update:
         self._max_threads = max(1, (int(self._table[:, _NUMEL].sum()) + self._num_tiles * _TILE_OVERHEAD) // _GRAIN)
 
     def point_to(self, gradients: Tensor) -> None:
-        """See :class:`sharded_dadamw.kernels.operands.Update`."""
         self._table[:, _GRAD] = gradients.numpy()
 
     def __call__(self, step: Step, group: int) -> Tensor:
-        """See :class:`sharded_dadamw.kernels.operands.Update`."""
         norms = np.zeros((len(self._table), len(NORMS)))
         if self._num_tiles:
             squares = np.empty((self._num_tiles, len(NORMS)))

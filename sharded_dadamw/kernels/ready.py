@@ -36,15 +36,9 @@ _dtype = attrgetter("dtype")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """What an update reads and writes: lists of one length, with the tensors of a fragment at one place in each.
+    """What an update reads and writes, as :class:`Operands` has it but in any memory format: a fragment at each place.
 
-    Attributes:
-        params: As :class:`~sharded_dadamw.kernels.operands.Operands` has it, but in any memory format; so are the rest.
-        grads: Only read.
-        exp_avgs: Updated.
-        exp_avg_sqs: Updated.
-        max_exp_avg_sqs: Updated. Empty without amsgrad.
-        counts: Only read.
+    There are no ``max_exp_avg_sqs`` without amsgrad.
     """
 
     params: Sequence[Tensor]

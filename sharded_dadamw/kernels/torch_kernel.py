@@ -43,7 +43,6 @@ class Update:
         raise NotImplementedError
 
     def __call__(self, step: Step, group: int) -> None:
-        """See :class:`sharded_dadamw.kernels.operands.Update`."""
         if self._is_fusible:
             self._call_fused(step, group)
             return

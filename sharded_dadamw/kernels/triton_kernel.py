@@ -119,7 +119,6 @@ class Update:
         self._gradients = self._host_gradients.to(self._form.device, non_blocking=True)
 
     def __call__(self, step: Step, group: int) -> Tensor:
-        """See :class:`sharded_dadamw.kernels.operands.Update`."""
         form, hyper = self._form, step.hypers[group]
         with torch.cuda.device_of(self._table):
             sums = self._table.new_empty(self._num_tiles, len(NORMS), dtype=torch.float32)

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Elements of a tensor whose indices are products of ranges, and which lie end to end in memory.
+    """A part of a tensor, a product of ranges of indices, that lies end to end in memory.
 
     Attributes:
         offsets: Index of the first element.
-        sizes: Number of indices in each dim.
         start: Place of the first element within the range of which this is a part.
     """
 

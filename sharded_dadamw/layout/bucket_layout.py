@@ -29,7 +29,6 @@ class Fragment:
         slot: Which parameter of the bucket.
         param_start: First element, counted in the flattened parameter.
         shard_start: First element, counted in the shard.
-        numel: Number of elements; may be 0.
     """
 
     slot: int
@@ -50,12 +49,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """One bucket: the place of each parameter, and the cut into shards.
-
-    Attributes:
-        numels: Number of elements of each slot's parameter, in slot order.
-        num_ranks: Number of equal shards.
-    """
+    """One bucket: the place of each parameter, by their sizes in slot order, and the cut into equal shards."""
 
     numels: tuple[int, ...]
     num_ranks: int

@@ -23,12 +23,8 @@ class NamedParameter:
     """A parameter, what messages call it, and where it stands.
 
     Attributes:
-        name: Its given name, or its place in ``param_groups``.
-        param: The parameter itself.
         index: Its number over all groups, which is its key in a state dict.
-        group_index: The group it is in.
         first_element: Number of the first element of this rank's part, counted over all parameters of all groups.
-        placement: Where its elements are.
     """
 
     name: str
@@ -93,13 +89,7 @@ def views_of(buffer: Tensor, members: Sequence[NamedParameter], offsets: Sequenc
 
 
 def check_parameters(members: Sequence[NamedParameter]) -> None:
-    """Refuse what cannot be laid into flat buffers, but for what is left alone.
-
-    Raises:
-        TypeError: A parameter is sparse, distributed, or of a dtype that is not fp16, bf16, fp32 or fp64.
-        ValueError: There is no parameter; or one has no memory (meta device), is on another device than the first,
-            appears twice, or shares memory with another one.
-    """
+    """Refuse what cannot be laid into flat buffers, but for what is left alone."""
     if not members:
         raise ValueError("expected at least one parameter, got empty groups")
     members = [member for member in members if not member.is_left_alone]

@@ -39,7 +39,6 @@ class NormOwners:
     """Which rank counts what, of all parameters of a group of ranks: of equal parts the first one's.
 
     Attributes:
-        collectives: The ranks.
         names: Of the parameters of all ranks, each once, in the same order on every rank.
         trainable: Per name whether it was trainable on any rank when names were exchanged.
         row_of: The row in ``names`` of each parameter of this rank, by its id.

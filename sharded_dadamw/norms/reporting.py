@@ -31,11 +31,9 @@ class Reporting:
     own, but leaves ``step`` to the optimizer, and each must see what the other has left.
 
     Attributes:
-        report: Of the last step.
         given: The ranks that the caller has named, who may know better than the parameters.
         needs_names: Whether he has, or had for the optimizer of which this one's is a copy.
         in_step: Whether steps add up norms, so that nothing is left to be done with other ranks.
-        composer: What Composer's monitor asks.
     """
 
     def __init__(self, *, needs_names: bool, in_step: bool) -> None:

@@ -36,9 +36,7 @@ class Asked:
         num_attached: Models that are attached.
         objection: Why this rank cannot take part, if that is so.
         clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
-        adds_metrics: Whether steps add up norms for their report.
         to_clip: ``max_norm`` and ``norm_type``, where gradients are about to be clipped only.
-        max_grad_norm: To what the step clips, if it does.
         found_inf: 0-d, this rank's non-finite flag, or None without a loss scaler.
         grad_scale: 0-d, this rank's loss scale, or None where gradients are not scaled.
     """
@@ -69,7 +67,6 @@ class StepPlan:
 
     Attributes:
         present: Per bucket and slot whether its parameter has a gradient.
-        hypers: Each group's scalars.
         found_inf: 0-d fp32, 1 where the step is void on all ranks; None where nothing can make it so.
         unfrozen: Parameters that have been unfrozen since the last step. They are to be sharded, and the step planned
             anew: ranks have not compared yet whose gradients came along.

@@ -16,10 +16,7 @@ class Piece:
     The local part is what the ranks of the shard group share: the whole, or this rank's part of a DTensor.
 
     Attributes:
-        name: What messages call it.
         live: This rank's elements, 1-D, or ``step``.
-        shape: Of the whole.
-        part_shape: Of the local part.
         start: Number of the first element within the local part.
         writes: Whether it falls to this rank to save it; False where another one has the same elements.
     """

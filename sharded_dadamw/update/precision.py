@@ -89,10 +89,7 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether every value of ``other`` is one of ``dtype``, so that a copy rounds nothing; in doubt it is not.
-
-    Not so of int64 in bf16, to which ``torch.promote_types`` would take both.
-    """
+    """Whether every value of ``other`` is one of ``dtype``, so that a copy rounds nothing; in doubt it is not."""
     try:
         is_wider = torch.promote_types(dtype, other) == dtype
     except RuntimeError:  # of floats in 8 bits

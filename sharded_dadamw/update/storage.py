@@ -33,9 +33,7 @@ class Storage:
     """How the state of some parameters is stored. Parameters of equal storage share buckets.
 
     Attributes:
-        param: Dtype of the parameters.
         main: fp32: an fp32 copy of each parameter. int16: the remainder of its fp32 value. None: neither.
-        moments: Dtype of the moments.
         rounds_to_nearest: Whether moments narrower than fp32 are rounded to the nearest, and not stochastically.
     """
 
