@@ -251,8 +251,8 @@ class DecoupledOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """Add the metrics of one parameter's last update. Composer's protocol.
 
-        :class:`~sharded_dadamw.DecoupledAdamW` reports norms of what this rank holds of the parameter.
-        :class:`~sharded_dadamw.ShardedDecoupledAdamW` reports those of the whole, the same on every rank; call it there
+        ``DecoupledAdamW`` reports norms of what this rank holds of the parameter.
+        ``ShardedDecoupledAdamW`` reports those of the whole, the same on every rank; call it there
         on all ranks or on none: the first call after a step is collective.
 
         Args:

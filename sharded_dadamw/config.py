@@ -69,7 +69,7 @@ _CHOICES: dict[str, type[_Choice]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingConfig:
-    """How :class:`~sharded_dadamw.ShardedDecoupledAdamW` spreads its work, and in what precision it keeps state.
+    """How ``ShardedDecoupledAdamW`` spreads its work, and in what precision it keeps state.
 
     Attributes:
         bucket_cap_mb: Size in MiB (of parameters) up to which parameters share a bucket. Each bucket is one reduction,

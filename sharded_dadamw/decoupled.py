@@ -304,7 +304,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 
         Moments take the dtype of their parameter, as in torch. Main parameters, which a whole state dict of
-        :class:`~sharded_dadamw.ShardedDecoupledAdamW` may have, are left out.
+        ``ShardedDecoupledAdamW`` may have, are left out.
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.

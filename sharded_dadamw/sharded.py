@@ -39,7 +39,7 @@ from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_int
 
 
 class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
-    """:class:`~sharded_dadamw.DecoupledAdamW` with its state, and its work, spread over the ranks of a group.
+    """``DecoupledAdamW`` with its state, and its work, spread over the ranks of a group.
 
     Every rank holds the same parameters, end to end in flat buckets. It keeps the moments, and the fp32 main parameters
     of narrower ones, of an equal shard of every bucket, averages gradients by reduce-scatter, updates its shard and
@@ -80,7 +80,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     ) -> None:
         """Shard over a group. Collective: call it on every rank of the group, with the same arguments.
 
-        ``lr`` to ``amsgrad`` and the last three are as in :class:`~sharded_dadamw.DecoupledAdamW`.
+        ``lr`` to ``amsgrad`` and the last three are as in ``DecoupledAdamW``.
 
         Args:
             params: Parameters, (name, parameter) pairs for messages and metrics, or group dicts of either.
@@ -329,9 +329,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` has returned on this rank, or whole tensors from anywhere; all or nothing.
 
-        Whole tensors may come from this class on any number of ranks, from :class:`~sharded_dadamw.DecoupledAdamW`,
+        Whole tensors may come from this class on any number of ranks, from ``DecoupledAdamW``,
         torch's AdamW or Composer's optimizer. Fragments of another number of ranks are read by
-        :func:`sharded_dadamw.checkpoint.load_checkpoint`, or by ``torch.distributed.checkpoint`` into ``state_dict()``.
+        ``sharded_dadamw.checkpoint.load_checkpoint``, or by ``torch.distributed.checkpoint`` into ``state_dict()``.
         Hyperparameters are taken over, ``initial_lr`` included. State is copied into place, and never rounded. A main
         parameter of which nothing was saved is taken from the weight as it is at the next step.
 

@@ -39,7 +39,7 @@ class ForeignGradients(Gradients):
         self._read = [(ref(grad), version) for grad, version in self._existing()]
 
     def consume(self) -> None:
-        """See :meth:`Gradients.consume`. A step uses up nothing here, so it need not hold on to anything."""
+        """See ``Gradients.consume``. A step uses up nothing here, so it need not hold on to anything."""
         self._reset()
 
     def _existing(self) -> list[tuple[Tensor, int]]:
@@ -49,7 +49,7 @@ class ForeignGradients(Gradients):
         return [(grad, local(grad)._version) for grad in grads if grad is not None]
 
     def collect(self, *, to_clip: bool) -> None:
-        """See :meth:`Gradients.collect`; before another clip they may be read again."""
+        """See ``Gradients.collect``; before another clip they may be read again."""
         if self.stage is Stage.READ:
             read = [(id(grad()), version) for grad, version in self._read]
             are_changed = [(id(grad), version) for grad, version in self._existing()] != read
@@ -68,7 +68,7 @@ class ForeignGradients(Gradients):
         return all(num_changes >= 1 for _, num_changes in kept) and not any(grad.any() for grad, _ in kept)
 
     def reduce(self, collectives: Collectives) -> None:
-        """See :meth:`Gradients.reduce`: copies this rank's fragments."""
+        """See ``Gradients.reduce``: copies this rank's fragments."""
         grads = self._local_gradients()
         for fragment in self._fragments:
             if (grad := grads.get(fragment.slot)) is not None:

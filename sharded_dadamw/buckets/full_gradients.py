@@ -50,7 +50,7 @@ class FullGradients(HookedGradients):
         self._sample: Tensor | None = None
 
     def collect(self, *, to_clip: bool) -> None:
-        """See :meth:`Gradients.collect`. Averages may have been dropped, or before a clip been changed in place."""
+        """See ``Gradients.collect``. Averages may have been dropped, or before a clip been changed in place."""
         if self.stage is not Stage.LOCAL and self._have_ended():
             if self.stage is Stage.REDUCED and any(self._present) and any(are_present(self._params)):
                 raise self._assigned()
@@ -74,7 +74,7 @@ class FullGradients(HookedGradients):
         self._present = held
 
     def reduce(self, collectives: Collectives) -> None:
-        """See :meth:`Gradients.reduce`; in place. Means and used ones only take part for the other ranks' sake."""
+        """See ``Gradients.reduce``; in place. Means and used ones only take part for the other ranks' sake."""
         out = self.shard
         if self.stage is Stage.LOCAL:
             self.stage = Stage.REDUCED
@@ -84,7 +84,7 @@ class FullGradients(HookedGradients):
         self._reduction = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
 
     def wait(self) -> None:
-        """See :meth:`Gradients.wait`; remembers a sample of the mean."""
+        """See ``Gradients.wait``; remembers a sample of the mean."""
         super().wait()
         if self._sample is None:
             self._sample = self._take_sample()

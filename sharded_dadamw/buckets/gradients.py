@@ -109,7 +109,7 @@ class Gradients(ABC):
         self._reduction = DONE
 
     def remember(self) -> None:  # noqa: B027 - most have nothing to do
-        """Take note of local gradients as backward has left them, for :meth:`change`."""
+        """Take note of local gradients as backward has left them, for ``change``."""
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         """Return by what factors gradients were multiplied since they were made, or since this was last asked.
@@ -165,7 +165,7 @@ class HookedGradients(Gradients):
 
     @property
     def present(self) -> tuple[bool, ...]:
-        """See :meth:`Gradients.present`; as :meth:`collect` has found them."""
+        """See ``Gradients.present``; as ``collect`` has found them."""
         return tuple(map(and_, self._present, map(_IS_TRAINABLE, self._params)))
 
     def _reset(self) -> None:

@@ -38,27 +38,27 @@ class OffloadedBucket(Bucket):
     num_ahead = 1  # the next gradients come down beside an update
 
     def __init__(self, *args: Any, weights: Weights, gradients: Gradients, **others: Any) -> None:
-        """Allocate the copies and the state; see :class:`Bucket`."""
+        """Allocate the copies and the state; see ``Bucket``."""
         self._down, self._up = _copiers(weights.shard.device)
         self._param, self._grad = _pinned_like(weights.shard), _pinned_like(gradients.shard)
         super().__init__(*args, weights=weights, gradients=gradients, **others)
 
     @property
     def param(self) -> Tensor:
-        """See :attr:`Bucket.param`; its values are there while the update runs."""
+        """See ``Bucket.param``; its values are there while the update runs."""
         return self._param
 
     @property
     def grad(self) -> Tensor:
-        """See :attr:`Bucket.grad`; its values are there until the next ``fetch_``."""
+        """See ``Bucket.grad``; its values are there until the next ``fetch_``."""
         return self._grad
 
     def current_param(self, part: slice) -> Tensor:
-        """See :meth:`Bucket.current_param`; a copy. Waits for the device."""
+        """See ``Bucket.current_param``; a copy. Waits for the device."""
         return self.weights.shard[part].to(self._param.device, copy=True)
 
     def fetch_(self, step: Step) -> None:
-        """See :meth:`Bucket.fetch_`; begin to copy gradients down, and the parameters where the update reads them."""
+        """See ``Bucket.fetch_``; begin to copy gradients down, and the parameters where the update reads them."""
         super().fetch_(step)
         pairs = [(self._grad, self.gradients.shard)]
         if self._takes_edits or not self._absorbs_edits:
@@ -77,7 +77,7 @@ class OffloadedBucket(Bucket):
         self._arrival = self._down.copy_(pairs)
 
     def update_(self, step: Step, present: tuple[bool, ...]) -> tuple[list[Tensor], Tensor | None]:
-        """See :meth:`Bucket.update_`; then begin to copy parameters up. What the device is given next waits for it."""
+        """See ``Bucket.update_``; then begin to copy parameters up. What the device is given next waits for it."""
         self._arrival.synchronize()
         hypers = list(step.hypers)
         hypers[self.group_index] = self._hyper.on(self._param.device)

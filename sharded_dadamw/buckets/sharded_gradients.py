@@ -79,7 +79,7 @@ class ShardedGradients(HookedGradients):
         self._is_cleared = True
 
     def collect(self, *, to_clip: bool) -> None:
-        """See :meth:`Gradients.collect`. After a step there is nothing to clear."""
+        """See ``Gradients.collect``. After a step there is nothing to clear."""
         if self.stage is Stage.CONSUMED:
             self._reset()
         self._require_reduced()
@@ -96,7 +96,7 @@ class ShardedGradients(HookedGradients):
                 self._adopt(slot)
 
     def reduce(self, collectives: Collectives) -> None:
-        """See :meth:`Gradients.reduce`; adds to what is there. Takes part without gradients, too."""
+        """See ``Gradients.reduce``; adds to what is there. Takes part without gradients, too."""
         if self.stage is Stage.CONSUMED:
             self._reset()
         buffer = self._filling()
@@ -112,7 +112,7 @@ class ShardedGradients(HookedGradients):
         self._reduction = collectives.reduce_scatter_mean(buffer, self.shard, add=add, wire_dtype=self._wire_dtype)
 
     def wait(self) -> None:
-        """See :meth:`Gradients.wait`; the buffer may hold other gradients then."""
+        """See ``Gradients.wait``; the buffer may hold other gradients then."""
         super().wait()
         if self._leaving is not None:
             self._spares.give_back(self._leaving)

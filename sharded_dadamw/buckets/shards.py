@@ -42,7 +42,7 @@ class Shards:
         config: ShardingConfig,
         refusal: Refusal,
     ) -> None:
-        """Shard the first groups of an optimizer. Collective; raises as :func:`agree_on_groups` and :func:`connect`.
+        """Shard the first groups of an optimizer. Collective; raises as ``agree_on_groups`` and ``connect``.
 
         ``params``, the tensors that it was given, tell the ranks even where there are no groups of them. ``refusal`` is
         what this rank has to object so far.

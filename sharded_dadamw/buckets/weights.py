@@ -99,7 +99,7 @@ class OwnWeights(Weights):
         _alive.add(self)
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
-        """See :meth:`Weights.misplaced`."""
+        """See ``Weights.misplaced``."""
         if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
             return []
         return [
@@ -129,28 +129,28 @@ class OwnWeights(Weights):
             param.data = from_dlpack(home)
 
     def refresh_(self) -> None:
-        """See :meth:`Weights.refresh_`; the shard is the parameters' own memory."""
+        """See ``Weights.refresh_``; the shard is the parameters' own memory."""
 
     def may_be_edited(self) -> bool:
-        """See :meth:`Weights.may_be_edited`."""
+        """See ``Weights.may_be_edited``."""
         return self._read_versions() != self._versions
 
     def _read_versions(self) -> list[int]:
         return list(map(_VERSION, self._params))
 
     def whole(self) -> Tensor:
-        """See :meth:`Weights.whole`."""
+        """See ``Weights.whole``."""
         return self.buffer
 
     def outgoing(self) -> Tensor:
-        """See :meth:`Weights.outgoing`."""
+        """See ``Weights.outgoing``."""
         return self.buffer
 
     def accept_(self, buffer: Tensor) -> None:
-        """See :meth:`Weights.accept_`; that is the parameters' memory."""
+        """See ``Weights.accept_``; that is the parameters' memory."""
 
     def note_update(self) -> None:
-        """See :meth:`Weights.note_update`."""
+        """See ``Weights.note_update``."""
         self._versions = self._read_versions()
 
 
@@ -165,38 +165,38 @@ class BorrowedWeights(Weights):
         self.refresh_()
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
-        """See :meth:`Weights.misplaced`; their owner may move them, but not cut them in another way."""
+        """See ``Weights.misplaced``; their owner may move them, but not cut them in another way."""
         dtype, device = self.shard.dtype, self.shard.device
         whys = [(each, _difference(each.local, each.placement.local_shape, dtype, device)) for each in self._members]
         return [(member, why) for member, why in whys if why]
 
     def refresh_(self) -> None:
-        """See :meth:`Weights.refresh_`."""
+        """See ``Weights.refresh_``."""
         for fragment in self._fragments:
             self.shard[fragment.in_shard].copy_(self._members[fragment.slot].local.reshape(-1)[fragment.in_param])
 
     def may_be_edited(self) -> bool:
-        """See :meth:`Weights.may_be_edited`; nobody tells."""
+        """See ``Weights.may_be_edited``; nobody tells."""
         return True
 
     def whole(self) -> Tensor:
-        """See :meth:`Weights.whole`."""
+        """See ``Weights.whole``."""
         return self._copied()
 
     def outgoing(self) -> Tensor:
-        """See :meth:`Weights.outgoing`."""
+        """See ``Weights.outgoing``."""
         buffer = torch.empty(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
         buffer[slice(*self._range)].copy_(self.shard)
         return buffer
 
     def accept_(self, buffer: Tensor) -> None:
-        """See :meth:`Weights.accept_`."""
+        """See ``Weights.accept_``."""
         self.shard.copy_(buffer[slice(*self._range)])
         for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
             member.local.copy_(view)
 
     def note_update(self) -> None:
-        """See :meth:`Weights.note_update`."""
+        """See ``Weights.note_update``."""
 
 
 def _difference(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

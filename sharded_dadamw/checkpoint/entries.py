@@ -86,7 +86,7 @@ class Entries:
         return torch.empty(known.size, dtype=known.properties.dtype)
 
     def wholes(self, node: Any) -> dict[str, Any]:
-        """Make room for all entries at or below what :meth:`under` returned; by flat name."""
+        """Make room for all entries at or below what ``under`` returned; by flat name."""
         if isinstance(node, str):
             return {node: self.whole(node)}
         return {entry: value for item in node.values() for entry, value in self.wholes(item).items()}

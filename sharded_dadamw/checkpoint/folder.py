@@ -130,7 +130,7 @@ class Manifest:
         """Read the manifest of a folder; None where it has none, as those of others have not.
 
         Raises:
-            ValueError: As in :meth:`read`.
+            ValueError: As in ``read``.
         """
         return cls.read(folder) if (folder / MANIFEST).exists() else None
 

@@ -167,7 +167,7 @@ def pack(label: str, value: Any) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Any:
-    """Return what :func:`pack` was given; nothing in it is run."""
+    """Return what ``pack`` was given; nothing in it is run."""
     return load_torch(io.BytesIO(bytes(packed.tolist())), placeholders=False)
 
 

@@ -66,7 +66,7 @@ class Saving:
     """
 
     def __init__(self, path: Path, written: Future[None]) -> None:
-        """Only :func:`save_checkpoint` makes one."""
+        """Only ``save_checkpoint`` makes one."""
         self.path = path
         self._written = written
         self._was_heard = False

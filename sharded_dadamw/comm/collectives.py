@@ -1,13 +1,13 @@
 """The verbs between ranks.
 
-The data verbs start their work and return a :class:`Pending`, whose ``wait()`` ends it. Flat buffers hold one equal
+The data verbs start their work and return a ``Pending``, whose ``wait()`` ends it. Flat buffers hold one equal
 slice per rank:
 
     reduce_scatter_mean(buffer, out)    out <- mean over ranks of this rank's slice, in place or not
     all_gather_(buffer)                 other slices <- their owners' own slices
 
-:class:`Collectives` is one rank, for which everything is there already. :class:`BackendVerbs` are the backend's own
-verbs, and :class:`RankOrderVerbs` are those with sums in rank order. ``messages`` and ``shared_memory`` serve CPUs,
+``Collectives`` is one rank, for which everything is there already. ``BackendVerbs`` are the backend's own
+verbs, and ``RankOrderVerbs`` are those with sums in rank order. ``messages`` and ``shared_memory`` serve CPUs,
 ``mesh`` joins two axes, and ``connect`` chooses.
 """
 
@@ -77,7 +77,7 @@ def average_in_order(
 class Collectives:
     """A shard group: the ranks that share one set of buckets, and what they can do together. Here, a group of one.
 
-    :func:`sharded_dadamw.comm.connect.connect` builds what serves a group best.
+    ``sharded_dadamw.comm.connect.connect`` builds what serves a group best.
 
     Attributes:
         rank: This rank's number in the group.
@@ -116,11 +116,11 @@ class Collectives:
         return nullcontext()
 
     def are_all_of(self, group: dist.ProcessGroup) -> bool:
-        """Whether a group has the same ranks as :attr:`everyone`."""
+        """Whether a group has the same ranks as ``everyone``."""
         return self._ranks == ranks_of(group)
 
     def include(self, group: dist.ProcessGroup) -> bool:
-        """Whether all ranks of a group are among :attr:`everyone`."""
+        """Whether all ranks of a group are among ``everyone``."""
         return self._ranks >= ranks_of(group)
 
     @property
@@ -152,13 +152,13 @@ class Collectives:
         return DONE
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """Reduce a small tensor in place, over :attr:`everyone`. This blocks as :meth:`Pending.wait` does."""
+        """Reduce a small tensor in place, over ``everyone``. This blocks as ``Pending.wait`` does."""
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Replace ``tensor`` by that of rank 0 of :attr:`everyone`."""
+        """Replace ``tensor`` by that of rank 0 of ``everyone``."""
 
     def gather_texts(self, text: str) -> list[str]:
-        """One text of each rank of :attr:`everyone`, in rank order, on every rank. For set-up and errors."""
+        """One text of each rank of ``everyone``, in rank order, on every rank. For set-up and errors."""
         return [text]
 
 
@@ -180,7 +180,7 @@ class BackendVerbs(Collectives):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group; raises as :meth:`check_alive` where nothing is left of it."""
+        """The process group; raises as ``check_alive`` where nothing is left of it."""
         group = self._group_reference()
         if group is None:
             raise _was_destroyed()
@@ -231,7 +231,7 @@ class BackendVerbs(Collectives):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See :meth:`Collectives.reduce_scatter_mean`. The order of the sum, and its dtype, are the backend's."""
+        """See ``Collectives.reduce_scatter_mean``. The order of the sum, and its dtype, are the backend's."""
         with self._beginning(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             # The backend may write to where nothing else has to be kept, and in the dtype that it is given.
@@ -269,7 +269,7 @@ class BackendVerbs(Collectives):
             dist.broadcast(tensor, group=self.group, group_src=0)
 
     def gather_texts(self, text: str) -> list[str]:
-        """See :meth:`Collectives.gather_texts`. torch's own gather of objects would need NumPy."""
+        """See ``Collectives.gather_texts``. torch's own gather of objects would need NumPy."""
         mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         with self.explaining():
             lengths = [int(size) for size in self._gather(torch.tensor([mine.numel()], device=self.device))]
@@ -279,7 +279,7 @@ class BackendVerbs(Collectives):
         return [bytes(text[:length].tolist()).decode() for text, length in zip(texts, lengths, strict=True)]
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor [n] of each rank of :attr:`everyone`, in rank order."""
+        """The tensor [n] of each rank of ``everyone``, in rank order."""
         gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, tensor, group=self.group)
         return gathered
@@ -295,7 +295,7 @@ class RankOrderVerbs(BackendVerbs):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
+        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         with self._beginning(REDUCE_SCATTER):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             arrivals = torch.empty_like(sent)

@@ -59,7 +59,7 @@ class MeshVerbs(BackendVerbs):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See :meth:`Collectives.reduce_scatter_mean`: the mean over replicas of the means over shards.
+        """See ``Collectives.reduce_scatter_mean``: the mean over replicas of the means over shards.
 
         One of the replicas makes the mean of an element, so all have the same bits.
         """

@@ -51,7 +51,7 @@ class GlooVerbs(BackendVerbs):
         self._peers = [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """See :meth:`Collectives.all_reduce_`; in rank order."""
+        """See ``Collectives.all_reduce_``; in rank order."""
         if tensor.nbytes > PIECE_BYTES:
             super().all_reduce_(tensor, op)
             return
@@ -63,7 +63,7 @@ class GlooVerbs(BackendVerbs):
             tensor.copy_(first)
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """See :meth:`BackendVerbs._gather`; copies, of any shape."""
+        """See ``BackendVerbs._gather``; copies, of any shape."""
         tag = self._next_tag(ALL_REDUCE, tensor.nbytes)
         gathered = [torch.empty_like(tensor) for _ in range(self.num_ranks)]
         gathered[self.rank].copy_(tensor)
@@ -107,7 +107,7 @@ class MessageVerbs(GlooVerbs):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
+        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         while len(self._reductions) >= _REDUCTIONS_RECEIVING:
             self._reductions.popleft().finish()
         sent, slices, tag = (
@@ -158,7 +158,7 @@ class MessageVerbs(GlooVerbs):
         return verb
 
     def all_gather_(self, buffer: Tensor) -> Pending:
-        """See :meth:`Collectives.all_gather_`: received in place."""
+        """See ``Collectives.all_gather_``: received in place."""
         with self._beginning(ALL_GATHER):
             slices, tag = self._slices(buffer), self._next_tag(ALL_GATHER, buffer.nbytes)
             handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]

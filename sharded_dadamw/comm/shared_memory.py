@@ -181,7 +181,7 @@ class SharedMemoryVerbs(GlooVerbs):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See :meth:`Collectives.reduce_scatter_mean`: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once.
+        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once.
 
         No wire is involved. Values are rounded as if there were one, as they are read, and counted so.
         """
@@ -218,7 +218,7 @@ class SharedMemoryVerbs(GlooVerbs):
         return self._pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """See :meth:`BackendVerbs._gather`; copies, of any shape. Ranks that are out of step hear of it at once."""
+        """See ``BackendVerbs._gather``; copies, of any shape. Ranks that are out of step hear of it at once."""
         readable = self._own.new_buffer(tensor.numel(), tensor.dtype)
         number = self._begin(2, readable.copy_(tensor.reshape(-1)))
         gathered = [tensor.clone() for _ in range(self.num_ranks)]

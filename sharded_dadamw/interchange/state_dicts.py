@@ -162,7 +162,7 @@ def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:
-    """Find models' state dicts, as :func:`optimizers_in` does, under canonical names.
+    """Find models' state dicts, as ``optimizers_in`` does, under canonical names.
 
     They are dicts of nothing but tensors, floating-point ones among them.
     """

@@ -1,6 +1,6 @@
 """Which kernel runs an update: numba's on a CPU, Triton's on CUDA, torch's own where those are missing or do not fit.
 
-They all compute :mod:`sharded_dadamw.update.adamw` in fp32, and differ in rounding alone; so the sharded and the
+They all compute ``sharded_dadamw.update.adamw`` in fp32, and differ in rounding alone; so the sharded and the
 unsharded optimizer, which choose here, get the same bits. The choice depends on the form of the tensors and on what is
 installed, and on nothing else.
 """

@@ -67,7 +67,7 @@ class _Call(ctypes.Structure):
 
 
 def supports(form: Form) -> bool:
-    """Whether :class:`Update` takes fragments of this form."""
+    """Whether ``Update`` takes fragments of this form."""
     needs_fp16 = torch.float16 in (form.param, form.grad, form.moments)
     return form.is_compiled and form.device.type == "cpu" and (not needs_fp16 or _has_fp16())
 
@@ -81,7 +81,7 @@ def _has_fp16() -> bool:
 
 
 class Update:
-    """The update of fragments of one form that :func:`supports` accepts, prepared once and applied at every step.
+    """The update of fragments of one form that ``supports`` accepts, prepared once and applied at every step.
 
     Their memory, and not the tensors, has to outlive every call.
     """
@@ -296,7 +296,7 @@ def _canonical(value: Any) -> Any:
 
 @njit(forceinline=True)
 def _join(value: Any, remainder: Any) -> Any:
-    """As :func:`sharded_dadamw.update.precision.join`."""
+    """As ``sharded_dadamw.update.precision.join``."""
     word = _pattern(value)
     wraps = uint32(word & uint32(0x7FFFFFFF)) == uint32(0) and remainder >= uint32(0x80000000)
     return _float(uint32(word + (uint32(0) if wraps else remainder)))
@@ -321,19 +321,19 @@ def _round(value: Any, storage: int) -> Any:
 
 @njit(forceinline=True)
 def _weight_of(value: Any, storage: int) -> Any:
-    """As :func:`sharded_dadamw.update.precision.weight_of`."""
+    """As ``sharded_dadamw.update.precision.weight_of``."""
     return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == _BF16 else _round(value, storage)
 
 
 @njit(forceinline=True)
 def _round_stochastically(value: Any, random_bits: Any) -> Any:
-    """As :func:`sharded_dadamw.update.precision.round_stochastically`."""
+    """As ``sharded_dadamw.update.precision.round_stochastically``."""
     return _cut(uint32(_canonical(value) + random_bits))
 
 
 @njit(forceinline=True)
 def _mix(word: Any) -> Any:
-    """As in :mod:`sharded_dadamw.update.precision`."""
+    """As in ``sharded_dadamw.update.precision``."""
     word = uint32(word ^ (word >> uint32(16)))
     word = uint32(word * uint32(0x21F0AAAD))
     word = uint32(word ^ (word >> uint32(15)))

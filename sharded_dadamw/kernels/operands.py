@@ -121,7 +121,7 @@ class Update(Protocol):
             group: Position of the parameter group that the fragments are of.
 
         Returns:
-            fp64 [num_fragments, 4], the squared norms :data:`NORMS` of each fragment: of the gradient (divided), of the
+            fp64 [num_fragments, 4], the squared norms ``NORMS`` of each fragment: of the gradient (divided), of the
             parameter and of ``exp_avg`` as they are afterwards, and of what was subtracted from the parameter, decay
             included. None where the kernel does not fuse them.
         """

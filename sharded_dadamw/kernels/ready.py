@@ -36,7 +36,7 @@ _dtype = attrgetter("dtype")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """What an update reads and writes, as :class:`Operands` has it but in any memory format: a fragment at each place.
+    """What an update reads and writes, as ``Operands`` has it but in any memory format: a fragment at each place.
 
     There are no ``max_exp_avg_sqs`` without amsgrad.
     """

@@ -27,7 +27,7 @@ _GRAD = 1
 
 
 class Update:
-    """See :class:`sharded_dadamw.kernels.operands.Update`."""
+    """See ``sharded_dadamw.kernels.operands.Update``."""
 
     keeps_tensors = True
     fuses_norms = False
@@ -39,7 +39,7 @@ class Update:
             self._bodies, self._ends = _split(operands)
 
     def point_to(self, gradients: Tensor) -> NoReturn:
-        """See :class:`sharded_dadamw.kernels.operands.Update`; this one has tensors."""
+        """See ``sharded_dadamw.kernels.operands.Update``; this one has tensors."""
         raise NotImplementedError
 
     def __call__(self, step: Step, group: int) -> None:

@@ -75,13 +75,13 @@ _TRITON_DTYPES = {
 
 
 def supports(form: Form) -> bool:
-    """Whether :class:`Update` takes fragments of this form."""
+    """Whether ``Update`` takes fragments of this form."""
     is_nvidia = torch.version.hip is None  # maxnreg and the number of warps are for its compiler
     return form.is_compiled and form.device.type == _DEVICE_TYPE and is_nvidia
 
 
 class Update:
-    """See :class:`sharded_dadamw.kernels.operands.Update`."""
+    """See ``sharded_dadamw.kernels.operands.Update``."""
 
     keeps_tensors = False
     fuses_norms = True
@@ -114,7 +114,7 @@ class Update:
         self.point_to(addresses[:, _GRAD.value].contiguous())
 
     def point_to(self, gradients: Tensor) -> None:
-        """See :class:`sharded_dadamw.kernels.operands.Update`; does not wait for the device."""
+        """See ``sharded_dadamw.kernels.operands.Update``; does not wait for the device."""
         self._host_gradients = gradients.pin_memory() if self._form.device.type == "cuda" else gradients
         self._gradients = self._host_gradients.to(self._form.device, non_blocking=True)
 

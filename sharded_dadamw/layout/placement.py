@@ -27,7 +27,7 @@ OF_ONE_RANK = "held by this rank alone"
 class Placement:
     """Where one parameter's elements are.
 
-    It refers to groups weakly, as does :class:`sharded_dadamw.comm.collectives.BackendVerbs`.
+    It refers to groups weakly, as does ``sharded_dadamw.comm.collectives.BackendVerbs``.
 
     Attributes:
         local_shape: Shape of this rank's part.

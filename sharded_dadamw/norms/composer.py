@@ -1,4 +1,4 @@
-"""Composer's protocol for what an optimizer reports, over a :class:`~sharded_dadamw.norms.metrics.StepReport`.
+"""Composer's protocol for what an optimizer reports, over a ``StepReport``.
 
 Its ``OptimizerMonitor`` calls ``report_per_parameter_metrics`` for each parameter that has a gradient, and under FSDP
 then ``pre_reduce_metrics`` and ``dist_reduce_metrics`` for all that was collected.

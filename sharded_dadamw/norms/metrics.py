@@ -7,7 +7,7 @@
     l2_norm/.../global      the same over all parameters
 
 The kernel that makes an update yields these squares for what this rank holds, and the step leaves them in a
-:class:`StepReport`. Who asks for metrics has them put into one table with a row per parameter of any rank, and added
+``StepReport``. Who asks for metrics has them put into one table with a row per parameter of any rank, and added
 up over ranks in one all-reduce.
 
 Source of the names: MosaicML Composer, ``composer.optim.DecoupledAdamW``.

@@ -60,7 +60,7 @@ class HeldInBuckets:
     def gradient_norm(
         self, present: Mapping[Bucket, Sequence[bool]], norm_type: float, owners: NormOwners | None = None
     ) -> Tensor:
-        """The norm of averaged gradients, as :func:`global_norm` gives it. Collective.
+        """The norm of averaged gradients, as ``global_norm`` gives it. Collective.
 
         ``owners`` say who counts what; None where it does no harm that several ranks count the same.
         """

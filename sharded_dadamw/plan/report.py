@@ -126,10 +126,10 @@ def plan(
     tokens: int | None = None,
     mfu: float | None = None,
 ) -> Plan:
-    """Plan a training run of :class:`~sharded_dadamw.ShardedDecoupledAdamW` on plain parameters.
+    """Plan a training run of ``ShardedDecoupledAdamW`` on plain parameters.
 
     Args:
-        model: As :func:`~sharded_dadamw.plan.models.parameters_of` takes it.
+        model: As ``parameters_of`` takes it.
         ranks: All of them.
         per_host: Ranks of one host.
         mesh: Replicas and shards, for a 2-D mesh; None to shard over all ranks.

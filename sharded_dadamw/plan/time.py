@@ -149,7 +149,7 @@ def on_links(num_bytes: float, axis: Axis, *, direct: bool = False) -> tuple[flo
 
 
 def transfer(num_bytes: float, axis: Axis, gpu: Gpu, *, direct: bool = False) -> float:
-    """Seconds of a reduce-scatter or an all-gather of a buffer; see :func:`on_links`."""
+    """Seconds of a reduce-scatter or an all-gather of a buffer; see ``on_links``."""
     if axis.ranks == 1:
         return 0.0
     hosts = axis.ranks // axis.per_host

@@ -87,7 +87,7 @@ class Gatherer:
         )
 
     def finish(self) -> None:
-        """Finish everything under way; raises as :meth:`AllGather.wait`, after the others have been finished."""
+        """Finish everything under way; raises as ``AllGather.wait``, after the others have been finished."""
         finish(list(self._under_way.values()))
         self._under_way.clear()
 

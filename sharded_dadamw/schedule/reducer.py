@@ -103,7 +103,7 @@ class Reducer:
             self.is_accumulating = before
 
     def deliver(self, bucket: Bucket, slot: int) -> None:
-        """Take a gradient that backward has just accumulated; raises as :meth:`HookedGradients.deliver`."""
+        """Take a gradient that backward has just accumulated; raises as ``HookedGradients.deliver``."""
         gradients = bucket.gradients
         assert isinstance(gradients, HookedGradients)
         reduces = self._reduces_in_backward and not self.is_accumulating
@@ -147,7 +147,7 @@ class Reducer:
             )
 
     def still_local(self) -> list[Bucket]:
-        """The buckets that :meth:`reduced` will reduce, which have to be the same on all ranks."""
+        """The buckets that ``reduced`` will reduce, which have to be the same on all ranks."""
         local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
         return list(self._hooked) if local and self.keeps_shards else local
 
@@ -202,7 +202,7 @@ class Reducer:
             bucket.gradients.drop()
 
     def changes(self, *, is_unscaled: bool) -> dict[Bucket, Tensor]:
-        """By what factors gradients were multiplied, as :meth:`Gradients.change` says; empty where nobody did that.
+        """By what factors gradients were multiplied, as ``Gradients.change`` says; empty where nobody did that.
 
         Where somebody did, the buckets that nobody touched are there with a factor of 1.
         """
@@ -244,7 +244,7 @@ class Reducer:
             Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self._remember)))
 
     def _remember(self) -> None:
-        """Take note of what backward has left, so that :meth:`changes` tells what was done to it since."""
+        """Take note of what backward has left, so that ``changes`` tells what was done to it since."""
         for bucket in self._hooked:
             bucket.gradients.remember()
 

@@ -1,7 +1,7 @@
 """What ranks compare before a step, or a clip, and what it will do once they have agreed.
 
 A plan changes no value of a parameter, and no state. Whatever a rank has to object is told to the others instead of
-raised at once, since they are waiting for it: see :mod:`sharded_dadamw.schedule.handshake`.
+raised at once, since they are waiting for it: see ``sharded_dadamw.schedule.handshake``.
 """
 
 from __future__ import annotations

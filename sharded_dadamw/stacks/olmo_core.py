@@ -12,7 +12,7 @@ from sharded_dadamw.sharded import ShardedDecoupledAdamW
 @OptimConfig.register("decoupled_adamw")
 @dataclass
 class DecoupledAdamWConfig(OptimConfig[Any]):
-    """Of :class:`DecoupledAdamW`, for FSDP and DDP; ``weight_decay`` is per step at the schedule's peak.
+    """Of ``DecoupledAdamW``, for FSDP and DDP; ``weight_decay`` is per step at the schedule's peak.
 
     After a load the config's ``initial_lr`` counts, and not the checkpoint's: OLMo-core sets it back.
     """
@@ -33,7 +33,7 @@ class DecoupledAdamWConfig(OptimConfig[Any]):
 @OptimConfig.register("sharded_decoupled_adamw")
 @dataclass
 class ShardedDecoupledAdamWConfig(DecoupledAdamWConfig):
-    """Of :class:`ShardedDecoupledAdamW`, whose settings ``config`` spells out; for HSDP and DDP."""
+    """Of ``ShardedDecoupledAdamW``, whose settings ``config`` spells out; for HSDP and DDP."""
 
     config: dict[str, Any] | None = None
 

@@ -13,7 +13,7 @@ from sharded_dadamw.stacks.accelerate import take_over
 
 
 def sharded() -> Callable[..., ShardedDecoupledAdamW]:
-    """The factory for ``Trainer(optimizer_cls_and_kwargs=(sharded, {...}))``, of a :class:`ShardedTrainer`.
+    """The factory for ``Trainer(optimizer_cls_and_kwargs=(sharded, {...}))``, of a ``ShardedTrainer``.
 
     The keyword arguments are those of ``ShardedDecoupledAdamW``; ``weight_decay`` is per step at the peak, and not that
     of ``TrainingArguments``. Biases and norms do not decay. ``params`` may be groups of your own.
@@ -29,7 +29,7 @@ def sharded() -> Callable[..., ShardedDecoupledAdamW]:
 class ShardedTrainerMixin:
     """Stands before ``Trainer``, or a Trainer of your own, among the bases of a class.
 
-    Unless ``optimizer_cls_and_kwargs`` names another, the optimizer is :class:`ShardedDecoupledAdamW` with what
+    Unless ``optimizer_cls_and_kwargs`` names another, the optimizer is ``ShardedDecoupledAdamW`` with what
     ``TrainingArguments`` say: ``weight_decay`` there is torch's, so it is multiplied by ``learning_rate``, and training
     is AdamW's. ``max_grad_norm``, accumulation, logged norms, and checkpoints that the Trainer saves and resumes from
     are the Trainer's as they were. There is no DDP, unless the optimizer was given ``reduce_gradients=False``.
@@ -66,4 +66,4 @@ class ShardedTrainerMixin:
 
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):
-    """transformers' Trainer with :class:`ShardedDecoupledAdamW`; see the mixin."""
+    """transformers' Trainer with ``ShardedDecoupledAdamW``; see the mixin."""

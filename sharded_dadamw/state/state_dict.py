@@ -31,7 +31,7 @@ _Pairs = list[tuple[Tensor, Tensor]]
 def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[int, dict[str, Tensor]]:
     """This rank's state by parameter index, each tensor in the shape of the whole. Not collective, and copies nothing.
 
-    They are views of the live state, as :class:`~sharded_dadamw.state.fragment_tensor.FragmentTensor`; on one rank,
+    They are views of the live state, as ``FragmentTensor``; on one rank,
     which has all, plain tensors or the DTensors that the parameters are.
     """
     wrap: Callable[..., Tensor] = _as_plain
@@ -95,7 +95,7 @@ def load_into(
 ) -> None:
     """Copy saved state into that of buckets, and saved hyperparameters into their groups; all or nothing.
 
-    Warns of state of ``frozen`` parameters, which have no bucket. Raises as :func:`match_state`.
+    Warns of state of ``frozen`` parameters, which have no bucket. Raises as ``match_state``.
     """
     pairs = match_state(state_dict, buckets, groups)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]

@@ -8,7 +8,7 @@
     param  -= lr / (1 - beta1^step) * exp_avg / denom
 
 This is MosaicML Composer's ``DecoupledAdamW``: the decay follows the learning-rate *schedule*, lr / initial_lr, and
-not the learning rate itself. The functions here are the reference. :mod:`sharded_dadamw.kernels` holds the fused twin
+not the learning rate itself. The functions here are the reference. ``sharded_dadamw.kernels`` holds the fused twin
 that training runs, and falls back to this one where no fused kernel exists.
 """
 
@@ -105,7 +105,7 @@ def adamw_(
 
 
 def value_of(param: Tensor, main: Tensor | None) -> Tensor:
-    """Return what the rule acts on, in fp32 or wider, given what :func:`adamw_` is given."""
+    """Return what the rule acts on, in fp32 or wider, given what ``adamw_`` is given."""
     if main is None:
         return param.to(torch.promote_types(param.dtype, torch.float32))
     return join(param, main) if main.dtype is torch.int16 else main
