@@ -1,6 +1,7 @@
 """Pictures of committed results, for the README and docs/."""
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from scripts.bench import harness
 from scripts.bench.harness import Benchmark
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH = 84
+"""Of a title, in letters."""
 OURS, THEIRS, GREY = "#d9822b", "#4a8fc7", "#808080"
 """Mid-tones, which can be read on white and on black."""
 LINES = ("-", "--", "-.", ":")
@@ -58,7 +61,7 @@ def subtitle_of(path: Path) -> str:
     text = path.read_text()
     about = re.findall(r"[\d.]+ M \w+ parameters[^;\n]*?(?=;|, \d+ ranks|\n)", text)
     around = re.findall(r"(?:^|- )(\d{4}-\d\d-\d\d, [^;]*);", text, re.MULTILINE)
-    return "\n".join([*about[:1], *around[:1]])
+    return "\n".join(line for part in (*about[:1], *around[:1]) for line in textwrap.wrap(part, WIDTH))
 
 
 def values_in(text: str) -> list[float]:
