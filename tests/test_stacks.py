@@ -117,6 +117,19 @@ def test_a_clip_by_value_is_refused() -> None:
         strategy.precision_plugin.clip_gradients(optimizer, 1.0, "value")
 
 
+def test_a_strategy_without_ddp_refuses_an_optimizer_that_does_not_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = pytest.importorskip("sharded_dadamw.stacks.fabric", exc_type=ImportError)
+    lightning = importlib.import_module("sharded_dadamw.stacks.lightning")
+    optimizer = torch.optim.AdamW(common.build().parameters())
+    with pytest.raises(TypeError, match="expected ShardedDecoupledAdamW, got AdamW"):
+        fabric.ShardedStrategy().setup_optimizer(optimizer)
+    strategy = lightning.ShardedStrategy()
+    strategy.optimizers = [optimizer]
+    monkeypatch.setattr(lightning.DDPStrategy, "setup_optimizers", lambda *_: None)  # which asks a module for them
+    with pytest.raises(TypeError, match="expected ShardedDecoupledAdamW, got AdamW"):
+        strategy.setup_optimizers(None)
+
+
 def test_names_of_other_optimizers_are_torchtitans_business() -> None:
     module = pytest.importorskip("sharded_dadamw.stacks.torchtitan", exc_type=ImportError)
     assert module.DecoupledOptimizers._resolve_optimizer_factory("AdamW") is torch.optim.AdamW

@@ -4,6 +4,7 @@
     transformers  ShardedTrainer, and the mixin for a Trainer of your own
     lightning     ShardedStrategy for Lightning's Trainer
     fabric        ShardedStrategy for Fabric
+    averaging     what the two strategies without DDP have in common
     torchtitan    an optimizers container that knows our two names
     olmo_core     two optimizer configs
 

@@ -8,6 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
+from sharded_dadamw.stacks.averaging import refuse_clip_by_value
 
 
 def prepare(
@@ -53,7 +54,4 @@ def take_over(accelerator: Accelerator, optimizer: ShardedDecoupledAdamW) -> Non
         accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(max_norm, norm_type)
 
-    def clip_grad_value_(parameters: Any, clip_value: float) -> None:
-        raise ValueError("gradients are sharded, and are clipped by their norm alone: accelerator.clip_grad_norm_")
-
-    vars(accelerator).update(no_sync=no_sync, clip_grad_norm_=clip_grad_norm_, clip_grad_value_=clip_grad_value_)
+    vars(accelerator).update(no_sync=no_sync, clip_grad_norm_=clip_grad_norm_, clip_grad_value_=refuse_clip_by_value)

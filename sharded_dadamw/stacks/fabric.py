@@ -1,6 +1,6 @@
 """Fabric: a strategy without DDP, whose optimizers average and clip."""
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.fabric.strategies import DDPStrategy
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
+from sharded_dadamw.stacks.averaging import averaging, no_sync, refuse_clip_by_value
 
 
 class ShardedStrategy(DDPStrategy):
@@ -28,9 +29,8 @@ class ShardedStrategy(DDPStrategy):
         return module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Remember who averages."""
-        if isinstance(optimizer, ShardedDecoupledAdamW):
-            self._averaging.append(optimizer)
+        """Remember who averages; a TypeError for an optimizer that does not."""
+        self._averaging.append(averaging(optimizer))
         return optimizer
 
     def clip_gradients_norm(
@@ -48,7 +48,7 @@ class ShardedStrategy(DDPStrategy):
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Refuse."""
-        raise ValueError("gradients are averaged by the optimizer and clipped by their norm alone: max_norm=")
+        refuse_clip_by_value()
 
 
 class _NoSync(_BackwardSyncControl):
@@ -56,7 +56,4 @@ class _NoSync(_BackwardSyncControl):
         self._averaging = averaging
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        for optimizer in self._averaging if enabled else ():
-            stack.enter_context(optimizer.no_sync())
-        return stack
+        return no_sync(self._averaging if enabled else ())

@@ -1,12 +1,11 @@
 """Lightning: a strategy without DDP, whose optimizers average and clip."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from sharded_dadamw.sharded import ShardedDecoupledAdamW
+from sharded_dadamw.stacks.averaging import averaging, no_sync, refuse_clip_by_value
 
 
 class ShardedStrategy(DDPStrategy):
@@ -19,23 +18,18 @@ class ShardedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leave the model as it is; its clip becomes the optimizer's."""
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
-        self.precision_plugin.clip_grad_by_value = _clip_by_value
+        self.precision_plugin.clip_grad_by_value = refuse_clip_by_value
 
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Take the module's optimizers; a TypeError for one that does not average."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            averaging(optimizer)
+
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
         """Accumulate inside."""
-        with ExitStack() as stack:
-            for optimizer in self.optimizers:
-                if isinstance(optimizer, ShardedDecoupledAdamW):
-                    stack.enter_context(optimizer.no_sync())
-            yield
+        return no_sync(self.optimizers)
 
 
 def _clip_by_norm(optimizer: Any, clip_val: float) -> None:
     optimizer.clip_grad_norm_(clip_val)
-
-
-def _clip_by_value(optimizer: Any, clip_val: float) -> None:
-    raise ValueError(
-        'gradients are averaged by the optimizer and are clipped by their norm alone: gradient_clip_algorithm="norm"'
-    )
