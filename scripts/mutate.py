@@ -79,11 +79,11 @@ MUTATIONS = {
     ],
     "comm/messages.py": [
         ("len(self._reductions) >= _REDUCTIONS_RECEIVING", "False", "collectives"),
+        ("combine(first, part, out=first)", "first.copy_(part)", "collectives refusals"),
     ],
     "comm/shared_memory.py": [
         ("if theirs != ours:", "if False:", "collectives faults"),
         ("if start + nbytes <= taken:", "if start <= taken:", "collectives sharded"),
-        ("torch.maximum(tensor, theirs, out=tensor)", "tensor.copy_(theirs)", "collectives refusals"),
     ],
     "comm/mesh.py": [
         ("own = of_all[self._column.rank * piece :][:piece]", "own = of_all[:piece]", "collectives layouts"),
