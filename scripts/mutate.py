@@ -166,7 +166,7 @@ MUTATIONS = {
         ("owner[part.name, part.part] == here", "True", "metrics layouts"),
         ("nan_to_num(nan=math.inf", "nan_to_num(nan=0.0", "contract metrics sharded"),
     ],
-    "norms/metrics.py": [
+    "norms/step_report.py": [
         ("skipped + void", "void", "metrics contract"),
     ],
     "norms/composer.py": [

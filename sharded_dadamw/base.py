@@ -17,8 +17,8 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners
-from sharded_dadamw.norms.metrics import StepReport, named_values
-from sharded_dadamw.norms.reporting import Held, Reporting
+from sharded_dadamw.norms.norm_ranks import Held, NormRanks
+from sharded_dadamw.norms.step_report import StepReport, named_values
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group, read_groups
 
@@ -70,11 +70,11 @@ class DecoupledOptimizer(Optimizer):
         if "metric_functions" in vars(cls):
             raise cannot_replace()
 
-    def _start_reporting(self, needs_names: bool, max_grad_norm: float | None, metrics_in_step: bool) -> None:
+    def _start_norms(self, needs_names: bool, max_grad_norm: float | None, metrics_in_step: bool) -> None:
         """Begin before the first step; with ``norm_group``, parameters need names."""
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
         self._may_warn = True
-        self._reporting = Reporting(needs_names=needs_names, in_step=metrics_in_step)
+        self._norms = NormRanks(needs_names=needs_names, in_step=metrics_in_step)
         self._clip = PendingClip()  # never another one: proxies of the optimizer share it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -86,12 +86,12 @@ class DecoupledOptimizer(Optimizer):
         """
         _stay_out_of_graphs()
         self._check_group(param_group)
-        self._reporting.start_anew()
+        self._norms.start_anew()
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.
         param_group.setdefault("initial_lr", float(param_group.get("lr", self.defaults["lr"])))
         param_group["decoupled_weight_decay"] = FREE_OF_LR
         super().add_param_group(param_group)
-        if self._reporting.needs_names and "param_names" not in self.param_groups[-1]:
+        if self._norms.needs_names and "param_names" not in self.param_groups[-1]:
             del self.param_groups[-1]
             raise ValueError(
                 "expected (name, parameter) pairs, such as model.named_parameters(), beside norm_group: names tell "
@@ -175,8 +175,8 @@ class DecoupledOptimizer(Optimizer):
     ) -> StepReport:
         """Begin the report of a step, with what its updates are to be told."""
         step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
-        self._reporting.report = self._reporting.report.next(step, clip)
-        return self._reporting.report
+        self._norms.report = self._norms.report.next(step, clip)
+        return self._norms.report
 
     @abstractmethod
     def _held(self) -> Held:
@@ -188,11 +188,11 @@ class DecoupledOptimizer(Optimizer):
 
     def _norm_ranks(self, *, for_composer: bool = False) -> Collectives:
         """Return the ranks over which norms are added up."""
-        return self._reporting.ranks(self._held(), self._device, for_composer=for_composer)
+        return self._norms.ranks(self._held(), self._device, for_composer=for_composer)
 
     def _norm_owners(self, *, for_composer: bool = False) -> NormOwners:
         """Return who counts what. Collective where parameters have changed."""
-        return self._reporting.owners(self._held(), self._device, for_composer=for_composer)
+        return self._norms.owners(self._held(), self._device, for_composer=for_composer)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -242,8 +242,8 @@ class DecoupledOptimizer(Optimizer):
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
         enter("metrics()", "with metrics_in_step=True one rank may call it alone")
-        table = self._reporting.table(self._held(), self._device)
-        return named_values(self._reporting.report, self._norm_owners(), table, len(self.param_groups))
+        table = self._norms.table(self._held(), self._device)
+        return named_values(self._norms.report, self._norm_owners(), table, len(self.param_groups))
 
     @torch.no_grad()
     def report_per_parameter_metrics(
@@ -267,11 +267,11 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             RuntimeError: As ``metrics``.
         """
-        report = self._reporting.report
+        report = self._norms.report
         if report.values is None:
             enter("report_per_parameter_metrics()")
             if self._reports_whole:
-                squares = self._reporting.table(self._held(), self._device).squares
+                squares = self._norms.table(self._held(), self._device).squares
                 row_of = self._norm_owners().row_of
                 places = {id(updated): row_of[id(updated)] for updated in report.updated}
             else:
@@ -279,7 +279,7 @@ class DecoupledOptimizer(Optimizer):
                 places = {id(updated): place for place, updated in enumerate(here)}
             norms = squares.sqrt().to(torch.float32).unbind()
             report.values = {key: norms[place] for key, place in places.items()}
-        return self._reporting.composer.report(report, param, name, optimizer_metrics)
+        return self._norms.composer.report(report, param, name, optimizer_metrics)
 
     @torch.no_grad()
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
@@ -297,7 +297,7 @@ class DecoupledOptimizer(Optimizer):
         enter("pre_reduce_metrics()")
         owners = self._norm_owners(for_composer=True)
         counted = owners.first_here if self._reports_whole else owners.counted
-        return self._reporting.composer.pre_reduce(self._reporting.report, counted, optimizer_metrics)
+        return self._norms.composer.pre_reduce(self._norms.report, counted, optimizer_metrics)
 
     @torch.no_grad()
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class DecoupledOptimizer(Optimizer):
         """
         enter("dist_reduce_metrics()")
         collectives = self._norm_ranks(for_composer=True)
-        return self._reporting.composer.dist_reduce(collectives, self._device, optimizer_metrics)
+        return self._norms.composer.dist_reduce(collectives, self._device, optimizer_metrics)
 
 
 def _warn_if_high(weight_decay: float) -> None:

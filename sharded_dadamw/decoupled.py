@@ -101,12 +101,12 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 given.
         """
         defaults = checked_defaults(lr, betas, eps, weight_decay, amsgrad)
-        self._start_reporting(norm_group is not None, max_grad_norm, metrics_in_step)
+        self._start_norms(norm_group is not None, max_grad_norm, metrics_in_step)
         self._clip, self._updates = ClipOf(), ReadyUpdates()
         super().__init__(params, lr, defaults["betas"], eps, weight_decay, amsgrad)
         self.defaults = defaults
         self.amsgrad = amsgrad
-        self._reporting.connect(norm_group, self._device)
+        self._norms.connect(norm_group, self._device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and make its state; entries it lacks take the constructor's values, ``initial_lr`` its own lr.
@@ -196,7 +196,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 report.add([params[place] for place in places], squares, hypers[index])
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
-        self._reporting.end_step(self._held(), self._device)
+        self._norms.end_step(self._held(), self._device)
         return loss
 
     def _present(self) -> list[_Present]:
@@ -276,9 +276,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""
         own = {
-            "_needs_names": self._reporting.needs_names,
+            "_needs_names": self._norms.needs_names,
             "_max_grad_norm": self._max_grad_norm,
-            "_metrics_in_step": self._reporting.in_step,
+            "_metrics_in_step": self._norms.in_step,
         }
         return {**super().__getstate__(), **own}
 
@@ -287,9 +287,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:  # whose decay was checked
             group["decoupled_weight_decay"] = FREE_OF_LR
-        if not hasattr(self, "_reporting"):  # torch calls this for a loaded state, too
+        if not hasattr(self, "_norms"):  # torch calls this for a loaded state, too
             needs_names, in_step = state.get("_needs_names", False), state.get("_metrics_in_step", False)
-            self._start_reporting(needs_names, state.get("_max_grad_norm"), in_step)
+            self._start_norms(needs_names, state.get("_max_grad_norm"), in_step)
             self._clip, self._updates = ClipOf(), ReadyUpdates()
         self._updates.forget()
 

@@ -102,10 +102,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         params, given, refusal = with_lists(params)
         with refusal:
             self.config = ShardingConfig.of(config)
-            self._start_reporting(norm_group is not None, max_grad_norm, metrics_in_step)
+            self._start_norms(norm_group is not None, max_grad_norm, metrics_in_step)
             super().__init__(params, checked_defaults(lr, betas, eps, weight_decay, amsgrad))
             self.amsgrad = amsgrad
-            self._reporting.connect(norm_group, self._device)
+            self._norms.connect(norm_group, self._device)
         self._shards = Shards(given, self.param_groups, process_group, self.config, refusal)
         self._joining = Joining(self._shards)
         self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
@@ -179,7 +179,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             for bucket in self._shards.buckets:
                 report.updated += bucket.announce_update(plan.present[bucket])
         self._clock.stop()
-        self._reporting.end_step(self._held(), self._device)
+        self._norms.end_step(self._held(), self._device)
         self._clip.clear()
         self._joining.end_step(plan.present)
         self._consolidated.clear()
@@ -187,7 +187,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     def _plan_step(self) -> StepPlan:
         """Have all ranks agree on this step. Collective."""
-        found_inf, ranks = self._scalers_flag(), self._reporting.given
+        found_inf, ranks = self._scalers_flag(), self._norms.given
         if found_inf is not None and ranks is not None:
             ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
         grad_scale = getattr(self, "grad_scale", None)
@@ -198,7 +198,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._shards.collectives.check_alive()
         self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
         self._gatherer.finish()
-        objection, adds = self._joining.objection(self._reducer), self._reporting.in_step
+        objection, adds = self._joining.objection(self._reducer), self._norms.in_step
         request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
         while (plan := self._planner.plan(request, self.param_groups)).unfrozen:
             self._shards.add_unfrozen(self.param_groups)

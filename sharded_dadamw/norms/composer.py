@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.norms.metrics import METRICS, StepReport
+from sharded_dadamw.norms.step_report import METRICS, StepReport
 
 MetricFunction = Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]
 """Of a parameter with its gradient, of its state, and of what the step subtracted from it."""

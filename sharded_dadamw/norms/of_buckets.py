@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.norms.global_norm import NormOwners, Part, global_norm
-from sharded_dadamw.norms.metrics import Snapshot, StepReport, gone
+from sharded_dadamw.norms.step_report import Snapshot, StepReport, gone
 from sharded_dadamw.update.adamw import value_of
 
 

@@ -12,7 +12,7 @@ from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.parameters import named_parameters
 from sharded_dadamw.layout.placement import OF_ONE_RANK, local, placements_of
 from sharded_dadamw.norms.global_norm import Part
-from sharded_dadamw.norms.metrics import Snapshot, StepReport
+from sharded_dadamw.norms.step_report import Snapshot, StepReport
 from sharded_dadamw.update.adamw import value_of
 from sharded_dadamw.update.storage import MOMENTS
 

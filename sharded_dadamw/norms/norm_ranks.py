@@ -1,4 +1,4 @@
-"""What an optimizer remembers for its metrics: the report of its last step, and over which ranks to add up."""
+"""Over which ranks an optimizer adds up norms, and those of its last step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.layout.placement import is_of_fsdp1
 from sharded_dadamw.norms.composer import ComposerProtocol
 from sharded_dadamw.norms.global_norm import NormOwners, find_norm_owners
-from sharded_dadamw.norms.metrics import StepReport, Table
 from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
+from sharded_dadamw.norms.step_report import StepReport, Table
 
 Held = HeldAsTheyLie | HeldInBuckets
 
 
-class Reporting:
+class NormRanks:
     """The report of the last step, and the ranks over which norms are added up.
 
     It is changed in place and never replaced, since proxies of an optimizer share it: Lightning and Fabric hand out
