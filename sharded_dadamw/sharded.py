@@ -30,7 +30,7 @@ from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.shards import Shards, fetched, with_lists
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.norms.of_buckets import HeldInBuckets
-from sharded_dadamw.schedule.cost import StepClock, StepCost
+from sharded_dadamw.schedule.clock import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
 from sharded_dadamw.schedule.reducer import Reducer

@@ -1,4 +1,4 @@
-"""What a step costs: host seconds by part, and bytes sent."""
+"""Times the parts of a step on the host, and counts the bytes it sends."""
 
 from __future__ import annotations
 
