@@ -152,7 +152,7 @@ MUTATIONS = {
         ("self._weights.accept_(self._buffer)", "pass", "gatherer layouts"),
         ("self._give_back(LostParameter)", "self._give_back(Parameter)", "gatherer"),
     ],
-    "schedule/step_plan.py": [
+    "schedule/step_agreement.py": [
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
         ("            _require_own_parameters(buckets, groups, frozen)\n", "", "contract other_hands refusals"),

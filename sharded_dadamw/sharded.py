@@ -2,7 +2,7 @@
 
     backward    hooks move each gradient into its bucket and launch its reduce-scatter;
                 backward ends when all means are there                                     (reducer, comm)
-    step        ranks compare what they are about to do, then bucket by bucket:            (step_plan, handshake)
+    step        ranks compare what they are about to do, then bucket by bucket:            (step_agreement, handshake)
                     one fused update of this rank's shard                                  (kernels)
                     all-gather the parameters in place, while the next bucket is updated   (gatherer, comm)
     forward     where the model is attached, layers wait for the parameters they read      (gatherer)
@@ -34,7 +34,7 @@ from sharded_dadamw.schedule.clock import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
 from sharded_dadamw.schedule.reducer import Reducer
-from sharded_dadamw.schedule.step_plan import Asked, StepPlan, StepPlanner
+from sharded_dadamw.schedule.step_agreement import Agreed, Asked, StepAgreement
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
 
 
@@ -110,7 +110,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._joining = Joining(self._shards)
         self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
-        self._planner = StepPlanner(self._shards, self._reducer)
+        self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
         self._take_in()
         self._is_built = True
@@ -160,65 +160,65 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = evaluate(closure)
-        plan = self._plan_step()
-        self._warn_above_peak(plan.hypers)
-        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(plan, 2.0))
-        report = self._begin_report(plan.hypers, self._found_inf(plan), clip)
+        agreed = self._agree_on_step()
+        self._warn_above_peak(agreed.hypers)
+        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(agreed, 2.0))
+        report = self._begin_report(agreed.hypers, self._found_inf(agreed), clip)
         step = report.step
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._clock.start()
                 for bucket in fetched(reduced_buckets, step):  # its shard is the mean
                     self._clock.lap("reduce_s")
-                    params, squares = bucket.update_(step, plan.present[bucket])
+                    params, squares = bucket.update_(step, agreed.present[bucket])
                     report.add(params, squares, step.hypers[bucket.group_index])
                     self._clock.lap("update_s")
                     self._gatherer.publish(bucket)
                     self._clock.lap("gather_s")
             self._reducer.consume()
             for bucket in self._shards.buckets:
-                report.updated += bucket.announce_update(plan.present[bucket])
+                report.updated += bucket.announce_update(agreed.present[bucket])
         self._clock.stop()
         self._norms.end_step(self._held(), self._device)
         self._clip.clear()
-        self._joining.end_step(plan.present)
+        self._joining.end_step(agreed.present)
         self._consolidated.clear()
         return loss
 
-    def _plan_step(self) -> StepPlan:
+    def _agree_on_step(self) -> Agreed:
         """Have all ranks agree on this step. Collective."""
         found_inf, ranks = self._scalers_flag(), self._norms.given
         if found_inf is not None and ranks is not None:
             ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
         grad_scale = getattr(self, "grad_scale", None)
-        return self._plan(max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
+        return self._agree(max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
 
-    def _plan(self, **asked: Any) -> StepPlan:
+    def _agree(self, **asked: Any) -> Agreed:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
         self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
         self._gatherer.finish()
         objection, adds = self._joining.objection(self._reducer), self._norms.in_step
         request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
-        while (plan := self._planner.plan(request, self.param_groups)).unfrozen:
+        while (agreed := self._agreement.reach(request, self.param_groups)).unfrozen:
             self._shards.add_unfrozen(self.param_groups)
             self._take_in()
-        return plan
+        return agreed
 
     @property
     def last_step(self) -> StepCost:
         """What the most recent step cost this rank."""
         return self._clock.last
 
-    def _found_inf(self, plan: StepPlan) -> Tensor | None:
+    def _found_inf(self, agreed: Agreed) -> Tensor | None:
         """Return 1 where the step is void, 0-d fp32; None where nothing can make it so. May be collective."""
         if not self.config.skip_nonfinite:
-            return plan.found_inf
+            return agreed.found_inf
         if not self._clip:
             self._average()
-        largest = self._clip.norm if self._clip else self._held().gradient_norm(plan.present, math.inf)
+        largest = self._clip.norm if self._clip else self._held().gradient_norm(agreed.present, math.inf)
         is_void = (~largest.isfinite()).to(torch.float32)
-        return is_void if plan.found_inf is None else torch.maximum(is_void, plan.found_inf)
+        return is_void if agreed.found_inf is None else torch.maximum(is_void, agreed.found_inf)
 
     def _average(self) -> None:
         """Average what is not averaged yet of all gradients. Collective."""
@@ -277,15 +277,15 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         return self._reducer.no_sync()
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
-        norm = self._norm(self._plan(to_clip=(max_norm, norm_type)), norm_type)
+        norm = self._norm(self._agree(to_clip=(max_norm, norm_type)), norm_type)
         self._joining.clips_now.append((max_norm, norm_type))
         return norm
 
-    def _norm(self, plan: StepPlan, norm_type: float) -> Tensor:
+    def _norm(self, agreed: Agreed, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
         self._average()
-        return self._held().gradient_norm(plan.present, norm_type, owners)
+        return self._held().gradient_norm(agreed.present, norm_type, owners)
 
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)

@@ -1,6 +1,6 @@
 """What ranks compare before a step, or a clip, and what it will do once they have agreed.
 
-A plan changes no value of a parameter, and no state. Whatever a rank has to object is told to the others instead of
+To agree changes no value of a parameter, and no state. Whatever a rank has to object is told to the others instead of
 raised at once, since they are waiting for it: see ``sharded_dadamw.schedule.handshake``.
 """
 
@@ -62,14 +62,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class Agreed:
     """What the ranks agreed on.
 
     Attributes:
         present: Per bucket and slot whether its parameter has a gradient.
         found_inf: 0-d fp32, 1 where the step is void on all ranks; None where nothing can make it so.
-        unfrozen: Parameters that have been unfrozen since the last step. They are to be sharded, and the step planned
-            anew: ranks have not compared yet whose gradients came along.
+        unfrozen: Parameters that have been unfrozen since the last step. They are to be sharded, and ranks to agree
+            anew: they have not compared yet whose gradients came along.
     """
 
     present: dict[Bucket, tuple[bool, ...]]
@@ -78,7 +78,7 @@ class StepPlan:
     unfrozen: list[NamedParameter]
 
 
-class StepPlanner:
+class StepAgreement:
     """Has all ranks confirm that they are about to do the same."""
 
     def __init__(self, shards: Shards, reducer: Reducer) -> None:
@@ -86,8 +86,8 @@ class StepPlanner:
         self._reducer = reducer
         self._handshake = Handshake(shards.holders, shards.device, refuse=reducer.refuse)
 
-    def plan(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> StepPlan:
-        """Plan a call, given all parameter groups. Collective; raises before anything is changed.
+    def reach(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Agreed:
+        """Agree on a call, given all parameter groups. Collective; raises before anything is changed.
 
         Raises:
             Exception: This rank's refusal, on ranks that have one.
@@ -140,7 +140,7 @@ class StepPlanner:
         )
         if not reducer.knows_source:
             _learn_source(buckets, reducer, self._handshake)
-        return StepPlan(present, hypers, void, unfrozen)
+        return Agreed(present, hypers, void, unfrozen)
 
 
 def _are_comparable(buckets: Sequence[Bucket], reducer: Reducer) -> bool:
