@@ -166,7 +166,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         report = self._begin_report(agreed.hypers, self._found_inf(agreed), clip)
         step = report.step
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
-            with closing(self._reducer.reduced(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
+            with closing(self._reducer.reduce_each(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
                 self._clock.start()
                 for bucket in fetched(reduced_buckets, step):  # its shard is the mean
                     self._clock.lap("reduce_s")
@@ -175,7 +175,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
                     self._clock.lap("update_s")
                     self._gatherer.publish(bucket)
                     self._clock.lap("gather_s")
-            self._reducer.consume()
+            self._reducer.end_step()
             for bucket in self._shards.buckets:
                 report.updated += bucket.announce_update(agreed.present[bucket])
         self._clock.stop()

@@ -45,14 +45,14 @@ class Handshake:
         sums_differ: Whether the sums that ranks gave last differ; None while that is not known, or where all were 0.
     """
 
-    def __init__(self, collectives: Collectives, device: torch.device, *, refuse: Callable[..., None]) -> None:
+    def __init__(self, collectives: Collectives, device: torch.device, *, after_refusal: Callable[..., None]) -> None:
         """Compare what ranks are about to do; answers arrive on ``device``.
 
-        ``refuse`` is called on every rank before a refusal is raised, with ``differ=True`` where ranks differ; what all
-        refuse alike leaves their averages alike.
+        ``after_refusal`` is called on every rank before the refusal is raised, with ``differ=True`` where ranks differ;
+        what all refuse alike leaves their averages alike.
         """
         self._collectives = collectives
-        self._refuse = refuse
+        self._after_refusal = after_refusal
         self._device = device
         self.sums_differ: bool | None = None
         self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Description], float] | None = None
@@ -117,7 +117,7 @@ class Handshake:
         else:
             difference = self._difference(note, describe, tolerance)
         if difference is not None or refusal is not None:
-            self._refuse(differ=difference is not None)
+            self._after_refusal(differ=difference is not None)
             raise refusal or RuntimeError(
                 f"ranks disagree about this step; {difference}; no parameter or state has been changed, but drop "
                 "gradients that backward has averaged by optimizer.zero_grad()"
@@ -141,7 +141,7 @@ class Handshake:
             self._unread = None
             arrived.synchronize()
             if (difference := self._difference(host, describe, tolerance)) is not None:
-                self._refuse(differ=True)
+                self._after_refusal(differ=True)
                 was_void = host[0] == -host[1]
                 outcome = (
                     "has changed nothing" if was_void else "was taken with wrong numbers, so go back to a checkpoint"

@@ -147,11 +147,11 @@ class Reducer:
             )
 
     def still_local(self) -> list[Bucket]:
-        """The buckets that ``reduced`` will reduce, which have to be the same on all ranks."""
+        """The buckets that ``reduce_each`` will reduce, which have to be the same on all ranks."""
         local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
         return list(self._hooked) if local and self.keeps_shards else local
 
-    def reduced(self, *, last_first: bool = False) -> Generator[Bucket]:
+    def reduce_each(self, *, last_first: bool = False) -> Generator[Bucket]:
         """Reduce what backward has left, one bucket ahead, and yield each bucket once its gradient shard is the mean.
 
         Collective. Close the generator where it might not be exhausted: that waits for what has been started. With
@@ -177,9 +177,9 @@ class Reducer:
 
     def reduce_all(self) -> None:
         """Average the gradients of all buckets. Collective."""
-        deque(self.reduced(), maxlen=0)
+        deque(self.reduce_each(), maxlen=0)
 
-    def consume(self) -> None:
+    def end_step(self) -> None:
         """Say that a step has used the gradients. Collective where the order of buckets is still to be learnt."""
         for bucket in self.buckets():
             bucket.gradients.consume()
@@ -187,7 +187,7 @@ class Reducer:
         self._learn_order()
         self._is_overlapping = self._overlap and self.knows_source
 
-    def refuse(self, *, differ: bool) -> None:
+    def after_refusal(self, *, differ: bool) -> None:
         """Say that all ranks have refused a call. Where they differ, averages are of no use; what is local stays."""
         self.num_rounds = 0
         for bucket in self._hooked if differ else ():

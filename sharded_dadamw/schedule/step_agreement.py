@@ -84,7 +84,7 @@ class StepAgreement:
     def __init__(self, shards: Shards, reducer: Reducer) -> None:
         self._shards = shards
         self._reducer = reducer
-        self._handshake = Handshake(shards.holders, shards.device, refuse=reducer.refuse)
+        self._handshake = Handshake(shards.holders, shards.device, after_refusal=reducer.after_refusal)
 
     def reach(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Agreed:
         """Agree on a call, given all parameter groups. Collective; raises before anything is changed.
