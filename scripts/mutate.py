@@ -97,7 +97,7 @@ MUTATIONS = {
         ("if column.num_ranks > 1 else row", "if False else row", "collectives layouts"),
     ],
     "buckets/bucket.py": [
-        ("prepared.counted * (1 - step.found_inf)", "prepared.counted", "contract sharded"),
+        ("prepared.counted * (1 - step.void)", "prepared.counted", "contract sharded"),
         ("if present[fragment.slot]]", "]", "sharded"),
         ("& (self.main.to(self.param.dtype) != self.param)", "", "precision contract"),
         ("increment_version(updated)", "pass", "contract"),
@@ -123,7 +123,7 @@ MUTATIONS = {
     ],
     "buckets/offload.py": [
         ("if self._takes_edits or not self._absorbs_edits:", "if not self._absorbs_edits:", "state_residency"),
-        ("not bool(self._found_inf)", "True", "state_residency"),
+        ("not bool(self._void)", "True", "state_residency"),
     ],
     "buckets/weights.py": [
         ("self._versions = [-1]", "pass", "contract precision other_hands"),

@@ -171,10 +171,10 @@ class DecoupledOptimizer(Optimizer):
         return before, self._clip.coefficient
 
     def _begin_report(
-        self, hypers: Sequence[Hyperparameters], found_inf: Tensor | None, clip: tuple[Tensor, Tensor] | None
+        self, hypers: Sequence[Hyperparameters], void: Tensor | None, clip: tuple[Tensor, Tensor] | None
     ) -> StepReport:
         """Begin the report of a step, with what its updates are to be told."""
-        step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), found_inf)
+        step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), void)
         self._norms.report = self._norms.report.next(step, clip)
         return self._norms.report
 

@@ -163,7 +163,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         agreed = self._agree_on_step()
         self._warn_above_peak(agreed.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(agreed, 2.0))
-        report = self._begin_report(agreed.hypers, self._found_inf(agreed), clip)
+        report = self._begin_report(agreed.hypers, self._void(agreed), clip)
         step = report.step
         with self._gatherer.publishing():  # whatever is raised inside, all-gathers are finished on the way out
             with closing(self._reducer.reduce_each(last_first=self._gatherer.num_attached > 0)) as reduced_buckets:
@@ -210,15 +210,15 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         """What the most recent step cost this rank."""
         return self._clock.last
 
-    def _found_inf(self, agreed: Agreed) -> Tensor | None:
+    def _void(self, agreed: Agreed) -> Tensor | None:
         """Return 1 where the step is void, 0-d fp32; None where nothing can make it so. May be collective."""
         if not self.config.skip_nonfinite:
-            return agreed.found_inf
+            return agreed.void
         if not self._clip:
             self._average()
         largest = self._clip.norm if self._clip else self._held().gradient_norm(agreed.present, math.inf)
         is_void = (~largest.isfinite()).to(torch.float32)
-        return is_void if agreed.found_inf is None else torch.maximum(is_void, agreed.found_inf)
+        return is_void if agreed.void is None else torch.maximum(is_void, agreed.void)
 
     def _average(self) -> None:
         """Average what is not averaged yet of all gradients. Collective."""

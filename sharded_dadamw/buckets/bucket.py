@@ -158,7 +158,7 @@ class Bucket:
     def update_(self, step: Step, present: tuple[bool, ...]) -> tuple[list[Tensor], Tensor | None]:
         """Apply the update rule to this rank's shard, after ``fetch_`` with the same ``step``.
 
-        Slots that are not ``present`` stay as they are, with their state. Where ``found_inf`` is 1 no step is counted
+        Slots that are not ``present`` stay as they are, with their state. Where ``void`` is 1 no step is counted
         either.
 
         Returns:
@@ -168,7 +168,7 @@ class Bucket:
         if self._takes_edits:
             self._absorb_edits_()
         prepared = self._prepared_for(present)
-        self.counts.add_(prepared.counted if step.found_inf is None else prepared.counted * (1 - step.found_inf))
+        self.counts.add_(prepared.counted if step.void is None else prepared.counted * (1 - step.void))
         return prepared.params, None if prepared.update is None else prepared.update(step, self.group_index)
 
     def _prepared_for(self, present: tuple[bool, ...]) -> _Prepared:

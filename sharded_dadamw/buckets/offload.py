@@ -72,7 +72,7 @@ class OffloadedBucket(Bucket):
 
         hyper = step.hypers[self.group_index]
         self._hyper = replace(hyper, lr=bring(hyper.lr))
-        self._divisor, self._found_inf = bring(step.divisor), bring(step.found_inf)
+        self._divisor, self._void = bring(step.divisor), bring(step.void)
         self._down.follow_device()
         self._arrival = self._down.copy_(pairs)
 
@@ -81,8 +81,8 @@ class OffloadedBucket(Bucket):
         self._arrival.synchronize()
         hypers = list(step.hypers)
         hypers[self.group_index] = self._hyper.on(self._param.device)
-        updated = super().update_(Step(hypers, self._divisor, self._found_inf), present)
-        if self._found_inf is None or not bool(self._found_inf):  # else the copy may not be what the parameters are
+        updated = super().update_(Step(hypers, self._divisor, self._void), present)
+        if self._void is None or not bool(self._void):  # else the copy may not be what the parameters are
             pairs = [(self.weights.shard[run], self._param[run]) for run in self.runs(present)]
             self._up.hold_device_until(self._up.copy_(pairs))
         return updated

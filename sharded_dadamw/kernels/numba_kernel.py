@@ -109,7 +109,7 @@ class Update:
         norms = np.zeros((len(self._table), len(NORMS)))
         if self._num_tiles:
             squares = np.empty((self._num_tiles, len(NORMS)))
-            hyper, is_void = step.hypers[group], step.found_inf is not None and bool(step.found_inf)
+            hyper, is_void = step.hypers[group], step.void is not None and bool(step.void)
             divisor = 1.0 if step.divisor is None else float(step.divisor)
             # Division costs a quarter of the arithmetic, and by a power of two it is a multiplication, bit for bit.
             is_power_of_two = math.frexp(divisor)[0] == 0.5 and divisor >= 2.0**-126

@@ -89,8 +89,8 @@ class Form(NamedTuple):
     moments: torch.dtype
     main: torch.dtype | None
     amsgrad: bool
-    is_stochastic: bool = False
-    is_plain: bool = True
+    is_stochastic: bool
+    is_plain: bool
 
     @property
     def is_compiled(self) -> bool:

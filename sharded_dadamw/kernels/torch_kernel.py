@@ -119,7 +119,7 @@ def _fused_adamw_(columns: _Columns, step: Step, group: int) -> None:
     values, grads, exp_avgs, exp_avg_sqs, *maxima, counts = columns
     if not values:
         return
-    hyper, found_inf = step.hypers[group], step.found_inf
+    hyper, void = step.hypers[group], step.void
     if hyper.initial_lr:
         # torch multiplies weights by 1 - lr * weight_decay; handed weight_decay / initial_lr, that is our decay.
         coupled_weight_decay = hyper.weight_decay / hyper.initial_lr
@@ -127,7 +127,7 @@ def _fused_adamw_(columns: _Columns, step: Step, group: int) -> None:
         # Full decay whatever lr is: no coupled value expresses that.
         coupled_weight_decay = 0.0
         factor = torch.tensor(1 - hyper.weight_decay, dtype=torch.float64)
-        torch._foreach_mul_(values, factor if found_inf is None else torch.where(found_inf != 0, 1.0, factor))
+        torch._foreach_mul_(values, factor if void is None else torch.where(void != 0, 1.0, factor))
     torch._fused_adamw_(
         values,
         grads,
@@ -143,5 +143,5 @@ def _fused_adamw_(columns: _Columns, step: Step, group: int) -> None:
         amsgrad=bool(maxima),
         maximize=False,
         grad_scale=step.divisor,
-        found_inf=found_inf,
+        found_inf=void,
     )

@@ -13,7 +13,7 @@ Moments are those of the reference to the bit. The update differs by a few units
 its quotient are the GPU's own, which are that much off, because exact ones made the kernel wait for arithmetic.
 
 No value of a step makes the host wait or the compiler run: it is passed as a number, or lies on the device. In a
-captured CUDA graph numbers stay what they were at capture; step counts, ``found_inf``, ``divisor`` and an ``lr``
+captured CUDA graph numbers stay what they were at capture; step counts, ``void``, ``divisor`` and an ``lr``
 that is a tensor are read anew in each replay.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors. What Triton's interpreter lacks or gets
@@ -129,7 +129,7 @@ class Update:
                     self._fragment_of_tile,
                     sums,
                     step.divisor,
-                    step.found_inf,
+                    step.void,
                     hyper.lr,
                     hyper.weight_decay / hyper.initial_lr if hyper.initial_lr else 0.0,
                     0.0 if hyper.initial_lr else hyper.weight_decay,
@@ -192,14 +192,14 @@ def _levels_of_sums(first_rows: Tensor) -> list[Tensor]:
     return [torch.cat([first_of_chunks, first_rows[-1:]]), *_levels_of_sums(chunks.offsets)]
 
 
-@triton.jit(do_not_specialize_on_alignment=["divisor", "found_inf", "lr"])
+@triton.jit(do_not_specialize_on_alignment=["divisor", "void", "lr"])
 def _update_kernel(
     table: tl.tensor,
     gradients: tl.tensor,
     fragment_of_tile: tl.tensor,
     partials: tl.tensor,
     divisor: tl.tensor,  # or None
-    found_inf: tl.tensor,  # or None
+    void: tl.tensor,  # or None
     lr: tl.tensor,  # or a number
     decay_per_lr: tl.float32,
     constant_decay: tl.float32,
@@ -249,8 +249,8 @@ def _update_kernel(
     root_scale = tl.rsqrt(_bias_correction(step, log_beta2))
     if divisor is not None:
         divided_by = tl.load(divisor)
-    if found_inf is not None:
-        goes_on = tl.load(found_inf) == 0
+    if void is not None:
+        goes_on = tl.load(void) == 0
     if is_stochastic:
         key = _mix(_mix(step.to(tl.int64).to(tl.uint32) + 0x9E3779B9))
         first_element = tl.load(row + _FIRST_ELEMENT) + start
@@ -260,7 +260,7 @@ def _update_kernel(
         offsets = tl.arange(0, num_threads * width)
         done = 0
         end = in_vectors if width > 1 else count - in_vectors
-        written_end = tl.where(goes_on, end, 0) if found_inf is not None else end
+        written_end = tl.where(goes_on, end, 0) if void is not None else end
         grad_squares = tl.zeros([num_threads * width], tl.float32)
         value_squares = tl.zeros([num_threads * width], tl.float32)
         exp_avg_squares = tl.zeros([num_threads * width], tl.float32)
@@ -325,7 +325,7 @@ def _update_kernel(
                 _store(main_at, first, places, new_value, is_written, width)
 
             new_exp_avg = _widen(stored_exp_avg, moments_dtype)
-            if found_inf is not None:
+            if void is not None:
                 new_exp_avg = tl.where(goes_on, new_exp_avg, exp_avg)
             grad_squares = tl.fma(grad, grad, grad_squares)
             value_squares = tl.fma(new_value, new_value, value_squares)

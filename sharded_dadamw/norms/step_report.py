@@ -77,8 +77,8 @@ class StepReport:
     def next(self, step: Step, clip: tuple[Tensor, Tensor] | None = None) -> StepReport:
         """Begin the report of the step after this one, given what is known of it at once."""
         skipped = self.num_skipped
-        if step.found_inf is not None:
-            void = (step.found_inf != 0).to(torch.float64)
+        if step.void is not None:
+            void = (step.void != 0).to(torch.float64)
             skipped = void if skipped is None else skipped + void
         return StepReport(step, skipped, clip)
 
@@ -143,8 +143,8 @@ class StepReport:
 
     def unless_skipped(self, values: Tensor) -> Tensor:
         """Return the values, or zeros where the step has changed nothing."""
-        found_inf = self.step.found_inf
-        return values if found_inf is None else torch.where(found_inf.to(values.device) != 0, 0, values)
+        void = self.step.void
+        return values if void is None else torch.where(void.to(values.device) != 0, 0, values)
 
 
 class Table(NamedTuple):

@@ -64,9 +64,9 @@ class Handshake:
         *,
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
-        factors: Sequence[Tensor] = (),
-        tolerance: float = 0.0,
-        sums: Tensor | None = None,
+        factors: Sequence[Tensor],
+        tolerance: float,
+        sums: Tensor | None,
         refusal: Exception | None,
     ) -> Tensor | None:
         """Compare what every rank is about to do in this step. Collective.

@@ -67,14 +67,14 @@ class Agreed:
 
     Attributes:
         present: Per bucket and slot whether its parameter has a gradient.
-        found_inf: 0-d fp32, 1 where the step is void on all ranks; None where nothing can make it so.
+        void: 0-d fp32, 1 where the step is void on all ranks; None where nothing can make it so.
         unfrozen: Parameters that have been unfrozen since the last step. They are to be sharded, and ranks to agree
             anew: they have not compared yet whose gradients came along.
     """
 
     present: dict[Bucket, tuple[bool, ...]]
     hypers: list[Hyperparameters]
-    found_inf: Tensor | None
+    void: Tensor | None
     unfrozen: list[NamedParameter]
 
 

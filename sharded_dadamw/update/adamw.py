@@ -31,12 +31,12 @@ class Step:
     Attributes:
         hypers: Per parameter group its scalars.
         divisor: 0-d fp32 by which gradients are divided (loss scale, inverse clip coefficient). None means 1.
-        found_inf: 0-d fp32; where it is not 0 nothing changes. None means 0.
+        void: 0-d fp32; where it is not 0 nothing changes. None means 0.
     """
 
     hypers: Sequence[Hyperparameters]
     divisor: Tensor | None = None
-    found_inf: Tensor | None = None
+    void: Tensor | None = None
 
 
 def adamw_(
@@ -83,7 +83,7 @@ def adamw_(
     value = value - update
 
     # Selected, not multiplied: 0 * nan is nan.
-    keep = torch.zeros((), dtype=torch.bool, device=param.device) if step.found_inf is None else step.found_inf != 0
+    keep = torch.zeros((), dtype=torch.bool, device=param.device) if step.void is None else step.void != 0
     if first_element is not None:
         elements = torch.arange(first_element, first_element + param.numel(), device=param.device).view(param.shape)
         bits1, bits2 = random_bits(count, elements)

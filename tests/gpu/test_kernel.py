@@ -255,7 +255,7 @@ def test_what_is_not_asked_for_changes_no_bit(label: str, hyper: Hyperparameters
     start = on_device(kind, ODD_SIZES, hyper)
     asked = copied(start)
     norms = run(asked, hyper)
-    for told in (Step([hyper]), Step([hyper], scalar(1.0)), Step([hyper], found_inf=scalar(0.0))):
+    for told in (Step([hyper]), Step([hyper], scalar(1.0)), Step([hyper], void=scalar(0.0))):
         plain = copied(start)
         result = prepared(plain)(told, 0)
         assert same_bits(plain, asked), told
