@@ -28,8 +28,8 @@ from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
-_Present = tuple[list[Tensor], list[Tensor]]
-"""Parameters, and their gradients."""
+_ToUpdate = tuple[list[Tensor], list[Tensor]]
+"""Parameters of one group that a step updates, and their gradients."""
 
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
@@ -177,17 +177,17 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         loss = evaluate(closure)
         hypers = self._hypers()
         self._warn_above_peak(hypers)
-        present = self._present()
+        to_update = self._to_update()
         found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
-        self._keep_clip_of(present, for_step=True)
-        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(present, 2.0))
+        self._keep_clip_of(to_update, for_step=True)
+        clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(to_update, 2.0))
         if clip is not None:
-            self._clip.remember([grad for _, grads in present for grad in grads])
+            self._clip.remember(_gradients_of(to_update))
         report = self._begin_report(hypers, found_inf, clip)
         counted = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
-        for index, (params, grads) in enumerate(present):
+        for index, (params, grads) in enumerate(to_update):
             if not params:
                 continue
             columns, update = self._make_ready(index, params, grads)
@@ -199,15 +199,15 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         self._norms.end_step(self._held(), self._device)
         return loss
 
-    def _present(self) -> list[_Present]:
+    def _to_update(self) -> list[_ToUpdate]:
         """Return per group the parameters that a step updates, and their gradients, of which none may be sparse."""
-        present = [_with_gradients(group) for group in self.param_groups]
-        for params, grads in present:
+        to_update = [_with_gradients(group) for group in self.param_groups]
+        for params, grads in to_update:
             for param, grad in zip(params, grads, strict=True):
                 if grad.layout != torch.strided:
                     name = next(part.name for part in self._held().parts(0) if part.param is param)
                     raise RuntimeError(f"gradient of {name}: expected a dense tensor, got layout {grad.layout}")
-        return present
+        return to_update
 
     def _make_ready(self, index: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Columns, ReadyUpdate]:
         """Return this rank's parts of parameters of one group with their state, and the update that is for them."""
@@ -243,23 +243,23 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         check_clip(max_norm, norm_type)
-        present = self._present()
-        self._keep_clip_of(present)
-        norm = self._norm(present, norm_type)
-        self._clip.remember([grad for _, grads in present for grad in grads])
+        to_update = self._to_update()
+        self._keep_clip_of(to_update)
+        norm = self._norm(to_update, norm_type)
+        self._clip.remember(_gradients_of(to_update))
         return norm
 
-    def _norm(self, present: Sequence[_Present], norm_type: float) -> Tensor:
+    def _norm(self, to_update: Sequence[_ToUpdate], norm_type: float) -> Tensor:
         """Return the norm of gradients over all parameters and ranks, 0-d fp32. Collective."""
         owners = self._norm_owners()
-        params = [param for of_group, _ in present for param in of_group]
+        params = [param for of_group, _ in to_update for param in of_group]
         gradients = [*map(local_gradient, params)]  # of all, since it may be collective
         counted = [grad for param, grad in zip(params, gradients, strict=True) if id(param) in owners.counted]
         return global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
 
-    def _keep_clip_of(self, present: Sequence[_Present], *, for_step: bool = False) -> None:
+    def _keep_clip_of(self, to_update: Sequence[_ToUpdate], *, for_step: bool = False) -> None:
         """Forget a clip of other gradients than those that there are now; a step must not miss that."""
-        grads = [grad for _, of_group in present for grad in of_group] if self._clip else []
+        grads = _gradients_of(to_update) if self._clip else []
         if self._clip and not self._clip.is_for(grads):
             if for_step:
                 self._clip.require_unchanged(grads)
@@ -318,7 +318,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             self._fill_in_state(group)
 
 
-def _with_gradients(group: Mapping[str, Any]) -> _Present:
+def _with_gradients(group: Mapping[str, Any]) -> _ToUpdate:
     """Return the parameters of a group that a step updates, and their gradients."""
     params: list[Tensor] = group["params"]
     grads = [*map(_grad, params)]
@@ -326,3 +326,7 @@ def _with_gradients(group: Mapping[str, Any]) -> _Present:
         pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None and p.requires_grad]
         params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     return params, grads
+
+
+def _gradients_of(to_update: Sequence[_ToUpdate]) -> list[Tensor]:
+    return [grad for _, grads in to_update for grad in grads]

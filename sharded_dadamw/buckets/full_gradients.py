@@ -52,33 +52,33 @@ class FullGradients(HookedGradients):
     def collect(self, *, to_clip: bool) -> None:
         """See ``Gradients.collect``. Averages may have been dropped, or before a clip been changed in place."""
         if self.stage is not Stage.LOCAL and self._have_ended():
-            if self.stage is Stage.REDUCED and any(self._present) and any(are_present(self._params)):
+            if self.stage is Stage.REDUCED and any(self._has_grad) and any(are_present(self._params)):
                 raise self._assigned()
             self._reset()
         self._require_reduced()
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:
-            self._present = self._held()
-            if not all(self._present):
+            self._has_grad = self._held()
+            if not all(self._has_grad):
                 for slot in range(len(self._members)):
                     self._adopt(slot)
-                self._present = self._held()
+                self._has_grad = self._held()
             return
         held = self._held()
         are_assigned = not all(held) and held != list(map(is_not, map(GRAD_OF, self._params), repeat(None)))
-        if self.stage is Stage.READ and (are_assigned or held != self._present or self._is_written):
+        if self.stage is Stage.READ and (are_assigned or held != self._has_grad or self._is_written):
             raise self._changed()
         if are_assigned:
             raise self._assigned()
-        self._present = held
+        self._has_grad = held
 
     def reduce(self, collectives: Collectives) -> None:
         """See ``Gradients.reduce``; in place. Means and used ones only take part for the other ranks' sake."""
         out = self.shard
         if self.stage is Stage.LOCAL:
             self.stage = Stage.REDUCED
-            self._present, self._version, self._sample = self._held(), self.buffer._version, None
+            self._has_grad, self._version, self._sample = self._held(), self.buffer._version, None
         else:
             out = torch.empty_like(self.shard)
         self._reduction = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
@@ -95,7 +95,7 @@ class FullGradients(HookedGradients):
 
     def remember(self) -> None:
         if self.stage is Stage.LOCAL:
-            self._present, self._version = self._held(), self.buffer._version
+            self._has_grad, self._version = self._held(), self.buffer._version
             self._sample = self._take_sample()
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
@@ -127,9 +127,9 @@ class FullGradients(HookedGradients):
             return self.shard.new_full((1,), torch.nan)
         stride = max(1, (stop - start) // _NUM_SAMPLES)
         sample = self._exchanged[start:stop:stride].clone()
-        if not all(self._present):
+        if not all(self._has_grad):
             slots = [bisect_right(self._layout.offsets, place) - 1 for place in range(start, stop, stride)]
-            absent = torch.tensor([not self._present[slot] for slot in slots], dtype=torch.bool)
+            absent = torch.tensor([not self._has_grad[slot] for slot in slots], dtype=torch.bool)
             absent = absent.to(sample.device, non_blocking=True)
             sample.masked_fill_(absent, torch.nan)
         return sample
@@ -164,9 +164,9 @@ class FullGradients(HookedGradients):
 
         Backward has just delivered to the slot ``arriving``, if to one.
         """
-        if not any(self._present):
+        if not any(self._has_grad):
             return self.stage is Stage.CONSUMED or arriving is not None or any(are_present(self._params))
-        kept = [slot for slot, (now, then) in enumerate(zip(self._held(), self._present, strict=True)) if now and then]
+        kept = [slot for slot, (now, then) in enumerate(zip(self._held(), self._has_grad, strict=True)) if now and then]
         if not kept or (self.stage is Stage.REDUCED and arriving is None):
             return not kept  # those that were cleared are means times zero, and to look would be to wait for the device
         # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot

@@ -160,13 +160,13 @@ class HookedGradients(Gradients):
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
         self._layout = layout
-        self._present = [False] * len(members)  # per slot whether there is a gradient, as last looked or delivered
+        self._has_grad = [False] * len(members)  # per slot whether there is a gradient, as last looked or delivered
         self._await_all()
 
     @property
     def present(self) -> tuple[bool, ...]:
         """See ``Gradients.present``; as ``collect`` has found them."""
-        return tuple(map(and_, self._present, map(_IS_TRAINABLE, self._params)))
+        return tuple(map(and_, self._has_grad, map(_IS_TRAINABLE, self._params)))
 
     def _reset(self) -> None:
         super()._reset()

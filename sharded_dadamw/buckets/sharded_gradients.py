@@ -67,7 +67,7 @@ class ShardedGradients(HookedGradients):
                     member.param.grad = None
             self._spares.give_back(self._buffer)
             self._buffer = None
-        self._present = [False] * len(self._members)
+        self._has_grad = [False] * len(self._members)
         self._holds_a_mean = False
 
     def consume(self) -> None:
@@ -87,7 +87,7 @@ class ShardedGradients(HookedGradients):
             if member.param.grad is not None:
                 if self.stage is Stage.READ:
                     raise self._changed()
-                if self._present[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
+                if self._has_grad[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
                     raise RuntimeError(
                         f"the gradient of {member.name} is there again, after backward has delivered one; if something "
                         "else averages gradients, such as DistributedDataParallel, pass "
@@ -134,7 +134,7 @@ class ShardedGradients(HookedGradients):
         self.stage = Stage.LOCAL
         self._filling()
         self._move(slot, self._views[slot])
-        self._present[slot] = True
+        self._has_grad[slot] = True
 
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""
