@@ -20,11 +20,11 @@ from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
-from sharded_dadamw.norms.global_norm import global_norm
 from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
-from sharded_dadamw.state.whole import drop_strangers, fill_in, moments_of, without_mains
+from sharded_dadamw.state.whole import drop_strangers, fill_in, without_mains
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
+from sharded_dadamw.update.storage import moments_of
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """Types of parameters that are not spread over ranks."""
@@ -251,11 +251,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
     def _norm(self, to_update: Sequence[_ToUpdate], norm_type: float) -> Tensor:
         """Return the norm of gradients over all parameters and ranks, 0-d fp32. Collective."""
-        owners = self._norm_owners()
         params = [param for of_group, _ in to_update for param in of_group]
-        gradients = [*map(local_gradient, params)]  # of all, since it may be collective
-        counted = [grad for param, grad in zip(params, gradients, strict=True) if id(param) in owners.counted]
-        return global_norm(counted, norm_type, collectives=owners.collectives, device=self._device)
+        return self._held().gradient_norm(params, norm_type, self._norm_owners(), self._device)
 
     def _keep_clip_of(self, to_update: Sequence[_ToUpdate], *, for_step: bool = False) -> None:
         """Forget a clip of other gradients than those that there are now; a step must not miss that."""

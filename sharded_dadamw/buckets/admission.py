@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_dadamw.buckets.offload import check_residency
 from sharded_dadamw.comm.agreement import Description, Refusal, require_agreement
-from sharded_dadamw.comm.collectives import Collectives, common_group
+from sharded_dadamw.comm.collectives import Collectives, ranks_of
 from sharded_dadamw.comm.connect import connect_over
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters, named_parameters
@@ -35,7 +35,7 @@ def group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | No
             "expected process_group, since there are plain parameters beside DTensors; pass the ranks that hold the "
             "same parameters, such as mesh['dp']"
         )
-    group = common_group([placement.same for placement in borrowed])
+    group = _common_group([placement.same for placement in borrowed])
     if group is None:
         raise ValueError(
             "expected process_group, since these DTensors are replicated along no axis of their mesh; pass the ranks "
@@ -43,6 +43,13 @@ def group_of_replicas(placements: Sequence[Placement]) -> dist.ProcessGroup | No
             "left to shard: use DecoupledAdamW, which updates the local shards as they are"
         )
     return group
+
+
+def _common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:
+    """The largest group of which each choice has one with the same ranks, or None."""
+    groups = {ranks_of(group): group for group in choices[0]}
+    common = groups.keys() & set.intersection(*(set(map(ranks_of, choice)) for choice in choices))
+    return groups[max(common, key=len)] if common else None
 
 
 def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, config: ShardingConfig) -> None:

@@ -25,7 +25,7 @@ from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.update.storage import Allocate, zeros
 
 _VERSION = attrgetter("_version")
-_log = logging.getLogger(__name__)
+log = logging.getLogger("sharded_dadamw")
 _alive: WeakSet[OwnWeights] = WeakSet()
 
 
@@ -120,7 +120,7 @@ class OwnWeights(Weights):
                 home.copy_(param.data)
         self._move_in()
         self._versions = [-1]  # whatever was written elsewhere is for main parameters, too
-        _log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
+        log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
 
     def _move_in(self) -> None:
         # Each gets a storage of its own over the buffer's memory. Who saves a tensor saves its storage, and takes those

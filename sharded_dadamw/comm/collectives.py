@@ -315,13 +315,6 @@ def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:
     return frozenset(dist.get_process_group_ranks(group))
 
 
-def common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.ProcessGroup | None:
-    """The largest group of which each choice has one with the same ranks, or None."""
-    groups = {ranks_of(group): group for group in choices[0]}
-    common = groups.keys() & set.intersection(*(set(map(ranks_of, choice)) for choice in choices))
-    return groups[max(common, key=len)] if common else None
-
-
 def _was_destroyed() -> RuntimeError:
     return RuntimeError("the optimizer's process group has been destroyed; build a new optimizer on a live group")
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
-from sharded_dadamw.update.storage import MAINS, MOMENTS
+from sharded_dadamw.update.storage import MAINS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -265,7 +265,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     """
     if not isinstance(entries, Mapping):
         raise ValueError(f"state of {name}: expected a dict of tensors, got {type(entries).__name__}")
-    needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    needed = {"step", *moments_of(amsgrad)}
     missing = sorted(needed - set(entries))
     unknown = sorted(set(entries) - needed - {"max_exp_avg_sq", *MAINS}, key=str)
     if missing or unknown:
@@ -293,7 +293,7 @@ def has_main(entries: Mapping[str, Any]) -> bool:
 
 def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step: zeros of its shape and dtype, on the CPU."""
-    zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
+    zeros = {key: torch.zeros(like.shape, dtype=like.dtype) for key in moments_of(amsgrad)}
     return {"step": torch.zeros(()), **zeros}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.parameters import named_parameters
 from sharded_dadamw.layout.placement import OF_ONE_RANK, local, placements_of
-from sharded_dadamw.norms.global_norm import Part
+from sharded_dadamw.norms.global_norm import NormOwners, Part, global_norm
 from sharded_dadamw.norms.step_report import Snapshot, StepReport
 from sharded_dadamw.update.adamw import value_of
 from sharded_dadamw.update.storage import MOMENTS
@@ -46,6 +47,14 @@ class HeldAsTheyLie:
         exp_avg, exp_avg_sq, maximum = (local(state[key]) if key in state else None for key in MOMENTS)
         grad = None if param.grad is None else local_gradient(param)
         return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
+
+    def gradient_norm(
+        self, params: Sequence[Tensor], norm_type: float, owners: NormOwners, device: torch.device
+    ) -> Tensor:
+        """The norm of the gradients of these parameters, as ``global_norm`` gives it. Collective."""
+        gradients = [*map(local_gradient, params)]  # of all, since it may be collective
+        counted = [grad for param, grad in zip(params, gradients, strict=True) if id(param) in owners.counted]
+        return global_norm(counted, norm_type, collectives=owners.collectives, device=device)
 
     def make_measurable(self, report: StepReport) -> None:
         """Do nothing: they always are."""

@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, MOMENTS
+from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
 
 _NOT_BEGUN = torch.zeros(())
 """Stands for the step count of new state until that has its place among the others."""
-
-
-def moments_of(amsgrad: bool) -> tuple[str, ...]:
-    """Return what a parameter's state has besides ``step``."""
-    return MOMENTS if amsgrad else MOMENTS[:2]
 
 
 def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2: float, amsgrad: bool) -> bool:

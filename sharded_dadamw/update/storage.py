@@ -23,6 +23,11 @@ Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
 """Makes a flat buffer of zeros."""
 
 
+def moments_of(amsgrad: bool) -> tuple[str, ...]:
+    """Return which of ``MOMENTS`` a parameter's state has."""
+    return MOMENTS if amsgrad else MOMENTS[:2]
+
+
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A flat buffer in memory of this process alone."""
     return torch.zeros(numel, dtype=dtype, device=device)
@@ -67,7 +72,7 @@ class Storage:
     def state(self, *, amsgrad: bool) -> dict[str, torch.dtype]:
         """The tensors of state that there are beside a parameter, by their names in ``optimizer.state``."""
         mains = {name: dtype for name, dtype in MAINS.items() if dtype is self.main}
-        return dict.fromkeys(MOMENTS if amsgrad else MOMENTS[:2], self.moments) | mains
+        return dict.fromkeys(moments_of(amsgrad), self.moments) | mains
 
     @property
     def is_stochastic(self) -> bool:
