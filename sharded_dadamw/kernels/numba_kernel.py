@@ -46,7 +46,7 @@ _TILE_OVERHEAD = 64
 """What a tile costs beside its elements, in elements."""
 
 # The columns of the table of fragments; the first seven as in Operands.addresses.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT = range(9)
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT, _REACH = range(10)
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 
@@ -91,8 +91,12 @@ class Update:
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         self._form = operands[0].form
-        rows = [(*each.addresses(), each.param.numel(), each.first_element or 0) for each in operands]
-        self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _FIRST_ELEMENT + 1)
+        rows = [(*each.addresses(), each.param.numel(), each.first_element or 0, 0) for each in operands]
+        self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _REACH + 1)
+        # Where fragments lie end to end, the first lines of each are prefetched in the one before.
+        ends = self._table[:, _PARAM] + self._table[:, _NUMEL] * self._form.param.itemsize
+        goes_on = np.append(ends[:-1] == self._table[1:, _PARAM], False)
+        self._table[:, _REACH] = self._table[:, _NUMEL] + goes_on * _AHEAD
         tiles = plan_tiles(tuple(self._table[:, _NUMEL].tolist()), _TILE)
         self._tile_fragments, self._tile_starts, offsets = (column.numpy() for column in tiles)
         self._num_tiles = len(self._tile_starts)
@@ -356,7 +360,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
 
     def run(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
-        table = carray(_pointer(call.table), (call.fragments, _FIRST_ELEMENT + 1), np.int64)
+        table = carray(_pointer(call.table), (call.fragments, _REACH + 1), np.int64)
         tile_fragments = carray(_pointer(call.tile_fragments), call.tiles, np.int32)
         tile_starts = carray(_pointer(call.tile_starts), call.tiles, np.int64)
         squares = carray(_pointer(call.squares), (call.tiles, 4), np.float64)
@@ -393,7 +397,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
                     key1 = _mix(uint32(key0 + uint32(0x85EBCA6B)))
                 for block in range(start, stop, _BLOCK):
                     ahead = block + _AHEAD
-                    if ahead < row[_NUMEL]:
+                    if ahead < row[_REACH]:
                         _prefetch(param_at, param_as, ahead)
                         _prefetch(grad_at, grad_as, ahead)
                         _prefetch(exp_avg_at, moments_as, ahead)
