@@ -41,10 +41,7 @@ _ROUND_ROBIN = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}
 RUNS = {
     "stage 1, fp32, 1 rank": Run(1, 1, torch.float32),
     "stage 1, fp32, 2 ranks": Run(2, 1, torch.float32, amsgrad=True),
-    "stage 1, bf16, 2 ranks": Run(2, 1, torch.bfloat16),
     "stage 1, bf16 summed in fp32, 2 ranks": Run(2, 1, torch.bfloat16, options=_SUM_IN_FP32),
-    "stage 2, bf16, 1 rank": Run(1, 2, torch.bfloat16),
-    "stage 2, fp32, 2 ranks": Run(2, 2, torch.float32),
     "stage 2, bf16, 2 ranks": Run(2, 2, torch.bfloat16),
     "stage 2, bf16 round robin, 2 ranks": Run(2, 2, torch.bfloat16, options=_ROUND_ROBIN),
 }

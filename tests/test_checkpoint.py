@@ -38,6 +38,7 @@ from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.checkpoint.run import random_state, seed_from, set_random_state
 from sharded_dadamw.update.precision import join
 from tests import pool
+from tests.harm import Calls
 from tests.simulated import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
@@ -153,8 +154,6 @@ def going_on(group: Any, kind: str, root: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "num_ranks"),
     [
-        ("ours", 1),
-        ("ours", 2),
         ("ours", 3),
         ("attached", 2),
         ("fsdp2", 2),
@@ -166,45 +165,8 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(kind: str, num_ranks: in
     assert on_ranks(num_ranks, going_on, kind, tmp_path) == [[]] * num_ranks
 
 
-@pytest.mark.parametrize("kind", ["DecoupledAdamW", "ours"])
-def test_one_process_needs_no_torch_distributed(kind: str, tmp_path: Path) -> None:
-    assert going_on(None, kind, tmp_path) == []
-
-
-def saved_at(group: Any, kind: str, root: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
-    parts = build(kind, group, **settings)
-    fit(*parts, 2)
-    save_checkpoint(root, step=2, **run(group, *parts), data={"sample": 16})
-    return whole(*parts[:2])
-
-
-def loaded_at(group: Any, kind: str, root: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
-    parts = build(kind, group, seed=1, **settings)
-    resumed = load_checkpoint(root, **run(group, *parts))
-    assert resumed is not None and resumed.data == {"sample": 16}
-    return whole(*parts[:2])
-
-
-@pytest.mark.parametrize("kind", ["ours", "fsdp2"])
-@pytest.mark.parametrize(("num_saving", "num_loading"), [(1, 3), (3, 2), (2, 4), (4, 1)])
-def test_it_loads_on_any_number_of_ranks(kind: str, num_saving: int, num_loading: int, tmp_path: Path) -> None:
-    expected = on_ranks(num_saving, saved_at, kind, tmp_path, {})[0]
-    for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, {}):
-        assert differences(expected, loaded) == []
-
-
-@pytest.mark.parametrize(
-    ("kind", "num_saving", "num_loading"),
-    [("ours", 1, 3), ("ours, remainder", 3, 2), ("ours, fp32 main", 2, 4)],
-)
-def test_main_parameters_and_narrow_moments_load_on_any_number_of_ranks(
-    kind: str, num_saving: int, num_loading: int, tmp_path: Path
-) -> None:
-    settings = {"dtype": torch.bfloat16}
-    expected = on_ranks(num_saving, saved_at, kind, tmp_path, settings)[0]
-    assert any(", main_" in key for key in expected)
-    for loaded in on_ranks(num_loading, loaded_at, kind, tmp_path, settings):
-        assert differences(expected, loaded) == []
+def test_one_process_needs_no_torch_distributed(tmp_path: Path) -> None:
+    assert going_on(None, "ours", tmp_path) == []
 
 
 def wide(whole: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,42 +178,60 @@ def wide(whole: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def saved_and_trained_on(group: Any, kind: str, root: Path) -> Any:
-    parts = build(kind, group, dtype=torch.bfloat16)
-    fit(*parts, 3)
-    save_checkpoint(root, step=3, **run(group, *parts))
+def then_and_later(parts: tuple[nn.Module, Any, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     then = wide(whole(*parts[:2]))
     torch.manual_seed(7)  # or ranks that the saved run did not have would see other batches
     fit(*parts, 3)
     return then, wide(whole(*parts[:2]))
 
 
-def loaded_and_trained_on(group: Any, kind: str, root: Path) -> Any:
-    parts = build(kind, group, seed=1, dtype=torch.bfloat16)
-    load_checkpoint(root, **run(group, *parts))
-    then = wide(whole(*parts[:2]))
-    torch.manual_seed(7)  # or ranks that the saved run did not have would see other batches
-    fit(*parts, 3)
-    return then, wide(whole(*parts[:2]))
+def saved_at(group: Any, kind: str, root: Path, dtype: torch.dtype) -> Any:
+    parts = build(kind, group, dtype=dtype)
+    fit(*parts, 2)
+    save_checkpoint(root, step=2, **run(group, *parts), data={"sample": 16})
+    return then_and_later(parts)
+
+
+def loaded_at(group: Any, kind: str, root: Path, dtype: torch.dtype) -> Any:
+    parts = build(kind, group, seed=1, dtype=dtype)
+    resumed = load_checkpoint(root, **run(group, *parts))
+    assert resumed is not None and resumed.data == {"sample": 16}
+    return then_and_later(parts)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("wrote", "reads", "num_saving", "num_loading"),
+    ("wrote", "num_saving", "reads", "num_loading", "dtype"),
     [
-        ("ours, remainder", "ours, fp32 main", 2, 3),
-        ("ours, fp32 main", "ours, remainder", 2, 3),
-        ("ours, fp32 main", "ours, remainder", 3, 1),
+        ("ours", 1, "ours", 3, F32),
+        ("ours", 4, "ours", 1, F32),
+        ("fsdp2", 2, "fsdp2", 4, F32),
+        ("fsdp2", 3, "fsdp2", 2, F32),
+        ("ours", 1, "ours", 3, BF16),
+        ("ours, remainder", 3, "ours, remainder", 2, BF16),
+        # Main parameters change their form and lose no bit.
+        ("ours, remainder", 2, "ours, fp32 main", 3, BF16),
+        ("ours, fp32 main", 3, "ours, remainder", 1, BF16),
+        # Into other layouts; HSDP spreads state over its replicas.
+        ("hsdp", 4, "ours", 3, F32),
+        ("hsdp", 4, "hsdp", 4, F32),
+        ("ours", 2, "hsdp", 4, F32),
+        ("ours", 2, "DecoupledAdamW", 3, F32),
+        ("DecoupledAdamW", 2, "ours", 3, F32),
+        ("fsdp2, our law", 2, "ours", 3, F32),
     ],
 )
-def test_main_parameters_change_their_form_and_lose_no_bit(
-    wrote: str, reads: str, num_saving: int, num_loading: int, tmp_path: Path
+def test_it_loads_on_any_number_of_ranks_in_any_layout(
+    wrote: str, num_saving: int, reads: str, num_loading: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Ranks see the same batch and average nothing, so that even the steps thereafter have the same bits."""
-    expected, later = on_ranks(num_saving, saved_and_trained_on, wrote, tmp_path)[0]
-    assert any(key.endswith(", main_param") for key in expected)
-    for loaded, loaded_later in on_ranks(num_loading, loaded_and_trained_on, reads, tmp_path):
+    expected, later = on_ranks(num_saving, saved_at, wrote, tmp_path, dtype)[0]
+    assert any(key.endswith(", main_param") for key in expected) == (dtype is BF16)
+    for loaded, loaded_later in on_ranks(num_loading, loaded_at, reads, tmp_path, dtype):
         assert differences(expected, loaded) == []
-        assert differences(later, loaded_later) == []
+        if wrote.startswith("ours") and reads.startswith("ours"):  # whose ranks average nothing, so that nothing rounds
+            assert differences(later, loaded_later) == []
 
 
 def loads_another_law(group: Any, wrote: str, reads: str, root: Path) -> str:
@@ -342,7 +322,7 @@ def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(reads: str, t
     assert on_ranks(2, loads_without_a_saved_main, reads, tmp_path) == [[], []]
 
 
-@pytest.mark.parametrize("kind", ["ours", "DecoupledAdamW", "AdamW"])
+@pytest.mark.parametrize("kind", ["ours", "AdamW"])
 def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> None:
     model, optimizer, schedule = build(kind, None)
     fit(model, optimizer, schedule, 2)
@@ -369,15 +349,6 @@ def test_state_of_what_was_frozen_from_the_start_is_left_out_with_a_word(tmp_pat
         load_checkpoint(tmp_path, model=again, optimizer=other)
     expected = {key: value for key, value in whole(model, optimizer).items() if not key.startswith("decoder.weight, ")}
     assert differences(expected, whole(again, other)) == []
-
-
-def test_whole_numbers_are_not_rounded_either(tmp_path: Path) -> None:
-    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    model.register_buffer("counts", torch.tensor([1001, 3]))
-    other.register_buffer("counts", torch.zeros(2, dtype=torch.bfloat16))
-    save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
-    with pytest.raises(ValueError, match=r"model\.counts: expected torch\.bfloat16 \[2\], got torch\.int64"):
-        load_checkpoint(tmp_path, model=other, optimizer=AdamW(other.parameters()))
 
 
 def test_a_schedule_for_groups_in_another_order_is_refused(tmp_path: Path) -> None:
@@ -418,34 +389,6 @@ def test_two_weights_of_one_name_but_for_a_wrappers_are_not_filled_from_one(tmp_
         load_checkpoint(tmp_path, model=target, optimizer=AdamW(target.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("wrote", "reads", "num_loading"), [("hsdp", "ours", 3), ("hsdp", "hsdp", 4), ("ours", "hsdp", 4)]
-)
-def test_state_that_is_spread_over_the_replicas_of_hsdp_loads_anywhere(
-    wrote: str, reads: str, num_loading: int, tmp_path: Path
-) -> None:
-    expected = on_ranks(4, saved_at, wrote, tmp_path, {})[0]
-    for loaded in on_ranks(num_loading, loaded_at, reads, tmp_path, {}):
-        assert differences(expected, loaded) == []
-
-
-@pytest.mark.parametrize(
-    ("wrote", "reads"), [("ours", "DecoupledAdamW"), ("DecoupledAdamW", "ours"), ("fsdp2, our law", "ours")]
-)
-def test_it_loads_into_another_layout(wrote: str, reads: str, tmp_path: Path) -> None:
-    expected = on_ranks(2, saved_at, wrote, tmp_path, {})[0]
-    for loaded in on_ranks(3, loaded_at, reads, tmp_path, {}):
-        assert differences(expected, loaded) == []
-
-
-def test_a_root_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
-    model, optimizer, schedule = build("AdamW", None)
-    before = copy.deepcopy(model.state_dict())
-    for root in (tmp_path, tmp_path / "not there"):
-        assert load_checkpoint(root, **run(None, model, optimizer, schedule)) is None
-    assert differences(before, model.state_dict()) == [] and not optimizer.state
-
-
 def test_the_newest_is_found_and_any_can_be_named(tmp_path: Path) -> None:
     parts = build("DecoupledAdamW", None)
     expected = {}
@@ -459,32 +402,19 @@ def test_the_newest_is_found_and_any_can_be_named(tmp_path: Path) -> None:
         assert resumed is not None and resumed.step == step and differences(whole(*parts[:2]), expected[step]) == []
 
 
-def test_weights_that_are_read_in_place_come_back(tmp_path: Path) -> None:
+def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
     """Chunks of up to a MiB are read at once, and larger ones by torch from their part of the file."""
     model, other = nn.Linear(600, 600), nn.Linear(600, 600)
     save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
-    load_checkpoint(tmp_path, model=other)
+    assert load_checkpoint(tmp_path, model=other) is not None
     assert differences(model.state_dict(), other.state_dict()) == []
-
-
-def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
-    parts = build("DecoupledAdamW", None)
-    fit(*parts, 1)
-    save_checkpoint(tmp_path, step=1, **run(None, *parts))
-    model = Model(seed=3)
-    assert load_checkpoint(tmp_path, model=model) is not None
-    assert differences(model.state_dict(), parts[0].state_dict()) == []
 
 
 def test_the_metadata_of_torchs_own_folders_is_read_safely_too(tmp_path: Path) -> None:
     dcp.save({"model": Model().state_dict(), "lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
-    assert read_metadata(tmp_path) == replace_load_id(dcp.FileSystemReader(tmp_path).read_metadata())
-
-
-def replace_load_id(metadata: Any) -> Any:
-    """As it is in the file: reading it with torch adds one."""
-    metadata.storage_meta.load_id = None
-    return metadata
+    by_torch: Any = dcp.FileSystemReader(tmp_path).read_metadata()
+    by_torch.storage_meta.load_id = None  # which reading with torch adds
+    assert read_metadata(tmp_path) == by_torch
 
 
 def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
@@ -502,7 +432,7 @@ def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
     assert differences(state["model"], get_model_state_dict(parts[0])) == []
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "DecoupledAdamW", "ours"])
+@pytest.mark.parametrize("kind", ["AdamW", "ours"])
 def test_an_optimizer_that_never_stepped_is_saved_and_loaded_as_one(kind: str, tmp_path: Path) -> None:
     parts = build(kind, None)
     save_checkpoint(tmp_path, step=0, **run(None, *parts))
@@ -579,7 +509,7 @@ def restored_generators(group: Any, root: Path) -> tuple[list[float], list[Any],
         return now, list(resumed.data_of_ranks), str(error)
 
 
-def test_every_rank_gets_its_random_generators_back_and_a_new_rank_its_own(tmp_path: Path) -> None:
+def test_every_rank_gets_its_generators_and_its_place_in_the_data_back_and_a_new_rank_its_own(tmp_path: Path) -> None:
     expected = on_ranks(2, own_generators, tmp_path)
     more = on_ranks(4, restored_generators, tmp_path)
     assert [now for now, _, _ in more[:2]] == expected
@@ -587,23 +517,14 @@ def test_every_rank_gets_its_random_generators_back_and_a_new_rank_its_own(tmp_p
     assert len(set(numbers)) == len(numbers)
     assert on_ranks(4, restored_generators, tmp_path) == more
     assert on_ranks(1, restored_generators, tmp_path)[0][0] == expected[0]
-
-
-def test_every_rank_gets_its_place_in_the_data_back_and_other_numbers_the_common_one(
-    tmp_path: Path,
-) -> None:
-    on_ranks(2, own_generators, tmp_path)
     assert [data for _, _, data in on_ranks(2, restored_generators, tmp_path)] == [0, 1]
-    for _, all_data, refusal in on_ranks(3, restored_generators, tmp_path):
+    for _, all_data, refusal in more:
         assert all_data == [0, 1] and "expected the same from each of the 2 ranks" in refusal
 
 
-class Code:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.system, ("touch ran-code",)
-
-
-@pytest.mark.parametrize("data", [Code(), {"at": [object()]}, lambda: 0], ids=["code", "object", "function"])
+@pytest.mark.parametrize(
+    "data", [Calls(os.system, "touch ran-code"), {"at": [object()]}, lambda: 0], ids=["code", "object", "function"]
+)
 def test_data_that_could_not_be_read_back_safely_is_refused_when_it_is_saved(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -616,28 +537,32 @@ def test_data_that_could_not_be_read_back_safely_is_refused_when_it_is_saved(
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-WRAPPERS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def in_the_middle(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any, Any], nn.Module]:
+    def apply(model: Any, group: Any) -> nn.Module:
+        model.middle = wrap(model.middle)
+        return model
+
+    return apply
+
+
+WRAPPERS: dict[str, Callable[[Any, Any], nn.Module]] = {
     "none": lambda model, group: model,
     "DDP": lambda model, group: DistributedDataParallel(model, process_group=group),
-    "compile": lambda model, group: torch.compile(model, backend="eager"),  # type: ignore[return-value]
-    "DDP of compile": lambda model, group: DistributedDataParallel(
-        torch.compile(model, backend="eager"),  # type: ignore[arg-type]
-        process_group=group,
-    ),
+    "compile": lambda model, group: compiled(model),
+    "DDP of compile": lambda model, group: DistributedDataParallel(compiled(model), process_group=group),
     "DataParallel": lambda model, group: nn.DataParallel(model),
+    "checkpointing": in_the_middle(checkpoint_wrapper),
+    "a compiled part": in_the_middle(compiled),
 }
 
 
 def wrapped(kind: str, group: Any, seed: int) -> tuple[nn.Module, Any]:
-    bare = Model(seed=seed, tie=True)
-    if kind == "checkpointing":
-        bare.middle = checkpoint_wrapper(bare.middle)
-        model: nn.Module = bare
-    elif kind == "a compiled part":
-        bare.middle = torch.compile(bare.middle, backend="eager")  # type: ignore[assignment]
-        model = bare
-    else:
-        model = WRAPPERS[kind](bare, group)
+    model = WRAPPERS[kind](Model(seed=seed, tie=True), group)
     return model, AdamW(model.named_parameters(), **LAW)
 
 
@@ -656,7 +581,7 @@ def through_wrappers(group: Any, outer: str, root: Path) -> list[str]:
     return differences(whole(model, optimizer), whole(last, of_last))
 
 
-@pytest.mark.parametrize("outer", [*WRAPPERS, "checkpointing", "a compiled part"])
+@pytest.mark.parametrize("outer", list(WRAPPERS)[1:])
 def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str, tmp_path: Path) -> None:
     assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
 
@@ -675,7 +600,7 @@ def from_fsdp1_to_plain(group: Any, kind: str, tie: bool, root: Path) -> list[st
     return differences(whole(*first[:2]), whole(*last[:2]))
 
 
-@pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", False), ("fsdp1, flat", True)])
+@pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", True)])
 def test_what_fsdp1_shards_loads_there_and_without(kind: str, tie: bool, tmp_path: Path) -> None:
     """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
     assert pool.on_ranks(4, from_fsdp1_to_plain, kind, tie, tmp_path) == [[]] * 4
@@ -695,15 +620,6 @@ def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
 
 def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
     assert pool.on_ranks(4, refuse_in_fsdp1, tmp_path) == [[]] * 4
-
-
-def test_state_that_the_optimizer_does_not_keep_is_refused(tmp_path: Path) -> None:
-    parts = build("AdamW", None)
-    with_maximum = AdamW(parts[0].parameters(), **LAW, amsgrad=True)
-    fit(parts[0], with_maximum, parts[2], 1)
-    save_checkpoint(tmp_path, step=1, model=parts[0], optimizer=with_maximum)
-    with pytest.raises(ValueError, match=r"embedding.weight: expected entries .* got .*max_exp_avg_sq"):
-        load_checkpoint(tmp_path, model=parts[0], optimizer=parts[1])
 
 
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
@@ -729,76 +645,55 @@ def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> N
     assert torch.equal(untied.decoder.weight, parts[0].decoder.weight)
 
 
-def test_a_tie_that_the_checkpoint_does_not_have_is_refused(tmp_path: Path) -> None:
-    parts = build("AdamW", None)
-    fit(*parts, 1)
-    save_checkpoint(tmp_path, step=1, **run(None, *parts))
-    with pytest.raises(ValueError, match=r"embedding.weight and decoder.weight are tied, and two different weights"):
-        load_checkpoint(tmp_path, model=Model(tie=True))
-
-
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def misfit(kind: str) -> tuple[nn.Module, Any, str]:
-    model: Any = Model(seed=1)
+def misfit(kind: str) -> tuple[Any, Any]:
+    model: Any = Model(seed=1, tie=kind == "tie")
     if kind == "missing":
         model.extra = nn.Linear(2, 3)
-        said = r"model: .*2 missing, the first is extra.weight"
     elif kind == "left over":
         del model.decoder
-        said = r"model: .*1 left over, the first is decoder.weight"
     elif kind == "shape":
         model.decoder = nn.Linear(6, 17, bias=False)
-        said = r"model.decoder.weight: expected torch.float32 \[17, 6\], got torch.float32 \[13, 6\]"
     elif kind == "dtype":
         model.decoder.bfloat16()
-        said = r"model.decoder.weight: expected torch.bfloat16 \[13, 6\], got torch.float32"
-    elif kind == "groups":
-        params = list(model.parameters())
-        return model, AdamW([{"params": params[:1]}, {"params": params[1:]}], **LAW), r"param_groups: expected 2, got 1"
-    elif kind == "group members":
-        return (
-            model,
-            AdamW(list(model.parameters())[1:], **LAW),
-            r"embedding.weight is in this group",
-        )
-    elif kind == "state":
-        return (
-            model,
-            AdamW(model.parameters(), **LAW, amsgrad=True),
-            r"embedding.weight: expected .*max_exp_avg_sq",
-        )
-    else:
-        raise AssertionError(kind)
-    return model, AdamW(model.parameters(), **LAW), said
+    elif kind == "integers":
+        model.middle[1].num_batches_tracked = torch.zeros((), dtype=torch.bfloat16)
+    params = list(model.parameters())
+    if kind == "groups":
+        return model, AdamW([{"params": params[:1]}, {"params": params[1:]}], **LAW)
+    return model, AdamW(params[1:] if kind == "group members" else params, **LAW, amsgrad=kind == "more state")
 
 
-@pytest.mark.parametrize(
-    ("kind", "has_stepped"),
-    [
-        ("missing", False),
-        ("left over", True),
-        ("shape", False),
-        ("dtype", True),
-        ("groups", False),
-        ("group members", True),
-        ("state", False),
-        ("state", True),
-    ],
-)
-def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, has_stepped: bool, tmp_path: Path) -> None:
-    parts = build("AdamW", None)
-    fit(*parts, 2)
-    save_checkpoint(tmp_path, step=2, **run(None, *parts))
-    model, optimizer, said = misfit(kind)
-    if has_stepped:
+MISFITS = {
+    "missing": r"model: .*2 missing, the first is extra.weight",
+    "left over": r"model: .*1 left over, the first is decoder.weight",
+    "shape": r"model.decoder.weight: expected torch.float32 \[17, 6\], got torch.float32 \[13, 6\]",
+    "dtype": r"model.decoder.weight: expected torch.bfloat16 \[13, 6\], got torch.float32",
+    "integers": r"num_batches_tracked: expected torch\.bfloat16 \[\], got torch\.int64",
+    "tie": r"embedding.weight and decoder.weight are tied, and two different weights",
+    "groups": r"param_groups: expected 2, got 1",
+    "group members": r"embedding.weight is in this group",
+    "more state": r"embedding.weight: expected .*max_exp_avg_sq",
+    "less state": r"embedding.weight: expected entries .* got .*max_exp_avg_sq",
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    model: nn.Module = Model()
+    optimizer = AdamW(model.parameters(), **LAW, amsgrad=kind == "less state")
+    fit(model, optimizer, CosineAnnealingLR(optimizer, T_max=10), 2)
+    save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer)
+    model, optimizer = misfit(kind)
+    if kind not in ("missing", "shape", "more state"):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.5)
         optimizer.step()
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     before = torch.get_rng_state()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=MISFITS[kind]):
         load_checkpoint(tmp_path, model=model, optimizer=optimizer)
     assert differences(weights, model.state_dict()) == []
     now = optimizer.state_dict()
@@ -960,17 +855,11 @@ def test_a_new_rank_draws_other_numbers_at_every_step_and_on_every_rank() -> Non
     assert all(len(set(numbers)) == 3 for numbers in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize("state", [{}, {"a": {}}, {"a": 1, "b": [{"c": 2.0}]}, [1, 2], 5, None])
+@pytest.mark.parametrize("state", [{"a": {}}, {"a": 1, "b": [{"c": 2.0}]}, 5, None])
 def test_extra_state_of_modules_comes_back(state: Any, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, step=1, model=(model := WithExtraState(state)), optimizer=AdamW(model.parameters()))
     load_checkpoint(tmp_path, model=(again := WithExtraState(state)))
     assert again.got == state
-
-
-def test_extra_state_that_would_come_back_otherwise_is_refused(tmp_path: Path) -> None:
-    model = WithExtraState({"a": {0: 1}})
-    with pytest.raises(ValueError, match="_extra_state: expected texts as keys of dicts, got 0"):
-        save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
 
 
 def extra_on_one(group: Any, root: Path) -> str:

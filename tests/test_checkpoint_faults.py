@@ -1,5 +1,6 @@
 """What can go wrong with a checkpoint: disks, files, saves that die or go on behind training, files made to harm."""
 
+import copy
 import errno
 import io
 import os
@@ -10,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +28,7 @@ from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
 from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.interchange import Source, read_state
+from tests.harm import Calls, archive, nested
 from tests.pool import on_ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 
@@ -98,8 +99,7 @@ def on_a_full_disk(group: Any, root: Path, failing_rank: int, asynchronous: bool
     return str(failure.value), failure.value.errno, intact and [p.name for p in checkpoints(root)] == ["step_00000002"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("failing_rank", [0, 3])
+@pytest.mark.parametrize(("failing_rank", "asynchronous"), [(0, False), (3, True)])
 def test_a_full_disk_is_an_error_on_all_ranks_and_training_and_saving_go_on(
     failing_rank: int, asynchronous: bool, tmp_path: Path
 ) -> None:
@@ -275,14 +275,14 @@ def test_what_is_no_folder_of_checkpoints_is_not_taken_for_one_without_any_yet(k
     assert differences(whole(*parts[:2]), then[1]) == []
 
 
-@pytest.mark.parametrize("leftover", [None, ".step_00000003.5f0c9a1e"])
-def test_a_folder_that_is_empty_but_for_what_dead_saves_left_has_no_checkpoint_yet(
-    leftover: str | None, tmp_path: Path
-) -> None:
-    parts = build("DecoupledAdamW", None)
-    if leftover is not None:
-        (tmp_path / leftover).mkdir()
-    assert load_checkpoint(tmp_path, **run(None, *parts)) is None
+def test_a_folder_that_is_empty_but_for_what_dead_saves_left_has_no_checkpoint_yet(tmp_path: Path) -> None:
+    parts = build("AdamW", None)
+    before = copy.deepcopy(parts[0].state_dict())
+    for root, leftover in (("not there", None), (".", None), (".", ".step_00000003.5f0c9a1e")):
+        if leftover is not None:
+            (tmp_path / leftover).mkdir()
+        assert load_checkpoint(tmp_path / root, **run(None, *parts)) is None
+    assert not parts[1].state and differences(before, parts[0].state_dict()) == []
 
 
 def refused_on(group: Any, root: Path, fall_back: bool) -> str:
@@ -342,10 +342,10 @@ def test_what_dead_saves_left_is_never_loaded_and_cleared_by_the_next(tmp_path: 
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    parts, _ = saved(tmp_path, 1, 1)
+    _, then = saved(tmp_path, 1, 1)
     again = build("DecoupledAdamW", None, seed=1)
     load_checkpoint(tmp_path, **run(None, *again))
-    assert differences(whole(*again[:2]), whole(*parts[:2])) == []
+    assert differences(whole(*again[:2]), then[1]) == []
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
@@ -366,7 +366,7 @@ def behind_training(group: Any, kind: str, root: Path) -> tuple[bool, list[str]]
     return was_under_way, differences(whole(*again[:2]), then)
 
 
-@pytest.mark.parametrize(("kind", "num_ranks"), [("DecoupledAdamW", 1), ("AdamW", 1), ("ours", 4), ("fsdp2", 4)])
+@pytest.mark.parametrize(("kind", "num_ranks"), [("AdamW", 1), ("ours", 4), ("fsdp2", 4)])
 def test_a_step_right_after_does_not_change_what_is_written(kind: str, num_ranks: int, tmp_path: Path) -> None:
     assert on_ranks(num_ranks, behind_training, kind, tmp_path) == [(True, [])] * num_ranks
 
@@ -383,10 +383,14 @@ def test_the_second_save_and_a_load_wait_for_the_first(tmp_path: Path) -> None:
         assert resumed is not None and resumed.step == 2 and second.done
 
 
-def failing_behind(group: Any, root: Path) -> tuple[str, bool, str]:
+def failing_behind(group: Any, root: Path, rank_0_waits: bool) -> tuple[str, bool, str]:
+    """Even if rank 0 has heard of it, it is told again with the others, or they would part."""
     parts = build("ours", group)
     with writing(no_space if dist.get_rank(group) == 1 else lambda _: None):
         first = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        if rank_0_waits and dist.get_rank(group) == 0:
+            with pytest.raises(OSError):
+                first.wait()
         while not first.done:
             time.sleep(0.01)
     with pytest.raises((OSError, ValueError)) as failure:
@@ -395,28 +399,10 @@ def failing_behind(group: Any, root: Path) -> tuple[str, bool, str]:
     return str(failure.value), began, save_checkpoint(root, step=3, **run(group, *parts)).wait().name
 
 
-def test_a_failure_behind_training_that_nobody_asked_about_is_raised_by_the_next_save(tmp_path: Path) -> None:
-    for message, began, last in on_ranks(4, failing_behind, tmp_path):
+@pytest.mark.parametrize("rank_0_waits", [False, True])
+def test_a_failure_behind_training_is_raised_on_all_ranks_by_the_next_save(rank_0_waits: bool, tmp_path: Path) -> None:
+    for message, began, last in on_ranks(4, failing_behind, tmp_path, rank_0_waits):
         assert "step_00000001 was not written; rank 1" in message and not began and last == "step_00000003"
-
-
-def heard_by_one(group: Any, root: Path) -> str:
-    """Rank 0 alone waits; the others learn of it at the next save, and so does rank 0, or they would part."""
-    parts = build("ours", group)
-    with writing(no_space):
-        first = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
-        if dist.get_rank(group) == 0:
-            with pytest.raises(OSError):
-                first.wait()
-        while not first.done:
-            time.sleep(0.01)
-    with pytest.raises((OSError, ValueError)) as failure:
-        save_checkpoint(root, step=2, **run(group, *parts))
-    return str(failure.value)
-
-
-def test_a_failure_that_one_rank_has_heard_of_is_raised_on_all(tmp_path: Path) -> None:
-    assert all("step_00000001 was not written" in message for message in on_ranks(4, heard_by_one, tmp_path))
 
 
 def in_a_subgroup(group: Any, root: Path) -> str:
@@ -431,14 +417,6 @@ def test_only_all_ranks_together_save_behind_training(tmp_path: Path) -> None:
 
 
 # --- files made up to harm -------------------------------------------------------------------------------------------
-
-
-class Harm:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
 
 
 def sign(folder: Path) -> None:
@@ -521,14 +499,6 @@ def test_metadata_that_torch_would_not_have_written_are_one_clear_error(kind: st
             read_state(folder, Source.OURS)
 
 
-def nested(pair: Callable[[Any], Any]) -> Any:
-    """60 deep, and each twice in the next: whoever follows every way down takes 2 ** 60 steps."""
-    value: Any = pair(1)
-    for _ in range(60):
-        value = pair(value)
-    return value
-
-
 def nested_place(value: Any) -> MetadataIndex:
     place = MetadataIndex.__new__(MetadataIndex)
     vars(place).update(fqn=value, offset=value, index=None)
@@ -591,20 +561,11 @@ def test_metadata_with_values_that_have_no_end_are_refused_at_once(where: str, t
             load_checkpoint(tmp_path, **run(None, *parts))
 
 
-def archive(pickled: bytes) -> bytes:
-    """A file of `torch.save` with this pickle in it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as records:
-        for name, data in (("data.pkl", pickled), ("byteorder", sys.byteorder.encode()), ("version", b"3")):
-            records.writestr(f"x/{name}", data)
-    return file.getvalue()
-
-
 def test_files_of_torch_in_a_checkpoint_with_keys_whose_hash_would_never_end_are_refused_at_once(
     tmp_path: Path,
 ) -> None:
     """In a process of its own: torch's reader would not come back, and nothing in this one could end it."""
-    endless = archive(b"\x80\x02}" + TUPLES + b"K\x00s.")
+    endless = archive(b"\x80\x02}" + TUPLES + b"K\x00s.").getvalue()
     packed = io.BytesIO()
     torch.save(torch.frombuffer(bytearray(endless), dtype=torch.uint8), packed)
     replaced = {
@@ -690,9 +651,9 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
     path = folder / ".metadata"
     metadata = dcp.FileSystemReader(folder).read_metadata()
     if kind == "metadata itself":
-        path.write_bytes(pickle.dumps(Harm(mark)))
+        path.write_bytes(pickle.dumps(Calls(os.mkdir, str(mark))))
     elif kind == "in the metadata":
-        metadata.planner_data["harm"] = Harm(mark)
+        metadata.planner_data["harm"] = Calls(os.mkdir, str(mark))
         path.write_bytes(pickle.dumps(metadata))
     elif kind.startswith("a file elsewhere"):
         torch.save(torch.zeros(3), folder.parent / "elsewhere")
@@ -709,7 +670,7 @@ def harm(kind: str, folder: Path, mark: Path) -> None:
         info = metadata.storage_data[entry]
         with (folder / info.relative_path).open("ab") as file:
             info.offset = file.tell()
-            torch.save(Harm(mark), file)
+            torch.save(Calls(os.mkdir, str(mark)), file)
             info.length = file.tell() - info.offset
         path.write_bytes(pickle.dumps(metadata))
     sign(folder)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from torch.optim import AdamW
 from sharded_dadamw import DecoupledAdamW
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.inspection import inspect
-from tests.test_interchange import FakeDeepSpeed, Runs
+from tests.harm import Calls
+from tests.test_interchange import FakeDeepSpeed
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -99,10 +101,9 @@ def test_inspect_of_what_is_not_ours_says_so(files: dict[str, Path], tmp_path: P
     assert "a folder with manifest.json" in run("inspect", files["sharded_dadamw"], code=1)
 
 
-@pytest.mark.parametrize("source", [source for source in Source if source not in (Source.OURS, Source.DEEPSPEED)])
-def test_convert_knows_our_state_without_a_manifest(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
+def test_convert_knows_our_state_without_a_manifest(files: dict[str, Path], tmp_path: Path) -> None:
     (files["sharded_dadamw"] / "manifest.json").unlink()
-    for path in files.values():
+    for path, source in zip(files.values(), (Source.TORCH, Source.COMPOSER, Source.ZERO_REDUNDANCY), strict=True):
         said = run("convert", path, tmp_path / "out", "--from", source.value, code=1)
         assert said == f"error: {path}: expected a checkpoint of {source.value}, got ours; it is from sharded-dadamw"
 
@@ -295,7 +296,7 @@ def test_convert_reads_deepspeed(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
-    torch.save({"optimizer": Runs(tmp_path / "marker")}, tmp_path / "evil.pt")
+    torch.save({"optimizer": Calls(os.system, f"touch {tmp_path / 'marker'}")}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("no archive")
     (tmp_path / "text.safetensors").write_text("no header")
     others = [("text.safetensors", "safetensors")] if importlib.util.find_spec("safetensors") else []

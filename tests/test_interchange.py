@@ -43,8 +43,10 @@ from sharded_dadamw.interchange.files import from_safetensors, to_safetensors
 from sharded_dadamw.interchange.inspection import inspect
 from sharded_dadamw.update.adamw import Step, adamw_
 from sharded_dadamw.update.hyperparameters import Hyperparameters
+from tests import pool
 from tests.deepspeed_client import RUNS, Tied
-from tests.pool import on_ranks
+from tests.harm import Calls
+from tests.simulated import on_ranks
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FULL = StateDictOptions(full_state_dict=True)
@@ -73,6 +75,15 @@ def trained(optimizer: torch.optim.Optimizer, model: nn.Module, num_steps: int =
         backward(model, step)
         optimizer.step()
     optimizer.zero_grad()
+
+
+def stepped(kind: Any = AdamW, *, named: bool = True, num_steps: int = 3, **hyper: Any) -> tuple[nn.Module, Any]:
+    """A model and an optimizer of its parameters, in the middle of training."""
+    model = build_model()
+    params = model.named_parameters() if named else model.parameters()
+    optimizer = kind(params, **(hyper if "lr" in hyper else {**THEIRS, **hyper}))
+    trained(optimizer, model, num_steps)
+    return model, optimizer
 
 
 def grads_of(model: nn.Module) -> Tensors:
@@ -163,11 +174,8 @@ def test_what_wrappers_add_to_a_name_vanishes(name: str, canonical: str) -> None
 # --- torch's AdamW and what keeps its format -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_of_torchs_adamw_goes_on_here(amsgrad: bool) -> None:
-    model = build_model()
-    optimizer = AdamW(model.parameters(), amsgrad=amsgrad, **THEIRS)
-    trained(optimizer, model)
+def test_state_of_torchs_adamw_goes_on_here() -> None:
+    model, optimizer = stepped(named=False, amsgrad=True)
     state = from_torch(copy.deepcopy(optimizer.state_dict()), model.named_parameters())
     for index, name in enumerate(dict(model.named_parameters())):
         for key, value in optimizer.state_dict()["state"][index].items():
@@ -194,37 +202,25 @@ def test_decay_is_the_same_at_every_lr_of_the_schedule() -> None:
 
 
 def test_a_group_without_a_schedule_takes_its_lr_for_the_peak_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = build_model()
-    optimizer = AdamW(model.parameters(), **THEIRS)
-    trained(optimizer, model)
+    _, optimizer = stepped()
     with caplog.at_level(logging.WARNING, "sharded_dadamw"):
-        group = from_torch(optimizer.state_dict(), model.named_parameters())["param_groups"][0]
+        group = from_torch(optimizer.state_dict())["param_groups"][0]
     assert (group["initial_lr"], group["weight_decay"]) == (1e-2, pytest.approx(1e-3))
     assert "no initial_lr" in caplog.text and "0.01" in caplog.text
-
-
-def test_the_peak_can_be_said() -> None:
-    model = build_model()
-    optimizer = AdamW(model.parameters(), **THEIRS)
-    trained(optimizer, model)
-    group = from_torch(optimizer.state_dict(), model.named_parameters(), peak_lr=5e-2)["param_groups"][0]
+    group = from_torch(optimizer.state_dict(), peak_lr=5e-2)["param_groups"][0]
     assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (1e-2, 5e-2, pytest.approx(5e-3))
     assert Hyperparameters.from_group(group).decay == pytest.approx(1e-2 * 0.1)
 
 
 def test_a_state_dict_that_has_names_needs_no_others() -> None:
-    model = build_model()
-    optimizer = AdamW(model.named_parameters(), **THEIRS)
-    trained(optimizer, model)
+    model, optimizer = stepped()
     expected = from_torch(optimizer.state_dict(), model.named_parameters())
     assert_same_state(from_torch(optimizer.state_dict()), expected)
     assert_same_state(from_torch(get_optimizer_state_dict(model, optimizer)), expected)
 
 
 def test_wrappers_names_become_the_models() -> None:
-    model = build_model()
-    optimizer = AdamW(model.parameters(), **THEIRS)
-    trained(optimizer, model)
+    model, optimizer = stepped(named=False)
     wrapped = nn.ModuleDict({"module": model})
     state = from_torch(optimizer.state_dict(), wrapped.named_parameters())
     assert list(state["state"]) == list(dict(model.named_parameters()))
@@ -247,12 +243,11 @@ def test_parameters_that_were_never_stepped_start_from_zero() -> None:
     assert "0.weight" not in state["state"]  # is frozen
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("package", ["torch", "fairscale"])
-def test_consolidated_state_of_sharding_wrappers_goes_on_here(package: str, num_ranks: int) -> None:
+def test_consolidated_state_of_sharding_wrappers_goes_on_here(package: str) -> None:
     if package == "fairscale":
         pytest.importorskip("fairscale")
-    state_dict, weights, grads, after = on_ranks(num_ranks, train_sharded, package)[0]
+    state_dict, weights, grads, after = pool.on_ranks(2, train_sharded, package)[0]
     state = from_torch(state_dict, [(name, weights[name]) for name in grads])
     assert_goes_on(state, weights, grads, after, build_model())
 
@@ -375,15 +370,14 @@ class FakeDeepSpeed:
             for kind in kinds
         }
         paddings = [[-shape.numel() % alignment for shape in group.values()] for group in shapes]
+
+        def padded(tensor: Tensor, padding: int) -> Tensor:
+            return torch.cat([tensor.flatten(), torch.full((padding,), 9.0)])
+
         flat = {
             kind: [
-                torch.cat(
-                    [
-                        torch.cat([self.whole[kind][n].flatten(), torch.full((pad,), 9.0)])
-                        for n, pad in zip(g, p, strict=True)
-                    ]
-                )
-                for g, p in zip(shapes, paddings, strict=True)
+                torch.cat([padded(self.whole[kind][name], pad) for name, pad in zip(group, pads, strict=True)])
+                for group, pads in zip(shapes, paddings, strict=True)
             ]
             for kind in kinds
         }
@@ -403,8 +397,8 @@ class FakeDeepSpeed:
             for index, values in enumerate(flat["fp32"]):
                 size = -(-values.numel() // (2 * num_ranks)) * 2  # aligned to twice the number of ranks
                 for kind in kinds:
-                    padded = torch.cat([flat[kind][index], torch.full((size * num_ranks - values.numel(),), 9.0)])
-                    parts[kind].append(padded[rank * size : (rank + 1) * size].clone())
+                    whole = padded(flat[kind][index], size * num_ranks - values.numel())
+                    parts[kind].append(whole[rank * size : (rank + 1) * size].clone())
                 lean.append(parts["fp32"][index][: max(0, values.numel() - rank * size)])
             group = {**THEIRS, "amsgrad": False, "decoupled_weight_decay": True, "initial_lr": 2e-2}
             entries = {
@@ -445,8 +439,7 @@ class FakeDeepSpeed:
         return self.folder
 
 
-@pytest.mark.parametrize("alignment", [1, 8])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_ranks", "alignment"), [(1, 8), (2, 1), (3, 8), (4, 1)])
 def test_partitions_of_any_number_of_ranks_become_whole(num_ranks: int, alignment: int, tmp_path: Path) -> None:
     fake = FakeDeepSpeed(tmp_path, num_ranks, alignment=alignment)
     state, weights = from_deepspeed(fake.write())
@@ -467,53 +460,29 @@ def test_a_deepspeed_checkpoint_before_the_first_step_has_zeros(tmp_path: Path) 
     assert not any(entries["exp_avg"].any() or entries["step"].any() for entries in state["state"].values())
 
 
-def spoil_stage(fake: FakeDeepSpeed) -> None:
-    for state in fake.ranks:
-        state["zero_stage"] = 3
+BASE = "base_optimizer_state"
+SPOILT: list[tuple[Any, tuple[Any, ...], Any, str]] = [
+    # in the files of which ranks, or the model's; where; what is put there; what the error says
+    ((0, 1), ("zero_stage",), 3, "stage 1 or 2, got stage 3"),
+    ("model", ("ds_config", "optimizer", "params", "adam_w_mode"), False, "adam_w_mode"),
+    ((0, 1), (BASE, "state", 0), {"step": torch.tensor(4.0), "momentum_buffer": torch.ones(2)}, "another optimizer's"),
+    ((1,), (BASE, "state", 0, "step"), torch.tensor(5.0), "same step on every rank"),
+    ((1,), ("single_partition_of_fp32_groups", 0), torch.ones(1), r"of b\.weight: expected 12 elements from 15 on"),
+    ((0, 1), (BASE,), [{}, {}], "elastic_checkpoint"),
+    ((0,), (BASE, "param_groups", 0, "decoupled_weight_decay"), False, "got Adam's"),
+]
 
 
-def spoil_law(fake: FakeDeepSpeed) -> None:
-    fake.model["ds_config"]["optimizer"]["params"]["adam_w_mode"] = False
-
-
-def spoil_kind(fake: FakeDeepSpeed) -> None:
-    for state in fake.ranks:
-        for entries in state["base_optimizer_state"]["state"].values():
-            entries["momentum_buffer"] = entries.pop("exp_avg_sq")
-
-
-def spoil_step(fake: FakeDeepSpeed) -> None:
-    fake.ranks[1]["base_optimizer_state"]["state"][0]["step"] += 1
-
-
-def spoil_length(fake: FakeDeepSpeed) -> None:
-    fake.ranks[1]["single_partition_of_fp32_groups"][0] = torch.ones(1)
-
-
-def spoil_elastic(fake: FakeDeepSpeed) -> None:
-    for state in fake.ranks:
-        state["base_optimizer_state"] = [{}, {}]
-
-
-def spoil_coupling(fake: FakeDeepSpeed) -> None:
-    fake.ranks[0]["base_optimizer_state"]["param_groups"][0]["decoupled_weight_decay"] = False
-
-
-@pytest.mark.parametrize(
-    "spoil, why",
-    [
-        (spoil_stage, "stage 1 or 2, got stage 3"),
-        (spoil_law, "adam_w_mode"),
-        (spoil_kind, "another optimizer's"),
-        (spoil_step, "same step on every rank"),
-        (spoil_length, r"fp32_groups of b\.weight: expected 12 elements from 15 on"),
-        (spoil_elastic, "elastic_checkpoint"),
-        (spoil_coupling, "got Adam's"),
-    ],
-)
-def test_what_deepspeed_saved_and_we_cannot_continue_is_refused(spoil: Any, why: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "path", "value", "why"), SPOILT)
+def test_what_deepspeed_saved_and_we_cannot_continue_is_refused(
+    ranks: Any, path: tuple[Any, ...], value: Any, why: str, tmp_path: Path
+) -> None:
     fake = FakeDeepSpeed(tmp_path, 2)
-    spoil(fake)
+    *parents, last = path
+    for target in [fake.model] if ranks == "model" else [fake.ranks[rank] for rank in ranks]:
+        for key in parents:
+            target = target[key]
+        target[last] = value
     with pytest.raises(ValueError, match=why):
         from_deepspeed(fake.write())
 
@@ -543,18 +512,10 @@ def test_files_of_deepspeed_that_are_missing_or_left_over_are_named(tmp_path: Pa
 
 def test_a_deepspeed_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
     fake = FakeDeepSpeed(tmp_path / "x", 1)
-    fake.model["client"] = Runs(tmp_path / "marker")
+    fake.model["client"] = Calls(os.system, f"touch {tmp_path / 'marker'}")
     with pytest.raises(ValueError, match="no data"):
         from_deepspeed(fake.write())
     assert not (tmp_path / "marker").exists()
-
-
-class Runs:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.marker}",)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -604,10 +565,7 @@ def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
     optimizer_class: Any, source: Source, tmp_path: Path
 ) -> None:
     """Also of an optimizer derived from one of those: the weight decay would be off by a factor of lr."""
-    model = build_model()
-    derived = type("Derived", (optimizer_class,), {})
-    optimizer = derived(model.named_parameters(), lr=1e-2, weight_decay=5e-4)
-    trained(optimizer, model, 1)
+    model, optimizer = stepped(type("Derived", (optimizer_class,), {}), num_steps=1, lr=1e-2, weight_decay=5e-4)
     save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
     assert inspect(tmp_path)["optimizer"] == optimizer_class.__name__
     with pytest.raises(ValueError, match=f"got one of {optimizer_class.__name__}, whose weight decay"):
@@ -622,9 +580,7 @@ def test_a_checkpoint_that_says_which_law_wrote_it_is_not_read_by_another(
 
 @pytest.mark.parametrize("source", [Source.OURS, Source.TORCH])
 def test_a_checkpoint_of_an_optimizer_that_nobody_knows_is_not_converted(source: Source, tmp_path: Path) -> None:
-    model = build_model()
-    optimizer = torch.optim.RAdam(model.parameters(), weight_decay=0.1, decoupled_weight_decay=True)
-    trained(optimizer, model, 1)
+    model, optimizer = stepped(torch.optim.RAdam, lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True)
     save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
     with pytest.raises(ValueError, match=r"got one of torch\.optim\.radam\.RAdam, .* nothing is known"):
         read_state(tmp_path, source)
@@ -672,13 +628,10 @@ def test_a_folder_loads_by_stock_torch_into_a_live_optimizer(ours: tuple[nn.Modu
     assert all(torch.equal(weights[name], value) for name, value in values_of(model).items())
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_imported_state_goes_into_several_ranks_and_back_into_one(num_ranks: int, tmp_path: Path) -> None:
-    model = build_model()
-    optimizer = AdamW(model.parameters(), amsgrad=True, **THEIRS)
-    trained(optimizer, model)
-    state = from_torch(optimizer.state_dict(), model.named_parameters())
-    for gathered in on_ranks(num_ranks, load_and_save, state, values_of(model), str(tmp_path / "x")):
+def test_imported_state_goes_into_several_ranks_and_back_into_one(tmp_path: Path) -> None:
+    model, optimizer = stepped(amsgrad=True)
+    state = from_torch(optimizer.state_dict())
+    for gathered in on_ranks(3, load_and_save, state, values_of(model), str(tmp_path / "x")):
         assert_same_state(gathered, state)
     back, weights = read_state(tmp_path / "x", Source.OURS)
     assert_same_state(back, state)
@@ -783,16 +736,10 @@ def test_names_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
         read_state(tmp_path / "x.pt", Source.TORCH, names=split[0])
 
 
-def stepped(model: nn.Module, *, named: bool) -> dict[str, Any]:
-    optimizer = AdamW(model.named_parameters() if named else model.parameters(), **THEIRS)
-    trained(optimizer, model, 1)
-    return optimizer.state_dict()
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_weights_are_those_that_belong_to_the_state(named: bool, tmp_path: Path) -> None:
-    model = build_model()
-    state, weights = stepped(model, named=named), model.state_dict()
+    model, optimizer = stepped(named=named)
+    state, weights = optimizer.state_dict(), model.state_dict()
     average = {f"module.{name}": torch.full_like(tensor, 7.0) for name, tensor in weights.items()}
     wrong_shape = {name: torch.zeros(100, 100) for name in weights}
     metrics = {"histogram": torch.zeros(1 << 12)}
@@ -816,8 +763,8 @@ def test_weights_are_those_that_belong_to_the_state(named: bool, tmp_path: Path)
 
 
 def test_state_dicts_in_lists_and_tuples_are_found(tmp_path: Path) -> None:
-    model = build_model()
-    state, weights = stepped(model, named=False), model.state_dict()
+    model, optimizer = stepped(named=False)
+    state, weights = optimizer.state_dict(), model.state_dict()
     lightning = {
         "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
         "optimizer_states": [state],
@@ -835,25 +782,18 @@ def test_state_dicts_in_lists_and_tuples_are_found(tmp_path: Path) -> None:
         read_state(tmp_path / "x.pt", Source.TORCH)
 
 
-@pytest.mark.parametrize("in_file", [True, False])
-def test_numbers_of_numpy_and_in_tensors_are_numbers(in_file: bool, tmp_path: Path) -> None:
+def test_numbers_of_numpy_and_in_tensors_are_numbers(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
-    state = stepped(build_model(), named=True)
+    state = stepped()[1].state_dict()
     expected = from_torch(state, peak_lr=0.25)
     (group,) = state["param_groups"]
     group |= {"lr": numpy.float64(group["lr"]), "betas": tuple(map(numpy.float64, group["betas"]))}
-    group |= {
-        "initial_lr": numpy.float32(0.25),
-        "max_lr": torch.tensor(0.25),
-        "weight_decay": torch.tensor(0.1).double(),
-    }
+    group |= {"initial_lr": numpy.float32(0.25), "max_lr": torch.tensor(0.25)}
+    group["weight_decay"] = torch.tensor(0.1).double()
     for entries in state["state"].values():
         entries["step"] = numpy.int64(entries["step"].item())
-    if in_file:
-        torch.save(state, tmp_path / "x.pt")
-        found, _ = read_state(tmp_path / "x.pt", Source.TORCH)
-    else:
-        found = from_torch(state)
+    torch.save(state, tmp_path / "x.pt")
+    found, _ = read_state(tmp_path / "x.pt", Source.TORCH)
     (group,) = found["param_groups"]
     assert {type(group[key]) for key in ("lr", "initial_lr", "max_lr", "weight_decay")} == {float}
     assert group["weight_decay"] == pytest.approx(0.1 * 0.25)
@@ -861,73 +801,42 @@ def test_numbers_of_numpy_and_in_tensors_are_numbers(in_file: bool, tmp_path: Pa
     assert_same_state(found, expected)
 
 
-def of_sgd() -> dict[str, Any]:
-    model = build_model()
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
-    trained(optimizer, model)
-    return optimizer.state_dict()
-
-
-def of_adam() -> dict[str, Any]:
-    model = build_model()
-    optimizer = torch.optim.Adam(model.named_parameters(), **THEIRS)
-    trained(optimizer, model)
-    return optimizer.state_dict()
-
-
-def of_adamax() -> dict[str, Any]:
-    model = build_model()
-    optimizer = torch.optim.Adamax(model.named_parameters(), lr=0.1)
-    trained(optimizer, model)
-    return optimizer.state_dict()
-
-
-def maximizing() -> dict[str, Any]:
-    model = build_model()
-    optimizer = AdamW(model.named_parameters(), maximize=True, **THEIRS)
-    trained(optimizer, model)
-    return optimizer.state_dict()
-
-
-def before_it_was_consolidated() -> dict[str, Any]:
-    """As fairscale's and torch's would be, if they did not refuse to give it."""
-    return {"state": {0: {}, 1: {}}, "param_groups": [{**THEIRS, "params": [0], "param_names": ["a"]}]}
-
-
-def in_8_bits() -> dict[str, Any]:
-    entries = {"step": 1, "exp_avg_codes": torch.zeros(3), "exp_avg_scale": torch.zeros(1)}
-    return {"state": {"a": entries}, "param_groups": [{**THEIRS, "params": ["a"]}]}
+GROUP_OF_ONE = {**THEIRS, "params": [0], "param_names": ["a"]}
+IN_8_BITS = {"step": 1, "exp_avg_codes": torch.zeros(3), "exp_avg_scale": torch.zeros(1)}
 
 
 @pytest.mark.parametrize(
-    "make, why",
+    ("make", "why"),
     [
-        (of_sgd, "hyperparameters of AdamW, got a group without betas"),
-        (of_adam, "got Adam's"),
-        (of_adamax, "expected AdamW's .* got none of exp_avg_sq and exp_inf besides"),
-        (maximizing, "maximize"),
-        (before_it_was_consolidated, "consolidated"),
-        (in_8_bits, "got none of exp_avg, exp_avg_sq and exp_avg_codes"),
+        (lambda: stepped(torch.optim.SGD, lr=0.1, momentum=0.9), "of AdamW, got a group without betas"),
+        (lambda: stepped(torch.optim.Adam), "got Adam's"),
+        (lambda: stepped(torch.optim.Adamax, lr=0.1), "expected AdamW's .* got none of exp_avg_sq and exp_inf besides"),
+        (lambda: stepped(maximize=True), "maximize"),
+        # Before it was consolidated, as fairscale's and torch's would be, if they did not refuse to give it.
+        (lambda: {"state": {0: {}, 1: {}}, "param_groups": [GROUP_OF_ONE]}, "consolidated"),
+        (
+            lambda: {"state": {"a": IN_8_BITS}, "param_groups": [{**THEIRS, "params": ["a"]}]},
+            "got none of exp_avg, exp",
+        ),
         (dict, "got something else"),
     ],
 )
 def test_state_that_is_no_adamws_is_refused(make: Any, why: str) -> None:
+    made = make()
     with pytest.raises(ValueError, match=why):
-        from_torch(make())
+        from_torch(made if isinstance(made, dict) else made[1].state_dict())
 
 
-@pytest.mark.parametrize("contents", [{"a": 1}, {"one": of_adamax, "two": of_adamax}])
-def test_a_file_without_one_optimizer_is_refused(contents: dict[str, Any], tmp_path: Path) -> None:
-    torch.save({key: value() if callable(value) else value for key, value in contents.items()}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"one optimizer's state dict, got (none|those at one, two)"):
-        read_state(tmp_path / "x.pt", Source.TORCH)
+def test_a_file_without_one_optimizer_is_refused(tmp_path: Path) -> None:
+    adamax = stepped(torch.optim.Adamax, lr=0.1)[1].state_dict()
+    for contents, found in (({"a": 1}, "none"), ({"one": adamax, "two": dict(adamax)}, "those at one, two")):
+        torch.save(contents, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=rf"one optimizer's state dict, got {found}"):
+            read_state(tmp_path / "x.pt", Source.TORCH)
 
 
 def test_shapes_that_disagree_are_named() -> None:
-    model = build_model()
-    optimizer = AdamW(model.named_parameters(), **THEIRS)
-    trained(optimizer, model)
-    state_dict = optimizer.state_dict()
+    state_dict = stepped()[1].state_dict()
     state_dict["state"][1]["exp_avg_sq"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"state of 0\.bias, exp_avg_sq: expected shape \[12\], got \[3\]"):
         from_torch(state_dict)
@@ -982,7 +891,7 @@ def test_a_torch_checkpoint_folder_has_all_its_elements_in_its_files(tmp_path: P
 
 def test_a_torch_checkpoint_folder_that_carries_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    dcp_save({"x": torch.ones(3), "y": Runs(marker)}, checkpoint_id=tmp_path / "x", no_dist=True)
+    dcp_save({"x": torch.ones(3), "y": Calls(os.system, f"touch {marker}")}, checkpoint_id=tmp_path / "x", no_dist=True)
     with pytest.raises(ValueError, match="system, which is no data"):
         read_state(tmp_path / "x", Source.TORCH)
     metadata = tmp_path / "x" / ".metadata"

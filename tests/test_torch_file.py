@@ -21,18 +21,9 @@ from torch import Tensor, nn
 
 from sharded_dadamw.checkpoint.pickles import Placeholder, load_torch
 from sharded_dadamw.interchange import Source, read_state
+from tests.harm import Calls, archive, nested
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
-
-
-class Calls:
-    """Pickles as a call of a function."""
-
-    def __init__(self, function: Callable[..., Any], *args: object) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
-        return self.call
 
 
 class Bag(dict[str, int]):
@@ -40,13 +31,7 @@ class Bag(dict[str, int]):
 
 
 def load(pickled: bytes) -> Any:
-    """Read a file of `torch.save` with this pickle in it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("x/data.pkl", pickled)
-        archive.writestr("x/byteorder", sys.byteorder)
-        archive.writestr("x/version", "3")
-    return load_torch(file)
+    return load_torch(archive(pickled))
 
 
 def trap(marker: Path) -> str:
@@ -267,10 +252,7 @@ def test_a_file_that_is_larger_inside_is_refused(tmp_path: Path) -> None:
 
 def test_what_stands_in_itself_many_times_takes_no_time(tmp_path: Path) -> None:
     """Following every way down would take 2 ** 60 steps, and a message with all of it as much memory."""
-    dicts: Any = {"x": 1}
-    lists: Any = [1]
-    for _ in range(60):
-        dicts, lists = {"a": dicts, "b": dicts}, [lists, lists]
+    dicts, lists, tuples = (nested(pair) for pair in (lambda x: {"a": x, "b": x}, lambda x: [x, x], lambda x: (x, x)))
     dicts["itself"] = dicts
     torch.save(dicts, tmp_path / "dicts.pt")
     with pytest.raises(ValueError, match="one optimizer's state dict, got none"):
@@ -283,9 +265,6 @@ def test_what_stands_in_itself_many_times_takes_no_time(tmp_path: Path) -> None:
         torch.save({"state": {0: entries}, "param_groups": [group]}, tmp_path / "x.pt")
         with pytest.raises(ValueError, match=r"state of a.*expected a"):
             read_state(tmp_path / "x.pt", Source.TORCH)
-    tuples: Any = 1
-    for _ in range(60):
-        tuples = (tuples, tuples)
     for spoilt in group:
         for never_ends in (lists, [tuples], tuples):
             torch.save({"state": {}, "param_groups": [{**group, spoilt: never_ends}]}, tmp_path / "x.pt")
