@@ -70,7 +70,7 @@ MUTATIONS = {
         ("index * mesh.size(axis) + coordinate[axis]", "coordinate[axis]", "placement precision layouts"),
     ],
     "comm/dtensors.py": [
-        ("grad.placements != placements", "False", "placement dtensor layouts"),
+        ("grad.placements != placements", "False", "placement layouts"),
     ],
     "comm/collectives.py": [
         ("wire_dtype.itemsize >= dtype.itemsize", "wire_dtype.itemsize > dtype.itemsize", "collectives"),

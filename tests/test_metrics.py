@@ -9,21 +9,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.comm.messages import GlooVerbs
-from tests import pool
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
 from tests.layouts import (
     Control,
     Model,
@@ -117,24 +113,30 @@ def metrics_of_steps(group: Any, kind: str, parameters: str, clip: float | None,
         assign(params, per_rank[rank])
         norm = math.nan if clip is None else float(optimizer.clip_grad_norm_(clip))
         optimizer.step()
+        if group is None:
+            for name, gradient in per_rank[0].items():
+                assert torch.equal(params[name].grad, gradient), f"{name}.grad was rewritten"  # type: ignore[arg-type]
         mean = {name: mean_in_rank_order([local[name] for local in per_rank]) for name in per_rank[0]}
         happened.append((numbers(optimizer.metrics()), norm, mean if rank == 0 else None))
         optimizer.zero_grad()
     return happened
 
 
-IN_FP32 = ["odd sizes", "tiny", "several groups", "frozen", "large"]
-WITH_MAIN_PARAMETERS = ["non-contiguous", "mixed dtypes", "bf16"]
-"""Without them, bf16 rounds by more than any tolerance."""
-
-
 @pytest.mark.parametrize(
     ("layout", "parameters", "clip", "alternating"),
     [
-        *(("unsharded", name, None, False) for name in IN_FP32 if name != "large"),  # the control takes its time
-        *(("unsharded", name, 0.3, True) for name in IN_FP32),
-        *((n, name, 0.3, True) for n, name in zip(cycle([3, 2, 4]), IN_FP32 + WITH_MAIN_PARAMETERS)),
-        *((n, name, None, False) for n, name in zip(cycle([2, 3, 1, 4]), WITH_MAIN_PARAMETERS + IN_FP32[:2])),
+        ("unsharded", "tiny", None, False),
+        ("unsharded", "odd sizes", 0.3, True),
+        ("unsharded", "frozen", 0.3, True),
+        ("unsharded", "large", 0.3, True),
+        (3, "odd sizes", 0.3, True),
+        (2, "several groups", 0.3, True),
+        (4, "tiny", None, False),
+        (2, "large", 0.3, True),
+        (2, "non-contiguous", 0.3, True),
+        # With main parameters: bf16 alone rounds by more than any tolerance.
+        (3, "mixed dtypes", 0.3, True),
+        (4, "bf16", 0.3, True),
     ],
 )
 def test_metrics_are_those_of_the_law(layout: Any, parameters: str, clip: float | None, alternating: bool) -> None:
@@ -156,37 +158,22 @@ def test_metrics_are_those_of_the_law(layout: Any, parameters: str, clip: float 
 
 
 @both
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-def test_the_update_norm_is_that_of_what_the_step_took_off_the_parameter(kind: str, amsgrad: bool) -> None:
-    """Measured on the parameter itself. lr is large, so that rounding the parameter does not drown the update."""
-    params, optimizer, _ = small(kind, amsgrad=amsgrad)
+def test_the_update_norm_is_that_of_what_the_step_took_off_the_parameter(kind: str) -> None:
+    """Measured on the parameter itself. lr is large, so that rounding the parameter does not drown the update.
+
+    A large gradient, and then small ones: amsgrad's maximum keeps updates small.
+    """
+    params, optimizer, _ = small(kind, amsgrad=True)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 0.5
-    for step in range(3):
+    for step in range(4):
         before = {name: p.detach().double() for name, p in params.items()}
-        assign(params, drawn(params, step))
+        assign(params, {name: g * (1.0 if step == 0 else 0.01) for name, g in drawn(params, 0).items()})
         optimizer.step()
         metrics = numbers(optimizer.metrics())
         for name, p in params.items():
             taken = torch.linalg.vector_norm(before[name] - p.detach().double()).item()
             assert metrics[f"l2_norm/update/{name}"] == pytest.approx(taken, rel=1e-6)
-
-
-@both
-def test_amsgrads_maximum_is_in_the_update_norm(kind: str) -> None:
-    """A large gradient, then small ones: the maximum keeps updates small."""
-    params, optimizer, control = small(kind, amsgrad=True)
-    plain_params, plain, _ = small(kind)
-    for step in range(4):
-        gradients = {name: g * (1.0 if step == 0 else 0.01) for name, g in drawn(params, 0).items()}
-        assign(params, gradients)
-        assign(plain_params, gradients)
-        optimizer.step()
-        plain.step()
-        metrics = numbers(optimizer.metrics())
-        assert_close(metrics, control.step(gradients), f"step {step}")
-    key = "l2_norm/update/weight"
-    assert abs(metrics[key] / numbers(plain.metrics())[key] - 1) > 1e-3
 
 
 @both
@@ -215,19 +202,7 @@ def test_metrics_describe_the_step_whatever_has_changed_in_the_groups_since(kind
 
 
 @both
-def test_a_second_call_says_the_same(kind: str) -> None:
-    params, optimizer, _ = small(kind)
-    assign(params, drawn(params, 0))
-    optimizer.step()
-    first = numbers(optimizer.metrics())
-    assert list(numbers(optimizer.metrics()).items()) == list(first.items())
-    assign(params, drawn(params, 1))
-    optimizer.step()
-    assert numbers(optimizer.metrics()) != first
-
-
-@both
-def test_asking_for_metrics_changes_no_bit_of_training(kind: str) -> None:
+def test_asking_for_metrics_says_the_same_each_time_and_changes_no_bit_of_training(kind: str) -> None:
     asked_params, asked, _ = small(kind, amsgrad=True)
     params, optimizer, _ = small(kind, amsgrad=True)
     for step in range(3):
@@ -235,8 +210,9 @@ def test_asking_for_metrics_changes_no_bit_of_training(kind: str) -> None:
             assign(each, drawn(each, step))
             of_each.step()
             if of_each is asked:
-                asked.metrics()
+                first = numbers(asked.metrics())
                 asked.report_per_parameter_metrics(each["bias"], "bias", {})
+                assert list(numbers(asked.metrics()).items()) == list(first.items())
             of_each.zero_grad()
     assert all(torch.equal(p, asked_params[name]) for name, p in params.items())
 
@@ -251,21 +227,6 @@ def test_before_the_first_step_there_are_the_parameters_and_nothing_else(kind: s
     assign(params, drawn(params, 0))
     optimizer.step()
     assert list(optimizer.metrics()) == list(metrics)
-
-
-@both
-def test_a_parameter_without_a_gradient_has_gradient_and_update_zero_and_keeps_its_moment(kind: str) -> None:
-    params, optimizer, _ = small(kind)
-    assign(params, drawn(params, 0))
-    optimizer.step()
-    before = numbers(optimizer.metrics())
-    assign(params, drawn(params, 1, without=["bias"]))
-    optimizer.step()
-    after = numbers(optimizer.metrics())
-    assert after["l2_norm/update/bias"] == after["l2_norm/grad/bias"] == 0.0
-    for key in ("l2_norm/moment/bias", "l2_norm/param/bias"):
-        assert after[key] == pytest.approx(before[key], rel=1e-6)
-    assert after["l2_norm/update/weight"] > 0
 
 
 @both
@@ -302,18 +263,6 @@ def test_a_group_added_later_is_reported_too(kind: str) -> None:
     assert list(metrics)[-4:-1] == [f"effective_decay/group_{index}" for index in range(3)]
 
 
-def test_a_closure_may_be_what_computes_the_gradients() -> None:
-    params, optimizer, control = small("unsharded")
-    gradients = drawn(params, 0)
-
-    def closure() -> float:
-        assign(params, gradients)
-        return 1.0
-
-    optimizer.step(closure)
-    assert_close(numbers(optimizer.metrics()), control.step(gradients), "with a closure")
-
-
 def test_a_copy_of_an_optimizer_has_metrics_of_its_own() -> None:
     params, optimizer, control = small("unsharded")
     model = nn.ParameterDict(params)
@@ -332,52 +281,13 @@ def test_a_copy_of_an_optimizer_has_metrics_of_its_own() -> None:
 # --- many elements ---
 
 
-def test_norms_of_twenty_million_elements_are_right_to_one_in_a_million() -> None:
+def test_the_norm_of_twenty_million_elements_is_right_to_one_in_a_million() -> None:
     """A running sum in fp32 would stop growing; the end, which fills no block, holds a large part of the norm."""
-    draw = torch.Generator().manual_seed(0)
-    numel = 20_000_003
-    param = nn.Parameter(torch.randn(numel, generator=draw))
-    param.grad = torch.rand(numel, generator=draw).square_()
-    for tensor in (param.detach(), param.grad):
-        tensor[-5:] = 1500.0
-    before = param.detach().clone()
-    optimizer = DecoupledAdamW([("p", param)], lr=1e-2)
-
-    def norm(tensor: Tensor, other: Tensor | None = None) -> float:
-        chunks = zip(tensor.split(1 << 20), (tensor if other is None else other).split(1 << 20), strict=True)
-        wide = (a.double() if other is None else a.double() - b.double() for a, b in chunks)
-        return root_sum_square(torch.linalg.vector_norm(chunk).item() for chunk in wide)
-
-    of_gradient = norm(param.grad)
-    assert optimizer.clip_grad_norm_(1e9).item() == pytest.approx(of_gradient, rel=1e-6)
-    optimizer.step()
-    metrics = numbers(optimizer.metrics())
-    assert metrics["l2_norm/grad/p"] == pytest.approx(of_gradient, rel=1e-6)
-    assert metrics["l2_norm/param/p"] == pytest.approx(norm(param.detach()), rel=1e-6)
-    assert metrics["l2_norm/moment/p"] == pytest.approx(norm(optimizer.state[param]["exp_avg"]), rel=1e-6)
-    # But for the five, whose step is below their rounding.
-    update = math.sqrt(metrics["l2_norm/update/p"] ** 2 - 5 * (1e-2 + 1500e-5) ** 2)
-    assert update == pytest.approx(norm(before[:-5], param.detach()[:-5]), rel=1e-6)
-
-
-@both
-def test_parameters_in_fp64_which_torchs_own_kernel_updates_have_the_same_norms(kind: str) -> None:
-    params, optimizer, control = small(kind, amsgrad=True)
-    first, *rest = ((name, nn.Parameter(p.detach().double())) for name, p in params.items())
-    wide = dict([first, *rest])
-    groups: Groups = [{"params": [first], "lr": 1e-2}, {"params": rest, "weight_decay": 7e-4}]
-    in_fp64 = build(kind, groups, amsgrad=True)
-    for step in range(3):
-        gradients = drawn(params, step)
-        assign(params, gradients)
-        assign(wide, {name: g.double() for name, g in gradients.items()})
-        for each in (optimizer, in_fp64):
-            each.clip_grad_norm_(0.1)
-            each.step()
-        assert_close(numbers(in_fp64.metrics()), numbers(optimizer.metrics()), f"step {step}")
-        assert_close(numbers(in_fp64.metrics()), control.step(gradients, 0.1), f"step {step}")
-        for each in (optimizer, in_fp64):
-            each.zero_grad()
+    param = nn.Parameter(torch.zeros(20_000_003))
+    param.grad = torch.rand(param.shape, generator=torch.Generator().manual_seed(0)).square_()
+    param.grad[-5:] = 1500.0
+    expected = root_sum_square(torch.linalg.vector_norm(part.double()).item() for part in param.grad.split(1 << 20))
+    assert DecoupledAdamW([param]).clip_grad_norm_(1e9).item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- steps that a loss scaler skips ---
@@ -398,9 +308,8 @@ def skip_one_step(group: Any) -> list[dict[str, float]]:
     return seen
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_skipped_step_is_counted_and_has_an_update_of_zero(num_ranks: int) -> None:
-    for first, skipped, last in on_ranks(num_ranks, skip_one_step):
+def test_a_skipped_step_is_counted_and_has_an_update_of_zero() -> None:
+    for first, skipped, last in on_ranks(2, skip_one_step):
         assert [metrics["skipped_steps"] for metrics in (first, skipped, last)] == [0, 1, 1]
         for key, value in skipped.items():
             if "/update/" in key:
@@ -416,7 +325,7 @@ def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, f
     seen: list[list[dict[str, float]]] = [[], []]
     for which in (0, 1):
         params = named(make_groups("several groups", seed=0))
-        optimizer = build("sharded", make_like(params), group)
+        optimizer = build("sharded", params.items(), group)
         for step in range(4):
             if which == 1 and step == 1:
                 continue
@@ -437,11 +346,6 @@ def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, f
                 seen[which].append(numbers(optimizer.metrics()))
             optimizer.zero_grad()
     return seen[0], seen[1]
-
-
-def make_like(params: Params) -> Groups:
-    """All parameters in one group."""
-    return [{"params": list(params.items())}]
 
 
 def test_under_a_loss_scaler_metrics_are_those_of_unscaled_gradients() -> None:
@@ -477,8 +381,7 @@ def keys_with_unused_parameters(group: Any, kind: str) -> tuple[list[str], list[
     return keys[0], keys[1], names
 
 
-@pytest.mark.parametrize("kind", ["sharded", "FSDP2"])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(("num_ranks", "kind"), [(3, "sharded"), (2, "FSDP2")])
 def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(num_ranks: int, kind: str) -> None:
     first, *others = on_ranks(num_ranks, keys_with_unused_parameters, kind)
     assert all(other == first for other in others)
@@ -515,48 +418,21 @@ def test_what_only_some_ranks_report_is_reduced_over_those() -> None:
 # --- collectives ---
 
 
-VERBS = [
-    verb
-    for verb in (
-        *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "gather"),
-        *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all", "all_to_all_single"),
-        *("scatter", "isend", "irecv", "send", "recv", "batch_isend_irecv", "barrier", "all_gather_object"),
-        *("gather_object", "broadcast_object_list", "scatter_object_list"),
-    )
-    if hasattr(dist, verb)
-]
-
-
 @contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """What is called of torch.distributed in here, but in the optimizer's own all-reduces, which count as one each."""
+def counted(group: Any) -> Iterator[Counter[str]]:
+    """The collectives that are started on a group of simulated ranks in here."""
     calls: Counter[str] = Counter()
-    originals = {verb: getattr(dist, verb) for verb in VERBS}
-    all_reduce_ = GlooVerbs.all_reduce_
+    post = group._post
 
-    def counting_one(self: GlooVerbs, tensor: Tensor, op: Any) -> None:
-        before = calls.copy()
-        all_reduce_(self, tensor, op)
-        calls.clear()
-        calls.update(before)
-        calls["all_reduce"] += 1
+    def counting(what: str, *args: Any, **kwargs: Any) -> Any:
+        calls[what.split(" ")[0]] += 1
+        return post(what, *args, **kwargs)
 
-    def counting(verb: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[verb] += 1
-            return originals[verb](*args, **kwargs)
-
-        return call
-
-    for verb in VERBS:
-        setattr(dist, verb, counting(verb))
-    GlooVerbs.all_reduce_ = counting_one  # type: ignore[method-assign]
+    group._post = counting
     try:
         yield calls
     finally:
-        for verb, original in originals.items():
-            setattr(dist, verb, original)
-        GlooVerbs.all_reduce_ = all_reduce_  # type: ignore[method-assign]
+        del group._post
 
 
 def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[str, int]]]:
@@ -570,7 +446,7 @@ def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[st
     happened: dict[str, list[dict[str, int]]] = {}
 
     def count(what: str, call: Callable[[], Any]) -> None:
-        with counted() as calls:
+        with counted(group) as calls:
             call()
         happened.setdefault(what, []).append(dict(calls))
 
@@ -592,14 +468,14 @@ def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[st
     return happened
 
 
-ONE = {"all_reduce": 1}
+ONE = {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
 def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layout: str) -> None:
     """The first time, ranks exchange names besides."""
-    asked = pool.on_ranks(2, collectives_of, layout, True)
-    not_asked = pool.on_ranks(2, collectives_of, layout, False)
+    asked = on_ranks(2, collectives_of, layout, True)
+    not_asked = on_ranks(2, collectives_of, layout, False)
     one = {} if layout == "unsharded" else ONE
     for calls, without in zip(asked, not_asked, strict=True):
         assert calls["step"] == without["step"]
@@ -609,11 +485,8 @@ def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layo
         assert calls["metrics"][1:] == [one, one]
         if layout == "sharded":
             assert calls["report"][1:] == [ONE, ONE]
-            # The norm and agreement; and, where that is not through shared memory, the mean from slice to owner.
-            exchange = {key: n for key, n in calls["clip_grad_norm_"][1].items() if key != "all_reduce"}
-            assert calls["clip_grad_norm_"][1:] == [{"all_reduce": 2, **exchange}] * 2
-            assert set(exchange) <= {"isend", "irecv"}
-            assert [step["all_reduce"] for step in calls["step"]] == [1] * 3
+            assert calls["clip_grad_norm_"][1:] == [{"all-reduce": 2}] * 2  # the norm and agreement
+            assert [step["all-reduce"] for step in calls["step"]] == [1] * 3
         else:
             assert calls["report"] == [{}] * 3
             assert calls["step"] == [{}] * 3
@@ -675,41 +548,14 @@ def test_metric_functions_say_what_each_metric_is_and_cannot_be_replaced(kind: s
 # --- clipping ---
 
 
-def test_clipping_is_torchs_clipping_but_leaves_the_gradients_as_they_are() -> None:
-    params, optimizer, _ = small("unsharded")
-    theirs_params, theirs, _ = small("unsharded")
-    for step in range(3):
-        gradients = drawn(params, step)
-        assign(params, gradients)
-        assign(theirs_params, gradients)
-        max_norm = (0.1, 1e9, 0.01)[step]
-        norm = optimizer.clip_grad_norm_(max_norm)
-        expected = torch.nn.utils.clip_grad_norm_(theirs_params.values(), max_norm)
-        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
-        optimizer.step()
-        theirs.step()
-        for name, p in params.items():
-            assert torch.equal(p.grad, gradients[name]), f"{name}.grad was rewritten"  # type: ignore[arg-type]
-            # The clipped gradient is rounded once, and not twice.
-            torch.testing.assert_close(p, theirs_params[name], rtol=1e-6, atol=1e-7)
-            for key in ("exp_avg", "exp_avg_sq"):
-                ours_state, theirs_state = optimizer.state[p][key], theirs.state[theirs_params[name]][key]
-                atol = 1e-6 * theirs_state.abs().max().item()
-                torch.testing.assert_close(ours_state, theirs_state, rtol=1e-6, atol=atol)
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=["2", "inf"])
 @both
-def test_the_norm_is_over_all_parameters_and_the_metrics_are_of_the_clipped_gradient(
-    kind: str, norm_type: float
-) -> None:
+def test_the_norm_may_be_the_largest_element_of_all_parameters(kind: str) -> None:
     params, optimizer, control = small(kind)
     gradients = drawn(params, 0)
     assign(params, gradients)
-    norm = optimizer.clip_grad_norm_(0.01, norm_type=norm_type)
+    norm = optimizer.clip_grad_norm_(0.01, norm_type=math.inf)
     optimizer.step()
-    expected = control.step(gradients, 0.01, norm_type)
+    expected = control.step(gradients, 0.01, math.inf)
     assert norm.dtype == F32 and norm.shape == ()
     assert norm.item() == pytest.approx(control.norm, rel=1e-6)
     assert_close(numbers(optimizer.metrics()), expected, "clipped")
@@ -726,19 +572,14 @@ def test_a_second_clipping_starts_from_the_first() -> None:
     assert metrics["l2_norm/grad/global"] == pytest.approx(0.2, rel=1e-5)
 
 
-def forget_by_optimizer(optimizer: Any, model: nn.Module) -> None:
-    optimizer.zero_grad()
+FORGET: dict[str, Callable[[Any, nn.Module], None]] = {
+    "optimizer.zero_grad": lambda optimizer, model: optimizer.zero_grad(),
+    "optimizer.zero_grad, in place": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad": lambda optimizer, model: model.zero_grad(),
+}
 
 
-def zero_by_optimizer(optimizer: Any, model: nn.Module) -> None:
-    optimizer.zero_grad(set_to_none=False)
-
-
-def forget_by_model(optimizer: Any, model: nn.Module) -> None:
-    model.zero_grad()
-
-
-@pytest.mark.parametrize("forget", [forget_by_optimizer, zero_by_optimizer, forget_by_model])
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
 @both
 def test_a_clip_goes_with_the_gradients_it_was_made_for(kind: str, forget: Callable[[Any, nn.Module], None]) -> None:
     """Whoever drops the gradients drops the clip: the step after that is as if there had been none."""
@@ -758,18 +599,6 @@ def test_a_clip_goes_with_the_gradients_it_was_made_for(kind: str, forget: Calla
         optimizer.zero_grad()
         plain.zero_grad()
     assert all(torch.equal(p, plain_params[name]) for name, p in params.items())
-
-
-def test_a_clip_is_used_once() -> None:
-    params, optimizer, _ = small("unsharded")
-    assign(params, drawn(params, 0))
-    optimizer.clip_grad_norm_(1e-3)
-    optimizer.step()
-    gradients = drawn(params, 1)
-    assign(params, gradients)  # nobody called zero_grad
-    optimizer.step()
-    norm = root_sum_square(torch.linalg.vector_norm(g.double()).item() for g in gradients.values())
-    assert float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -820,15 +649,6 @@ def test_what_no_gradient_can_be_clipped_by_is_refused(kind: str) -> None:
     optimizer.step()
 
 
-def test_without_any_gradient_the_norm_is_zero_and_the_step_does_nothing() -> None:
-    params, optimizer, _ = small("unsharded")
-    before = {name: p.detach().clone() for name, p in params.items()}
-    assert optimizer.clip_grad_norm_(1.0).item() == 0.0
-    optimizer.step()
-    assert all(torch.equal(p, before[name]) for name, p in params.items())
-    assert float(optimizer.metrics()["l2_norm/update/global"]) == 0.0
-
-
 # --- stages of a pipeline ---
 
 
@@ -839,62 +659,22 @@ def through_protocol(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) ->
     return numbers(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected)))
 
 
-def stage(group: Any, clip: float) -> list[tuple[dict[str, float], float]]:
-    """Each rank has parameters of its own."""
-    draw = torch.Generator().manual_seed(group.rank())
-    shapes = [(13, 5), (7,), (3, 3)][: 2 + group.rank()]
-    params = {f"{group.rank()}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
-    optimizer = DecoupledAdamW(params.items(), **DEFAULTS, norm_group=group)
-    seen = []
-    for step in range(2):
-        assign(params, drawn(params, step, group.rank()))
-        norm = optimizer.clip_grad_norm_(clip)
-        optimizer.step()
-        seen.append((numbers(optimizer.metrics()), float(norm)))
-        reduced = through_protocol(optimizer, params)
-        assert_close(reduced, dict(sorted(of_parameters(seen[-1][0]).items())), f"step {step}")
-        optimizer.zero_grad()
-    return seen
-
-
-def stages_control(clip: float) -> list[tuple[dict[str, float], float]]:
-    pairs, gradients = [], []
-    for rank in (0, 1):
-        draw = torch.Generator().manual_seed(rank)
-        shapes = [(13, 5), (7,), (3, 3)][: 2 + rank]
-        of_rank = {f"{rank}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
-        pairs += list(of_rank.items())
-        gradients.append([drawn(of_rank, step, rank) for step in range(2)])
-    control = Control([{**DEFAULTS, "params": pairs, "initial_lr": DEFAULTS["lr"]}])
-    steps = []
-    for step in range(2):
-        metrics = control.step({**gradients[0][step], **gradients[1][step]}, clip)
-        steps.append((metrics, control.norm))
-    return steps
-
-
-def test_pipeline_stages_add_up_over_the_group_they_are_given() -> None:
-    expected = stages_control(0.2)
-    first, second = on_ranks(2, stage, 0.2)
-    assert [list(metrics.items()) for metrics, _ in first] == [list(metrics.items()) for metrics, _ in second]
-    assert [norm for _, norm in first] == [norm for _, norm in second]
-    for step, (metrics, norm) in enumerate(expected):
-        assert_close(first[step][0], metrics, f"step {step}")
-        assert first[step][1] == pytest.approx(norm, rel=1e-6)
-
-
-def sharded_stage(group: Any, clip: float) -> list[tuple[dict[str, float], float]]:
-    """Two stages, each on two data-parallel ranks over which its state is sharded."""
-    mesh = grid("pipeline", "dp")
-    which = mesh["pipeline"].get_local_rank()
+def parameters_of_stage(which: int) -> Params:
     draw = torch.Generator().manual_seed(which)
     shapes = [(13, 5), (7,), (3, 3)][: 2 + which]
-    params = {f"{which}.{i}": nn.Parameter(torch.randn(s, generator=draw)) for i, s in enumerate(shapes)}
-    optimizer = ShardedDecoupledAdamW(params.items(), **DEFAULTS, process_group=mesh["dp"], norm_group=group)
+    return {f"{which}.{i}": nn.Parameter(torch.randn(shape, generator=draw)) for i, shape in enumerate(shapes)}
+
+
+def stage(group: Any, kind: str) -> list[tuple[dict[str, float], float]]:
+    """Each stage has parameters of its own; sharded, it is on two data-parallel ranks."""
+    mesh = grid("pipeline", "dp") if kind == "sharded" else None
+    which = group.rank() if mesh is None else mesh["pipeline"].get_local_rank()
+    params = parameters_of_stage(which)
+    optimizer = build(kind, params.items(), norm_group=group, **({} if mesh is None else {"process_group": mesh["dp"]}))
     seen = []
     for step in range(2):
-        assign(params, drawn(params, step, which))  # the same on both: their mean is exact
-        norm = optimizer.clip_grad_norm_(clip)
+        assign(params, drawn(params, step, which))  # the same on both data-parallel ranks: their mean is exact
+        norm = optimizer.clip_grad_norm_(0.2)
         optimizer.step()
         seen.append((numbers(optimizer.metrics()), float(norm)))
         reduced = through_protocol(optimizer, params)
@@ -903,13 +683,17 @@ def sharded_stage(group: Any, clip: float) -> list[tuple[dict[str, float], float
     return seen
 
 
-def test_stages_whose_state_is_sharded_add_up_over_all_ranks() -> None:
-    expected = stages_control(0.2)
-    first, *others = on_ranks(4, sharded_stage, 0.2)
+@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
+def test_pipeline_stages_add_up_over_the_group_they_are_given(kind: str, num_ranks: int) -> None:
+    stages = [parameters_of_stage(which) for which in (0, 1)]
+    pairs = [pair for params in stages for pair in params.items()]
+    control = Control([{**DEFAULTS, "params": pairs, "initial_lr": DEFAULTS["lr"]}])
+    first, *others = on_ranks(num_ranks, stage, kind)
     assert all(other == first for other in others)
-    for step, (metrics, norm) in enumerate(expected):
-        assert_close(first[step][0], metrics, f"step {step}")
-        assert first[step][1] == pytest.approx(norm, rel=1e-6)
+    for step, (metrics, norm) in enumerate(first):
+        gradients = [drawn(params, step, which) for which, params in enumerate(stages)]
+        assert_close(metrics, control.step({**gradients[0], **gradients[1]}, 0.2), f"step {step}")
+        assert norm == pytest.approx(control.norm, rel=1e-6)
 
 
 def unnamed_stage(group: Any, kind: str) -> str:
@@ -925,26 +709,6 @@ def unnamed_stage(group: Any, kind: str) -> str:
 def test_beside_norm_group_parameters_need_names(kind: str) -> None:
     for message in on_ranks(2, unnamed_stage, kind):
         assert "named_parameters" in message
-
-
-def remainder_and_main(group: Any) -> list[dict[str, float]]:
-    seen = []
-    for main in (MainParameter.FP32, MainParameter.REMAINDER):
-        params = named(make_groups("bf16", seed=0))
-        config = ShardingConfig(main_parameter=main)
-        optimizer = ShardedDecoupledAdamW(params.items(), **DEFAULTS, process_group=group, config=config)
-        for step in range(2):
-            assign(params, drawn(params, step, group.rank()))
-            optimizer.step()
-            seen.append(numbers(optimizer.metrics()))
-            optimizer.zero_grad()
-    return seen
-
-
-def test_a_remainder_reports_as_an_fp32_main_parameter_does() -> None:
-    for seen in on_ranks(2, remainder_and_main):
-        for step in (0, 1):
-            assert_close(seen[2 + step], seen[step], f"step {step}")
 
 
 def ask_on_rank_0_alone(group: Any, layout: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -966,7 +730,7 @@ def ask_on_rank_0_alone(group: Any, layout: str) -> list[tuple[dict[str, Tensor]
                 of_twin.append(optimizer.metrics())
             optimizer.zero_grad()
             if in_step and group.rank() == 0:
-                with counted() as calls:
+                with counted(group) as calls:
                     asked.append((optimizer.metrics(), of_twin[step]))
                 assert not calls
     return asked
