@@ -36,7 +36,7 @@ BETA1, BETA2, EPS = 0.9, 0.6, 1e-8
 MAX_NORM = 0.5
 NUM_STEPS = 6
 KINDS = ("grad", "moment", "param", "update")
-LAYOUTS = ("plain", "fsdp1", "fsdp1 no_shard", "fsdp2")  # and "fsdp1 flat", whose parameters are other ones
+LAYOUTS = ("plain", "fsdp1", "fsdp2")  # and "fsdp1 flat", whose parameters are other ones
 OURS = [*(f"decoupled {layout}" for layout in LAYOUTS), "sharded plain"]
 RANKS = (1, 2)
 
@@ -188,29 +188,14 @@ def test_the_gradients_that_are_logged_are_clipped(results: Results, name: str) 
         assert norms == pytest.approx([MAX_NORM] * NUM_STEPS, rel=1e-5)
 
 
-def assert_equal_from(step: int, part: dict[str, Any], whole: dict[str, Any]) -> None:
-    """That a run which began at a step, or ended early, logged what the whole run did."""
-    steps = slice(step, step + len(part["losses"]))
-    assert part["losses"] == whole["losses"][steps]
-    assert part["norms"] == {key: values[steps] for key, values in whole["norms"].items()}
-
-
 @pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("layout", [*LAYOUTS, "fsdp1 flat"])
-def test_training_that_is_saved_and_resumed_goes_on_bit_for_bit(results: Results, layout: str, num_ranks: int) -> None:
+@pytest.mark.parametrize("name", [*OURS, "decoupled fsdp1 flat"])
+def test_training_that_is_saved_and_resumed_goes_on_bit_for_bit(results: Results, name: str, num_ranks: int) -> None:
+    """On two ranks the whole run was saved ahead of its first step too, for which torch steps with zeros at lr 0."""
     for rank in results[num_ranks]:
-        run = rank[f"decoupled {layout}"]
-        assert_equal_from(NUM_STEPS // 2, run["second half"], run["whole"])
-        assert_equal_from(0, run["first half"], run["whole"])
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("layout", [*LAYOUTS, "fsdp1 flat"])
-def test_saving_before_the_first_step_changes_nothing(results: Results, layout: str, num_ranks: int) -> None:
-    """torch makes up state for the checkpoint with a step of its own, of zero gradients at lr 0."""
-    for rank in results[num_ranks]:
-        run = rank[f"decoupled {layout}"]
-        assert_equal_from(0, run["saved first"], run["whole"])
+        part, whole = rank[name]["second half"], rank[name]["whole"]
+        assert part["losses"] == whole["losses"][NUM_STEPS // 2 :]
+        assert part["norms"] == {key: values[NUM_STEPS // 2 :] for key, values in whole["norms"].items()}
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
@@ -222,20 +207,3 @@ def test_a_checkpoint_of_composers_own_optimizer_goes_on_with_ours(results: Resu
     for key, values in theirs["norms"].items():
         if "/update/" not in key:
             assert ours["norms"][key] == pytest.approx(values[half:], rel=1e-5), key
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_weights_saved_under_the_sharded_optimizer_are_those_of_the_unsharded_one(
-    results: Results, num_ranks: int
-) -> None:
-    sharded, unsharded = (results[num_ranks][0][f"{kind} plain"]["from weights"] for kind in ("sharded", "decoupled"))
-    assert sharded["losses"] == pytest.approx(unsharded["losses"], rel=1e-6)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_the_sharded_optimizer_is_saved_and_resumed_bit_for_bit(results: Results, num_ranks: int) -> None:
-    for rank in results[num_ranks]:
-        run = rank["sharded plain"]
-        assert "error" not in run, run["error"]
-        assert_equal_from(NUM_STEPS // 2, run["second half"], run["whole"])
-        assert_equal_from(0, run["saved first"], run["whole"])

@@ -33,9 +33,9 @@ STACKS = {
     "olmo_core_fsdp2": "olmo_core",
 }
 """Examples, and what each needs."""
-AGAIN_ON_TWO = ("transformers_trainer", "lightning_trainer", "torchtitan_fsdp2")
-"""Those that also resume on as many ranks, of three kinds of checkpoints."""
-UNDER_DDP = ("transformers_trainer", "accelerate_loop", "lightning_trainer")
+AGAIN_ON_TWO = ("transformers_trainer", "torchtitan_fsdp2")
+"""Those that also resume on as many ranks, of whole state dicts and of a folder of shards."""
+UNDER_DDP = ("transformers_trainer", "lightning_trainer")
 
 
 def run(example: str, folder: Path, ranks: int, *options: str) -> Any:
