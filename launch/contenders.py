@@ -67,6 +67,11 @@ class Contender:
     def synchronize(self) -> None:
         """Wait for what the last step left under way."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of all ranks' parameters and state; an error where replicas differ. Ours alone have one."""
+        made: dict[str, Any] = self.optimizer.fingerprint(dist.group.WORLD).as_dict()
+        return made
+
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank, step counters aside."""

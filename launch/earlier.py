@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 # What an earlier run says nothing about.
 OF_THIS_START = frozenset(("ranks", "max_restarts", "run_dir", "resume"))
 CHECKPOINTS = frozenset(("checkpoint", "checkpoint_every", "keep_last", "background"))
-SHOWN = frozenset(("log_every", "sample_bytes", "plot"))
+SHOWN = frozenset(("log_every", "fingerprint_every", "sample_bytes", "plot"))
 # What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
 # The text may have moved, and is compared by its digest.
 FREE = OF_THIS_START | CHECKPOINTS | SHOWN | {"data", "micro_batches", "bucket_cap_mb"}

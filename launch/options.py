@@ -110,6 +110,10 @@ class Settings:
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the batches and the sample.")] = 0
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 1
+    fingerprint_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps between fingerprints in metrics.jsonl, which also compare replicas; 0: none."),
+    ] = 0
     sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the closing sample.")] = 400
     run_dir: Annotated[Path | None, typer.Option(help="Folder to write. [default: runs/DATE-TIME-OPTIMIZER]")] = None
     plot: Annotated[bool, typer.Option(help="Write loss.png.")] = True
@@ -146,6 +150,8 @@ class Settings:
             )
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib; run, in the checkout: pip install -e '.[launch]', or --no-plot")
+        if self.fingerprint_every and self.optimizer not in (Choice.SHARDED, Choice.DECOUPLED):
+            raise ValueError(f"--fingerprint-every needs --optimizer sharded or decoupled, got {self.optimizer}")
         if self.resume and not self.can_resume:
             raise ValueError(
                 f"--optimizer {self.optimizer} cannot resume, since no rank can save its part of the state without "

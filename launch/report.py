@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,6 +37,7 @@ class StepRecord:
     seconds: float
     forward_backward: float
     parts: StepParts
+    fingerprint: dict[str, Any] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,8 +118,10 @@ class Report:
         self.losses[record.step] = record.loss
         if self.folder is None:
             return
-        if log:
+        if log or record.fingerprint is not None:
             line = {name: value for name, value in asdict(record).items() if name not in ("seconds", "parts", "tokens")}
+            if record.fingerprint is None:
+                del line["fingerprint"]
             line["tokens_per_s"] = record.tokens_per_s
             line["seconds"] = {"step": record.seconds, "forward_backward": line.pop("forward_backward")}
             line["seconds"] |= asdict(record.parts)

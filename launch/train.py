@@ -232,6 +232,7 @@ class Training:
         after_step = self.now()
         contender.zero_grad()
         ended = self.now()
+        every = settings.fingerprint_every
         return StepRecord(
             step=step,
             loss=self.mean_over_ranks(loss),
@@ -241,6 +242,7 @@ class Training:
             seconds=ended - started,
             forward_backward=after_backward - started,
             parts=contender.parts(after_step - after_backward),
+            fingerprint=contender.fingerprint() if every and (step + 1) % every == 0 else None,
         )
 
     def now(self) -> float:

@@ -54,6 +54,15 @@ MUTATIONS = {
         ("min(first_tile + _CLAIM, call.tiles)", "min(first_tile + 1, call.tiles)", "kernels"),
         ("uint32(_canonical(value) + uint32(0x8000))", "_canonical(value)", "kernels"),
     ],
+    "kernels/fingerprint.py": [
+        ("mul_(rows.stride - rows.length)", "mul_(rows.stride)", "fingerprint"),
+    ],
+    "kernels/numba_fingerprint.py": [
+        ("+ within + 1 - at)", "+ within + 1)", "fingerprint"),
+    ],
+    "layout/indices.py": [
+        ("base + number * stride, first", "base, first", "fingerprint"),
+    ],
     "layout/boxes.py": [
         ("(first + 1) * row)", "(first + 2) * row)", "resharding"),
     ],
@@ -177,6 +186,10 @@ MUTATIONS = {
         ("matched = [(piece.live, bucket.main_of_weight(slot))]", "matched = []", "state_dict resharding"),
         ("(piece.shape, piece.start, stop)", "(piece.shape, saved_start, saved_stop)", "contract"),
     ],
+    "state/fingerprint.py": [
+        ("cell[1] += word * (1 - len(holders) * is_first)", "pass", "fingerprint"),
+        ("cell[0] += word * is_first", "cell[0] += word", "fingerprint"),
+    ],
     "state/fragment_tensor.py": [
         ("if func is Tensor.copy_ and not takes(own.dtype, args[1]):", "if False:", "resharding state_dict"),
         ("first + offset for first, offset", "offset for first, offset", "resharding"),
@@ -195,6 +208,7 @@ MUTATIONS = {
         ("if not torch.equal(_part_of", "if False and not torch.equal(_part_of", "checkpoint"),
         ("if not decays or name", "if True or name", "checkpoint"),
         ("join(part, _part_of(saved))", "part.to(live.dtype)", "checkpoint"),
+        ("theirs[key] != ours[key]:", "False:", "fingerprint"),
     ],
     "checkpoint/run.py": [
         ("{step} {rank}", "{step}", "checkpoint"),

@@ -9,7 +9,9 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 
 from sharded_dadamw.comm.calls import enter
@@ -19,6 +21,7 @@ from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
 from sharded_dadamw.norms.global_norm import NormOwners
 from sharded_dadamw.norms.norm_ranks import Held, NormRanks
 from sharded_dadamw.norms.step_report import StepReport, named_values
+from sharded_dadamw.state.fingerprint import Fingerprint, Fingerprints, parts_of
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group, read_groups
 
@@ -76,6 +79,7 @@ class DecoupledOptimizer(Optimizer):
         self._may_warn = True
         self._norms = NormRanks(needs_names=needs_names, in_step=metrics_in_step)
         self._clip = PendingClip()  # never another one: proxies of the optimizer share it
+        self._fingerprints = Fingerprints()  # likewise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; entries it lacks take the constructor's values, and ``initial_lr`` its own lr.
@@ -244,6 +248,31 @@ class DecoupledOptimizer(Optimizer):
         enter("metrics()", "with metrics_in_step=True one rank may call it alone")
         table = self._norms.table(self._held(), self._device)
         return named_values(self._norms.report, self._norm_owners(), table, len(self.param_groups))
+
+    @torch.no_grad()
+    def fingerprint(self, process_group: dist.ProcessGroup | DeviceMesh | None = None) -> Fingerprint:
+        """A 64-bit number of every parameter and of its state, the same in every layout and on any number of ranks.
+
+        Collective: one all-reduce, and an exchange of names the first time. Waits for the device. Call it between a
+        ``step`` and the next one. Ranks that hold the same elements are compared: replicas of whole parameters, rows of
+        a 2-D mesh, HSDP. How a number is formed is in docs/same_run.md.
+
+        Args:
+            process_group: The ranks that are compared, and over which is added up. None: those over which norms are,
+                which ``DecoupledAdamW`` is to be told of where plain parameters are replicated.
+
+        Raises:
+            RuntimeError: Ranks that should hold the same values do not; names rank, parameter and tensor. Everywhere.
+            ValueError: Of a parameter is not known which of its elements lie where: FSDP1's.
+        """
+        enter("fingerprint()")
+        return self._fingerprint(self._norm_ranks() if process_group is None else process_group)
+
+    def _fingerprint(
+        self, ranks: Collectives | dist.ProcessGroup | DeviceMesh, names: Mapping[int, str] | None = None
+    ) -> Fingerprint:
+        """As ``fingerprint``, with other names of parameters, by their ids."""
+        return self._fingerprints.make(parts_of(self._held(), names), ranks, self._device)
 
     @torch.no_grad()
     def report_per_parameter_metrics(

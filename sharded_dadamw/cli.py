@@ -1,4 +1,4 @@
-"""The command `sharded-dadamw`: convert checkpoints, look into ours, and plan a run."""
+"""The command `sharded-dadamw`: convert checkpoints, look into ours and compare them, and plan a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 
+from sharded_dadamw.checkpoint.difference import difference
 from sharded_dadamw.config import (
     Exchange,
     GradientResidency,
@@ -100,6 +101,19 @@ def inspect(
     else:
         _print(contents, Console(highlight=False, markup=False, emoji=False))
     if contents["damage"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="A checkpoint, a folder of them, or a metrics.jsonl.")],
+    other: Annotated[Path, typer.Argument(help="Another one, written on any number of ranks.")],
+) -> None:
+    """Tell at which step and in which tensor two runs first differ, by their fingerprints; exit code 1 if so."""
+    with _errors(code=2):
+        found = difference(one, other)
+    typer.echo("the same" if found is None else found)
+    if found is not None:
         raise typer.Exit(1)
 
 
@@ -210,13 +224,13 @@ def main() -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(code: int = 1) -> Iterator[None]:
     """Print as one sentence, without a traceback, what a user can do something about."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(code) from error
 
 
 def _print(contents: dict[str, Any], console: Console) -> None:

@@ -287,6 +287,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._average()
         return self._held().gradient_norm(agreed.present, norm_type, owners)
 
+    def _fingerprint(self, *arguments: Any) -> Any:
+        self._gatherer.finish()
+        return super()._fingerprint(*arguments)
+
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW
+from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.inspection import inspect
 from tests.harm import Calls
@@ -62,6 +63,17 @@ def files(tmp_path: Path) -> dict[str, Path]:
     dcp_save({"optim": state, "model": model.state_dict()}, checkpoint_id=tmp_path / "folder", no_dist=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, paths["torch.save"])
     return paths
+
+
+def test_diff_says_the_same_or_where_two_runs_part(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    save_checkpoint(tmp_path / "one", step=1, model=model, optimizer=optimizer)
+    with torch.no_grad():
+        model[1].bias[0] += 1
+    save_checkpoint(tmp_path / "two", step=1, model=model, optimizer=optimizer)
+    assert run("diff", tmp_path / "one", tmp_path / "one" / "step_00000001") == "the same"
+    assert run("diff", tmp_path / "one", tmp_path / "two", code=1).startswith("step 1: param of 1.bias is ")
+    assert "expected a checkpoint with a fingerprint" in run("diff", tmp_path / "one", tmp_path / "three", code=2)
 
 
 def test_inspect_tells_what_a_checkpoint_holds(files: dict[str, Path]) -> None:

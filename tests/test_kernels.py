@@ -88,7 +88,7 @@ with_amsgrad_and_some_without = pytest.mark.parametrize(
 """With amsgrad a kernel does all that it does without, and keeps a maximum."""
 
 
-def test_every_kind_has_a_compiled_kernel_on_each_device() -> None:
+def test_every_kind_has_acompiled_kernel_on_each_device() -> None:
     """fp16 on a CPU, where it is hardly trained in, is left to torch."""
     assert [label for label, kind in KINDS.items() if not supported("triton", kind)] == []
     assert [label for label, kind in KINDS.items() if not supported("numba", kind) and F16 not in (kind.param,)] == []
@@ -374,7 +374,7 @@ def test_without_the_compiler_torchs_kernel_runs_and_one_line_says_so(
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    kernels._compiled_kernel.cache_clear()
+    kernels.compiled_kernel.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "sharded_dadamw"):
             for _ in range(3):
@@ -382,7 +382,7 @@ def test_without_the_compiler_torchs_kernel_runs_and_one_line_says_so(
         (record,) = caplog.records
         assert "pip install 'sharded_dadamw[cpu]'" in record.getMessage()
     finally:
-        kernels._compiled_kernel.cache_clear()
+        kernels.compiled_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", [numba_kernel, triton_kernel], ids=["numba", "triton"])

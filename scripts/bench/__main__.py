@@ -3,6 +3,7 @@
 import typer
 
 from scripts.bench.checkpoint import Checkpoint
+from scripts.bench.fingerprint import Fingerprint
 from scripts.bench.gpu import Gpu
 from scripts.bench.harness import command_of
 from scripts.bench.host import Host
@@ -15,7 +16,7 @@ from scripts.bench.planning import Planning
 from scripts.bench.plots import Plots
 from scripts.bench.step import Step
 
-BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Gpu, Plots)
+BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Fingerprint, Gpu, Plots)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for benchmark in BENCHMARKS:

@@ -73,6 +73,11 @@ class Entries:
             return copy.deepcopy(live)
         return torch.empty_like(live) if live.device.type == "cpu" else live.detach().to("cpu")
 
+    def dtype(self, entry: str) -> torch.dtype | None:
+        """Return in what an entry is; None where it is no tensor."""
+        known = self.metadata.state_dict_metadata[entry]
+        return known.properties.dtype if isinstance(known, TensorStorageMetadata) else None
+
     def whole(self, entry: str) -> Tensor | None:
         """Make room for all of an entry in host memory, if it can be in the files; None where it is no tensor."""
         known = self.metadata.state_dict_metadata[entry]

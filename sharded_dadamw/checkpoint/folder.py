@@ -72,6 +72,7 @@ class Manifest:
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
         optimizer: What ``name_of`` calls the optimizer; empty where the manifest does not say.
+        fingerprint: ``Fingerprint.as_dict`` of the optimizer; empty where there is none.
         files: By name, all files but this one.
     """
 
@@ -81,6 +82,7 @@ class Manifest:
     aliases: Sequence[Sequence[str]]
     param_groups: Sequence[Mapping[str, Any]]
     optimizer: str = ""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileSum] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:

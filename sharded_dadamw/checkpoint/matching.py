@@ -21,6 +21,7 @@ from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
+from sharded_dadamw.state.fingerprint import TENSORS, Fingerprint
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
 from sharded_dadamw.update.precision import join, remainder_of
@@ -71,6 +72,40 @@ class Match:
             _require_same_decay(manifest, saved.folder, name_of(optimizer))
             self._match_groups(state["param_groups"])
             self._match_state(state)
+
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        """Return under which name each live weight is stored."""
+        return self._stored
+
+    def wrong(self, loaded: Fingerprint) -> str | None:
+        """Return which tensor is not what was saved, by the fingerprint of what was loaded by its stored names.
+
+        Of each parameter are compared the tensors that both have in one form: what was saved of a main parameter is the
+        weight where there is none now.
+        """
+        if not self._manifest.fingerprint:
+            return None
+        saved = Fingerprint.of_dict(self._manifest.fingerprint)
+        for live, name in self._stored.items():
+            (known, own), weight = self._state_of(live), self._weights[live]
+            theirs, ours = dict(saved.tensors.get(name, {})), loaded.tensors.get(name, {})
+            if "main" in theirs and known.keys() & _OTHER_FORM.keys() != own.keys() & _OTHER_FORM.keys():
+                main = theirs.pop("main")  # of whose other form the last bit may be rounded, as of weights by others
+                if "main" not in ours and weight.dtype is torch.float32:
+                    theirs["param"] = main
+            widened = self._widened(live, known, own)
+            for key in TENSORS:
+                if key in theirs and key in ours and key not in widened and theirs[key] != ours[key]:
+                    return f"{key} of {live}"
+        return None
+
+    def _widened(self, live: str, known: Mapping[str, str], own: Mapping[str, Any]) -> set[str]:
+        """Return the tensors of a parameter that are fp64 now and were not: a fingerprint is of another width."""
+        pairs = [(key, entry, own.get(key)) for key, entry in known.items()]
+        node = self._saved.under("model")[self._stored[live]]
+        wide = [(key, entry) for key, entry, value in [*pairs, ("param", node, self._weights[live])] if _is_fp64(value)]
+        return {key for key, entry in wide if self._saved.dtype(entry) is not torch.float64}
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
@@ -183,6 +218,10 @@ class Match:
                 "since this optimizer keeps none: it goes on from weights that were rounded",
                 stacklevel=2,
             )
+
+
+def _is_fp64(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.float64
 
 
 def _holds_nothing(value: Any) -> bool:

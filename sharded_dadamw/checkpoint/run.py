@@ -12,6 +12,7 @@ import io
 import random
 import sys
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_d
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_only
 
+from sharded_dadamw.base import DecoupledOptimizer
 from sharded_dadamw.checkpoint.pickles import load_torch
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.state.fingerprint import Fingerprint
 
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
@@ -104,6 +108,25 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, A
     if not has_stepped:
         optimizer.state.clear()
     return state, has_stepped
+
+
+def fingerprint_of(
+    model: nn.Module, optimizer: Optimizer, ranks: Collectives, *, called: Mapping[str, str] = MappingProxyType({})
+) -> Fingerprint | None:
+    """Return an optimizer's fingerprint by names of the bare model, or by what they are ``called``. Collective.
+
+    None where it cannot have one: it is none of ours, or FSDP1 has flattened its parameters.
+
+    Raises:
+        RuntimeError: Replicas differ; as ``fingerprint`` of the optimizers.
+    """
+    if not isinstance(optimizer, DecoupledOptimizer):
+        return None
+    names = {id(param): next(iter(_get_fqns(model, name))) for name, param in model.named_parameters()}
+    try:
+        return optimizer._fingerprint(ranks, {key: called.get(name, name) for key, name in names.items()})
+    except ValueError:
+        return None
 
 
 def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:

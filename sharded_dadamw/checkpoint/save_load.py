@@ -138,6 +138,9 @@ def save_checkpoint(
         OSError: It could not be written; on every rank. Earlier checkpoints are as they were, and nothing is left over.
         RuntimeError: It could not be written for another reason; or the save before this one failed in the background
             and nobody had asked: then this one has not begun, and can be called again.
+
+    Warns:
+        UserWarning: Ranks that should hold the same values do not; the checkpoint is written, without a fingerprint.
     """
     global _latest
     enter("save_checkpoint()")
@@ -165,12 +168,24 @@ def save_checkpoint(
     if asynchronous and collectives.num_ranks > 1:
         writing = connect(group_in_background(collectives), torch.device("cpu"), exchange=None)
 
+    try:
+        fingerprint = run.fingerprint_of(model, optimizer, collectives)
+    except RuntimeError as error:  # on every rank
+        warnings.warn(f"the checkpoint of step {step} gets no fingerprint: {error}", stacklevel=2)
+        fingerprint = None
+
     def take() -> tuple[dict[str, Any], Manifest, str]:
         weights, aliases = run.model_state(model)
         its, has_stepped = run.optimizer_state(model, optimizer)
         run.require_plain(weights, its["param_groups"])  # after whatever is collective above
         manifest = Manifest(
-            step, collectives.num_ranks, versions(), aliases, its["param_groups"], run.name_of(optimizer)
+            step,
+            collectives.num_ranks,
+            versions(),
+            aliases,
+            its["param_groups"],
+            run.name_of(optimizer),
+            {} if fingerprint is None else fingerprint.as_dict(),
         )
         state = {
             "model": weights,
@@ -319,7 +334,8 @@ def load_checkpoint(
         What was loaded, or None where ``path`` is empty or not there yet, and nothing has been touched.
 
     Raises:
-        ValueError: A file is damaged: names it, and the checkpoint before it. Or an entry is missing, left over, or of
+        ValueError: A file is damaged: names it, and the checkpoint before it. Or what was loaded has another
+            fingerprint than what was saved: names the tensor. Or an entry is missing, left over, or of
             another shape, or dtype that would be rounded: names it. Or groups have other parameters, or with a
             scheduler come in another order; or weight decay means something else. Model and optimizer are as they were.
         OSError: A rank does not see the folder.
@@ -348,7 +364,7 @@ def load_checkpoint(
     def look() -> tuple[dict[str, Any], dict[str, Any] | None]:
         return get_model_state_dict(model), None if optimizer is None else run.optimizer_state(model, optimizer)[0]
 
-    def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    def read() -> tuple[Match, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
         match = Match(saved, manifest, model, live[0], optimizer, live[1])
         numbers, of_ranks = match.group_numbers, saved.under(run.RANKS)
         if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
@@ -363,7 +379,7 @@ def load_checkpoint(
             raise ValueError(
                 f"scheduler: expected {saved.folder} to hold the state of one, got none; pass scheduler=None"
             )
-        return *match.collect(), ranks
+        return match, *match.collect(), ranks
 
     def take_weights() -> None:
         set_model_state_dict(model, weights)
@@ -373,13 +389,21 @@ def load_checkpoint(
             run.seed_from(own["random"], manifest.step, collectives.rank)
 
     live = on_all_or_none(collectives, look)
-    weights, state, ranks = on_all_or_none(collectives, read)
+    match, weights, state, ranks = on_all_or_none(collectives, read)
     own = ranks[collectives.rank] if collectives.rank < len(ranks) else next(iter(ranks), {})
     # Those that may still refuse come first, and what they hold is small or, by their own promise, left as it was.
     if scheduler is not None:
         _take_schedule(collectives, scheduler, own["scheduler"], saved.folder)
     on_all_or_none(collectives, lambda: None if optimizer is None else _take_state(model, optimizer, state))
     on_all_or_none(collectives, take_weights)
+    loaded = None
+    if optimizer is not None and manifest.fingerprint:
+        loaded = run.fingerprint_of(model, optimizer, collectives, called=match.stored_names)
+    if loaded is not None and (wrong := match.wrong(loaded)) is not None:
+        raise ValueError(
+            f"{wrong}: expected what the fingerprint in {saved.folder} says, got other bits; model and optimizer hold "
+            "what was loaded: load another checkpoint, or report this"
+        )
     data = tuple(rank["data"] for rank in ranks)
     return Resumed(manifest.step, saved.folder, data, collectives.rank, collectives.num_ranks)
 

@@ -30,12 +30,13 @@ def prepare(operands: Sequence[Operands]) -> Update:
 
 def kernel_for(form: Form) -> ModuleType:
     """The module that updates fragments of this form."""
-    compiled = _compiled_kernel(form.device.type)
+    compiled = compiled_kernel(form.device.type)
     return compiled if compiled is not None and compiled.supports(form) else torch_kernel
 
 
 @cache
-def _compiled_kernel(device_type: str) -> ModuleType | None:
+def compiled_kernel(device_type: str) -> ModuleType | None:
+    """The compiled kernel for a device; None where there is none, or what compiles it is missing."""
     if device_type not in _COMPILED:
         return None
     module, package, extra = _COMPILED[device_type]

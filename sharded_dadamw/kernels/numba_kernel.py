@@ -121,7 +121,7 @@ class Update:
             scalars = (hyper.decay, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, factor)
             call = _Call(0, *self._arrays, squares.ctypes.data, is_void, *scalars)
             kernel = _compile(self._form, divide=not is_power_of_two)
-            _run(kernel, call, min(self._max_threads, torch.get_num_threads()))
+            run_on_threads(kernel, call, min(self._max_threads, torch.get_num_threads()))
             norms[self._filled] = np.add.reduceat(squares, self._first_tiles)
         return torch.from_numpy(norms)
 
@@ -151,7 +151,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_openmp)
 
 
-def _run(kernel: Any, call: _Call, num_threads: int) -> None:
+def run_on_threads(kernel: Any, call: ctypes.Structure, num_threads: int) -> None:
     """Run a kernel on so many threads at once, of which this is one; each claims what it does.
 
     On torch's threads, and where they cannot be had on this one alone: they busy-wait for a while after each operation
@@ -165,7 +165,7 @@ def _run(kernel: Any, call: _Call, num_threads: int) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def _load(typing: Any, address: Any, column: Any, storage: Any, index: Any) -> Any:
+def load(typing: Any, address: Any, column: Any, storage: Any, index: Any) -> Any:
     """Element ``index`` of the array at ``address``, as fp32; of an int16 array as uint32, sign included."""
     storage_value = storage.literal_value
     result = types.uint32 if storage_value == _INT16 else types.float32
@@ -232,14 +232,14 @@ def _prefetch_line(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
+def pointer_at(typing: Any, address: Any) -> Any:
     """``address`` as a pointer."""
     pointer = ir.IntType(8).as_pointer()
     return types.voidptr(types.int64), lambda _, builder, __, arguments: builder.inttoptr(arguments[0], pointer)
 
 
 @intrinsic
-def _claim(typing: Any, call: Any, count: Any) -> Any:
+def claim(typing: Any, call: Any, count: Any) -> Any:
     """Add to the first number of a call, atomically; what it was before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -256,7 +256,7 @@ def _float(typing: Any, word: Any) -> Any:
 
 
 @intrinsic
-def _pattern(typing: Any, value: Any) -> Any:
+def pattern_of(typing: Any, value: Any) -> Any:
     """The pattern of an fp32."""
     return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], _WORD)
 
@@ -295,13 +295,13 @@ def _larger(a: Any, b: Any) -> Any:
 @njit(forceinline=True)
 def _canonical(value: Any) -> Any:
     """The pattern of an fp32, in which all nan are one."""
-    return _pattern(value) if value == value else uint32(0x7FC00000)
+    return pattern_of(value) if value == value else uint32(0x7FC00000)
 
 
 @njit(forceinline=True)
-def _join(value: Any, remainder: Any) -> Any:
+def join(value: Any, remainder: Any) -> Any:
     """As ``sharded_dadamw.update.precision.join``."""
-    word = _pattern(value)
+    word = pattern_of(value)
     wraps = uint32(word & uint32(0x7FFFFFFF)) == uint32(0) and remainder >= uint32(0x80000000)
     return _float(uint32(word + (uint32(0) if wraps else remainder)))
 
@@ -360,14 +360,14 @@ def _compile(form: Form, *, divide: bool) -> Any:
 
     def run(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
-        table = carray(_pointer(call.table), (call.fragments, _REACH + 1), np.int64)
-        tile_fragments = carray(_pointer(call.tile_fragments), call.tiles, np.int32)
-        tile_starts = carray(_pointer(call.tile_starts), call.tiles, np.int64)
-        squares = carray(_pointer(call.squares), (call.tiles, 4), np.float64)
+        table = carray(pointer_at(call.table), (call.fragments, _REACH + 1), np.int64)
+        tile_fragments = carray(pointer_at(call.tile_fragments), call.tiles, np.int32)
+        tile_starts = carray(pointer_at(call.tile_starts), call.tiles, np.int64)
+        squares = carray(pointer_at(call.squares), (call.tiles, 4), np.float64)
         decay, beta1, beta2, eps = float32(call.decay), float32(call.beta1), float32(call.beta2), float32(call.eps)
         rest1, rest2, factor = float32(1.0 - call.beta1), float32(1.0 - call.beta2), float32(call.factor)
         step, rate, scale, key0, key1 = -1.0, float32(0.0), float32(0.0), uint32(0), uint32(0)
-        first_tile = _claim(pointer, _CLAIM)
+        first_tile = claim(pointer, _CLAIM)
         while first_tile < call.tiles:
             for tile in range(first_tile, min(first_tile + _CLAIM, call.tiles)):
                 row = table[tile_fragments[tile]]
@@ -378,17 +378,17 @@ def _compile(form: Form, *, divide: bool) -> Any:
                 sum_grad = sum_param = sum_moment = sum_update = float32(0.0)
                 if call.skip:
                     for i in range(start, stop):
-                        grad = _load(grad_at, _GRAD, grad_as, i)
+                        grad = load(grad_at, _GRAD, grad_as, i)
                         grad = grad / factor if divide else grad * factor
-                        value = _load(value_at, value_column, value_as, i)
+                        value = load(value_at, value_column, value_as, i)
                         if main_as == _INT16:
-                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
-                        exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
+                            value = join(value, load(main_at, _MAIN, _INT16, i))
+                        exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
                         sum_grad = _add(sum_grad, grad * grad)
                         sum_param = _add(sum_param, value * value)
                         sum_moment = _add(sum_moment, exp_avg * exp_avg)
                     stop = start
-                new_step = float64(_load(row[_STEP], _STEP, _FP32, 0))
+                new_step = float64(load(row[_STEP], _STEP, _FP32, 0))
                 if new_step != step:
                     step = new_step
                     rate = float32(call.lr / (1.0 - call.beta1**step))
@@ -411,18 +411,18 @@ def _compile(form: Form, *, divide: bool) -> Any:
                     key_high = uint32(uint32(first_element >> 32) * uint32(0xC2B2AE35))
                     next_key_high = uint32(key_high + uint32(0xC2B2AE35))
                     for i in range(block, min(block + _BLOCK, stop)):
-                        grad = _load(grad_at, _GRAD, grad_as, i)
+                        grad = load(grad_at, _GRAD, grad_as, i)
                         grad = grad / factor if divide else grad * factor
-                        value = _load(value_at, value_column, value_as, i)
+                        value = load(value_at, value_column, value_as, i)
                         if main_as == _INT16:
-                            value = _join(value, _load(main_at, _MAIN, _INT16, i))
-                        exp_avg = _load(exp_avg_at, _EXP_AVG, moments_as, i)
-                        exp_avg_sq = _load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
+                            value = join(value, load(main_at, _MAIN, _INT16, i))
+                        exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
+                        exp_avg_sq = load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
                         exp_avg = beta1 * exp_avg + rest1 * grad
                         exp_avg_sq = beta2 * exp_avg_sq + rest2 * (grad * grad)
                         second_moment = exp_avg_sq
                         if amsgrad:
-                            maximum = _load(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i)
+                            maximum = load(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i)
                             second_moment = _larger(maximum, exp_avg_sq)
                         update = decay * value + rate * (exp_avg / (math.sqrt(second_moment) * scale + eps))
                         value = value - update
@@ -450,7 +450,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
                             if main_as == _FP32:
                                 _store(main_at, _MAIN, _FP32, i, value)
                             else:
-                                remainder = uint32(_canonical(value) - _pattern(weight))
+                                remainder = uint32(_canonical(value) - pattern_of(weight))
                                 _store(main_at, _MAIN, _INT16, i, remainder)
 
                         sum_grad = _add(sum_grad, grad * grad)
@@ -461,7 +461,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
                 squares[tile, 1] = sum_param
                 squares[tile, 2] = sum_moment
                 squares[tile, 3] = sum_update
-            first_tile = _claim(pointer, _CLAIM)
+            first_tile = claim(pointer, _CLAIM)
 
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
     run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))

@@ -19,17 +19,17 @@ class HeldInBuckets:
     """The trainable parameters of an optimizer, of which each rank of ``axis`` holds a shard of every bucket."""
 
     def __init__(self, shards: Shards) -> None:
-        self._shards = shards
+        self.shards = shards
         self.axis = shards.collectives
 
     def params(self) -> list[Tensor]:
         """Return all of them, in any order; cheap."""
-        return [member.param for bucket in self._shards.buckets for member in bucket.members]
+        return [member.param for bucket in self.shards.buckets for member in bucket.members]
 
     def parts(self, rank: int) -> list[Part]:
         """Return this rank's parts, in the order of groups; some are empty."""
         parts = []
-        for bucket in self._shards.buckets:
+        for bucket in self.shards.buckets:
             for slot, member in enumerate(bucket.members):
                 held = bucket.layout.fragment(slot, bucket.rank).in_param
                 part = f"{member.placement.part}[{held.start}:{held.stop}]"
@@ -38,12 +38,12 @@ class HeldInBuckets:
 
     def spread_over(self) -> list[dist.ProcessGroup]:
         """Return the groups of ranks that hold other parts of DTensors."""
-        members = [member for bucket in self._shards.buckets for member in bucket.members]
+        members = [member for bucket in self.shards.buckets for member in bucket.members]
         return [group for member in members for group in member.placement.others]
 
     def look(self, param: Tensor) -> Snapshot:
         """Return this rank's fragment of a parameter as it is now."""
-        bucket, slot = self._shards.slots[id(param)]
+        bucket, slot = self.shards.slots[id(param)]
         now = bucket.operands_of(slot)
         grad = now.grad if bucket.gradients.still_holds_last_step else None
         return Snapshot(value_of(now.param, now.main), now.exp_avg, now.exp_avg_sq, now.max_exp_avg_sq, now.count, grad)
@@ -51,7 +51,7 @@ class HeldInBuckets:
     def make_measurable(self, report: StepReport) -> None:
         """Read weights that others own, and raise, on all ranks, if gradients are gone that have to be measured."""
         updated = {id(param) for param in report.updated}
-        for bucket in self._shards.buckets:
+        for bucket in self.shards.buckets:
             bucket.weights.refresh_()
             are_needed = not bucket.fuses_norms and any(id(member.param) in updated for member in bucket.members)
             if are_needed and not bucket.gradients.still_holds_last_step:
@@ -68,5 +68,5 @@ class HeldInBuckets:
         for bucket, slots in present.items():
             counted = [owners is None or id(member.param) in owners.counted for member in bucket.members]
             runs += [bucket.gradients.shard[run] for run in bucket.runs((*map(and_, slots, counted),))]
-        ranks = self._shards.holders if owners is None else owners.collectives
-        return global_norm(runs, norm_type, collectives=ranks, device=self._shards.device)
+        ranks = self.shards.holders if owners is None else owners.collectives
+        return global_norm(runs, norm_type, collectives=ranks, device=self.shards.device)

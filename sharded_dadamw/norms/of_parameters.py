@@ -25,16 +25,16 @@ class HeldAsTheyLie:
     """Not spread by the optimizer itself."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        self._groups, self._state = groups, state
+        self.groups, self.state = groups, state
 
     def params(self) -> list[Tensor]:
         """Return all of them."""
-        return [param for group in self._groups for param in group["params"]]
+        return [param for group in self.groups for param in group["params"]]
 
     def parts(self, rank: int) -> list[Part]:
         """Return what this rank, of this number, holds of them."""
         of_one_rank = {OF_ONE_RANK: f"held by rank {rank}"}
-        members = named_parameters(self._groups)
+        members = named_parameters(self.groups)
         return [Part(m.param, m.name, of_one_rank.get(m.placement.part, m.placement.part)) for m in members]
 
     def spread_over(self) -> list[dist.ProcessGroup]:
@@ -43,7 +43,7 @@ class HeldAsTheyLie:
 
     def look(self, param: Tensor) -> Snapshot:
         """Return this rank's part of a parameter as it is now."""
-        state = self._state.get(param, {})
+        state = self.state.get(param, {})
         exp_avg, exp_avg_sq, maximum = (local(state[key]) if key in state else None for key in MOMENTS)
         grad = None if param.grad is None else local_gradient(param)
         return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
