@@ -138,9 +138,11 @@ def reduce_for_control(group: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         places = [place for place, gradient in enumerate(gradients) if gradient.dtype is dtype]
         flat = torch.cat([gradients[place].flatten() for place in places])
-        gathered = [torch.empty_like(flat) for _ in range(group.size())]
-        dist.all_gather(gathered, flat, group=group)
-        parts = mean_in_rank_order(gathered).split([gradients[place].numel() for place in places])
+        gathered = [flat]
+        if group is not None and group.size() > 1:
+            gathered = [torch.empty_like(flat, device="cpu") for _ in range(group.size())]
+            dist.all_gather(gathered, flat.cpu(), group=group)
+        parts = mean_in_rank_order(gathered).to(flat.device).split([gradients[place].numel() for place in places])
         means |= {place: part.view(gradients[place].shape) for place, part in zip(places, parts, strict=True)}
     return [means[place] for place in range(len(gradients))]
 

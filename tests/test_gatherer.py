@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sharded_dadamw import GradientResidency, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 from tests import pool
+from tests.harness import ONE_EACH, SHARDED, assert_equal, everything_of, ranks, small, values_of
 from tests.models import whole_state_dict
 from tests.simulated import on_ranks, outcomes
 
-ONE_EACH = 1e-6  # MiB: every parameter gets a bucket of its own
 WIDTH = 6
 
 # --- the stand-in --------------------------------------------------------------------------------------------------
@@ -248,6 +249,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "reads elsewhere": ReadsElsewhere,
     "custom function": CustomFunction,
     "calls C++": CallsCpp,
+    "mlp in bf16": Mlp,
     "frozen": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, WIDTH)),
 }
 
@@ -262,18 +264,12 @@ def data_of(rank: int, step: int) -> Tensor:
 
 
 def train(
-    model: nn.Module,
-    optimizer: ShardedDecoupledAdamW,
-    *,
-    num_steps: int,
-    clip: bool = False,
-    first_step: int = 0,
-    amp: bool = False,
+    model: nn.Module, optimizer: ShardedDecoupledAdamW, _: Any = None, *, steps: Sequence[int], clip: bool = False
 ) -> list[Tensor]:
     losses = []
-    for step in range(first_step, first_step + num_steps):
-        with torch.autocast("cpu", enabled=amp):
-            loss = model(data_of(optimizer._shards.collectives.rank, step)).square().mean()
+    dtype = next(p.dtype for p in model.parameters())
+    for step in steps:
+        loss = model(data_of(optimizer._shards.collectives.rank, step).to(dtype)).square().mean()
         losses.append(loss.detach())
         loss.backward()
         if clip:
@@ -283,93 +279,87 @@ def train(
     return losses
 
 
-def everything_of(model: nn.Module, optimizer: ShardedDecoupledAdamW) -> list[Tensor]:
-    optimizer.synchronize()
-    params = [param.detach().clone() for param in model.parameters()]
-    return params + [value.clone() for param in model.parameters() for value in optimizer.state.get(param, {}).values()]
-
-
 def are_pending(model: nn.Module) -> list[bool]:
     return [type(param).__module__.startswith("sharded_dadamw") for param in model.parameters()]
-
-
-def assert_equal(control: Any, experiment: Any) -> None:
-    if isinstance(control, Tensor):
-        assert control.detach().isfinite().all() and torch.equal(control, experiment), (control, experiment)
-    elif isinstance(control, (list, tuple)):
-        assert len(control) == len(experiment)
-        for one, other in zip(control, experiment, strict=True):
-            assert_equal(one, other)
-    else:
-        assert control == experiment
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train_both_ways(group: Any, name: str, num_steps: int, options: dict[str, Any], config: dict[str, Any]) -> None:
-    results = []
-    for attached in (False, True):
-        model = made(name)
-        optimizer, slow = build(model, group, attached=attached, **config)
-        losses = train(model, optimizer, num_steps=num_steps, **options)
-        assert any(are_pending(model)) == attached
-        results.append([*losses, *everything_of(model, optimizer)])
-        assert sorted(slow.started) == sorted(slow.waited)
-    assert_equal(*results)
+def under_autocast(model: nn.Module, optimizer: ShardedDecoupledAdamW, _: Any) -> None:
+    with torch.autocast("cpu"):
+        train(model, optimizer, steps=range(4))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_training_is_the_same_bit_for_bit(name: str) -> None:
-    on_ranks(2, train_both_ways, name, 4, {}, {})
+def report(model: nn.Module, optimizer: ShardedDecoupledAdamW, slow: SlowVerbs) -> list[Any]:
+    """Metrics are the same and wait for nothing."""
+    told: list[Any] = []
+    for step in range(3):
+        model(data_of(optimizer._shards.collectives.rank, step)).square().mean().backward()
+        optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+        num_waited = len(slow.waited)
+        told += sorted(optimizer.metrics().items())
+        assert len(slow.waited) == num_waited
+        optimizer.zero_grad()
+    return told
+
+
+def step_twice(model: nn.Module, optimizer: ShardedDecoupledAdamW, _: Any) -> None:
+    """Without a forward between."""
+    for step in range(3):
+        for index, param in enumerate(model.parameters()):
+            param.grad = torch.full(param.shape, 0.1 * step + index + optimizer._shards.collectives.rank)
+        if step == 1:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def add_and_save(model: nn.Module, optimizer: ShardedDecoupledAdamW, _: Any) -> None:
+    """A group is added, and state is saved and loaded, in flight."""
+    more = nn.Linear(3, 3)
+    with torch.no_grad():
+        more.weight.fill_(0.5)
+        more.bias.fill_(0.5)
+    train(model, optimizer, steps=[0])
+    optimizer.add_param_group({"params": list(more.named_parameters())})
+    train(model, optimizer, steps=[1])
+    state = whole_state_dict(optimizer, optimizer._shards.collectives.num_ranks)
+    train(model, optimizer, steps=[2])
+    optimizer.load_state_dict(state)
+    train(model, optimizer, steps=[3])
 
 
 @pytest.mark.parametrize(
-    ("options", "config"),
+    ("name", "use", "config", "num_ranks"),
     [
-        ({}, {"cap": 16.0}),
-        ({"amp": True}, {"cap": 1e-3}),
-        ({"clip": True}, {"cap": 1e-3}),
+        *(pytest.param(name, partial(train, steps=range(3)), {}, 2, id=name) for name in MODELS),
+        pytest.param("mlp", partial(train, steps=range(6)), {"cap": 16.0}, 2, id="one bucket"),
+        pytest.param("mlp", partial(train, steps=range(4), clip=True), {"cap": 1e-3}, 3, id="clipped, on three ranks"),
+        pytest.param("mlp", under_autocast, {"cap": 1e-3}, 2, id="autocast"),
+        pytest.param("mlp", partial(train, steps=range(4)), {"reduce_gradients": False}, 2, id="DDP"),
+        *(pytest.param("mlp", use, {}, 2, id=use.__name__) for use in (report, step_twice, add_and_save)),
     ],
 )
-def test_ten_steps_are_the_same_bit_for_bit(options: dict[str, Any], config: dict[str, Any]) -> None:
-    on_ranks(2, train_both_ways, "mlp", 10, options, config)
-
-
-def test_three_ranks_train_to_the_same_bits() -> None:
-    on_ranks(3, train_both_ways, "mlp", 4, {"clip": True}, {})
-
-
-def train_bf16(group: Any) -> None:
+@ranks()
+def test_training_is_the_same_bit_for_bit(
+    group: Any, name: str, use: Callable[..., Any], config: dict[str, Any]
+) -> None:
+    """Parameters are left in flight by `use(model, optimizer, slow)`, and all else is as without `attach`."""
     results = []
     for attached in (False, True):
-        model = made("mlp").bfloat16()
-        optimizer, _ = build(model, group, attached=attached, main_parameter=MainParameter.FP32)
-        for step in range(4):
-            model(data_of(optimizer._shards.collectives.rank, step).bfloat16()).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(everything_of(model, optimizer))
-    assert_equal(*results)
-
-
-def test_narrow_parameters_are_not_taken_for_edited() -> None:
-    on_ranks(2, train_bf16)
-
-
-def train_under_ddp(group: Any) -> None:
-    results = []
-    for attached in (False, True):
-        model = DistributedDataParallel(made("mlp"), process_group=group, find_unused_parameters=True)
-        optimizer, _ = build(model, group, attached=attached, reduce_gradients=False)
-        losses = train(model, optimizer, num_steps=4)
+        model: Any = made(name)
+        if name == "mlp in bf16":
+            model.bfloat16()
+        if "reduce_gradients" in config:
+            model = DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+        optimizer, slow = build(model, group, attached=attached, **config)
+        told = use(model, optimizer, slow)
         assert any(are_pending(model)) == attached
-        results.append([*losses, *everything_of(model, optimizer)])
+        results.append([told, *everything_of(model, optimizer)])
+        assert sorted(slow.started) == sorted(slow.waited)
     assert_equal(*results)
-
-
-def test_ddp_with_reduce_gradients_false_trains_to_the_same_bits() -> None:
-    on_ranks(2, train_under_ddp)
 
 
 # --- ways to read ----------------------------------------------------------------------------------------------------
@@ -502,12 +492,14 @@ READINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def read_right_after_a_step(group: Any, name: str) -> None:
+@pytest.mark.parametrize("name", READINGS)
+@ranks(2)
+def test_whoever_reads_waits(group: Any, name: str) -> None:
     results = []
     for attached in (False, True):
         model = made("mlp")
         optimizer, slow = build(model, group, attached=attached)
-        train(model, optimizer, num_steps=2)
+        train(model, optimizer, steps=[0])
         assert any(are_pending(model)) == attached
         read = READINGS[name](model)
         results.append([read, [param.detach().clone() for param in model.parameters()]])
@@ -517,19 +509,15 @@ def read_right_after_a_step(group: Any, name: str) -> None:
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("name", READINGS)
-def test_whoever_reads_waits(name: str) -> None:
-    on_ranks(2, read_right_after_a_step, name)
-
-
-def evaluate_fast_path(group: Any) -> None:
+@ranks(2)
+def test_evaluation_takes_the_same_fast_path(group: Any) -> None:
     results = []
     for attached in (False, True):
         torch.manual_seed(3)
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer)
         optimizer, _ = build(model, group, attached=attached)
-        train(model, optimizer, num_steps=2)
+        train(model, optimizer, steps=range(2))
         calls = []
         fast = torch._transformer_encoder_layer_fwd
         torch._transformer_encoder_layer_fwd = lambda *args, to=fast, log=calls: log.append(1) or to(*args)
@@ -541,17 +529,14 @@ def evaluate_fast_path(group: Any) -> None:
     assert_equal(*results)
 
 
-def test_evaluation_takes_the_same_fast_path() -> None:
-    on_ranks(2, evaluate_fast_path)
-
-
 # --- who waits for what ----------------------------------------------------------------------------------------------
 
 
-def ask_without_reading(group: Any) -> None:
+@ranks(2)
+def test_what_reads_no_elements_does_not_wait(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     for param in model.parameters():
         assert isinstance(param, nn.Parameter) and param.requires_grad and param.grad is None
         assert param.dtype == torch.float32 and param.is_floating_point() and param.device.type == "cpu"
@@ -568,14 +553,11 @@ def ask_without_reading(group: Any) -> None:
     assert not slow.waited and all(are_pending(model)[1:])
 
 
-def test_what_reads_no_elements_does_not_wait() -> None:
-    on_ranks(2, ask_without_reading)
-
-
-def watch_layers(group: Any) -> None:
+@ranks(2)
+def test_each_layer_waits_for_its_own_buckets_only(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     seen = []
     for layer in model:
         layer.register_forward_hook(lambda *_: seen.append(list(slow.waited)))
@@ -592,48 +574,21 @@ def watch_layers(group: Any) -> None:
     ]
 
 
-def test_each_layer_waits_for_its_own_buckets_only() -> None:
-    on_ranks(2, watch_layers)
-
-
-def read_elsewhere(group: Any) -> None:
+@ranks(2)
+def test_who_reads_the_parameters_of_a_module_from_outside_waits_for_everything(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     assert isinstance(model, Mlp) and all(are_pending(model)) and not slow.waited
     F.linear(torch.ones(16), model[2].weight)
     assert not any(are_pending(model)) and sorted(slow.waited) == sorted(slow.started)
 
 
-def test_who_reads_the_parameters_of_a_module_from_outside_waits_for_everything() -> None:
-    on_ranks(2, read_elsewhere)
-
-
-def report(group: Any) -> None:
-    results = []
-    for attached in (False, True):
-        model = made("mlp")
-        optimizer, slow = build(model, group, attached=attached)
-        for step in range(3):
-            model(data_of(optimizer._shards.collectives.rank, step)).square().mean().backward()
-            optimizer.clip_grad_norm_(0.1)
-            optimizer.step()
-            num_waited = len(slow.waited)
-            metrics = optimizer.metrics()
-            assert len(slow.waited) == num_waited and any(are_pending(model)) == attached
-            optimizer.zero_grad()
-        results.append([[key, metrics[key]] for key in sorted(metrics)])
-    assert_equal(*results)
-
-
-def test_metrics_are_the_same_and_wait_for_nothing() -> None:
-    on_ranks(2, report)
-
-
-def read_from_threads(group: Any) -> None:
+@ranks(2)
+def test_several_threads_may_read_at_once(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True, cap=16.0)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     together = threading.Barrier(8)
     sums: list[float] = []
 
@@ -649,60 +604,13 @@ def read_from_threads(group: Any) -> None:
     assert len(slow.waited) == 1 and len(set(sums)) == 1 and len(sums) == 8 and sums[0] == sums[0]
 
 
-def test_several_threads_may_read_at_once() -> None:
-    on_ranks(2, read_from_threads)
-
-
 # --- steps, and what comes between -----------------------------------------------------------------------------------
-
-
-def step_twice(group: Any) -> None:
-    results = []
-    for attached in (False, True):
-        model = made("mlp")
-        optimizer, _ = build(model, group, attached=attached)
-        for step in range(3):
-            for index, param in enumerate(model.parameters()):
-                param.grad = torch.full(param.shape, 0.1 * step + index + optimizer._shards.collectives.rank)
-            if step == 1:
-                optimizer.clip_grad_norm_(1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(everything_of(model, optimizer))
-    assert_equal(*results)
-
-
-def test_a_step_may_follow_a_step_without_a_forward_between() -> None:
-    on_ranks(2, step_twice)
-
-
-def add_and_save(group: Any) -> None:
-    results = []
-    for attached in (False, True):
-        model, more = made("mlp"), nn.Linear(3, 3)
-        with torch.no_grad():
-            more.weight.fill_(0.5)
-            more.bias.fill_(0.5)
-        optimizer, _ = build(model, group, attached=attached)
-        train(model, optimizer, num_steps=1)
-        optimizer.add_param_group({"params": list(more.named_parameters())})
-        train(model, optimizer, num_steps=1, first_step=1)
-        state = whole_state_dict(optimizer, group.size())
-        train(model, optimizer, num_steps=1, first_step=2)
-        optimizer.load_state_dict(state)
-        train(model, optimizer, num_steps=1, first_step=3)
-        results.append(everything_of(model, optimizer))
-    assert_equal(*results)
-
-
-def test_groups_are_added_and_state_is_saved_and_loaded_in_flight() -> None:
-    on_ranks(2, add_and_save)
 
 
 def step_that_fails(group: Any, attached: bool) -> list[Tensor]:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=attached)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     third = optimizer._shards.buckets[2]
     update = third.update_
 
@@ -711,12 +619,12 @@ def step_that_fails(group: Any, attached: bool) -> list[Tensor]:
 
     third.update_ = fail  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt, match="in the middle"):
-        train(model, optimizer, num_steps=1, first_step=1)
+        train(model, optimizer, steps=[1])
     assert not any(are_pending(model)) and sorted(slow.started) == sorted(slow.waited)
     third.update_ = update  # type: ignore[method-assign]
     model.zero_grad()
     optimizer.zero_grad()
-    train(model, optimizer, num_steps=2, first_step=2)
+    train(model, optimizer, steps=[2, 3])
     return [param.detach().clone() for param in model.parameters()]
 
 
@@ -726,7 +634,8 @@ def test_a_step_that_fails_leaves_nothing_pending(attached: bool) -> None:
     assert_equal(*on_ranks(2, step_that_fails, attached))
 
 
-def be_interrupted_in_waiting(group: Any) -> None:
+@ranks(2, pool.on_ranks)
+def test_a_step_says_what_went_wrong_first_and_not_what_was_lost_by_it(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=False)
     optimizer._gatherer._collectives = slow  # type: ignore[assignment]
@@ -736,17 +645,14 @@ def be_interrupted_in_waiting(group: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="in the middle"):
         patch.setattr(_SlowHandle, "wait", interrupt)
-        train(model, optimizer, num_steps=1)
+        train(model, optimizer, steps=[0])
 
 
-def test_a_step_says_what_went_wrong_first_and_not_what_was_lost_by_it() -> None:
-    pool.on_ranks(2, be_interrupted_in_waiting)
-
-
-def lose_the_network(group: Any) -> None:
+@ranks(2)
+def test_parameters_that_were_lost_cannot_be_read(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True, cap=16.0)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     slow.fails = True
     with pytest.raises(ConnectionError, match="gone"):
         model(data_of(0, 0))
@@ -757,19 +663,16 @@ def lose_the_network(group: Any) -> None:
         optimizer.synchronize()
 
 
-def test_parameters_that_were_lost_cannot_be_read() -> None:
-    on_ranks(2, lose_the_network)
-
-
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def delete_the_optimizer(group: Any) -> None:
+@ranks(2)
+def test_deleting_the_optimizer_in_flight_finishes_it_and_the_model_goes_on(group: Any) -> None:
     results = []
     for attached in (False, True):
         model = made("mlp")
         optimizer, slow = build(model, group, attached=attached)
-        train(model, optimizer, num_steps=2)
+        train(model, optimizer, steps=range(2))
         assert any(are_pending(model)) == attached
         del optimizer
         gc.collect()
@@ -778,37 +681,27 @@ def delete_the_optimizer(group: Any) -> None:
     assert_equal(*results)
 
 
-def test_deleting_the_optimizer_in_flight_finishes_it_and_the_model_goes_on() -> None:
-    on_ranks(2, delete_the_optimizer)
-
-
-def delete_everything(group: Any) -> None:
+@ranks(2)
+def test_deleting_everything_in_flight_finishes_it(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True)
-    train(model, optimizer, num_steps=2)
+    train(model, optimizer, steps=range(2))
     assert len(slow.waited) < len(slow.started)
     del optimizer, model
     gc.collect()
     assert sorted(slow.waited) == sorted(slow.started)
 
 
-def test_deleting_everything_in_flight_finishes_it() -> None:
-    on_ranks(2, delete_everything)
-
-
-def fork(group: Any) -> None:
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork here")
+@ranks(2, pool.on_ranks)
+def test_a_forked_process_finds_parameters_at_rest(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=True)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     child = os.fork()
     if child == 0:
         os._exit(1 if any(are_pending(model)) else 0)
     assert os.waitpid(child, 0)[1] == 0 and sorted(slow.waited) == sorted(slow.started)
-
-
-@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork here")
-def test_a_forked_process_finds_parameters_at_rest() -> None:
-    pool.on_ranks(2, fork)
 
 
 SCRIPT = """
@@ -854,47 +747,42 @@ def test_a_process_may_end_in_flight(ending: str, status: int) -> None:
 # --- attach and remove -----------------------------------------------------------------------------------------------
 
 
-def attach_and_remove(group: Any) -> None:
+@ranks(2)
+def test_remove_undoes_attach(group: Any) -> None:
     model = made("mlp")
     optimizer, slow = build(model, group, attached=False)
     optimizer._gatherer._collectives = slow  # type: ignore[assignment]
     optimizer.synchronize()
     before = [dict(module._forward_pre_hooks) for module in model.modules()]
     handle = optimizer.attach(model)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     assert all(are_pending(model)[1:])
     handle.remove()
     handle.remove()
     assert not any(are_pending(model)) and sorted(slow.waited) == sorted(slow.started)
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     assert not any(are_pending(model)) and sorted(slow.waited) == sorted(slow.started)
 
 
-def test_remove_undoes_attach() -> None:
-    on_ranks(2, attach_and_remove)
-
-
-def attach_a_part(group: Any) -> None:
+@ranks(2)
+def test_only_what_is_attached_is_left_in_flight(group: Any) -> None:
     model = made("mlp")
     assert isinstance(model, Mlp)
     optimizer, _ = build(model, group, attached=model[2])
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
     assert [name for name, p in model.named_parameters() if type(p) is not nn.Parameter] == ["2.weight", "2.bias"]
     optimizer.attach(model[4])
-    train(model, optimizer, num_steps=1, first_step=1)
+    train(model, optimizer, steps=[1])
     assert sum(are_pending(model)) == 4
-
-
-def test_only_what_is_attached_is_left_in_flight() -> None:
-    on_ranks(2, attach_a_part)
 
 
 class Own(nn.Parameter):
     pass
 
 
-def keep_other_classes(group: Any) -> None:
+@ranks(2)
+def test_classes_of_their_own_are_left_alone(group: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].weight = Own(torch.ones(3, 3))
     loose = torch.ones(4, requires_grad=True)
@@ -909,10 +797,6 @@ def keep_other_classes(group: Any) -> None:
     assert len(slow.waited) == len(slow.started)
 
 
-def test_classes_of_their_own_are_left_alone() -> None:
-    on_ranks(2, keep_other_classes)
-
-
 class HoldsTensor(nn.Module):
     """Has a parameter that is a bare tensor, as some code makes them."""
 
@@ -925,7 +809,8 @@ class HoldsTensor(nn.Module):
         return x * self.weight
 
 
-def step_bare_tensors(group: Any) -> None:
+@ranks(2)
+def test_bare_tensors_are_gathered_within_the_step(group: Any) -> None:
     model = HoldsTensor()
     optimizer, slow = build(model, group, attached=True)
     (model(torch.ones(4)) * torch.arange(4.0)).sum().backward()
@@ -933,11 +818,8 @@ def step_bare_tensors(group: Any) -> None:
     assert type(model.weight) is Tensor and len(slow.waited) == len(slow.started) == 1
 
 
-def test_bare_tensors_are_gathered_within_the_step() -> None:
-    on_ranks(2, step_bare_tensors)
-
-
-def attach_nonsense(group: Any) -> None:
+@ranks(1)
+def test_what_cannot_be_attached_is_refused(group: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     optimizer = ShardedDecoupledAdamW(model.parameters(), process_group=group)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
@@ -950,14 +832,10 @@ def attach_nonsense(group: Any) -> None:
     assert not optimizer._gatherer.num_attached and not model[0]._forward_pre_hooks
 
 
-def test_what_cannot_be_attached_is_refused() -> None:
-    on_ranks(1, attach_nonsense)
-
-
 def attach_on_one_rank(group: Any) -> None:
     model = made("mlp")
     optimizer, _ = build(model, group, attached=group.rank() == 0)
-    train(model, optimizer, num_steps=1)
+    train(model, optimizer, steps=[0])
 
 
 def test_attaching_on_one_rank_alone_is_an_error_on_all() -> None:
@@ -966,7 +844,8 @@ def test_attaching_on_one_rank_alone_is_an_error_on_all() -> None:
         assert re.search("number of attached models: rank 0 has 1, rank 1 has 0", outcome.message)
 
 
-def attach_one_rank(group: Any) -> None:
+@ranks(1)
+def test_one_rank_has_nothing_to_wait_for(group: Any) -> None:
     model = nn.Linear(3, 3)
     optimizer = ShardedDecoupledAdamW(model.parameters(), process_group=group)
     optimizer.attach(model)
@@ -975,11 +854,8 @@ def attach_one_rank(group: Any) -> None:
     assert not any(are_pending(model))
 
 
-def test_one_rank_has_nothing_to_wait_for() -> None:
-    on_ranks(1, attach_one_rank)
-
-
-def shard_over_replicas(_: Any) -> None:
+@ranks(4)
+def test_borrowed_parameters_are_gathered_within_the_step(group: Any) -> None:
     results = []
     for attached in (False, True):
         torch.manual_seed(3)
@@ -995,10 +871,6 @@ def shard_over_replicas(_: Any) -> None:
             optimizer.zero_grad()
         results.append([param.to_local().clone() for param in model.parameters()])
     assert_equal(*results)
-
-
-def test_borrowed_parameters_are_gathered_within_the_step() -> None:
-    on_ranks(4, shard_over_replicas)
 
 
 # --- the order of reading --------------------------------------------------------------------------------------------
@@ -1025,7 +897,7 @@ def follow_the_order(group: Any) -> list[str]:
     rounds = []
     for step in range(4):  # the order of backward is learnt in the second one, the first that overlaps
         slow.started.clear()
-        train(model, optimizer, num_steps=1, clip=step != 1, first_step=step)
+        train(model, optimizer, steps=[step], clip=step != 1)
         rounds.append("".join(names[address] for address in slow.started))
     return rounds
 
@@ -1037,33 +909,24 @@ def test_buckets_go_out_as_they_were_registered_and_then_as_forward_reads_them_o
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def compile_training(group: Any, what: str, residency: GradientResidency) -> Tensor:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    config = ShardingConfig(gradient_residency=residency)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    take_step: Any = optimizer.step if what != "the step" else torch.compile(optimizer.step, backend="aot_eager")
+@ranks(2, pool.on_ranks)
+def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(group: Any) -> None:
+    results = []
+    for what in ("nothing", "all", "the step"):
+        model, optimizer = small(group, gradient_residency=SHARDED)
+        take_step: Any = optimizer.step if what != "the step" else torch.compile(optimizer.step, backend="aot_eager")
 
-    def train_on(x: Tensor) -> None:
-        model(x).square().mean().backward()
-        take_step()
-        optimizer.zero_grad()
+        def train_on(x: Tensor, model: Any = model, optimizer: Any = optimizer, take_step: Any = take_step) -> None:
+            model(x).square().mean().backward()
+            take_step()
+            optimizer.zero_grad()
 
-    train_on = torch.compile(train_on, backend="aot_eager") if what == "all" else train_on
-    for step in range(3):
-        train_on(torch.randn(5, 8, generator=torch.Generator().manual_seed(10 * step + group.rank())))
-    torch.compiler.reset()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize(
-    ("what", "residency"), [("all", GradientResidency.SHARDED), ("the step", GradientResidency.FULL)]
-)
-def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(
-    what: str, residency: GradientResidency
-) -> None:
-    plain = pool.on_ranks(2, compile_training, "", residency)
-    assert_equal(pool.on_ranks(2, compile_training, what, residency), plain)
+        train_on = torch.compile(train_on, backend="aot_eager") if what == "all" else train_on
+        for step in range(3):
+            train_on(torch.randn(5, 8, generator=torch.Generator().manual_seed(10 * step + group.rank())))
+        torch.compiler.reset()
+        results.append(values_of(model))
+    assert_equal(results[:1] * 2, results[1:])
 
 
 def compile_whole(model: Any) -> nn.Module:
@@ -1099,13 +962,9 @@ COMPILED: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-@contextlib.contextmanager
-def no_recompilation() -> Iterator[None]:
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-
-
-def train_compiled(group: Any, how: str) -> None:
+@pytest.mark.parametrize("how", COMPILED)
+@ranks(2, pool.on_ranks)
+def test_compiled_code_trains_to_the_same_bits_and_is_compiled_once(group: Any, how: str) -> None:
     results = []
     for attached in (False, True):
         torch._dynamo.reset()
@@ -1116,33 +975,25 @@ def train_compiled(group: Any, how: str) -> None:
         if attached:
             optimizer._gatherer._collectives = slow  # type: ignore[assignment]
             handle = optimizer.attach(compiled)
-        with no_recompilation():
-            losses = train(compiled, optimizer, num_steps=4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            losses = train(compiled, optimizer, steps=range(4))
         assert any(are_pending(model)) == attached and not torch._dynamo.utils.counters["graph_break"]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, torch._dynamo.utils.counters
         if attached:
             handle.remove()
-            with no_recompilation():
+            with torch._dynamo.config.patch(error_on_recompile=True):
                 compiled(data_of(0, 0))
         results.append([*losses, *everything_of(model, optimizer)])
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("how", COMPILED)
-def test_compiled_code_trains_to_the_same_bits_and_is_compiled_once(how: str) -> None:
-    pool.on_ranks(2, train_compiled, how)
-
-
-def compile_unseen(group: Any) -> None:
+@ranks(2)
+def test_code_that_is_compiled_after_attaching_is_slower_but_right(group: Any) -> None:
     results = []
     for attached in (False, True):
         torch._dynamo.reset()
         model = made("mlp")
         optimizer, _ = build(model, group, attached=attached)
-        losses = train(torch.compile(model, backend="eager"), optimizer, num_steps=3)  # type: ignore[arg-type]
+        losses = train(torch.compile(model, backend="eager"), optimizer, steps=range(3))  # type: ignore[arg-type]
         results.append([*losses, *everything_of(model, optimizer)])
     assert_equal(*results)
-
-
-def test_code_that_is_compiled_after_attaching_is_slower_but_right() -> None:
-    on_ranks(2, compile_unseen)

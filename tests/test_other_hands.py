@@ -11,38 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from tests.harness import FULL, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
 from tests.simulated import on_ranks
 
-FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def train(model: nn.Module, optimizer: ShardedDecoupledAdamW, step: int, group: Any = None) -> None:
-    rank = 0 if group is None else dist.get_rank(group)
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + rank))
-    model(x.to(next(model.parameters()).dtype)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def values_of(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def build(model: nn.Module, group: Any, **config: Any) -> ShardedDecoupledAdamW:
-    return ShardedDecoupledAdamW(
-        model.named_parameters(), lr=1e-2, process_group=group, config=ShardingConfig(**config)
-    )
-
+either_residency = pytest.mark.parametrize("residency", [FULL, SHARDED])
 
 # --- parameters that were moved ---
 
@@ -58,48 +34,41 @@ def swap_tensors(model: nn.Module) -> None:
         torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
 
 
-def trained_with_moves(
-    group: Any, move: Callable[[nn.Module], None] | None, residency: GradientResidency, is_attached: bool
-) -> Tensor:
-    model = make_model()
-    optimizer = build(model, group, gradient_residency=residency)
-    if is_attached:
-        optimizer.attach(model)
-    for step in range(4):
-        if move is not None and step in (0, 2):
-            optimizer.synchronize()
-            move(model)
-        train(model, optimizer, step, group)
-    model(torch.ones(1, 8)).sum().backward()
-    assert all((p.grad is None) == (residency is SHARDED) for p in model.parameters()), "hooks were left behind"
-    optimizer.synchronize()
-    return values_of(model)
-
-
 @pytest.mark.parametrize(
     ("move", "residency", "is_attached"),
     [(copy_data, FULL, False), (copy_data, SHARDED, True), (swap_tensors, FULL, True), (swap_tensors, SHARDED, False)],
 )
+@ranks(2)
 def test_parameters_that_were_moved_are_taken_back_with_the_values_they_have(
-    move: Callable[[nn.Module], None], residency: GradientResidency, is_attached: bool
+    group: Any, move: Callable[[nn.Module], None], residency: GradientResidency, is_attached: bool
 ) -> None:
-    moved = on_ranks(2, trained_with_moves, move, residency, is_attached)
-    stayed = on_ranks(2, trained_with_moves, None, residency, False)
-    for each in moved:
-        assert torch.equal(each, stayed[0])
+    results = []
+    for moves in (False, True):
+        model, optimizer = small(group, gradient_residency=residency)
+        if is_attached and moves:
+            optimizer.attach(model)
+        for step in range(4):
+            if moves and step in (0, 2):
+                optimizer.synchronize()
+                move(model)
+            train_on(model, optimizer, group.rank(), step)
+        loss_of(model, group.rank()).backward()
+        assert all((p.grad is None) == (residency is SHARDED) for p in model.parameters()), "hooks were left behind"
+        optimizer.synchronize()
+        results.append(values_of(model))
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter with main parameters beside it
 def test_values_written_while_a_parameter_was_elsewhere_count(dtype: torch.dtype) -> None:
-    model, other = make_model().to(dtype), make_model().to(dtype)
-    optimizer, control = build(model, None), build(other, None)
+    (model, optimizer), (other, control) = small(None, dtype=dtype), small(None, dtype=dtype)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             p.data = p.data + 1.0
             q.add_(1.0)
-    train(model, optimizer, 0)
-    train(other, control, 0)
-    assert torch.equal(values_of(model), values_of(other))
+    train_on(model, optimizer, 0, 0)
+    train_on(other, control, 0, 0)
+    assert_equal(values_of(other), values_of(model))
 
 
 @pytest.mark.parametrize(
@@ -107,31 +76,25 @@ def test_values_written_while_a_parameter_was_elsewhere_count(dtype: torch.dtype
     [(nn.Module.bfloat16, r"torch\.float32.*bfloat16"), (nn.Module.double, r"torch\.float32.*float64")],
 )
 def test_a_model_that_was_cast_is_an_error_that_says_so(cast: Callable[[nn.Module], nn.Module], said: str) -> None:
-    model = make_model()
-    optimizer = build(model, None)
+    model, optimizer = small(None)
     cast(model)
     with pytest.raises(RuntimeError, match=said + r".*Build the optimizer after the model is on its device"):
         optimizer.step()
-    x = torch.ones(2, 8, dtype=next(model.parameters()).dtype)
     with pytest.raises(ValueError, match=said + r".*build the optimizer after"):
-        model(x).sum().backward()
+        loss_of(model, 0).backward()
 
 
-def replace_parameters(group: Any) -> str:
+@ranks(2)
+def test_parameters_that_were_replaced_in_the_groups_are_an_error(group: Any) -> None:
     """What fully_shard does to a model, and accelerate then to the groups of its optimizer."""
-    model, other = make_model(), make_model()
-    optimizer = build(model, group)
+    model, optimizer = small(group)
+    other = copy.deepcopy(model)
     optimizer.param_groups[0]["params"] = list(other.parameters())
-    other(torch.ones(1, 8)).sum().backward()
+    loss_of(other, 0).backward()
     with pytest.raises(RuntimeError, match="param_groups do not hold the parameters"):
         optimizer.clip_grad_norm_(1.0)
-    with pytest.raises(RuntimeError, match="Build the optimizer when the model is as it will be trained") as caught:
+    with pytest.raises(RuntimeError, match="Build the optimizer when the model is as it will be trained"):
         optimizer.step()
-    return str(caught.value)
-
-
-def test_parameters_that_were_replaced_in_the_groups_are_an_error() -> None:
-    assert all(on_ranks(2, replace_parameters))
 
 
 def test_several_ranks_without_a_process_group_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,17 +102,16 @@ def test_several_ranks_without_a_process_group_are_an_error(monkeypatch: pytest.
     with pytest.raises(
         RuntimeError, match=r"WORLD_SIZE is 2 .* call torch\.distributed\.init_process_group\(\) before"
     ):
-        build(make_model(), None)
+        small(None)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    build(make_model(), None)
+    small(None)
 
 
 # --- storages ---
 
 
 def test_each_parameter_has_a_storage_of_its_own() -> None:
-    model = make_model()
-    build(model, None)
+    model, _ = small(None, bucket_cap_mb=16.0)
     storages = [p.untyped_storage() for p in model.parameters()]
     assert [s.nbytes() for s in storages] == [p.numel() * p.itemsize for p in model.parameters()]
     assert len({s.data_ptr() for s in storages}) == len(storages)
@@ -161,55 +123,42 @@ def test_each_parameter_has_a_storage_of_its_own() -> None:
 class Transposed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.w = nn.Parameter(torch.randn(6, 8).t())
-        self.v = nn.Linear(6, 3)
+        self.w = nn.Parameter(torch.randn(16, 8).t())
+        self.v = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.v(torch.tanh(x @ self.w))
 
 
-def refusal_of_strides(group: Any) -> str:
-    with pytest.raises(ValueError, match="expected a row-major parameter where reduce_gradients=False") as caught:
-        build(Transposed(), group, reduce_gradients=False)
-    return str(caught.value)
-
-
-def under_ddp(group: Any) -> float:
-    """The worst relative error of a gradient that DistributedDataParallel wrote, once weights are contiguous."""
-    model = Transposed()
+@ranks(2)
+def test_strides_by_which_ddp_would_go_are_refused_with_what_works(group: Any) -> None:
+    model, config = Transposed(), ShardingConfig(reduce_gradients=False)
+    with pytest.raises(ValueError, match=r"(?s)w: expected a row-major parameter where reduce_gradients=False") as said:
+        ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    assert "contiguous_format" in str(said.value)
     model.w.data = model.w.data.contiguous()
     control = copy.deepcopy(model).double()
     ddp = DistributedDataParallel(model, process_group=group)
-    build(model, group, reduce_gradients=False)
-    xs = [torch.randn(5, 8, generator=torch.Generator().manual_seed(r)) for r in range(dist.get_world_size(group))]
-    ddp(xs[dist.get_rank(group)]).square().mean().backward()
-    (sum(control(x.double()).square().mean() for x in xs) / len(xs)).backward()
-    pairs = zip(model.parameters(), control.parameters(), strict=True)
-    return max(float((p.grad - q.grad).abs().max() / q.grad.abs().max()) for p, q in pairs)  # type: ignore[operator,union-attr]
-
-
-def test_strides_by_which_ddp_would_go_are_refused_with_what_works() -> None:
-    assert all("w:" in said and "contiguous_format" in said for said in on_ranks(2, refusal_of_strides))
-    assert max(on_ranks(2, under_ddp)) < 1e-5
+    ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    loss_of(ddp, group.rank()).backward()
+    (sum(loss_of(control, rank) for rank in range(group.size())) / group.size()).backward()  # type: ignore[union-attr]
+    for p, q in zip(model.parameters(), control.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert float((p.grad - q.grad).abs().max() / q.grad.abs().max()) < 1e-5
 
 
 # --- who averages, and who clips ---
 
 
-def steps_under(group: Any, wraps: bool, reduces: bool, how: str, residency: GradientResidency) -> tuple[str, Tensor]:
+def steps_under(group: Any, wraps: bool, reduces: bool, how: str) -> tuple[str, Tensor]:
     """Three steps on different data; returns what was said, as a warning or as an error, and the weights."""
-    model = make_model()
-    config = {"reduce_gradients": reduces, "gradient_residency": residency, "overlap": how != "without overlap"}
-    optimizer = build(model, group, **config)
+    model, optimizer = small(group, reduce_gradients=reduces, overlap=how != "without overlap", bucket_cap_mb=16.0)
     called = DistributedDataParallel(model, process_group=group) if wraps else model
-    rank, said = dist.get_rank(group), ""
+    said = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(3):
-            data = 0 if how == "the same data" else rank
-            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + data))
-            called(x).square().mean().backward()
+            loss_of(called, 0 if how == "the same data" else group.rank(), step).backward()
             if how != "the same data":
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             try:
@@ -222,163 +171,128 @@ def steps_under(group: Any, wraps: bool, reduces: bool, how: str, residency: Gra
 
 
 @pytest.mark.parametrize("how", ["", "without overlap"])
-def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(how: str) -> None:
-    for said, _ in on_ranks(2, steps_under, False, True, how, FULL):
-        assert "use optimizer.clip_grad_norm_() in place of torch's" in said
+@ranks(2)
+def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(group: Any, how: str) -> None:
+    said, _ = steps_under(group, False, True, how)
+    assert "use optimizer.clip_grad_norm_() in place of torch's" in said
 
 
-def assign_after_backward(group: Any, assign: Callable[[Tensor], Tensor]) -> str:
-    model = make_model()
-    optimizer = build(model, group)
-    train(model, optimizer, 0, group)
+@ranks(2)
+def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong(group: Any) -> None:
+    silence, expected = steps_under(group, True, False, "")
+    said, found = steps_under(group, True, True, "")
+    assert "DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)" in said and not silence
+    assert_equal(expected, found)
+
+
+@ranks(2)
+def test_where_nobody_averages_the_first_step_is_an_error(group: Any) -> None:
+    said, found = steps_under(group, False, False, "")
+    assert "wrap the model in DistributedDataParallel" in said
+    assert_equal(values_of(small(group)[0]), found)
+
+
+def test_the_same_data_on_all_ranks_is_trained_on_with_a_warning() -> None:
+    alone = on_ranks(1, steps_under, False, True, "the same data")[0]
+    for said, found in on_ranks(2, steps_under, False, True, "the same data"):
+        assert "the same on all ranks" in said
+        assert_equal(alone[1], found)
+
+
+@ranks(2)
+def test_averages_that_were_replaced_are_an_error(group: Any) -> None:
+    model, optimizer = small(group)
+    train_on(model, optimizer, group.rank(), 0)
     before = values_of(model)
-    model(torch.ones(1, 8) + dist.get_rank(group)).square().mean().backward()
+    loss_of(model, group.rank()).backward()
     for p in model.parameters():
-        p.grad = None if p.grad is None else assign(p.grad)
-    with pytest.raises(RuntimeError, match=r"p\.grad was assigned after its average") as caught:
+        p.grad = None if p.grad is None else torch.neg(p.grad)
+    with pytest.raises(RuntimeError, match=r"(?s)p\.grad was assigned after its average.*reduce_gradients=False"):
         optimizer.step()
-    assert torch.equal(values_of(model), before)
+    assert_equal(before, values_of(model))
     optimizer.zero_grad()
-    train(model, optimizer, 1, group)
-    return str(caught.value)
+    train_on(model, optimizer, group.rank(), 1)
 
 
-def test_averages_that_were_replaced_are_an_error() -> None:
-    assert all("reduce_gradients=False" in said for said in on_ranks(2, assign_after_backward, torch.neg))
-
-
-def double_one_alike(group: Any) -> str:
+@ranks(2)
+def test_averages_that_every_rank_has_changed_alike_but_not_by_one_number_are_an_error(group: Any) -> str:
+    # Each rank has a part of either layer.
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    optimizer = build(model, group, bucket_cap_mb=1e-6)  # so that each rank has a part of either layer
-    for step in range(2):
-        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(100 * step + dist.get_rank(group)))
-        model(x).square().mean().backward()
-        if step == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-    for layer in (0, 1):
-        for p in model[layer].parameters():
-            if p.grad is not None:
-                p.grad.mul_(2.0 - layer)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64))
+    config = ShardingConfig(bucket_cap_mb=1e-6)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    train_on(model, optimizer, group.rank(), 0)
+    loss_of(model, group.rank(), 1).backward()
+    for p in model[0].parameters():
+        p.grad.mul_(2.0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"use optimizer\.clip_grad_norm_\(\) in place of torch's") as caught:
         optimizer.step()
     return str(caught.value)
 
 
-def test_averages_that_every_rank_has_changed_alike_but_not_by_one_number_are_an_error() -> None:
-    first, second = on_ranks(2, double_one_alike)
-    assert first == second
-
-
-def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong() -> None:
-    right = on_ranks(2, steps_under, True, False, "", FULL)
-    for (said, values), (silence, expected) in zip(on_ranks(2, steps_under, True, True, "", FULL), right, strict=True):
-        assert "DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)" in said and not silence
-        assert torch.equal(values, expected)
-
-
-def test_where_nobody_averages_the_first_step_is_an_error() -> None:
-    for said, values in on_ranks(2, steps_under, False, False, "", FULL):
-        assert "wrap the model in DistributedDataParallel" in said
-        assert torch.equal(values, values_of(make_model()))
-
-
-def test_the_same_data_on_all_ranks_is_trained_on_with_a_warning() -> None:
-    alone = on_ranks(1, steps_under, False, True, "the same data", FULL)[0]
-    for said, values in on_ranks(2, steps_under, False, True, "the same data", FULL):
-        assert "the same on all ranks" in said
-        assert torch.equal(values, alone[1])
-
-
 # --- a second optimizer over the same model ---
 
 
-def two_phases(group: Any, residency: GradientResidency, drop_first: bool) -> tuple[Tensor, str]:
-    model = make_model()
-    first: ShardedDecoupledAdamW | None = build(model, group, gradient_residency=residency)
-    assert first is not None
-    train(model, first, 0, group)
-    if drop_first:
-        first = None
-    second = build(model, group, gradient_residency=residency)
-    for step in range(1, 3):
-        train(model, second, step, group)
-    said = ""
-    if first is not None:
-        model(torch.ones(1, 8)).sum().backward()
-        with pytest.raises(RuntimeError, match="given to another optimizer") as caught:
-            first.step()
-        said = str(caught.value)
-    return values_of(model), said
-
-
-@pytest.mark.parametrize("residency", [FULL, SHARDED])
-def test_a_second_optimizer_takes_over_and_the_first_says_so(residency: GradientResidency) -> None:
-    kept, dropped = (on_ranks(2, two_phases, residency, drop) for drop in (False, True))
-    for (values, said), (expected, _) in zip(kept, dropped, strict=True):
-        assert torch.equal(values, expected)
-        assert "use one optimizer for a parameter" in said
+@either_residency
+@ranks(2)
+def test_a_second_optimizer_takes_over_and_the_first_says_so(group: Any, residency: GradientResidency) -> None:
+    results = []
+    for drops_first in (True, False):
+        model, first = small(group, gradient_residency=residency)
+        train_on(model, first, group.rank(), 0)
+        config = first.config
+        if drops_first:
+            del first
+        second = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+        train_on(model, second, group.rank(), 1, 2)
+        results.append(values_of(model))
+    assert_equal(*results)
+    loss_of(model, group.rank()).backward()
+    with pytest.raises(RuntimeError, match=r"(?s)given to another optimizer.*use one optimizer for a parameter"):
+        first.step()
 
 
 # --- gradients that stay from another loss, or that something else makes, too ---
 
 
-def leave_gradients_of_another_loss(group: Any, clear_with: str) -> tuple[str, Tensor]:
+@pytest.mark.parametrize("clear_with", ["model", "optimizer"])
+@ranks(2)
+def test_means_that_model_zero_grad_cannot_drop_are_an_error_before_they_add_up(group: Any, clear_with: str) -> None:
     """Steps whose model also takes part in another one's loss, as the discriminator does in a GAN's."""
-    model = make_model()
-    optimizer = build(model, group, gradient_residency=SHARDED)
-    rank = 0 if group is None else dist.get_rank(group)
-    said = ""
+    model, optimizer = small(group, gradient_residency=SHARDED)
+    control, alone = small(group, overlap=False)
+
+    def backward(model: nn.Module, step: int) -> None:
+        for micro in range(2):
+            loss_of(model, group.rank(), 10 * step + micro).backward()
+
     for step in range(2):
-        if clear_with == "model":
-            model.zero_grad()
-        elif clear_with == "optimizer":
-            optimizer.zero_grad()
-        try:
-            for micro in range(2):
-                x = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
-                model(x).square().mean().backward()
-        except RuntimeError as error:
-            said = str(error)
-            break
+        (model if clear_with == "model" else optimizer).zero_grad()
+        if clear_with == "model" and step == 1:
+            with pytest.raises(
+                RuntimeError, match=r"call optimizer\.zero_grad\(\) between a step and the next backward"
+            ):
+                backward(model, step)
+            return
+        backward(model, step)
+        backward(control, step)
         optimizer.step()
+        alone.step()
+        alone.zero_grad()
         if clear_with == "optimizer":
-            model(torch.ones(1, 8)).sum().backward()
-    return said, values_of(model)
-
-
-def test_means_that_model_zero_grad_cannot_drop_are_an_error_before_they_add_up() -> None:
-    for said, _ in on_ranks(2, leave_gradients_of_another_loss, "model"):
-        assert "call optimizer.zero_grad() between a step and the next backward" in said
-    for said, values in on_ranks(2, leave_gradients_of_another_loss, "optimizer"):
-        assert not said
-        control = make_model()
-        torch_like = ShardedDecoupledAdamW(control.named_parameters(), lr=1e-2)
-        for step in range(2):
-            xs = [
-                torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
-                for micro in range(2)
-                for rank in range(2)
-            ]
-            (sum(control(x).square().mean() for x in xs) / 2).backward()  # type: ignore[union-attr]
-            torch_like.step()
-            torch_like.zero_grad()
-        torch.testing.assert_close(values, values_of(control), rtol=0, atol=2e-6)  # sums in another order
-
-
-def step_under_ddp(group: Any, as_bucket_view: bool) -> str:
-    model = make_model()
-    ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=as_bucket_view)
-    optimizer = build(model, group, gradient_residency=SHARDED)
-    before = values_of(model)
-    ddp(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
-    with pytest.raises(RuntimeError, match="DistributedDataParallel, pass") as caught:
-        optimizer.step()
-    assert torch.equal(values_of(model), before)
-    return str(caught.value)
+            loss_of(model, group.rank()).backward()
+    torch.testing.assert_close(values_of(model), values_of(control), rtol=0, atol=2e-6)  # sums in another order
 
 
 @pytest.mark.parametrize("as_bucket_view", [False, True])
-def test_ddp_around_sharded_gradients_is_an_error_that_names_it(as_bucket_view: bool) -> None:
-    assert all("reduce_gradients=False" in said for said in on_ranks(2, step_under_ddp, as_bucket_view))
+@ranks(2)
+def test_ddp_around_sharded_gradients_is_an_error_that_names_it(group: Any, as_bucket_view: bool) -> None:
+    model, _ = small(group)
+    ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=as_bucket_view)
+    config = ShardingConfig(gradient_residency=SHARDED)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+    before = values_of(model)
+    loss_of(ddp, group.rank()).backward()
+    with pytest.raises(RuntimeError, match=r"(?s)DistributedDataParallel, pass.*reduce_gradients=False"):
+        optimizer.step()
+    assert_equal(before, values_of(model))

@@ -6,8 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+from tests.models import Groups
 
 DEVICE = "cuda"
+FIRST_CASE_TIMEOUT_S = 120.0  # the first case on a rank starts CUDA, and NCCL, and compiles kernels
+
+
+def on_gpu(groups: Groups) -> Groups:
+    for group in groups:
+        group["params"] = [(name, nn.Parameter(p.detach().to(DEVICE), p.requires_grad)) for name, p in group["params"]]
+    return groups
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, StateResidency
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.update.precision import join
-from tests.gpu.probes import DEVICE
-from tests.gpu.test_sharded import FIRST_CASE_TIMEOUT_S, nccl_group
+from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S
+from tests.harness import nccl_group
 from tests.pool import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, amsgrad=True)

@@ -20,8 +20,8 @@ from sharded_dadamw import (
     ShardingConfig,
     StateResidency,
 )
-from tests.gpu.probes import DEVICE, no_host_sync
-from tests.gpu.test_sharded import FIRST_CASE_TIMEOUT_S, nccl_group, on_cpu, on_gpu
+from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S, no_host_sync, on_gpu
+from tests.harness import nccl_group, on_cpu
 from tests.models import BF16, F32, draw_gradient, make_groups, named
 from tests.pool import on_ranks
 

@@ -1,284 +1,93 @@
 """``ShardedDecoupledAdamW`` on a GPU: alone, over NCCL at one rank, and over gloo at two ranks that share the GPU.
 
-The control is the unsharded optimizer on the same GPU, fed with the mean of all ranks' gradients in rank order in fp32.
-A sum of two has the same bits in either order, so at two ranks no backend can deviate from that, and nothing here has a
-tolerance.
+The control is that of `tests/harness.py`, on the same GPU. A sum of two has the same bits in either order, so at two
+ranks no backend can deviate from the mean in rank order, and nothing here has a tolerance.
 """
 
 import gc
-import math
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.optim.lr_scheduler import LambdaLR
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.adamw import Step, adamw_
 from sharded_dadamw.update.hyperparameters import Hyperparameters
-from sharded_dadamw.update.precision import join, weight_of
-from tests.gpu.probes import DEVICE, no_host_sync
-from tests.models import BF16, F32, Groups, draw_gradient, mains_of, make_groups, mean_in_rank_order, named
+from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S, on_gpu
+from tests.harness import (
+    ALL_IN_ONE,
+    AS_UNSHARDED,
+    ONE_EACH,
+    SOME_EACH,
+    Scenario,
+    assert_state_is_the_controls,
+    nccl_group,
+    on_cpu,
+    scenario,
+    train_beside_control,
+)
+from tests.models import BF16, F32, draw_gradient, make_groups, named
 from tests.pool import on_ranks
 
-ONE_EACH = 1e-6  # MiB: less than any parameter, so every parameter gets a bucket of its own
-FEW_EACH = 1e-3
-ALL_IN_ONE = 1024.0
-FIRST_CASE_TIMEOUT_S = 120.0  # the first case on a rank starts CUDA, and NCCL, and compiles kernels
-
 LR = 3e-3
-WEIGHT_DECAY = 2e-4
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """One way to train; the defaults are the plainest."""
-
-    parameters: str = "odd sizes"
-    num_steps: int = 6
-    bucket_cap_mb: float = ALL_IN_ONE
-    amsgrad: bool = False
-    main_parameter: MainParameter = MainParameter.FP32
-    moments: Moments = Moments.FP32
-    max_norm: float | None = None
-    some_are_missing: bool = False
-    loss_scale: float | None = None
-    overflowing_steps: tuple[int, ...] = ()
-    lr_on_device: bool = False
-
-    @property
-    def config(self) -> ShardingConfig:
-        return ShardingConfig(
-            bucket_cap_mb=self.bucket_cap_mb, main_parameter=self.main_parameter, moments=self.moments
-        )
-
-    def make_lr(self) -> float | Tensor:
-        return torch.tensor(LR, device=DEVICE) if self.lr_on_device else LR
+def on_device(parameters: str = "odd sizes", **settings: Any) -> Scenario:
+    settings = {"num_steps": 6, "schedule": "LambdaLR", "device": DEVICE, **settings}
+    return scenario(parameters, **settings)
 
 
-AS_UNSHARDED: dict[str, Any] = dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
-"""Everything in the parameter's dtype, as DecoupledAdamW has it."""
-
-
-@dataclass
-class Report:
-    """What one rank saw: its fragments of the state, the parameters, and the control's state and parameters."""
-
-    fragments: dict[str, dict[str, Tensor]]
-    params: dict[str, Tensor]
-    control_state: dict[str, dict[str, Tensor]]
-    control_params: dict[str, Tensor]
-
-
-# --- on a rank ---
-
-
-@cache
-def nccl_group() -> Any:
-    """A group of this rank alone, made once per process."""
-    torch.cuda.set_device(0)
-    return dist.new_group([dist.get_rank()], backend="nccl", use_local_synchronization=True)
-
-
-def on_gpu(groups: Groups) -> Groups:
-    for group in groups:
-        group["params"] = [(name, nn.Parameter(p.detach().to(DEVICE), p.requires_grad)) for name, p in group["params"]]
-    return groups
-
-
-class Training:
-    """The optimizer, and if need be a loss scaler, as a training loop uses them."""
-
-    def __init__(self, groups: Groups, process_group: Any, scenario: Scenario) -> None:
-        self.params = named(groups)
-        self.max_norm = scenario.max_norm
-        self.optimizer = ShardedDecoupledAdamW(
-            groups,
-            lr=scenario.make_lr(),
-            weight_decay=WEIGHT_DECAY,
-            amsgrad=scenario.amsgrad,
-            process_group=process_group,
-            config=scenario.config,
-        )
-        self.scaler = None
-        if scenario.loss_scale is not None:
-            # Its scalers agree on what they found, as those of several ranks must.
-            group = None if process_group is None or process_group.size() == 1 else process_group
-            make = torch.amp.GradScaler if group is None else partial(ShardedGradScaler, process_group=group)
-            self.scaler = make(DEVICE, init_scale=scenario.loss_scale)
-
-    def step(self, gradients: dict[str, Tensor]) -> Tensor | None:
-        """Backward and step; the norm, where gradients are clipped."""
-        if self.scaler is not None:
-            self.scaler.scale(torch.zeros((), device=DEVICE))  # as every loop does, with its loss
-        torch.autograd.backward(
-            [self.params[name].view_as(self.params[name]) for name in gradients], [*gradients.values()]
-        )
-        norm = None
-        if self.scaler is not None and (self.max_norm is not None or isinstance(self.scaler, ShardedGradScaler)):
-            self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None:
-            norm = self.optimizer.clip_grad_norm_(self.max_norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad()
-        return norm
-
-
-def train_beside_control(group: Any, over_nccl: bool, scenario: Scenario) -> Report:
-    """Trains both, and raises at the first step after which a parameter differs.
-
-    Args:
-        group: A gloo group, or None without torch.distributed.
-        over_nccl: Take a group of this rank alone instead.
-        scenario: What to train, and how.
-    """
-    process_group = nccl_group() if over_nccl else group
-    rank, num_ranks = (0, 1) if process_group is None else (process_group.rank(), process_group.size())
-    # Every rank starts from weights of its own: the optimizer must make them rank 0's.
-    training = Training(on_gpu(make_groups(scenario.parameters, seed=rank)), process_group, scenario)
-    params = training.params
-    control_groups = on_gpu(make_groups(scenario.parameters, seed=0))
-    if scenario.main_parameter is not MainParameter.NONE:
-        control_groups = mains_of(control_groups)
-    control_params = named(control_groups)
-    control = DecoupledAdamW(control_groups, lr=scenario.make_lr(), weight_decay=WEIGHT_DECAY, amsgrad=scenario.amsgrad)
-    schedulers = [LambdaLR(one, lambda step: 1.0 / (1 + step)) for one in (training.optimizer, control)]
-    scale = scenario.loss_scale or 1.0
-
-    for step in range(scenario.num_steps):
-        overflows = step in scenario.overflowing_steps
-        scaled = [
-            {
-                name: draw_gradient(p.detach().cpu(), step, of_rank, index).to(DEVICE) * scale
-                for index, (name, p) in enumerate(params.items())
-                if p.requires_grad and not (scenario.some_are_missing and (step + index) % 3 == 0)
-            }
-            for of_rank in range(num_ranks)
-        ]
-        if overflows:
-            scaled[0]["weight"].fill_(math.inf)  # on one rank alone, of which the others have to hear
-        with no_host_sync() if num_ranks == 1 and step > 0 else nullcontext():
-            norm = training.step({name: gradient.clone() for name, gradient in scaled[rank].items()})
-
-        if overflows:
-            scale /= 2
-        else:
-            for name, p in control_params.items():
-                p.grad = None
-                if name in scaled[0]:
-                    p.grad = mean_in_rank_order([one[name] for one in scaled]).to(p.dtype) / scale
-                if p.grad is not None and norm is not None and scenario.max_norm is not None:
-                    p.grad = p.grad / (1.0 / torch.clamp(scenario.max_norm / (norm + 1e-6), max=1.0))
-            control.step()
-        for scheduler in schedulers:
-            scheduler.step()
-        for name, p in params.items():
-            expected = weight_of(control_params[name].detach(), p.dtype)
-            assert torch.equal(p, expected), f"step {step}: {name} {tuple(p.shape)} {p.dtype} differs"
-    if training.scaler is not None:
-        assert training.scaler.get_scale() == scale
-    return Report(
-        fragments={name: on_cpu(training.optimizer.state.get(p, {})) for name, p in params.items()},
-        params=on_cpu(params),
-        control_state={name: on_cpu(control.state.get(p, {})) for name, p in control_params.items()},
-        control_params=on_cpu(control_params),
-    )
-
-
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in tensors.items()}
-
-
-# --- in the test process ---
-
-
-def assert_state_is_the_controls(reports: list[Report]) -> None:
-    """Fragments joined in rank order are the control's state; a main parameter, with its remainder, is the control."""
-    one = reports[0]
-    for name, control_state in one.control_state.items():
-        if not control_state:
-            continue
-        for report in reports:
-            assert torch.equal(report.fragments[name]["step"], control_state["step"]), f"{name}.step"
-        whole = {
-            key: torch.cat([report.fragments[name][key] for report in reports])
-            for key in one.fragments[name]
-            if key != "step"
-        }
-        expected = {key: value.flatten() for key, value in control_state.items() if key != "step"}
-        if one.control_params[name].dtype != one.params[name].dtype:
-            expected["main_param"] = one.control_params[name].flatten()
-            if "main_remainder" in whole:
-                whole["main_param"] = join(one.params[name].flatten(), whole.pop("main_remainder"))
-        assert set(whole) == set(expected)
-        for key, value in expected.items():
-            assert whole[key].dtype == value.dtype and torch.equal(whole[key], value), f"{name}.{key}"
-
-
+IN_REMAINDER: dict[str, Any] = dict(main_parameter=MainParameter.REMAINDER)
+NOW_AND_THEN: dict[str, Any] = dict(without_gradient="alternating", num_steps=8)
 SCENARIOS = {
-    "fp32": Scenario(),
-    "fp32, amsgrad": Scenario(amsgrad=True),
-    "several groups": Scenario("several groups"),
-    "frozen": Scenario("frozen"),
-    "non-contiguous": Scenario("non-contiguous"),
-    "mixed dtypes, fp64 among them": Scenario("mixed dtypes"),
-    "bf16 with fp32 main": Scenario("bf16", amsgrad=True),
-    "bf16 with remainder": Scenario("bf16", main_parameter=MainParameter.REMAINDER),
-    "bf16 alone": Scenario("bf16", **AS_UNSHARDED),
-    "fp16 with fp32 main": Scenario("fp16"),
-    "clipped": Scenario("several groups", max_norm=0.5),
-    "bf16 with remainder, clipped": Scenario("bf16", main_parameter=MainParameter.REMAINDER, max_norm=0.1),
-    "gradients missing now and then": Scenario(some_are_missing=True, num_steps=8),
-    "gradients missing now and then, several buckets": Scenario(
-        some_are_missing=True, num_steps=8, bucket_cap_mb=FEW_EACH
+    "fp32": on_device(),
+    "fp32, amsgrad": on_device(amsgrad=True),
+    "several groups": on_device("several groups"),
+    "frozen": on_device("frozen"),
+    "non-contiguous": on_device("non-contiguous"),
+    "mixed dtypes, fp64 among them": on_device("mixed dtypes"),
+    "bf16 with fp32 main": on_device("bf16", amsgrad=True),
+    "bf16 with remainder": on_device("bf16", **IN_REMAINDER),
+    "bf16 alone": on_device("bf16", **AS_UNSHARDED),
+    "fp16 with fp32 main": on_device("fp16"),
+    "clipped": on_device("several groups", clip=(0.5, 2.0)),
+    "bf16 with remainder, clipped": on_device("bf16", clip=(0.1, 2.0), **IN_REMAINDER),
+    "gradients missing now and then": on_device(**NOW_AND_THEN),
+    "gradients missing now and then, several buckets": on_device(bucket_cap_mb=SOME_EACH, **NOW_AND_THEN),
+    "loss scaler": on_device("tiny", loss_scale=2.0**10),
+    "loss scaler that skips": on_device("tiny", loss_scale=2.0**6, overflows={1: 0, 3: 0}),
+    "loss scaler that skips, amsgrad, clipped": on_device(
+        "tiny", amsgrad=True, clip=(0.1, 2.0), loss_scale=2.0**10, overflows={2: 0}
     ),
-    "loss scaler": Scenario("tiny", loss_scale=2.0**10),
-    "loss scaler that skips": Scenario("tiny", loss_scale=2.0**6, overflowing_steps=(1, 3), num_steps=6),
-    "loss scaler that skips, amsgrad, clipped": Scenario(
-        "tiny", amsgrad=True, max_norm=0.1, loss_scale=2.0**10, overflowing_steps=(2,)
-    ),
-    "lr on the device": Scenario("several groups", lr_on_device=True),
+    "lr on the device": on_device("several groups", lr_on_device=True),
 }
-every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
 ALONE = SCENARIOS | {  # several ranks' scalers unscale gradients in place, which rounds in fp16
-    "fp16, loss scaler that skips": Scenario("fp16", loss_scale=2.0**6, overflowing_steps=(1, 3), num_steps=6)
+    "fp16, loss scaler that skips": on_device("fp16", loss_scale=2.0**6, overflows={1: 0, 3: 0})
+}
+SIZES = {
+    f"{parameters}, {cap} MiB": on_device(parameters, bucket_cap_mb=cap, num_steps=3)
+    for parameters in ("odd sizes", "mixed dtypes", "large")
+    for cap in (ONE_EACH, SOME_EACH, ALL_IN_ONE)
 }
 
 
 @pytest.mark.parametrize("label", ["fp32, amsgrad", "bf16 with remainder, clipped", "fp16, loss scaler that skips"])
 def test_without_torch_distributed_a_step_never_waits_and_equals_the_unsharded_one_bit_for_bit(label: str) -> None:
-    assert_state_is_the_controls([train_beside_control(None, False, ALONE[label])])
+    assert_state_is_the_controls([train_beside_control(None, ALONE[label])])
 
 
-@pytest.mark.parametrize("scenario", ALONE.values(), ids=list(ALONE))
-def test_over_nccl_at_one_rank_a_step_never_waits_and_equals_the_unsharded_one_bit_for_bit(scenario: Scenario) -> None:
+@pytest.mark.parametrize("label", ALONE)
+def test_over_nccl_at_one_rank_a_step_never_waits_and_equals_the_unsharded_one_bit_for_bit(label: str) -> None:
     """From the second step on the host does not wait, clipping and loss scaler included."""
-    reports = on_ranks(1, train_beside_control, True, scenario, timeout_s=FIRST_CASE_TIMEOUT_S)
-    assert_state_is_the_controls(reports)
+    case = replace(ALONE[label], over_nccl=True)
+    assert_state_is_the_controls(on_ranks(1, train_beside_control, case, timeout_s=FIRST_CASE_TIMEOUT_S))
 
 
-@every_scenario
-def test_two_ranks_that_share_a_gpu_equal_the_unsharded_optimizer_bit_for_bit(scenario: Scenario) -> None:
-    reports = on_ranks(2, train_beside_control, False, scenario, timeout_s=FIRST_CASE_TIMEOUT_S)
-    assert_state_is_the_controls(reports)
-
-
-@pytest.mark.parametrize("cap", [ONE_EACH, FEW_EACH, ALL_IN_ONE], ids=["one bucket each", "a few each", "one bucket"])
-@pytest.mark.parametrize("parameters", ["odd sizes", "mixed dtypes", "large"])
-def test_the_size_of_buckets_changes_no_bit(parameters: str, cap: float) -> None:
-    scenario = Scenario(parameters, bucket_cap_mb=cap, num_steps=3)
-    assert_state_is_the_controls(on_ranks(2, train_beside_control, False, scenario, timeout_s=FIRST_CASE_TIMEOUT_S))
+@pytest.mark.parametrize("case", [*SCENARIOS.values(), *SIZES.values()], ids=[*SCENARIOS, *SIZES])
+def test_two_ranks_that_share_a_gpu_equal_the_unsharded_optimizer_bit_for_bit(case: Scenario) -> None:
+    assert_state_is_the_controls(on_ranks(2, train_beside_control, case, timeout_s=FIRST_CASE_TIMEOUT_S))
 
 
 def bytes_of(group: Any, over_nccl: bool, dtype: torch.dtype) -> tuple[int, int]:
