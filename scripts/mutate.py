@@ -164,7 +164,7 @@ MUTATIONS = {
     "schedule/step_agreement.py": [
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
-        ("            _require_own_parameters(buckets, groups, frozen)\n", "", "contract other_hands refusals"),
+        ("            self._require_own_parameters(groups)\n", "", "contract other_hands refusals"),
     ],
     "norms/clipping.py": [
         ("max=1.0)", "max=2.0)", "sharded contract"),

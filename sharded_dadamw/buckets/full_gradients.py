@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import repeat
-from operator import is_, is_not
+from itertools import compress, repeat
+from operator import and_, is_, is_not
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ class FullGradients(HookedGradients):
 
     def collect(self, *, to_clip: bool) -> None:
         """See ``Gradients.collect``. Averages may have been dropped, or before a clip been changed in place."""
-        if self.stage is not Stage.LOCAL and self._have_ended():
+        held = self._held()
+        if self.stage is not Stage.LOCAL and self._have_ended(held):
             if self.stage is Stage.REDUCED and any(self._has_grad) and any(are_present(self._params)):
                 raise self._assigned()
             self._reset()
@@ -59,13 +60,12 @@ class FullGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:
-            self._has_grad = self._held()
-            if not all(self._has_grad):
+            if not all(held):
                 for slot in range(len(self._members)):
                     self._adopt(slot)
-                self._has_grad = self._held()
+                held = self._held()
+            self._has_grad = held
             return
-        held = self._held()
         are_assigned = not all(held) and held != list(map(is_not, map(GRAD_OF, self._params), repeat(None)))
         if self.stage is Stage.READ and (are_assigned or held != self._has_grad or self._is_written):
             raise self._changed()
@@ -78,7 +78,7 @@ class FullGradients(HookedGradients):
         out = self.shard
         if self.stage is Stage.LOCAL:
             self.stage = Stage.REDUCED
-            self._has_grad, self._version, self._sample = self._held(), self.buffer._version, None
+            self._version, self._sample = self.buffer._version, None
         else:
             out = torch.empty_like(self.shard)
         self._reduction = collectives.reduce_scatter_mean(self._exchanged, out, wire_dtype=self._wire_dtype)
@@ -93,10 +93,14 @@ class FullGradients(HookedGradients):
         super()._reset()
         self._sample = None
 
-    def remember(self) -> None:
+    def look(self) -> None:
         if self.stage is Stage.LOCAL:
-            self._has_grad, self._version = self._held(), self.buffer._version
-            self._sample = self._take_sample()
+            self._has_grad = self._held()
+
+    def remember(self) -> None:
+        self.look()
+        if self.stage is Stage.LOCAL:
+            self._version, self._sample = self.buffer._version, self._take_sample()
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         may_differ = is_unscaled or self._is_written
@@ -138,7 +142,7 @@ class FullGradients(HookedGradients):
         if self.stage is Stage.LOCAL:
             self._sample = None
             return
-        if self._have_ended(arriving=slot):
+        if self._have_ended(self._held(), arriving=slot):
             self._reset()
         elif self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
@@ -159,19 +163,20 @@ class FullGradients(HookedGradients):
             "them, and pass ShardingConfig(reduce_gradients=False). Before gradients of your own, call zero_grad()"
         )
 
-    def _have_ended(self, *, arriving: int | None = None) -> bool:
-        """Whether averages were dropped or cleared, by ``model.zero_grad`` or by hand.
+    def _have_ended(self, held: Sequence[bool], *, arriving: int | None = None) -> bool:
+        """Whether averages were dropped or cleared, by ``model.zero_grad`` or by hand, given what ``_held`` says now.
 
         Backward has just delivered to the slot ``arriving``, if to one.
         """
         if not any(self._has_grad):
             return self.stage is Stage.CONSUMED or arriving is not None or any(are_present(self._params))
-        kept = [slot for slot, (now, then) in enumerate(zip(self._held(), self._has_grad, strict=True)) if now and then]
-        if not kept or (self.stage is Stage.REDUCED and arriving is None):
-            return not kept  # those that were cleared are means times zero, and to look would be to wait for the device
+        is_kept = list(map(and_, held, self._has_grad))
+        if not any(is_kept) or (self.stage is Stage.REDUCED and arriving is None):
+            # Those that were cleared are means times zero, and to look would be to wait for the device.
+            return not any(is_kept)
         # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
         # show its zeros any more, but has changed once more. Views share one count of changes with their buffer.
-        filled = [slot for slot in kept if self._views[slot].numel()]
+        filled = [slot for slot in compress(range(len(is_kept)), is_kept) if self._views[slot].numel()]
         num_changes = max(1, len(filled) + (arriving in filled))  # one also where all are empty, and show no zeros
         return self.buffer._version - self._version >= num_changes and not any(
             self._views[slot].any() for slot in filled if slot != arriving

@@ -97,7 +97,10 @@ class Gradients(ABC):
 
     @abstractmethod
     def reduce(self, collectives: Collectives) -> None:
-        """Begin to fill ``shard`` with the mean over ranks; ``wait`` ends that. Collective."""
+        """Begin to fill ``shard`` with the mean over ranks, after ``collect`` or ``look``; ``wait`` ends that.
+
+        Collective.
+        """
 
     def wait(self) -> None:
         """Wait until ``shard`` is the mean and gradients may be written; more than once does no harm."""
@@ -107,6 +110,9 @@ class Gradients(ABC):
             self._is_lost = True
             raise
         self._reduction = DONE
+
+    def look(self) -> None:  # noqa: B027 - most have nothing to do
+        """Take note of which gradients there are, ahead of a ``reduce`` without a ``collect``."""
 
     def remember(self) -> None:  # noqa: B027 - most have nothing to do
         """Take note of local gradients as backward has left them, for ``change``."""
@@ -161,11 +167,14 @@ class HookedGradients(Gradients):
         self._wire_dtype = wire_dtype
         self._layout = layout
         self._has_grad = [False] * len(members)  # per slot whether there is a gradient, as last looked or delivered
+        self._all_present = (True,) * len(members)
         self._await_all()
 
     @property
     def present(self) -> tuple[bool, ...]:
         """See ``Gradients.present``; as ``collect`` has found them."""
+        if all(self._has_grad) and all(map(_IS_TRAINABLE, self._params)):
+            return self._all_present
         return tuple(map(and_, self._has_grad, map(_IS_TRAINABLE, self._params)))
 
     def _reset(self) -> None:

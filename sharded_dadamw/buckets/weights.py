@@ -30,14 +30,13 @@ _alive: WeakSet[OwnWeights] = WeakSet()
 
 
 class Weights(ABC):
-    """The parameters of one bucket on one rank, which updates ``shard`` [n]; ``ids`` are the parameters'."""
+    """The parameters of one bucket on one rank, which updates ``shard`` [n]."""
 
     shard: Tensor
 
     def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
         self._members = tuple(members)
         self._params = tuple(member.param for member in members)
-        self.ids = frozenset(map(id, self._params))
         self._layout = layout
         self._range = layout.shard_range(rank)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class StepAgreement:
     def __init__(self, shards: Shards, reducer: Reducer) -> None:
         self._shards = shards
         self._reducer = reducer
+        self._own: Sequence[Tensor] = ()  # those of param_groups, as last found to be ours
         self._handshake = Handshake(shards.holders, shards.device, after_refusal=reducer.after_refusal)
 
     def reach(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Agreed:
@@ -106,7 +108,7 @@ class StepAgreement:
             _refuse_scaler(asked, reducer)
             if reducer.is_accumulating:
                 raise RuntimeError(f"{asked.call} was called inside no_sync(); leave the context first")
-            _require_own_parameters(buckets, groups, frozen)
+            self._require_own_parameters(groups)
             moved: list[tuple[NamedParameter, str]] = []
             for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
                 if misplaced := bucket.weights.misplaced():
@@ -142,6 +144,19 @@ class StepAgreement:
             _learn_source(buckets, reducer, self._handshake)
         return Agreed(present, hypers, void, unfrozen)
 
+    def _require_own_parameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        given = [*chain.from_iterable(group["params"] for group in groups)]
+        if len(given) == len(self._own) and all(map(is_, given, self._own)):
+            return
+        ours = [*chain.from_iterable(bucket.members for bucket in self._shards.buckets), *self._shards.frozen]
+        if set(map(id, given)) != {id(member.param) for member in ours}:
+            raise RuntimeError(
+                "param_groups do not hold the parameters that this optimizer was built with; something replaced them, "
+                "as fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters "
+                "by add_param_group"
+            )
+        self._own = given
+
 
 def _are_comparable(buckets: Sequence[Bucket], reducer: Reducer) -> bool:
     """Whether ranks that see equal gradients must have averaged them, and hold whole ones to be compared."""
@@ -164,19 +179,6 @@ def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, handshake: Handsh
         )
     if differ is not None or not _are_comparable(buckets, reducer):
         reducer.learn_source(are_equal=differ is False)
-
-
-def _require_own_parameters(
-    buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]], frozen: Sequence[NamedParameter]
-) -> None:
-    given = set(map(id, chain.from_iterable(group["params"] for group in groups)))
-    ours = [bucket.weights.ids for bucket in buckets] + [{id(member.param)} for member in frozen]
-    if len(given) != sum(map(len, ours)) or not all(ids <= given for ids in ours):
-        raise RuntimeError(
-            "param_groups do not hold the parameters that this optimizer was built with; something replaced them, as "
-            "fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters by "
-            "add_param_group"
-        )
 
 
 def _refuse_scaler(asked: Asked, reducer: Reducer) -> None:
