@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Reducer:
 
     Attributes:
         is_accumulating: Whether backward passes leave gradients local.
+        keeps_shards: Whether of averaged gradients there is nothing but this rank's shard.
         knows_source: Whether ranks have found out if something else averages these gradients.
         num_rounds: Rounds since gradients were last used or dropped, or a call was refused by all ranks.
     """
@@ -54,6 +56,7 @@ class Reducer:
         self._announce = announce
         self._config = config
         self.is_accumulating = False
+        self.keeps_shards = False
         self.num_rounds = 0
         self._collectives = collectives
         self.knows_source = collectives.num_ranks == 1
@@ -75,6 +78,7 @@ class Reducer:
         is_hooked = isinstance(bucket.gradients, HookedGradients)
         (self._hooked if is_hooked else self._others).append(bucket)
         self._knows_order = self._knows_order and not is_hooked
+        self.keeps_shards |= isinstance(bucket.gradients, ShardedGradients)
         self.hook(bucket)
 
     def hook(self, bucket: Bucket) -> None:
@@ -104,8 +108,7 @@ class Reducer:
 
     def deliver(self, bucket: Bucket, slot: int) -> None:
         """Take a gradient that backward has just accumulated; raises as ``HookedGradients.deliver``."""
-        gradients = bucket.gradients
-        assert isinstance(gradients, HookedGradients)
+        gradients = cast(HookedGradients, bucket.gradients)  # isinstance() of an abstract class costs 1 us
         reduces = self._reduces_in_backward and not self.is_accumulating
         if reduces:
             self._enter_backward()
@@ -279,11 +282,6 @@ class Reducer:
         return self.knows_source and self._remembers
 
     @property
-    def keeps_shards(self) -> bool:
-        """Whether of averaged gradients there is nothing but this rank's shard."""
-        return any(isinstance(bucket.gradients, ShardedGradients) for bucket in self._hooked[:1])
-
-    @property
     def _reduces_in_backward(self) -> bool:
         return bool(self._hooked) and (self._is_overlapping or self.keeps_shards)
 
@@ -291,8 +289,7 @@ class Reducer:
         """Launch the buckets whose turn has come."""
         while len(self._launched) < len(self._hooked):
             bucket = self._hooked[len(self._launched)]
-            assert isinstance(bucket.gradients, HookedGradients)
-            if not bucket.gradients.are_complete:
+            if not cast(HookedGradients, bucket.gradients).are_complete:
                 return
             self._launch_in_backward(bucket)
 
