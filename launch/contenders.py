@@ -6,17 +6,19 @@ multiplies its decay by the learning rate, as torch's does, is therefore handed 
 
 import importlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from launch.options import Choice, Settings
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from launch.cluster import ranks_per_host
+from launch.options import Choice, Settings, fail
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,17 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
                 {"params": matrices, "weight_decay": settings.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
-            cap = settings.bucket_cap_mb
-            config = ShardingConfig() if cap is None else ShardingConfig(bucket_cap_mb=cap)
-            return Sharded(model, ShardedDecoupledAdamW(named, config=config, **shared))
+            config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
+            if settings.bucket_cap_mb is not None:
+                config = replace(config, bucket_cap_mb=settings.bucket_cap_mb)
+            mesh = None
+            if settings.shard_within_host:
+                per_host = largest_over_ranks(ranks_per_host(), device)
+                if settings.ranks % per_host:
+                    fail(f"expected as many ranks on every host for --shard-within-host, got {settings.ranks} in all")
+                shape = (settings.ranks // per_host, per_host)
+                mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+            return Sharded(model, ShardedDecoupledAdamW(named, config=config, process_group=mesh, **shared))
         case Choice.DECOUPLED:
             return Contender(ddp(), DecoupledAdamW(groups(settings.weight_decay), **shared))
         case Choice.DDP_ADAMW:

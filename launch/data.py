@@ -7,11 +7,17 @@ the same data, and their loss curves can be laid over each other.
 import hashlib
 import math
 import sysconfig
+import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from launch.cluster import local_rank
 
 HELD_OUT_FRACTION = 0.05
 END_OF_FILE = b"\0"
@@ -26,6 +32,7 @@ def is_skipped(parts: tuple[str, ...], *, is_own: bool) -> bool:
     return not SKIPPED_FOLDERS.isdisjoint(parts)
 
 
+@dataclass(frozen=True)
 class Corpus:
     """Training and held-out text as 1-D uint8 tensors.
 
@@ -35,7 +42,14 @@ class Corpus:
         digest: equal for equal texts.
     """
 
-    def __init__(self, source: Path | None, context: int) -> None:
+    name: str
+    num_files: int
+    digest: str
+    training: Tensor
+    held_out: Tensor
+
+    @classmethod
+    def read(cls, source: Path | None, context: int) -> Self:
         """Read `source`, a file or a folder of them; None reads the standard library's sources.
 
         Raises:
@@ -43,11 +57,11 @@ class Corpus:
         """
         if source is None:
             root = Path(sysconfig.get_paths()["stdlib"])
-            self.name = "Python standard library"
+            name = "Python standard library"
             files: Iterable[Path] = root.rglob("*.py")
         else:
             root = source if source.is_dir() else source.parent
-            self.name = str(source)
+            name = str(source)
             files = root.rglob("*") if source.is_dir() else [source]
         texts = {
             path.relative_to(root).as_posix(): path.read_bytes()
@@ -62,13 +76,39 @@ class Corpus:
         if num_held_out < context + 1:
             needed = math.ceil((context + 1) / HELD_OUT_FRACTION)
             raise ValueError(
-                f"expected at least {needed:,} bytes of text in {self.name}, got {len(text):,} in {len(names)} files; "
+                f"expected at least {needed:,} bytes of text in {name}, got {len(text):,} in {len(names)} files; "
                 f"give --data more text, or a smaller --preset"
             )
-        self.num_files = len(names)
-        self.digest = hashlib.sha256(text).hexdigest()
         tokens = torch.frombuffer(text, dtype=torch.uint8)
-        self.training, self.held_out = tokens[: len(tokens) - num_held_out], tokens[len(tokens) - num_held_out :]
+        training, held_out = tokens[: len(tokens) - num_held_out], tokens[len(tokens) - num_held_out :]
+        return cls(name, len(names), hashlib.sha256(text).hexdigest(), training, held_out)
+
+    @classmethod
+    def read_once_per_host(cls, source: Path | None, context: int) -> Self:
+        """The same, read by the first rank of each host, and mapped from a file by its others; a collective.
+
+        Raises:
+            ValueError: on every rank, that of one.
+        """
+        told: tuple[str, str | None] | None = None
+        everyone: list[Any] = [None] * dist.get_world_size()
+        with tempfile.TemporaryDirectory() as folder:
+            if local_rank() == 0:
+                file = Path(folder) / "text"
+                try:
+                    corpus = cls.read(source, context)
+                    torch.save(vars(corpus), file)
+                    told = str(file), None
+                except (OSError, ValueError) as error:
+                    told = str(file), str(error)
+            dist.all_gather_object(everyone, told)
+            if errors := [error for _, error in filter(None, everyone) if error]:
+                raise ValueError(errors[0])
+            if local_rank():
+                file, _ = everyone[dist.get_rank() - local_rank()]  # ranks of a host follow each other
+                corpus = cls(**torch.load(file, mmap=True))
+            dist.barrier()  # the file may go: who has mapped it keeps it
+        return corpus
 
     def batch(
         self, seed: int, step: int, rows: range, num_rows: int, context: int, device: torch.device

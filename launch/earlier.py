@@ -16,12 +16,13 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
 # What an earlier run says nothing about.
-OF_THIS_START = frozenset(("ranks", "max_restarts", "run_dir", "resume"))
+OF_THIS_START = frozenset(("ranks", "max_restarts", "run_dir", "resume", "requeue"))
 CHECKPOINTS = frozenset(("checkpoint", "checkpoint_every", "keep_last", "background"))
 SHOWN = frozenset(("log_every", "fingerprint_every", "sample_bytes", "plot"))
 # What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
 # The text may have moved, and is compared by its digest.
-FREE = OF_THIS_START | CHECKPOINTS | SHOWN | {"data", "micro_batches", "bucket_cap_mb"}
+OF_THE_CLUSTER = frozenset(("shard_within_host", "checkpoint_signal", "process_group_timeout"))
+FREE = OF_THIS_START | OF_THE_CLUSTER | CHECKPOINTS | SHOWN | {"data", "micro_batches", "bucket_cap_mb"}
 
 
 def job() -> str | None:
@@ -51,13 +52,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def folder_to_resume(resume: bool, run_dir: Path | None) -> Path | None:
+def folder_to_resume(resume: bool, requeue: bool, run_dir: Path | None) -> Path | None:
     """The run to go on with, or None where a new one is to begin.
 
     A process that torchrun has started again goes on with the run that its predecessor began, and with no other.
 
     Args:
         resume: whether to go on with an earlier run, whoever began it.
+        requeue: the same, if there is one.
         run_dir: the run; None looks in `runs` for the latest.
 
     Raises:
@@ -71,6 +73,8 @@ def folder_to_resume(resume: bool, run_dir: Path | None) -> Path | None:
             config = read_config(folder)
             if job() in [start.get("job") for start in (config, *config["resumed"])]:
                 return folder
+    if requeue and begun:
+        return begun[0]
     if not resume:
         return None
     if not begun:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,18 @@ class Choice(StrEnum):
     DDP_ADAMW = "ddp-adamw"
 
 
+class Precision(StrEnum):
+    """Of parameters and gradients; moments are fp32, and the update keeps what bf16 lacks of an fp32 parameter."""
+
+    FP32 = "float32"
+    BF16 = "bfloat16"
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one value."""
+        return 4 if self is Precision.FP32 else 2
+
+
 @dataclass(frozen=True)
 class Settings:
     """Train a GPT on bytes of Python code (or of your own text) and show what sharding the optimizer saved."""
@@ -105,6 +118,13 @@ class Settings:
     micro_batches: Annotated[int, typer.Option(min=1, help="Backward passes a rank's share is accumulated over.")] = 1
     clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 1.0
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep the largest second moment.")] = False
+    precision: Annotated[
+        Precision, typer.Option(help="Of parameters and gradients; beside bfloat16 the other 16 bits are state.")
+    ] = Precision.FP32
+    shard_within_host: Annotated[
+        bool,
+        typer.Option("--shard-within-host", help="Shard over the ranks of a host; every host has all of the state."),
+    ] = False
     bucket_cap_mb: Annotated[
         float | None, typer.Option(help="Bucket size of the sharded optimizer. [default: the optimizer's]")
     ] = None
@@ -129,6 +149,17 @@ class Settings:
             "of ranks. Its options need not be repeated.",
         ),
     ] = False
+    requeue: Annotated[
+        bool,
+        typer.Option("--requeue", help="Go on with the run in --run-dir if one was begun there, and else begin it."),
+    ] = False
+    checkpoint_signal: Annotated[
+        str,
+        typer.Option(help="Signal to any rank, beside TERM, that ends all with a checkpoint and exit code 75."),
+    ] = "TERM"
+    process_group_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which an exchange has failed. [default: torch's]")
+    ] = None
 
     def __post_init__(self) -> None:
         """Raise ValueError, in words for whoever typed it, for options that do not fit each other or the machine."""
@@ -164,6 +195,23 @@ class Settings:
                 "that run by --resume"
             )
 
+        if self.requeue and self.run_dir is None:
+            raise ValueError("expected --run-dir beside --requeue, so that every start finds the same run")
+        if f"SIG{self.checkpoint_signal}" not in signal.Signals.__members__:
+            raise ValueError(f"expected --checkpoint-signal to be a signal, such as USR1, got {self.checkpoint_signal}")
+        if self.process_group_timeout is not None and self.process_group_timeout <= 0:
+            raise ValueError(f"expected --process-group-timeout to be above 0, got {self.process_group_timeout}")
+        if self.optimizer is not Choice.SHARDED and (self.precision is Precision.BF16 or self.shard_within_host):
+            raise ValueError(
+                "--precision bfloat16 and --shard-within-host are the sharded optimizer's, got --optimizer "
+                f"{self.optimizer}"
+            )
+
+    @property
+    def stop_signals(self) -> tuple[str, ...]:
+        """Names of the signals after which the run ends with a checkpoint."""
+        return ("TERM", self.checkpoint_signal)
+
     @property
     def model(self) -> GPTConfig:
         """The preset's shape."""
@@ -194,7 +242,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     """
     chosen = parse(arguments, {})
     try:
-        folder = folder_to_resume(chosen["resume"], chosen["run_dir"])
+        folder = folder_to_resume(chosen["resume"], chosen["requeue"], chosen["run_dir"])
         if folder is not None:
             earlier = read_config(folder)["settings"]
             chosen = parse(arguments, {name: earlier[name] for name in earlier.keys() - OF_THIS_START})

@@ -5,6 +5,7 @@ Only rank 0's report has a folder; the others' is silent, so that the loop need 
 
 import contextlib
 import importlib
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +23,6 @@ from launch.data import END_OF_FILE, Corpus
 from launch.options import Settings
 from launch.run_folder import RunFolder
 
-BYTES_PER_VALUE = 4  # parameters, gradients and optimizer state are fp32
 LINES_WITHOUT_A_TERMINAL = 20
 
 
@@ -80,7 +81,7 @@ class Report:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def open(self, corpus: Corpus, num_parameters: int, device: torch.device) -> None:
-        """Say what is about to be trained, on what and how."""
+        """Say what is about to be trained, on what and how, and how ranks differ; a collective."""
         settings = self.settings
         self.say(
             f"{num_parameters / 1e6:.2f} M parameters, {device.type}, {self.title}, {settings.steps} steps of "
@@ -90,6 +91,14 @@ class Report:
             f"text: {corpus.name}, {corpus.num_files:,} files, {len(corpus.training) / 1e6:.1f} MB to train on, "
             f"{len(corpus.held_out) / 1e6:.1f} MB held out"
         )
+        surroundings = [""] * dist.get_world_size()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        mine = (
+            f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+        )
+        dist.all_gather_object(surroundings, mine)
+        for rank, its in enumerate(surroundings) if len(set(surroundings)) > 1 else ():
+            self.say(f"rank {rank}: {its}")
 
     def go_on(self, step: int, path: Path | None) -> None:
         """Say from where training goes on, with `step`, and leave in metrics.jsonl what was logged before it."""
@@ -172,13 +181,14 @@ class Report:
                 losses=self.losses,
                 num_steps=self.settings.steps,
                 held_out=(summary.held_out_before, summary.held_out_after),
-                model_bytes=summary.num_parameters * BYTES_PER_VALUE,
+                model_bytes=summary.num_parameters * self.settings.precision.parameter_bytes,
                 state_bytes=(self.unsharded_state_bytes(summary), summary.state_bytes),
             )
 
     def unsharded_state_bytes(self, summary: Summary) -> int:
         """What every rank would hold of an AdamW that is not sharded."""
-        return summary.num_parameters * BYTES_PER_VALUE * (3 if self.settings.amsgrad else 2)
+        moments = 4 * (3 if self.settings.amsgrad else 2)
+        return summary.num_parameters * (moments + 4 - self.settings.precision.parameter_bytes)
 
     def seconds_per_step(self) -> dict[str, float | None]:
         """Mean host seconds of a step and its parts, without the first steps, which also pay for warming up."""
@@ -199,7 +209,7 @@ class Report:
         unsharded = self.unsharded_state_bytes(summary)
         wire = "not counted" if summary.wire_bytes is None else f"{summary.wire_bytes / number:.3f} bytes"
         # A ring all-reduce of the gradients, the least that replicas can do with.
-        ring = 2 * (ranks - 1) / ranks * BYTES_PER_VALUE
+        ring = 2 * (ranks - 1) / ranks * self.settings.precision.parameter_bytes
         rows = [
             ("optimizer state", f"{summary.state_bytes / 1e6:.2f} MB", f"{unsharded / 1e6:.2f} MB"),
             (

@@ -4,8 +4,11 @@
     python launch/train.py                                                   (one rank)
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 launch/train.py    (goes on by itself when ranks die)
     python launch/train.py --resume                                          (goes on with the latest run)
+    torchrun ... launch/train.py --run-dir runs/mine --requeue               (begins or goes on, for schedulers)
 
-gloo on CPU; NCCL and bfloat16 autocast where every rank has a GPU of its own.
+gloo on CPU; NCCL and bfloat16 autocast where every rank has a GPU of its own. launch/recipes has it on several hosts.
+SIGTERM, or a signal named by --checkpoint-signal, that comes to any rank ends all of them after the step, with a
+checkpoint and exit code 75.
 """
 
 import contextlib
@@ -20,13 +23,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 if not __package__:
     # Run as a script: import from the checkout that holds this file, whatever the working directory.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.cluster import START_AGAIN, join, stop_signals
 from launch.contenders import contender_for, largest_over_ranks
 from launch.data import Corpus, share
 from launch.model import GPT, generate
@@ -47,16 +49,11 @@ def main() -> None:
         fail(f"expected --ranks {world_size}, the ranks that were started, got {settings.ranks}; use scripts/train.sh")
     if settings.max_restarts and "TORCHELASTIC_MAX_RESTARTS" not in os.environ:
         fail(f"expected --max-restarts 0 without torchrun, got {settings.max_restarts}; use scripts/train.sh")
+    if settings.checkpoint and settings.can_resume:
+        stop_signals.listen(settings.stop_signals)
+    device = join(settings.process_group_timeout)
     try:
-        corpus = Corpus(settings.data, settings.model.context)
-    except ValueError as error:
-        fail(error)
-    device = join(world_size)
-    try:
-        # The other ranks looked for a run to go on with at other moments.
-        agreed = [settings]
-        dist.broadcast_object_list(agreed, src=0)
-        Training(agreed[0], corpus, device).run()
+        train(settings, device)
     except KeyboardInterrupt:
         # Whoever stops a run knows where; a trace from every rank would bury what it had to say.
         raise SystemExit(128 + signal.SIGINT) from None
@@ -64,26 +61,16 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def join(world_size: int) -> torch.device:
-    """Open the default process group, of one rank where torchrun did not start us, and choose this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    rank = int(os.environ.get("RANK", "0"))
-    url = "env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
-    store, _, _ = next(rendezvous(url, rank, world_size))
-    # torchrun keeps the store when it starts ranks again, and in it the addresses of those that died.
-    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return device
+def train(settings: Settings, device: torch.device) -> None:
+    """Train on the ranks of the default process group, which is there."""
+    # The other ranks looked for a run to go on with at other moments.
+    agreed = [settings]
+    dist.broadcast_object_list(agreed, src=0)
+    try:
+        corpus = Corpus.read_once_per_host(agreed[0].data, agreed[0].model.context)
+    except ValueError as error:
+        fail(error)
+    Training(agreed[0], corpus, device).run()
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -102,7 +89,7 @@ class Training:
         self.corpus = corpus
         self.device = device
         self.rank = dist.get_rank()
-        self.model = GPT(settings.model, settings.seed).to(device)
+        self.model = GPT(settings.model, settings.seed).to(device, getattr(torch, settings.precision))
         self.contender = contender_for(settings, self.model, device)
         mine = share(range(settings.global_batch), self.rank, settings.ranks)
         self.passes = [share(mine, number, settings.micro_batches) for number in range(settings.micro_batches)]
@@ -111,9 +98,13 @@ class Training:
         self.report = Report(settings, self.folder if self.rank == 0 else None)
         self.report.open(corpus, num_parameters, device)
         self.saving: Saving | None = None
+        self.is_to_stop = False
 
     def run(self) -> None:
-        """Train from the first step, or from a checkpoint, to written run folder."""
+        """Train from the first step, or from a checkpoint, to a written run folder.
+
+        Leaves by SystemExit, on every rank after the same step, if one of them has been sent a signal to stop.
+        """
         settings, contender, report = self.settings, self.contender, self.report
         resumed = self.load() if settings.resume else None
         first = resumed.step if resumed else 0
@@ -125,7 +116,13 @@ class Training:
         with report.progress():
             for step in range(first, settings.steps):
                 report.record(self.train_step(step), log=(step + 1) % settings.log_every == 0)
-                if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
+                if step + 1 == settings.steps:
+                    break
+                if self.is_to_stop:
+                    self.save_and_wait(step + 1, before)
+                    report.say(f"asked to stop, after {step + 1} of {settings.steps} steps: start again to go on")
+                    raise SystemExit(START_AGAIN)
+                if (step + 1) % settings.checkpoint_every == 0:
                     self.save_on_the_way(step + 1, before)
         after = self.held_out_loss()
         report.close(
@@ -187,11 +184,15 @@ class Training:
         if not settings.can_resume and settings.checkpoint:
             self.report.say(f"no checkpoint: {settings.optimizer} gathers its whole state on one rank to save it")
         elif settings.checkpoint:
-            self.finish_saving()
-            try:
-                self.save(settings.steps, held_out_before, asynchronous=False)
-            except (OSError, RuntimeError) as error:
-                fail(error)
+            self.save_and_wait(settings.steps, held_out_before)
+
+    def save_and_wait(self, step: int, held_out_before: float) -> None:
+        """Write a checkpoint with which this process ends."""
+        self.finish_saving()
+        try:
+            self.save(step, held_out_before, asynchronous=False)
+        except (OSError, RuntimeError) as error:
+            fail(error)
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint under way, and say so if it was not written."""
@@ -235,7 +236,7 @@ class Training:
         every = settings.fingerprint_every
         return StepRecord(
             step=step,
-            loss=self.mean_over_ranks(loss),
+            loss=self.mean_loss(loss),
             lr=lr,
             grad_norm=None if norm is None else float(norm),
             tokens=settings.global_batch * settings.model.context,
@@ -255,10 +256,13 @@ class Training:
         """bfloat16 on a GPU; plain fp32 on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def mean_over_ranks(self, value: Tensor) -> float:
-        """The mean over ranks of a 0-d tensor; a collective."""
-        dist.all_reduce(value)
-        return float(value) / self.settings.ranks
+    def mean_loss(self, loss: Tensor) -> float:
+        """The mean over ranks of a 0-d tensor; a collective, in which they also hear whether one of them is to stop."""
+        sums = torch.stack((loss, torch.full_like(loss, stop_signals.was_sent)))
+        dist.all_reduce(sums)
+        total, num_sent = sums.tolist()
+        self.is_to_stop = num_sent > 0
+        return float(total) / self.settings.ranks
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

@@ -57,6 +57,10 @@ def after(owner: Any, name: str, strike: Callable[[], None]) -> None:
     setattr(owner, name, struck)
 
 
+def ask(name: str) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signal.Signals[name])
+
+
 def fill_disk() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_DISK, most))
@@ -77,6 +81,8 @@ POINTS: dict[str, tuple[Callable[[Any, str, Callable[[], None]], None], Any, str
     "save": (after, checkpoint_dcp._SummedFile, "write", die),  # part of a file is there
     "rename": (before, checkpoint_dcp, "publish", die),  # everything is there but the name
     "step": (before, Training, "train_step", die_alone),
+    "TERM": (before, Training, "train_step", ask("SIGTERM")),
+    "USR1": (before, Training, "train_step", ask("SIGUSR1")),
     "disk is full": (before, Training, "train_step", fill_disk),
     "disk has room": (before, Training, "train_step", empty_disk),
 }

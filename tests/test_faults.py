@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from launch.cluster import START_AGAIN
 from sharded_dadamw.checkpoint import checkpoints
 from tests.forked_train import Ended, train
 from tests.test_launch import CHECKOUT, ROUNDING, TEXT, environment
@@ -102,6 +103,20 @@ def test_torchrun_starts_all_again_when_one_has_died_and_they_go_on(
     assert ended.codes == [0], ended.output
     assert f"resumed from {tmp_path}/run/checkpoints/step_00000012" in ended.output
     assert curve(tmp_path / "run") == uninterrupted
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_step_with_a_checkpoint_and_a_start_more_goes_on(
+    uninterrupted: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for asked, step in ((fault("TERM", 5, 1), 6), (fault("USR1", 13, 0), 14)):
+        ended = train(folder, *OPTIONS, "--requeue", "--checkpoint-signal", "USR1", ranks=2, faults=[asked])
+        assert ended.codes == [START_AGAIN] * 2, ended.output
+        assert f"asked to stop, after {step} of {NUM_STEPS} steps" in ended.output
+        assert names_of(folder)[-1] == f"step_{step:08d}"
+    ended = train(folder, *OPTIONS, "--requeue", ranks=2, faults=[fault("TERM", NUM_STEPS - 1, 1)])
+    assert ended.codes == [0, 0], ended.output  # there was nothing left to go on with
+    assert curve(folder) == uninterrupted
 
 
 @pytest.mark.parametrize(("point", "rank"), [("reduction", 1), ("gather", 0), ("save", 1)])

@@ -2,22 +2,29 @@
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from launch.cluster import name_of_start
 from launch.data import Corpus, share
 from launch.model import GPT
-from launch.options import PRESETS, Choice, Preset, Settings, read_settings
+from launch.options import PRESETS, Choice, Precision, Preset, Settings, read_settings
 from launch.train import Training
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
 from tests import forked_train
@@ -169,6 +176,10 @@ def test_every_other_optimizer_draws_the_same_curve(optimizer: str, two_ranks: R
         (["--lr", "0"], "expected --lr to be above 0, got 0.0"),
         (["--optimizer", "adam"], "'sharded', 'decoupled', 'torch-zero', 'fairscale-oss', 'ddp-adamw'"),
         (["--stpes", "3"], "No such option: --stpes"),
+        (["--requeue"], "expected --run-dir beside --requeue"),
+        (["--checkpoint-signal", "SIGUSR1"], "expected --checkpoint-signal to be a signal, such as USR1, got SIGUSR1"),
+        (["--process-group-timeout", "0"], "expected --process-group-timeout to be above 0, got 0.0"),
+        (["--precision", "bfloat16", "--optimizer", "ddp-adamw"], "the sharded optimizer's, got --optimizer ddp-adamw"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error_before_torch_is_even_started(options: list[str], message: str) -> None:
@@ -279,7 +290,8 @@ class Stopped(Exception):
 def trained_in_two_parts(_: Any, whole: Settings) -> tuple[list[Any], list[Any], str]:
     """The metrics of a run, and of one that was stopped and resumed, at first without a checkpoint."""
     assert whole.run_dir is not None
-    corpus, said = Corpus(TEXT, whole.model.context), io.StringIO()
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    corpus, said = Corpus.read(TEXT, whole.model.context), io.StringIO()
     parts = replace(whole, run_dir=whole.run_dir.with_name("parts"))
     with contextlib.redirect_stdout(said):
         Training(whole, corpus, torch.device("cpu")).run()
@@ -305,8 +317,14 @@ def trained_in_two_parts(_: Any, whole: Settings) -> tuple[list[Any], list[Any],
     return curves[0], curves[1], said.getvalue()
 
 
-@pytest.mark.parametrize("optimizer", [Choice.SHARDED, Choice.DECOUPLED, Choice.DDP_ADAMW])
-def test_a_run_in_parts_is_the_same_run(optimizer: Choice, tmp_path: Path) -> None:
+OF_HOSTS = {"precision": Precision.BF16, "shard_within_host": True}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(Choice.SHARDED, {}), (Choice.SHARDED, OF_HOSTS), (Choice.DECOUPLED, {}), (Choice.DDP_ADAMW, {})],
+)
+def test_a_run_in_parts_is_the_same_run(optimizer: Choice, options: dict[str, Any], tmp_path: Path) -> None:
     settings = Settings(
         ranks=4,
         optimizer=optimizer,
@@ -322,6 +340,7 @@ def test_a_run_in_parts_is_the_same_run(optimizer: Choice, tmp_path: Path) -> No
         sample_bytes=0,
         run_dir=tmp_path / "whole",
         checkpoint_every=4,
+        **options,
     )
     whole, parts, said = on_ranks(4, trained_in_two_parts, settings)[0]
     # DDP takes a process's first step with other buckets than the later ones, and four ranks sum them in another order.
@@ -334,21 +353,79 @@ def test_a_run_in_parts_is_the_same_run(optimizer: Choice, tmp_path: Path) -> No
     assert "all 12 steps were done" in said
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
     assert summaries[0]["held_out_before"] == summaries[1]["held_out_before"]
+    # Of 4 ranks in all; 3 moments of 4 bytes, and 2 bytes beside bf16 on hosts of 2 ranks.
+    if optimizer is Choice.SHARDED:
+        expected = (14 / 2 if options else 12 / 4) * summaries[0]["num_parameters"]
+        assert expected <= summaries[0]["state_bytes"] <= 1.1 * expected
     after = [summary["held_out_after"] for summary in summaries]
     assert after[0] == pytest.approx(after[1], rel=0, abs=rounding)
     config = json.loads((tmp_path / "parts" / "config.json").read_text())
     assert [start["world_size"] for start in config["resumed"]] == [4, 4, 4]
 
 
+def read_on_hosts_of_two(_: Any, source: Path) -> tuple[int, list[str], str]:
+    """How often this rank read the text, what there is of it, and how it was refused for a model that is too large."""
+    rank, refusal, held = dist.get_rank(), "", []
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    read = Corpus.read
+    with mock.patch.object(Corpus, "read", side_effect=read) as reads:
+        corpus = Corpus.read_once_per_host(source, 64)
+        held = [hashlib.sha256(text.numpy()).hexdigest() for text in (corpus.training, corpus.held_out)]
+        num_reads = reads.call_count
+    try:
+        Corpus.read_once_per_host(source, 10**9 if rank == 2 else 64)
+    except ValueError as error:
+        refusal = str(error)
+    return num_reads, [*held, corpus.digest, corpus.name], refusal
+
+
+def test_the_first_rank_of_each_host_reads_the_text_for_all_of_them() -> None:
+    reads, held, refusals = zip(*on_ranks(4, read_on_hosts_of_two, TEXT), strict=True)
+    assert reads == (1, 0, 1, 0)
+    assert held[0] == held[1] == held[2] == held[3]
+    assert all(refusal.startswith("expected at least 20,000,000,020 bytes") for refusal in refusals)
+
+
+def said_of_ranks(_: Any, settings: Settings, threads: int) -> str:
+    torch.set_num_threads(threads if dist.get_rank() == 1 else 1)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        Training(settings, Corpus.read(TEXT, 64), torch.device("cpu"))
+    torch.set_num_threads(1)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(("threads", "lines"), [(1, 0), (2, 4)])
+def test_ranks_have_a_line_each_where_they_differ_and_nowhere_else(threads: int, lines: int, tmp_path: Path) -> None:
+    settings = Settings(ranks=4, preset=Preset.TINY, run_dir=tmp_path / "run")
+    said = on_ranks(4, said_of_ranks, settings, threads)
+    assert len(re.findall("^rank .*threads", said[0], re.MULTILINE)) == lines
+    assert ("rank 1: " in said[0]) == (threads == 2) == (", 2 threads, torch" in said[0])
+    assert said[1:] == [""] * 3
+
+
+def test_ranks_agree_on_a_name_of_their_start_whatever_earlier_ones_left_in_the_store() -> None:
+    store = dist.HashStore()
+    store.set("question of rank 2", "that of a dead rank")
+    names = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            asked = [threads.submit(name_of_start, store, rank, 3, timedelta(seconds=20)) for rank in (2, 0, 1)]
+            names.append({name.result() for name in asked})
+    assert [len(each) for each in names] == [1, 1] and names[0] != names[1]
+    with pytest.raises(TimeoutError, match="expected 2 ranks to start, got 1"):
+        name_of_start(store, 0, 2, timedelta(seconds=0.1))
+
+
 def test_too_little_text_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match=r"expected at least 1,300 bytes of text in .*short.txt, got 10 in 1 files"):
-        Corpus(tmp_path / "short.txt", context=64)
+        Corpus.read(tmp_path / "short.txt", context=64)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_the_global_batch_does_not_depend_on_how_many_ranks_share_it(num_ranks: int) -> None:
-    corpus = Corpus(TEXT, context=64)
+    corpus = Corpus.read(TEXT, context=64)
     whole, _ = corpus.batch(0, 7, range(6), 6, 64, torch.device("cpu"))
     rows = [share(range(6), rank, num_ranks) for rank in range(num_ranks)]
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
@@ -358,7 +435,7 @@ def test_the_global_batch_does_not_depend_on_how_many_ranks_share_it(num_ranks: 
 
 
 def test_the_standard_librarys_sources_are_there_to_train_on() -> None:
-    corpus = Corpus(None, context=64)
+    corpus = Corpus.read(None, context=64)
     assert corpus.num_files > 300
     assert len(corpus.training) > 3_000_000
     assert bytes(corpus.training.numpy()).count(b"\ndef ") > 1000

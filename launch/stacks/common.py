@@ -62,7 +62,7 @@ class Items(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Windows of text, in their order, as ``input_ids`` and ``labels``."""
 
     def __init__(self) -> None:
-        self._text = Corpus(Path(argparse.__file__), CONTEXT).training.long()
+        self._text = Corpus.read(Path(argparse.__file__), CONTEXT).training.long()
 
     def __len__(self) -> int:
         return NUM_ITEMS

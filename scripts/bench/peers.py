@@ -143,7 +143,7 @@ class Training(OnRanks):
     @cached_property
     def corpus(self) -> Corpus:
         """What it trains on."""
-        return Corpus(None, self.context)
+        return Corpus.read(None, self.context)
 
     def batch_of(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """This rank's tokens and targets [batch, context]."""
