@@ -8,6 +8,7 @@ from scripts.bench.gpu import Gpu
 from scripts.bench.harness import command_of
 from scripts.bench.host import Host
 from scripts.bench.kernel import Kernel
+from scripts.bench.links import Links
 from scripts.bench.memory import Memory
 from scripts.bench.metrics import Metrics
 from scripts.bench.overlap import Overlap
@@ -16,7 +17,8 @@ from scripts.bench.planning import Planning
 from scripts.bench.plots import Plots
 from scripts.bench.step import Step
 
-BENCHMARKS = (Step, Kernel, Memory, Overlap, Host, Checkpoint, Metrics, Planning, Parameters, Fingerprint, Gpu, Plots)
+OF_TRAINING = (Step, Memory, Overlap, Links, Host, Metrics, Checkpoint, Planning)
+BENCHMARKS = (*OF_TRAINING, Kernel, Parameters, Fingerprint, Gpu, Plots)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for benchmark in BENCHMARKS:

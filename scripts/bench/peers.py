@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from launch.cluster import ranks_per_host
 from launch.contenders import Contender, Fairscale, Sharded, imported
 from launch.data import Corpus
 from launch.model import GPT
@@ -50,11 +51,12 @@ class Name(StrEnum):
     DEEPSPEED_ZERO2 = "deepspeed-zero2"
     DECOUPLED = "decoupled"
     SHARDED_UNDER_DDP = "sharded-under-ddp"
+    SHARDED_MESH = "sharded-mesh"
     SHARDED_HOST = "sharded-host"
     ADAMW = "adamw"
 
 
-ON_REQUEST = (Name.SHARDED_HOST, Name.ADAMW)
+ON_REQUEST = (Name.SHARDED_MESH, Name.SHARDED_HOST, Name.ADAMW)
 
 
 class Kind(NamedTuple):
@@ -90,6 +92,7 @@ KINDS = {
     Name.DEEPSPEED_ZERO2: Kind("DeepSpeed, ZeRO stage 2 + AdamW(fused=True)", 3),
     Name.DECOUPLED: Kind("DDP + DecoupledAdamW", 2),
     Name.SHARDED_UNDER_DDP: Kind("DDP + ShardedDecoupledAdamW, reduce_gradients=False", 3, {"reduce_gradients": False}),
+    Name.SHARDED_MESH: Kind("ShardedDecoupledAdamW, sharded within a host", 2, {}),
     Name.SHARDED_HOST: Kind("ShardedDecoupledAdamW, state in host memory", 2, {"state_residency": StateResidency.HOST}),
     Name.ADAMW: Kind("torch.optim.AdamW(fused=True), on one rank", 0),
 }
@@ -219,7 +222,11 @@ def build(name: Name, plan: Contest, device: torch.device, clip: float = 0.0) ->
     if kind.settings is not None:
         main = MainParameter[plan.main_parameter.name]
         config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, main_parameter=main, **kind.settings)
-        optimizer = ShardedDecoupledAdamW(ours, lr=plan.lr, betas=betas, config=config)
+        group = None
+        if name is Name.SHARDED_MESH:
+            shape = (plan.ranks // ranks_per_host(), ranks_per_host())
+            group = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        optimizer = ShardedDecoupledAdamW(ours, lr=plan.lr, betas=betas, config=config, process_group=group)
         if kind.is_attached:
             optimizer.attach(model)
         return Sharded(model if config.reduce_gradients else ddp(), optimizer)

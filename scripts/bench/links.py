@@ -1,0 +1,120 @@
+"""Training steps over a TCP link between hosts, whose speed the kernel holds."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+
+from launch.cluster import local_rank
+from launch.contenders import Contender
+from launch.options import Preset
+from scripts.bench import harness
+from scripts.bench.harness import CHECKOUT, CPU, Report, Spread
+from scripts.bench.hosts import DEVICE, Host, hosts
+from scripts.bench.peers import KINDS, Contest, Name, build
+
+CONTENDERS = (Name.DDP_ADAMW, Name.SHARDED, Name.SHARDED_ATTACHED, Name.SHARDED_MESH, Name.TORCH_ZERO)
+TRANSFER = torch.zeros(16 * 2**20, dtype=torch.uint8)
+HOSTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links(Contest):
+    """Time a training step on two hosts against the speed of the link between them.
+
+    The hosts are namespaces of this machine, each with half of the ranks; between them is a bridge, and what a host
+    sends goes through a token bucket of the kernel's (tc, tbf). Needs root on Linux. The first row is a plain transfer
+    over the link. Both hosts share this machine's cores, also for the network's own work.
+    """
+
+    packages = ("numba",)
+
+    ranks: Annotated[int, typer.Option(min=2, envvar="WORLD_SIZE", help="Ranks of both hosts.")] = 4
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
+    contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CONTENDERS)
+    bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = 4.0
+    steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
+    speeds: Annotated[str, typer.Option(help="Of the link, 1e9 bytes/s; inf does not hold it.")] = "0.3,1,inf"
+
+    def run(self) -> None:
+        if "RANK" in os.environ:
+            return super().run()
+        with hosts(HOSTS) as made:
+            started = [subprocess.Popen(self.command(made, node), cwd=CHECKOUT) for node in range(HOSTS)]
+            if any([process.wait() for process in started]):
+                raise typer.Exit(1)
+
+    def command(self, made: list[Host], node: int) -> list[str]:
+        """One that starts a host's ranks, by torchrun."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(HOSTS), "--node-rank", str(node)]
+        torchrun += ["--nproc-per-node", str(self.ranks // HOSTS), "--master-addr", made[0].address]
+        return made[node].command([*torchrun, "--master-port", "29400", "-m", "scripts.bench", *sys.argv[1:]])
+
+    def measure(self) -> Report:
+        contenders = [build(name, self, CPU) for name in self.names]
+        speeds = [float(speed) for speed in self.speeds.split(",")]
+        turns = [
+            partial(self.in_turn, speed, turn)
+            for speed in speeds
+            for turn in (transfer, *(partial(self.take_steps, contender) for contender in contenders))
+        ]
+        samples = harness.interleave(turns, self.rounds, self.warmup)
+        seconds = samples.unflatten(1, (len(speeds), 1 + len(contenders)))[..., 0]  # [rounds, speeds, turns]
+        rates = TRANSFER.nbytes / seconds[:, :, 0].median(0).values / 1e9
+        rows = [["a plain transfer", *(f"{rate:.2f} GB/s" for rate in rates.tolist())]]
+        first = seconds[:, :, 1]
+        for column, name in enumerate(self.names, 1):
+            cells = [f"{1e3 * float(row.median()):.0f}" for row in seconds[:, :, column].T]
+            if column > 1:
+                ratios = [str(Spread.of(row)) for row in (seconds[:, :, column] / first).T]
+                cells = [f"{cell} ({ratio})" for cell, ratio in zip(cells, ratios, strict=True)]
+            rows.append([KINDS[name].description, *cells])
+        titles = ["any" if math.isinf(speed) else f"{speed:g} GB/s" for speed in speeds]
+        lines = [
+            f"{self.model_in_words}, buckets of ours {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and "
+            f"link; {HOSTS} hosts; {self.set_up}"
+        ]
+        record = {"contenders": self.names, "links": titles, "seconds": seconds.tolist()}
+        return Report(["ms per step (ratio to the first) over", *titles], rows, lines, record)
+
+    def in_turn(self, speed: float, turn: partial[list[float]], index: int) -> list[float]:
+        """Have a turn over a link of a speed."""
+        if local_rank() == 0:
+            discipline = ["pfifo"]
+            if not math.isinf(speed):
+                discipline = ["tbf", "rate", f"{8e9 * speed:.0f}bit", "burst", "256kb", "latency", "50ms"]
+            subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *discipline], check=True)
+        dist.barrier()
+        return turn(index)
+
+    def take_steps(self, contender: Contender, index: int) -> list[float]:
+        """Seconds per step."""
+        tokens, targets = self.batch_of(index, CPU)
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            contender.model(tokens, targets).backward()
+            contender.optimizer.step()
+            contender.zero_grad()
+        contender.synchronize()
+        return [(time.perf_counter() - start) / self.steps]
+
+
+def transfer(index: int) -> list[float]:
+    """Seconds that a buffer takes from the first host to the second."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    start = time.perf_counter()
+    if rank == 0:
+        dist.send(TRANSFER, last)
+    elif rank == last:
+        dist.recv(TRANSFER, 0)
+    return [time.perf_counter() - start]
