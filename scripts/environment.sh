@@ -59,7 +59,7 @@ extras_of() {
     case $1 in
         launch) echo launch,fairscale,cpu ;;
         test) echo launch,fairscale,composer,test ;;
-        clients) echo launch,fairscale,composer,test,stacks ;;
+        clients) echo launch,fairscale,composer,test,stacks,clusters ;;
         *) return 1 ;;
     esac
 }

