@@ -255,11 +255,10 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         return self._held().gradient_norm(params, norm_type, self._norm_owners(), self._device)
 
     def _keep_clip_of(self, to_update: Sequence[_ToUpdate], *, for_step: bool = False) -> None:
-        """Forget a clip of other gradients than those that there are now; a step must not miss that."""
+        """Forget a clip of other gradients than those that there are now, and say so where they are the same ones."""
         grads = _gradients_of(to_update) if self._clip else []
         if self._clip and not self._clip.is_for(grads):
-            if for_step:
-                self._clip.require_unchanged(grads)
+            self._clip.require_unchanged(grads, to_clip=not for_step)
             self._clip.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

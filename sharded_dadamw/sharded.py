@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
-from sharded_dadamw.buckets.shards import Shards, fetched, with_lists
+from sharded_dadamw.buckets.shards import Shards, fetched, refuse_other_optimizers, with_lists
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.schedule.clock import StepClock, StepCost
@@ -113,6 +113,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
         self._take_in()
+        refuse_other_optimizers(self, self._shards)
         self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

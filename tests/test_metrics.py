@@ -619,6 +619,8 @@ def test_gradients_that_change_between_clipping_and_the_step_are_an_error(
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(RuntimeError, match="changed between clip_grad_norm_"):
         optimizer.step()
+    with pytest.warns(UserWarning, match="clipped anew without what that clip made"):
+        optimizer.clip_grad_norm_(0.1)
     assert all(torch.equal(p, before[name]) for name, p in params.items()), "nothing was to change"
     optimizer.zero_grad()
     assign(params, drawn(params, 1))

@@ -5,6 +5,7 @@ DistributedDataParallel, or given to a second optimizer.
 """
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_dadamw import GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests.harness import FULL, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
 from tests.simulated import on_ranks
 
@@ -173,8 +174,9 @@ def steps_under(group: Any, wraps: bool, reduces: bool, how: str) -> tuple[str, 
 @pytest.mark.parametrize("how", ["", "without overlap"])
 @ranks(2)
 def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(group: Any, how: str) -> None:
-    said, _ = steps_under(group, False, True, how)
+    said, found = steps_under(group, False, True, how)
     assert "use optimizer.clip_grad_norm_() in place of torch's" in said
+    assert_equal(values_of(small(group)[0]), found)  # in the first step already
 
 
 @ranks(2)
@@ -250,6 +252,94 @@ def test_a_second_optimizer_takes_over_and_the_first_says_so(group: Any, residen
     loss_of(model, group.rank()).backward()
     with pytest.raises(RuntimeError, match=r"(?s)given to another optimizer.*use one optimizer for a parameter"):
         first.step()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """One that has another do the work, as Lookahead does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([{"params": group["params"]} for group in inner.param_groups], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize(("residency", "num_ranks"), [(SHARDED, 1), (SHARDED, 2), (FULL, 2)])
+@ranks()
+def test_an_optimizer_of_another_class_over_parameters_that_have_one_is_an_error(
+    group: Any, residency: GradientResidency
+) -> None:
+    model, first = small(group, gradient_residency=residency)
+    start = values_of(model)
+    train_on(model, Wrapper(first), group.rank(), 0)
+    train_on(model, first, group.rank(), 1)
+    before = values_of(model)
+    assert not torch.equal(before, start)
+    successor = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(RuntimeError, match=r"SGD.step\(\) would not find the gradient of 0.weight.*use one optimizer"):
+        train_on(model, successor, group.rank(), 2)
+    assert_equal(before, values_of(model))
+    del first
+    gc.collect()
+    model.zero_grad()
+    train_on(model, successor, group.rank(), 2)
+    assert not torch.equal(before, values_of(model))
+
+
+# --- gradients that are assigned or dropped before a backward ---
+
+
+def fill_last(model: nn.Sequential, rank: int) -> None:
+    for p in model[4].parameters():
+        p.grad = torch.full_like(p, 0.1 * (rank + 1))
+
+
+def drop_last(model: nn.Sequential, rank: int) -> None:
+    for p in model[4].parameters():
+        p.grad = None
+
+
+def drop_all(model: nn.Sequential, rank: int) -> None:
+    model.zero_grad()
+
+
+BY_HAND: dict[str, tuple[bool, Callable[[nn.Sequential, int], None]]] = {
+    "assigned before a backward that leaves it out": (False, fill_last),
+    "assigned over what no_sync has left": (True, fill_last),
+    "dropped after no_sync": (True, drop_last),
+    "all dropped after no_sync": (True, drop_all),
+}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "config", "num_before"),
+    [
+        (2, {}, 2),
+        (3, {"exchange": Exchange.RANK_ORDER, "bucket_cap_mb": 1.0}, 2),
+        (2, {"gradient_residency": SHARDED}, 0),
+        (3, {"gradient_residency": SHARDED, "exchange": Exchange.RANK_ORDER, "bucket_cap_mb": 1.0}, 2),
+        (2, {"gradient_residency": SHARDED, "overlap": False, "exchange": Exchange.BACKEND}, 2),
+    ],
+)
+@pytest.mark.parametrize("how", BY_HAND)
+@ranks()
+def test_what_is_assigned_or_dropped_before_the_last_backward_counts_as_in_torch(
+    group: Any, how: str, config: dict[str, Any], num_before: int
+) -> None:
+    begins, change = BY_HAND[how]
+    found = []
+    for settings in ({"overlap": False}, config):  # the former averages what it finds in p.grad, in step
+        model, optimizer = small(group, **settings)
+        train_on(model, optimizer, group.rank(), *range(num_before))
+        if begins:
+            with optimizer.no_sync():
+                loss_of(model, group.rank(), 7).backward()
+        change(model, group.rank())
+        loss_of(model[:4], group.rank(), 8).backward()
+        optimizer.step()
+        found.append(values_of(model))
+    assert_equal(*found)
 
 
 # --- gradients that stay from another loss, or that something else makes, too ---

@@ -386,6 +386,8 @@ def accumulates(group: Any, kind: str) -> None:
     before = copies(model)
     with pytest.raises(RuntimeError, match="gradients were changed between clip_grad_norm_"):
         optimizer.step()
+    with pytest.warns(UserWarning, match="clipped anew without what that clip made"):
+        optimizer.clip_grad_norm_(0.1)
     assert not any(moved(model, before))
     optimizer.zero_grad()
     backward(model)

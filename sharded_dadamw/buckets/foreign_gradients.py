@@ -8,7 +8,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient
+from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient, warn_of_forgotten_clip
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.bucket_layout import BucketLayout
@@ -53,7 +53,10 @@ class ForeignGradients(Gradients):
         if self.stage is Stage.READ:
             read = [(id(grad()), version) for grad, version in self._read]
             are_changed = [(id(grad), version) for grad, version in self._existing()] != read
-            if self._have_ended() or (to_clip and are_changed):
+            if self._have_ended():
+                self._reset()
+            elif are_changed and to_clip:
+                warn_of_forgotten_clip()
                 self._reset()
             elif are_changed:
                 raise self._changed()

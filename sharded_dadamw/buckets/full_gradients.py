@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import compress, repeat
 from operator import and_, is_, is_not
 
@@ -60,11 +61,7 @@ class FullGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:
-            if not all(held):
-                for slot in range(len(self._members)):
-                    self._adopt(slot)
-                held = self._held()
-            self._has_grad = held
+            self._adopt_all(held)
             return
         are_assigned = not all(held) and held != list(map(is_not, map(GRAD_OF, self._params), repeat(None)))
         if self.stage is Stage.READ and (are_assigned or held != self._has_grad or self._is_written):
@@ -95,12 +92,13 @@ class FullGradients(HookedGradients):
 
     def look(self) -> None:
         if self.stage is Stage.LOCAL:
-            self._has_grad = self._held()
+            with suppress(ValueError):  # of a gradient that was assigned; ``collect`` refuses it on every rank
+                self._adopt_all(self._held())
 
     def remember(self) -> None:
-        self.look()
         if self.stage is Stage.LOCAL:
-            self._version, self._sample = self.buffer._version, self._take_sample()
+            self._has_grad, self._version = self._held(), self.buffer._version
+            self._sample = self._take_sample()
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         may_differ = is_unscaled or self._is_written
@@ -138,6 +136,10 @@ class FullGradients(HookedGradients):
             sample.masked_fill_(absent, torch.nan)
         return sample
 
+    def is_taken(self, slot: int) -> bool:
+        is_averaged = self.stage is not Stage.LOCAL and self._layout.num_ranks > 1
+        return is_averaged and self._params[slot].grad is self._views[slot]
+
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.LOCAL:
             self._sample = None
@@ -151,6 +153,14 @@ class FullGradients(HookedGradients):
 
     def _adopt(self, slot: int) -> None:
         self._move(slot, self._views[slot])
+
+    def _adopt_all(self, held: list[bool]) -> None:
+        """Bring in gradients that were assigned, where ``_held`` says that there may be some; raises as ``collect``."""
+        if not all(held):
+            for slot in range(len(self._members)):
+                self._adopt(slot)
+            held = self._held()
+        self._has_grad = held
 
     def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""

@@ -12,6 +12,7 @@ this module and ``sharded_gradients`` assign ``p.grad``.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
@@ -112,7 +113,7 @@ class Gradients(ABC):
         self._reduction = DONE
 
     def look(self) -> None:  # noqa: B027 - most have nothing to do
-        """Take note of which gradients there are, ahead of a ``reduce`` without a ``collect``."""
+        """Bring in what there is, ahead of a ``reduce`` without a ``collect``."""
 
     def remember(self) -> None:  # noqa: B027 - most have nothing to do
         """Take note of local gradients as backward has left them, for ``change``."""
@@ -129,6 +130,10 @@ class Gradients(ABC):
             where nobody wrote into them.
         """
         return None
+
+    def is_taken(self, slot: int) -> bool:
+        """Whether ``p.grad`` of a slot is not what backward has left, so that another optimizer would go wrong."""
+        return False
 
     def sum_of_bits(self) -> Tensor:
         """Return the sum of all elements of all gradients there are, taken as integers: 0-d int64, in [0, 2**60).
@@ -153,8 +158,8 @@ class Gradients(ABC):
 
     def _changed(self) -> RuntimeError:
         return RuntimeError(
-            f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; by then "
-            "they have been averaged over ranks, so change them before clipping, or drop them with zero_grad()"
+            f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; change "
+            "them before clipping, or drop them by optimizer.zero_grad()"
         )
 
 
@@ -166,7 +171,9 @@ class HookedGradients(Gradients):
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
         self._layout = layout
-        self._has_grad = [False] * len(members)  # per slot whether there is a gradient, as last looked or delivered
+        self._has_grad = [False] * len(
+            members
+        )  # per slot whether there is a gradient, or a mean of one, as last looked
         self._all_present = (True,) * len(members)
         self._await_all()
 
@@ -244,6 +251,16 @@ def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:
     """Per parameter whether it has a gradient, and is to be updated."""
     grads = map(GRAD_OF, params)
     return tuple(map(and_, map(is_not, grads, repeat(None)), map(_IS_TRAINABLE, params)))
+
+
+def warn_of_forgotten_clip() -> None:
+    """Warn that gradients which were clipped have changed, and are clipped again as if they had never been."""
+    warnings.warn(
+        "gradients have changed since clip_grad_norm_(), and are clipped anew without what that clip made; this "
+        "is right only where they were cleared meanwhile. Clip once, after the last backward of a step, and drop "
+        "gradients by optimizer.zero_grad()",
+        stacklevel=2,
+    )
 
 
 def check_gradient(member: NamedParameter, grad: Tensor, dtype: torch.dtype) -> None:

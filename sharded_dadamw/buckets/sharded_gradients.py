@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from operator import or_
 
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import HookedGradients, Stage
+from sharded_dadamw.buckets.gradients import HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
@@ -59,6 +61,12 @@ class ShardedGradients(HookedGradients):
         self._holds_a_mean = False
         self._is_cleared = True
 
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """See ``Gradients.present``: those of the mean, and those that are still to be averaged."""
+        of_mean = super().present
+        return of_mean if of_mean is self._all_present else tuple(map(or_, of_mean, are_present(self._params)))
+
     def _reset(self) -> None:
         super()._reset()
         if self._buffer is not None:
@@ -100,10 +108,14 @@ class ShardedGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             self._reset()
         buffer = self._filling()
-        for member, view in zip(self._members, self._views, strict=True):
-            if member.param.grad is not view:  # none came since the last reduction, or it was dropped
+        for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
+            if param.grad is not view:  # none came since the last reduction, or it was dropped or assigned
+                with suppress(ValueError):  # which ``collect`` raises, where other ranks hear of it
+                    self._adopt(slot)
+            if param.grad is view:
+                self._has_grad[slot], param.grad = True, None
+            else:
                 view.zero_()
-            member.param.grad = None
         self._buffer, self._views, self._leaving = None, [], buffer
         self._await_all()
         if self.stage is Stage.LOCAL:
@@ -118,6 +130,9 @@ class ShardedGradients(HookedGradients):
             self._spares.give_back(self._leaving)
             self._leaving = None
 
+    def is_taken(self, slot: int) -> bool:
+        return self._has_grad[slot] and self._params[slot].grad is None
+
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.CONSUMED:
             self._reset()
@@ -131,10 +146,10 @@ class ShardedGradients(HookedGradients):
             )
 
     def _adopt(self, slot: int) -> None:
-        self.stage = Stage.LOCAL
-        self._filling()
-        self._move(slot, self._views[slot])
-        self._has_grad[slot] = True
+        if self._params[slot].grad is not None:
+            self.stage = Stage.LOCAL
+            self._filling()
+            self._move(slot, self._views[slot])
 
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""

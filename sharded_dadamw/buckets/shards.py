@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from sharded_dadamw.buckets.admission import agree_on_groups, connect_holders, group_of_replicas
 from sharded_dadamw.buckets.bucket import Bucket
@@ -98,6 +101,36 @@ class Shards:
         for bucket in buckets:
             self.slots.update({id(member.param): (bucket, slot) for slot, member in enumerate(bucket.members)})
         self.buckets += buckets
+
+
+def refuse_other_optimizers(optimizer: Optimizer, shards: Shards) -> None:
+    """Have a step of another optimizer fail where this one, which lives, has taken the gradients.
+
+    One of its class has taken the parameters over, and whoever holds it or shares its groups is a wrapper of it.
+    """
+    own = weakref.ref(optimizer)
+
+    def conflict(other: Optimizer) -> str | None:
+        mine = own()
+        if mine is None or isinstance(other, type(mine)) or other.param_groups is mine.param_groups:
+            return None
+        if any(each is mine for each in vars(other).values()):
+            return None
+        for param in chain.from_iterable(group["params"] for group in other.param_groups):
+            bucket, slot = shards.slots.get(id(param), (None, 0))
+            if bucket and bucket.gradients.is_taken(slot):
+                return (
+                    f"{type(other).__name__}.step() would not find the gradient of {bucket.members[slot].name}, which "
+                    f"another optimizer, a {type(mine).__name__}, has averaged; delete that one, and use one optimizer "
+                    "for a parameter"
+                )
+        return None
+
+    def refuse(other: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if (found := conflict(other)) is not None:  # a frame of its own: the trace of the error must not keep ``mine``
+            raise RuntimeError(found)
+
+    weakref.finalize(optimizer, register_optimizer_step_pre_hook(refuse).remove).atexit = False
 
 
 def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:

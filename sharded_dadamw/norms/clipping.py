@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.gradients import warn_of_forgotten_clip
 from sharded_dadamw.layout.placement import local
 
 
@@ -104,13 +105,20 @@ class ClipOf(PendingClip):
         clipped = self._those_alive()
         return all(clipped.get(id(grad)) == _version(grad) for grad in grads)
 
-    def require_unchanged(self, grads: Sequence[Tensor]) -> None:
-        """Refuse to use gradients unclipped that are left of the clipped ones, if they have changed before any step."""
+    def require_unchanged(self, grads: Sequence[Tensor], *, to_clip: bool) -> None:
+        """Refuse to use gradients unclipped that are left of the clipped ones, if they have changed before any step.
+
+        With ``to_clip`` they are about to be clipped again, perhaps after others have cleared them: warn then.
+        """
         clipped = self._those_alive()
-        if not self._is_used and any(id(grad) in clipped for grad in grads):
+        if self._is_used or not any(id(grad) in clipped for grad in grads):
+            return
+        if to_clip:
+            warn_of_forgotten_clip()
+        else:
             raise RuntimeError(
-                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or drop "
-                "them with optimizer.zero_grad()"
+                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or "
+                "drop them by optimizer.zero_grad()"
             )
 
     def _those_alive(self) -> dict[int, int]:

@@ -62,7 +62,7 @@ class Reducer:
         self.knows_source = collectives.num_ranks == 1
         self._overlap = config.overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
         self._is_overlapping = False  # in the first step we look at gradients first
-        self._remembers = False  # likewise
+        self._remembers = not self.knows_source
         self._hooked: list[Bucket] = []
         self._others: list[Bucket] = []
         self._is_begun = False
