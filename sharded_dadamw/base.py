@@ -27,6 +27,7 @@ from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, c
 
 log = logging.getLogger("sharded_dadamw")
 
+_NOT_TRIED = "2.15"
 _HIGH_WEIGHT_DECAY = 1e-3
 _ROUNDING = 1e-4
 """By how much an lr may exceed the peak of its schedule for being computed in fp32."""
@@ -50,9 +51,11 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
 
 
 @cache
-def _stay_out_of_graphs() -> None:
-    """Have dynamo break its graph where it meets this package, and trace none of its hooks and comparisons."""
+def _meet_torch() -> None:
+    """Have dynamo break its graph where it meets this package, and say once if this torch is newer than those tried."""
     torch._dynamo.trace_rules.add(__package__)  # any torch.optim.Optimizer has imported dynamo
+    if torch.__version__ >= _NOT_TRIED:
+        log.info("torch %s was not tried with sharded_dadamw; older than %s was", torch.__version__, _NOT_TRIED)
 
 
 class DecoupledOptimizer(Optimizer):
@@ -88,7 +91,7 @@ class DecoupledOptimizer(Optimizer):
             TypeError: As the constructor.
             ValueError: As the constructor, or a parameter is in a group already.
         """
-        _stay_out_of_graphs()
+        _meet_torch()
         self._check_group(param_group)
         self._norms.start_anew()
         # float(): a tensor lr that a scheduler changes in place must not take its own reference along.

@@ -45,3 +45,18 @@ def test_two_ranks_train_and_disagree_without_numpy(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trained without NumPy") == 2
+
+
+NEWER_TORCH = """
+import logging, torch
+torch.__version__ = torch.torch_version.TorchVersion("99.1")
+logging.basicConfig(level=logging.INFO)
+from sharded_dadamw import DecoupledAdamW
+DecoupledAdamW([torch.nn.Parameter(torch.zeros(1))])
+DecoupledAdamW([torch.nn.Parameter(torch.zeros(1))])
+"""
+
+
+def test_a_torch_that_was_not_tried_is_said_once() -> None:
+    result = subprocess.run([sys.executable, "-c", NEWER_TORCH], capture_output=True, text=True, timeout=120)
+    assert result.stderr.count("torch 99.1 was not tried") == 1

@@ -31,7 +31,7 @@ class InOrder(ShardedTrainer):
         return SequentialSampler(self.train_dataset if dataset is None else dataset)
 
 
-def main() -> None:
+def main(model: nn.Module | None = None) -> None:
     """Train."""
     options = common.options()
     args = TrainingArguments(
@@ -52,7 +52,9 @@ def main() -> None:
         use_cpu=True,
     )
     under_ddp = (sharded, common.OURS | {"config": ShardingConfig(reduce_gradients=False)}) if options.ddp else None
-    trainer = InOrder(model=build(), args=args, train_dataset=common.Items(), optimizer_cls_and_kwargs=under_ddp)
+    trainer = InOrder(
+        model=model or build(), args=args, train_dataset=common.Items(), optimizer_cls_and_kwargs=under_ddp
+    )
     trainer.train(resume_from_checkpoint=options.resume or None)
     common.keep(options.folder, trainer.model, [line["grad_norm"] for line in trainer.state.log_history[:-1]])
 

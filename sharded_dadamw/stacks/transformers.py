@@ -41,7 +41,7 @@ class ShardedTrainerMixin:
             args = self.args
             model = self.model if model is None else model
             decaying = set(self.get_decay_parameter_names(model))
-            rest = [name for name, _ in model.named_parameters() if name not in decaying]
+            rest = [name for name, p in model.named_parameters() if p.requires_grad and name not in decaying]
             weight_decay = args.learning_rate * args.weight_decay
             kwargs = {
                 "params": weight_decay_groups(model, weight_decay, no_decay=rest, decay_vectors=True),
