@@ -219,7 +219,7 @@ REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
 @pytest.mark.parametrize(
     ("num_ranks", "num_steps", "moments", "amsgrad"),
     [
-        (2, 100, Moments.BF16, True),
+        (1, 1000, Moments.BF16, True),
         (3, 30, Moments.FP32, False),
     ],
 )
