@@ -7,6 +7,7 @@ that does something else, and objects that come and go: each test is something t
 import copy
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
+from tests.harness import ranks
 from tests.layouts import grid, line, root_sum_square
 from tests.simulated import on_ranks, outcomes
 from tests.test_metrics import both, build, numbers
@@ -84,8 +86,9 @@ def test_generators_inside_groups_train(kind: str) -> None:
     assert all(moved(model, before))
 
 
-def two_modules_with_equal_names(group: Any, kind: str) -> tuple[list[float], float, dict[str, float]]:
-    """Of each parameter the norm of its gradient, then what the optimizer says."""
+@both
+@ranks(2)
+def test_two_parameters_of_one_name_are_two(group: Any, kind: str) -> None:
     torch.manual_seed(0)
     modules = [nn.Linear(64, 8, bias=False) for _ in range(2)]
     if kind == "unsharded":
@@ -95,19 +98,12 @@ def two_modules_with_equal_names(group: Any, kind: str) -> tuple[list[float], fl
     outputs = [module(torch.linspace(-1.0, 2.0, 64)) for module in modules]
     sum(factor * output.square().sum() for factor, output in enumerate(outputs, start=1)).backward()
     norms = [norm_of_gradients(module) for module in modules]
-    norm = float(optimizer.clip_grad_norm_(1e9))
+    assert float(optimizer.clip_grad_norm_(1e9)) == pytest.approx(root_sum_square(norms), rel=1e-6)
     optimizer.step()
-    return norms, norm, numbers(optimizer.metrics())
-
-
-@both
-def test_two_parameters_of_one_name_are_two(kind: str) -> None:
-    for norms, norm, metrics in on_ranks(2, two_modules_with_equal_names, kind):
-        assert norm == pytest.approx(root_sum_square(norms), rel=1e-6)
-        names = ["weight of param_groups[0]['params'][0]", "weight of param_groups[0]['params'][1]", "global"]
-        reported = {key: value for key, value in metrics.items() if key.startswith("l2_norm/grad/")}
-        assert list(reported) == [f"l2_norm/grad/{name}" for name in names]
-        assert list(reported.values()) == pytest.approx([*norms, root_sum_square(norms)], rel=1e-6)
+    names = ["weight of param_groups[0]['params'][0]", "weight of param_groups[0]['params'][1]", "global"]
+    reported = {key: value for key, value in numbers(optimizer.metrics()).items() if key.startswith("l2_norm/grad/")}
+    assert list(reported) == [f"l2_norm/grad/{name}" for name in names]
+    assert list(reported.values()) == pytest.approx([*norms, root_sum_square(norms)], rel=1e-6)
 
 
 # --- stages of a pipeline ---
@@ -128,10 +124,13 @@ def step_of_stage(model: nn.Module, optimizer: DecoupledAdamW) -> tuple[float, l
     return norm, list(optimizer.metrics())
 
 
-def resumed_stage(group: Any, through_torch: bool) -> list[tuple[float, list[str]]]:
+@pytest.mark.parametrize("through_torch", [False, True], ids=["load_state_dict", "set_optimizer_state_dict"])
+@ranks(2)
+def test_a_stage_still_knows_the_others_after_a_state_was_loaded(group: Any, through_torch: bool) -> Any:
     model, params = stage(group)
     optimizer = DecoupledAdamW(params, norm_group=group)
-    seen = [step_of_stage(model, optimizer)]
+    norm, keys = step_of_stage(model, optimizer)
+    assert norm == pytest.approx(math.sqrt(40)) and len(keys) == 4 * 5 + 2
     if through_torch:
         saved = get_optimizer_state_dict(model, optimizer)
         optimizer = DecoupledAdamW(params, norm_group=group)
@@ -139,17 +138,11 @@ def resumed_stage(group: Any, through_torch: bool) -> list[tuple[float, list[str
     else:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert all(state["step"] == 1 for state in optimizer.state.values())
-    return [*seen, step_of_stage(model, optimizer)]
+    assert step_of_stage(model, optimizer) == (norm, keys)
 
 
-@pytest.mark.parametrize("through_torch", [False, True], ids=["load_state_dict", "set_optimizer_state_dict"])
-def test_a_stage_still_knows_the_others_after_a_state_was_loaded(through_torch: bool) -> None:
-    for (norm, keys), (norm_then, keys_then) in on_ranks(2, resumed_stage, through_torch):
-        assert norm == norm_then == pytest.approx(math.sqrt(40))
-        assert keys == keys_then and len(keys) == 4 * 5 + 2
-
-
-def copied_stage(group: Any) -> None:
+@ranks(2)
+def test_a_copy_of_a_stages_optimizer_says_that_it_has_lost_the_others(group: Any) -> None:
     optimizer = DecoupledAdamW(stage(group)[1], norm_group=group)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         for ask in (lambda twin=twin: twin.clip_grad_norm_(1.0), twin.metrics):
@@ -157,27 +150,22 @@ def copied_stage(group: Any) -> None:
                 ask()
 
 
-def test_a_copy_of_a_stages_optimizer_says_that_it_has_lost_the_others() -> None:
-    on_ranks(2, copied_stage)
-
-
-def freezes_its_bias(group: Any) -> list[tuple[float, list[str]]]:
+@ranks(2)
+def test_one_stage_may_freeze_a_parameter(group: Any) -> Any:
     model, params = stage(group)
     optimizer = DecoupledAdamW(params, norm_group=group)
     seen = [step_of_stage(model, optimizer)]
     if group.rank() == 0:
         params[1][1].requires_grad_(False)
         params[1][1].grad = None
-    return [*seen, step_of_stage(model, optimizer)]
+    seen.append(step_of_stage(model, optimizer))
+    assert [norm for norm, _ in seen] == pytest.approx([math.sqrt(40), math.sqrt(36)])
+    return seen
 
 
-def test_one_stage_may_freeze_a_parameter() -> None:
-    first, second = on_ranks(2, freezes_its_bias)
-    assert first == second
-    assert [norm for norm, _ in first] == pytest.approx([math.sqrt(40), math.sqrt(36)])
-
-
-def an_inf_on_one_stage(group: Any, kind: str) -> tuple[list[bool], float]:
+@both
+@ranks(4)
+def test_all_stages_skip_a_step_or_none_does(group: Any, kind: str) -> None:
     """Two stages, each on two ranks."""
     mesh = grid("pipeline", "dp")
     model, params = stage(mesh["pipeline"].get_group())
@@ -190,24 +178,63 @@ def an_inf_on_one_stage(group: Any, kind: str) -> tuple[list[bool], float]:
     before = copies(model)
     scaler.step(optimizer)
     scaler.update()
-    return moved(model, before), float(optimizer.metrics()["skipped_steps"])
+    assert not any(moved(model, before)) and optimizer.metrics()["skipped_steps"] == 1
+
+
+@ranks(2)
+def test_a_stage_that_trains_nothing_goes_along(group: Any) -> Any:
+    model = Net().requires_grad_(group.rank() == 0)
+    named = [(f"{group.rank()}.{name}", p) for name, p in model.named_parameters()]
+    optimizer = DecoupledAdamW(named, norm_group=group)
+    norms = []
+    for lr in (1e-2, 0.0):
+        optimizer.param_groups[0]["lr"] = lr
+        if group.rank() == 0:
+            model(torch.ones(8)).backward()
+        optimizer.step()
+        norms.append(float(optimizer.clip_grad_norm_(1.0)))
+        optimizer.zero_grad()
+    return norms
+
+
+@ranks(2)
+def test_stages_that_give_one_name_to_different_parameters_are_refused(group: Any) -> None:
+    layer = nn.Linear(2, 3 + group.rank())
+    optimizer = DecoupledAdamW(layer.named_parameters(), norm_group=group)
+    layer(torch.ones(2)).sum().backward()
+    with pytest.raises(ValueError, match=r"weight.*\[3, 2\] on rank 0.*\[4, 2\] on rank 1"):
+        optimizer.clip_grad_norm_(1.0)
 
 
 @both
-def test_all_stages_skip_a_step_or_none_does(kind: str) -> None:
-    assert on_ranks(4, an_inf_on_one_stage, kind) == [([False, False], 1.0)] * 4
+@ranks(4)
+def test_a_norm_group_without_the_ranks_that_have_other_parts_is_refused(_: Any, kind: str) -> None:
+    """Two stages of two data-parallel ranks each; norms have to be added up over all four."""
+    mesh = grid("pp", "dp")
+    model = fully_shard(Net(), mesh=mesh["dp"]) if kind == "unsharded" else Net()
+    names = {f"{mesh.get_local_rank('pp')}.{name}": p for name, p in model.named_parameters()}
+    options = {} if kind == "unsharded" else {"process_group": mesh["dp"]}
+    optimizer_class = DecoupledAdamW if kind == "unsharded" else ShardedDecoupledAdamW
+    optimizer = optimizer_class(names.items(), norm_group=mesh["pp"], **options)
+    model(torch.ones(8)).backward()
+    with pytest.raises(ValueError, match=r"^norm_group: expected all ranks"):
+        optimizer.clip_grad_norm_(1.0)
 
 
 # --- loss scalers, and state before the first step ---
 
 
-def an_inf_under_fsdp1(group: Any) -> tuple[list[float], list[bool], float, float]:
+def under_fsdp1(group: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated
-        model = FullyShardedDataParallel(Net(), process_group=group, device_id=torch.device("cpu"))
+        return FullyShardedDataParallel(Net(), process_group=group, device_id=torch.device("cpu"))
+
+
+@ranks(2)
+def test_under_fsdp1_with_its_scaler_an_inf_on_one_rank_skips_the_step_and_halves_the_scale_on_all(group: Any) -> None:
+    model = under_fsdp1(group)
     optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2, norm_group=group)
     scaler = ShardedGradScaler("cpu", init_scale=16.0, process_group=group)
-    scales, kept = [], []
     for step in range(2):
         optimizer.zero_grad()
         scaler.scale(model(torch.linspace(-1.0, 2.0, 8))).backward()
@@ -216,17 +243,22 @@ def an_inf_under_fsdp1(group: Any) -> tuple[list[float], list[bool], float, floa
         before = [p.detach().clone() for p in model.parameters()]
         scaler.step(optimizer)
         scaler.update()
-        scales.append(scaler.get_scale())
-        kept.append(all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)))
+        assert scaler.get_scale() == 8.0
+        assert all(map(torch.equal, model.parameters(), before)) == (step == 0)
     alone = Net()
     backward(alone)
-    return scales, kept, float(optimizer.metrics()["l2_norm/grad/global"]), norm_of_gradients(alone)
+    assert float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm_of_gradients(alone), rel=1e-5)
 
 
-def test_under_fsdp1_with_its_scaler_an_inf_on_one_rank_skips_the_step_and_halves_the_scale_on_all() -> None:
-    for scales, kept, norm, expected in on_ranks(2, an_inf_under_fsdp1):
-        assert scales == [8.0, 8.0] and kept == [True, False]
-        assert norm == pytest.approx(expected, rel=1e-5)
+@ranks(2)
+def test_norms_under_fsdp1_need_to_be_told_the_group(group: Any) -> None:
+    model = under_fsdp1(group)
+    optimizer = DecoupledAdamW(model.named_parameters())
+    backward(model)
+    optimizer.step()
+    for ask in (optimizer.metrics, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(ValueError, match=r"^expected norm_group, since FSDP1's parameters"):
+            ask()
 
 
 def under_a_scaler(group: Any, bad_step: int | None, enabled: bool = True) -> list[Tensor]:
@@ -266,7 +298,8 @@ def test_under_a_grad_scaler_all_ranks_step_or_none_does(bad_step: int | None) -
         assert all(map(torch.equal, params, alone))
 
 
-def first_step_at_lr_0(group: Any) -> list[float]:
+@ranks(2)
+def test_a_warm_up_that_begins_at_lr_0_counts_its_first_step(group: Any) -> None:
     """The second rank's part of every gradient happens to be zeros."""
     model, optimizer = placed(group, "unsharded")
     optimizer.param_groups[0]["lr"] = 0.0
@@ -275,32 +308,7 @@ def first_step_at_lr_0(group: Any) -> list[float]:
         if group.rank() == 0:
             local(p.grad).fill_(1.0)
     optimizer.step()
-    return [float(optimizer.state[p]["step"]) for p in model.parameters()]
-
-
-def test_a_warm_up_that_begins_at_lr_0_counts_its_first_step() -> None:
-    for steps in on_ranks(2, first_step_at_lr_0):
-        assert set(steps) == {1.0}
-
-
-def norms_under_fsdp1_without_a_group(group: Any) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FSDP1 is deprecated
-        model = FullyShardedDataParallel(Net(), process_group=group, device_id=torch.device("cpu"))
-    optimizer = DecoupledAdamW(model.named_parameters())
-    backward(model)
-    optimizer.step()
-    messages = []
-    for ask in (optimizer.metrics, lambda: optimizer.clip_grad_norm_(1.0)):
-        with pytest.raises(ValueError) as refusal:
-            ask()
-        messages.append(str(refusal.value))
-    return messages
-
-
-def test_norms_under_fsdp1_need_to_be_told_the_group() -> None:
-    for messages in on_ranks(2, norms_under_fsdp1_without_a_group):
-        assert all(message.startswith("expected norm_group, since FSDP1's parameters") for message in messages)
+    assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
 
 
 @both
@@ -377,7 +385,9 @@ def test_a_parameter_that_is_unfrozen_before_a_save_has_state_in_it() -> None:
 # --- clipping ---
 
 
-def accumulates(group: Any, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
+@ranks()
+def test_under_fsdp_a_clip_is_for_the_gradients_that_there_were(group: Any, kind: str) -> None:
     """After a clip that no step has used, and after one that a step has used."""
     model, optimizer = placed(group, kind)
     backward(model)
@@ -400,11 +410,6 @@ def accumulates(group: Any, kind: str) -> None:
     assert norm > 0.2 and float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
-def test_under_fsdp_a_clip_is_for_the_gradients_that_there_were(kind: str, num_ranks: int) -> None:
-    on_ranks(num_ranks, accumulates, kind)
-
-
 @both
 def test_gradients_that_the_model_has_cleared_in_place_may_be_clipped_again(kind: str) -> None:
     model, twin = Net(), Net()
@@ -423,30 +428,6 @@ def test_gradients_that_the_model_has_cleared_in_place_may_be_clipped_again(kind
 # --- HSDP ---
 
 
-def disagrees(group: Any, how: str, odd_one: int) -> tuple[str, bool, bool]:
-    """What this rank was told, whether nothing had changed then, and whether a step that all agree on was right."""
-    model, optimizer = placed(group, "sharded")
-    is_odd = group.rank() == odd_one
-    extra = [("extra", nn.Parameter(torch.ones(3)))] if is_odd else []
-    before = copies(model)
-    backward(model)
-    with pytest.raises((RuntimeError, ValueError)) as caught:
-        if how == "step":
-            optimizer.param_groups[0]["lr"] = 5e-3 if is_odd else 1e-2
-            optimizer.step()
-        elif how == "clip":
-            optimizer.clip_grad_norm_(-1.0 if is_odd else 1.0)
-        elif how == "built with another lr":
-            ShardedDecoupledAdamW(model.named_parameters(), lr=-1.0 if is_odd else 1e-2)
-        else:
-            ShardedDecoupledAdamW([*model.named_parameters(), *extra])
-    untouched = not any(moved(model, before)) and not any(state["step"] for state in optimizer.state.values())
-    optimizer.param_groups[0]["lr"] = 1e-2
-    norm = float(optimizer.clip_grad_norm_(1.0))
-    optimizer.step()
-    return str(caught.value), untouched, all(moved(model, before)) and norm == pytest.approx(norm_of_gradients(model))
-
-
 @pytest.mark.parametrize(
     ("how", "odd_one", "message"),
     [
@@ -456,40 +437,53 @@ def disagrees(group: Any, how: str, odd_one: int) -> tuple[str, bool, bool]:
         ("built with a plain parameter more", 0, "expected process_group"),
     ],
 )
+@ranks(4)
 def test_under_hsdp_one_rank_that_does_something_else_is_an_error_on_all_four(
-    how: str, message: str, odd_one: int
+    group: Any, how: str, odd_one: int, message: str
 ) -> None:
-    for told, *then in on_ranks(4, disagrees, how, odd_one):
-        assert message in told and then == [True, True]
+    """It changes nothing, and a step that all agree on is right then."""
+    model, optimizer = placed(group, "sharded")
+    is_odd = group.rank() == odd_one
+    extra = [("extra", nn.Parameter(torch.ones(3)))] if is_odd else []
+    before = copies(model)
+    backward(model)
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
+        if how == "step":
+            optimizer.param_groups[0]["lr"] = 5e-3 if is_odd else 1e-2
+            optimizer.step()
+        elif how == "clip":
+            optimizer.clip_grad_norm_(-1.0 if is_odd else 1.0)
+        elif how == "built with another lr":
+            ShardedDecoupledAdamW(model.named_parameters(), lr=-1.0 if is_odd else 1e-2)
+        else:
+            ShardedDecoupledAdamW([*model.named_parameters(), *extra])
+    assert not any(moved(model, before)) and not any(state["step"] for state in optimizer.state.values())
+    optimizer.param_groups[0]["lr"] = 1e-2
+    assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(norm_of_gradients(model))
+    optimizer.step()
+    assert all(moved(model, before))
 
 
-def a_plain_parameter_beside_hsdp(group: Any) -> str:
+@ranks(4)
+def test_a_plain_parameter_beside_hsdp_whose_gradient_nobody_averages_is_refused_on_every_rank(_: Any) -> None:
     mesh = grid("replicate", "shard")
     model = Net()
     fully_shard(model, mesh=mesh, ignored_params={model.head.bias})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^head\.bias: expected a DTensor like body\.weight, got a plain parameter"):
         ShardedDecoupledAdamW(model.named_parameters(), process_group=mesh["replicate"])
-    return str(caught.value)
 
 
-def test_a_plain_parameter_beside_hsdp_whose_gradient_nobody_averages_is_refused_on_every_rank() -> None:
-    for message in on_ranks(4, a_plain_parameter_beside_hsdp):
-        assert message.startswith("head.bias: expected a DTensor like body.weight, got a plain parameter")
-
-
-def edited_after_construction(group: Any) -> float:
+@ranks(4)
+def test_under_hsdp_metrics_before_the_first_step_see_weights_as_they_are(group: Any) -> None:
     model, optimizer = placed(group, "sharded")
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(1.0)
-    return float(optimizer.metrics()["l2_norm/param/body.weight"])
+    assert float(optimizer.metrics()["l2_norm/param/body.weight"]) == pytest.approx(math.sqrt(48))
 
 
-def test_under_hsdp_metrics_before_the_first_step_see_weights_as_they_are() -> None:
-    assert on_ranks(4, edited_after_construction) == pytest.approx([math.sqrt(48)] * 4)
-
-
-def on_one_replica(group: Any) -> list[bool]:
+@ranks(4)
+def test_hsdp_of_one_replica_trains_as_fsdp2_does(_: Any) -> None:
     """Two runs side by side on two ranks each, as HSDP of one replica and as FSDP2."""
     mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("run", "replicate", "shard"))
     model = fully_shard(Net(), mesh=mesh["replicate", "shard"])
@@ -505,27 +499,19 @@ def on_one_replica(group: Any) -> list[bool]:
         assert numbers(optimizer.metrics()) == pytest.approx(numbers(of_twin.metrics()), rel=1e-6)
         optimizer.zero_grad()
         of_twin.zero_grad()
-    return [all(moved(model, before)), *moved(model, copies(twin))]
+    assert all(moved(model, before)) and not any(moved(model, copies(twin)))
 
 
-def test_hsdp_of_one_replica_trains_as_fsdp2_does() -> None:
-    assert on_ranks(4, on_one_replica) == [[True, False, False, False, False]] * 4
-
-
-def metrics_after_zero_grad(group: Any) -> str:
+@ranks(2)
+def test_metrics_that_need_a_gradient_that_is_gone_are_an_error_on_all_ranks(group: Any) -> None:
     """In fp64 no kernel measures, and the second rank holds no element."""
     param = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = ShardedDecoupledAdamW([("p", param)], process_group=group)
     param.sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="a gradient of the last step is gone"):
         optimizer.metrics()
-    return str(caught.value)
-
-
-def test_metrics_that_need_a_gradient_that_is_gone_are_an_error_on_all_ranks() -> None:
-    assert all("a gradient of the last step is gone" in message for message in on_ranks(2, metrics_after_zero_grad))
 
 
 # --- memory ---
@@ -547,10 +533,10 @@ def test_parameters_that_were_replaced_are_freed_at_once() -> None:
     assert [reference() for reference in old] == [None] * 4
 
 
-def gradients_alive(group: Any) -> list[int]:
-    """After a clip alone, and after a step and its metrics, once the model has dropped them."""
+@ranks(4)
+def test_under_hsdp_gradients_are_freed_when_the_model_drops_them(group: Any) -> None:
+    """After a clip alone, and after a step and its metrics."""
     model, optimizer = placed(group, "sharded")
-    alive = []
     for finishes in (False, True):
         backward(model)
         optimizer.clip_grad_norm_(1.0)
@@ -559,67 +545,4 @@ def gradients_alive(group: Any) -> list[int]:
             optimizer.metrics()
         references = [ref(p.grad) for p in model.parameters()] + [ref(p.grad.to_local()) for p in model.parameters()]
         model.zero_grad()
-        alive.append(sum(reference() is not None for reference in references))
-    return alive
-
-
-def test_under_hsdp_gradients_are_freed_when_the_model_drops_them() -> None:
-    assert on_ranks(4, gradients_alive) == [[0, 0]] * 4
-
-
-# --- stages of a pipeline ---
-
-
-def nothing_to_train_on_the_second_stage(group: Any) -> list[float]:
-    model = Net().requires_grad_(group.rank() == 0)
-    named = [(f"{group.rank()}.{name}", p) for name, p in model.named_parameters()]
-    optimizer = DecoupledAdamW(named, norm_group=group)
-    norms = []
-    for lr in (1e-2, 0.0):
-        optimizer.param_groups[0]["lr"] = lr
-        if group.rank() == 0:
-            model(torch.ones(8)).backward()
-        optimizer.step()
-        norms.append(float(optimizer.clip_grad_norm_(1.0)))
-        optimizer.zero_grad()
-    return norms
-
-
-def test_a_stage_that_trains_nothing_goes_along() -> None:
-    first, second = on_ranks(2, nothing_to_train_on_the_second_stage)
-    assert first == second
-
-
-def one_name_for_two(group: Any) -> str:
-    layer = nn.Linear(2, 3 + group.rank())
-    optimizer = DecoupledAdamW(layer.named_parameters(), norm_group=group)
-    layer(torch.ones(2)).sum().backward()
-    with pytest.raises(ValueError) as refusal:
-        optimizer.clip_grad_norm_(1.0)
-    return str(refusal.value)
-
-
-def test_stages_that_give_one_name_to_different_parameters_are_refused() -> None:
-    for message in on_ranks(2, one_name_for_two):
-        assert "weight" in message and "[3, 2] on rank 0" in message and "[4, 2] on rank 1" in message
-
-
-def a_group_of_one_axis(_: Any, kind: str) -> str:
-    """Two stages of two data-parallel ranks each; norms have to be added up over all four."""
-    mesh = grid("pp", "dp")
-    model = fully_shard(Net(), mesh=mesh["dp"]) if kind == "unsharded" else Net()
-    names = {f"{mesh.get_local_rank('pp')}.{name}": p for name, p in model.named_parameters()}
-    options = {} if kind == "unsharded" else {"process_group": mesh["dp"]}
-    optimizer = (DecoupledAdamW if kind == "unsharded" else ShardedDecoupledAdamW)(
-        names.items(), norm_group=mesh["pp"], **options
-    )
-    model(torch.ones(8)).backward()
-    with pytest.raises(ValueError) as refusal:
-        optimizer.clip_grad_norm_(1.0)
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize("kind", ["unsharded", "sharded"])
-def test_a_norm_group_without_the_ranks_that_have_other_parts_is_refused(kind: str) -> None:
-    for message in on_ranks(4, a_group_of_one_axis, kind):
-        assert message.startswith("norm_group: expected all ranks")
+        assert not any(reference() is not None for reference in references)
