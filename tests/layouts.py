@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -281,28 +281,8 @@ def under_fsdp1(group: Any, hyper: Hyper, use_orig_params: bool, strategy: Shard
     return Placed(fsdp, optimizer, group.rank(), group.size())
 
 
-def fsdp1_full_shard(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, True, ShardingStrategy.FULL_SHARD)
-
-
-def fsdp1_full_shard_flat(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, False, ShardingStrategy.FULL_SHARD)
-
-
-def fsdp1_no_shard(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, True, ShardingStrategy.NO_SHARD)
-
-
-def fsdp1_no_shard_flat(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, False, ShardingStrategy.NO_SHARD)
-
-
-def fsdp1_hybrid(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, True, ShardingStrategy.HYBRID_SHARD)
-
-
-def fsdp1_hybrid_flat(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp1(group, hyper, False, ShardingStrategy.HYBRID_SHARD)
+def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[Any, Hyper], Placed]:
+    return partial(under_fsdp1, use_orig_params=use_orig_params, strategy=ShardingStrategy[strategy])
 
 
 def line(group: Any) -> DeviceMesh:
@@ -320,16 +300,11 @@ def fsdp2_over(mesh: DeviceMesh, model: Model) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def under_fsdp2(group: Any, hyper: Hyper) -> Placed:
-    model = fsdp2_over(line(group), Model())
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
-
-
-def under_fsdp2_with_norm_group(group: Any, hyper: Hyper) -> Placed:
+def under_fsdp2(group: Any, hyper: Hyper, with_norm_group: bool = False) -> Placed:
     mesh = line(group)
     model = fsdp2_over(mesh, Model())
-    optimizer = DecoupledAdamW(groups_of(model), **hyper, norm_group=mesh)
-    return Placed(model, optimizer, group.rank(), group.size())
+    options: dict[str, Any] = {"norm_group": mesh} if with_norm_group else {}
+    return Placed(model, DecoupledAdamW(groups_of(model), **hyper, **options), group.rank(), group.size())
 
 
 def fsdp2_and_plain(group: Any, hyper: Hyper) -> Placed:
@@ -390,14 +365,11 @@ def sharded_under_tp(group: Any, hyper: Hyper) -> Placed:
     return Placed(model, optimizer, mesh["dp"].get_local_rank(), 2)
 
 
-def under_fsdp2_and_tp(group: Any, hyper: Hyper, **options: Any) -> Placed:
+def under_fsdp2_and_tp(group: Any, hyper: Hyper, with_norm_group: bool = False) -> Placed:
     mesh = grid("dp", "tp")
     model = fsdp2_over(mesh["dp"], tensor_parallel(mesh["tp"]))
+    options = {"norm_group": group} if with_norm_group else {}
     return Placed(model, DecoupledAdamW(groups_of(model), **hyper, **options), mesh["dp"].get_local_rank(), 2)
-
-
-def under_fsdp2_and_tp_with_norm_group(group: Any, hyper: Hyper) -> Placed:
-    return under_fsdp2_and_tp(group, hyper, norm_group=group)
 
 
 @dataclass(frozen=True)
@@ -417,16 +389,16 @@ LAYOUTS = {
     "sharded on 3": Layout(3, sharded),
     "sharded on 4": Layout(4, sharded),
     "sharded under DDP": Layout(2, sharded_under_ddp, exact=True),
-    "FSDP1": Layout(2, fsdp1_full_shard, exact=True),
-    "FSDP1 on 3": Layout(3, fsdp1_full_shard),
-    "FSDP1 flat": Layout(2, fsdp1_full_shard_flat, exact=True, flat=True),
-    "FSDP1 NO_SHARD": Layout(2, fsdp1_no_shard, exact=True),
-    "FSDP1 NO_SHARD flat": Layout(2, fsdp1_no_shard_flat, exact=True, flat=True),
-    "FSDP1 HYBRID_SHARD 2x2": Layout(4, fsdp1_hybrid, exact=True),
-    "FSDP1 HYBRID_SHARD 2x2 flat": Layout(4, fsdp1_hybrid_flat, exact=True, flat=True),
+    "FSDP1": Layout(2, fsdp1("FULL_SHARD", True), exact=True),
+    "FSDP1 on 3": Layout(3, fsdp1("FULL_SHARD", True)),
+    "FSDP1 flat": Layout(2, fsdp1("FULL_SHARD", False), exact=True, flat=True),
+    "FSDP1 NO_SHARD": Layout(2, fsdp1("NO_SHARD", True), exact=True),
+    "FSDP1 NO_SHARD flat": Layout(2, fsdp1("NO_SHARD", False), exact=True, flat=True),
+    "FSDP1 HYBRID_SHARD 2x2": Layout(4, fsdp1("HYBRID_SHARD", True), exact=True),
+    "FSDP1 HYBRID_SHARD 2x2 flat": Layout(4, fsdp1("HYBRID_SHARD", False), exact=True, flat=True),
     "FSDP2": Layout(2, under_fsdp2, exact=True),
     "FSDP2 on 3": Layout(3, under_fsdp2),
-    "FSDP2 with norm_group": Layout(2, under_fsdp2_with_norm_group, exact=True),
+    "FSDP2 with norm_group": Layout(2, partial(under_fsdp2, with_norm_group=True), exact=True),
     "FSDP2 and plain parameters": Layout(2, fsdp2_and_plain, exact=True),
     "HSDP 2x2": Layout(4, under_hsdp, exact=True),
     "HSDP 2x2, sharded": Layout(4, sharded_under_hsdp, exact=True),
@@ -434,5 +406,5 @@ LAYOUTS = {
     "TP": Layout(2, under_tp),
     "TP x data-parallel 2x2, sharded": Layout(4, sharded_under_tp),
     "FSDP2 x TP 2x2": Layout(4, under_fsdp2_and_tp),
-    "FSDP2 x TP 2x2 with norm_group": Layout(4, under_fsdp2_and_tp_with_norm_group),
+    "FSDP2 x TP 2x2 with norm_group": Layout(4, partial(under_fsdp2_and_tp, with_norm_group=True)),
 }

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from tests import pool
+from tests.harness import ranks
 from tests.layouts import (
     BETAS,
     EPS,
@@ -112,9 +113,7 @@ def records(layout: str, amsgrad: bool, same_batch: bool = False) -> list[Record
     return run(LAYOUTS[layout].num_ranks, train, layout, amsgrad, same_batch)
 
 
-@pytest.mark.parametrize(
-    "layout", ["DDP", "FSDP1", "FSDP2", "sharded on 3", "HSDP 2x2, sharded", "TP x data-parallel 2x2, sharded"]
-)
+@pytest.mark.parametrize("layout", ["DDP", "FSDP1", "HSDP 2x2, sharded", "TP x data-parallel 2x2, sharded"])
 def test_processes_do_as_simulated_ranks(layout: str) -> None:
     of_processes = pool.on_ranks(LAYOUTS[layout].num_ranks, train, layout, False, False)
     for simulated, record in zip(records(layout, False), of_processes, strict=True):
@@ -123,24 +122,9 @@ def test_processes_do_as_simulated_ranks(layout: str) -> None:
         assert_close(simulated.metrics[-1], record.metrics[-1], layout)
 
 
-def expected_metrics(layout: str, amsgrad: bool) -> list[dict[str, float]]:
-    return in_layout(control_of_the_model(amsgrad).metrics, layout)
-
-
 def in_layout(metrics: list[dict[str, float]], layout: str) -> list[dict[str, float]]:
     """What is known of whole parameters, under the names that they have there."""
     return [in_flat_parameters(of_step) for of_step in metrics] if LAYOUTS[layout].flat else metrics
-
-
-PLAIN_TOO = ["single process", "sharded on 3", "FSDP1 flat", "FSDP2 on 3", "HSDP 2x2, sharded"]
-"""A layout knows nothing of amsgrad: the rest run with it only, which has one tensor of state more."""
-every_layout = pytest.mark.parametrize(
-    ("layout", "amsgrad"),
-    [
-        *(pytest.param(layout, True, id=f"{layout}, amsgrad") for layout in LAYOUTS),
-        *(pytest.param(layout, False, id=layout) for layout in PLAIN_TOO),
-    ],
-)
 
 
 def test_the_control_clips_some_steps_and_not_others_and_amsgrad_changes_it() -> None:
@@ -152,75 +136,48 @@ def test_the_control_clips_some_steps_and_not_others_and_amsgrad_changes_it() ->
     assert abs(plain / amsgrad - 1) > 1e-3
 
 
-@every_layout
-def test_every_metric_at_every_step_is_that_of_the_whole_model(layout: str, amsgrad: bool) -> None:
-    for rank, record in enumerate(records(layout, amsgrad)):
-        for step, expected in enumerate(expected_metrics(layout, amsgrad)):
-            assert_close(record.metrics[step], expected, f"rank {rank}, step {step}")
-
-
-@every_layout
-def test_every_metric_is_that_of_a_single_process(layout: str, amsgrad: bool) -> None:
-    (single,) = records("single process", amsgrad)
-    for rank, record in enumerate(records(layout, amsgrad)):
-        for step, expected in enumerate(in_layout(single.metrics, layout)):
-            assert_close(record.metrics[step], expected, f"rank {rank}, step {step}")
-
-
-@every_layout
-def test_composers_protocol_yields_every_norm_of_every_parameter(layout: str, amsgrad: bool) -> None:
-    for rank, record in enumerate(records(layout, amsgrad)):
-        for step, expected in enumerate(expected_metrics(layout, amsgrad)):
-            # Sorted here, since what wrappers put in front of names has gone.
-            found = dict(sorted(record.reduced[step].items()))
-            assert_close(found, dict(sorted(of_parameters(expected).items())), f"rank {rank}, step {step}")
-
-
-@pytest.mark.parametrize("layout", ["single process", "DDP", *(name for name in LAYOUTS if "sharded" in name)])
-def test_what_a_rank_reports_needs_no_reduction_where_state_is_sharded_here_or_nothing_is_sharded(layout: str) -> None:
-    """Under DDP Composer logs what it is told, and reduces nothing."""
-    for record in records(layout, True):
-        for reported, metrics in zip(record.reported, record.metrics, strict=True):
-            assert all(metrics[key] == value for key, value in reported.items())
-            assert reported.keys() == of_parameters(metrics).keys()
-
-
-@every_layout
-def test_the_norm_that_clipping_returns_is_that_of_the_whole_gradient(layout: str, amsgrad: bool) -> None:
-    for record in records(layout, amsgrad):
-        assert record.norms == pytest.approx(control_of_the_model(amsgrad).norms, rel=1e-6, abs=0)
-        for norm, metrics in zip(record.norms, record.metrics, strict=True):
-            # Metrics describe the gradient after clipping.
-            assert metrics["l2_norm/grad/global"] == pytest.approx(min(norm, MAX_NORM), rel=2e-6, abs=0)
-
-
-@every_layout
-def test_all_ranks_see_the_same_bits(layout: str, amsgrad: bool) -> None:
-    first, *others = records(layout, amsgrad)
+# A layout knows nothing of amsgrad: most run with it only, which has one tensor of state more.
+@pytest.mark.parametrize(
+    ("layout", "amsgrad"),
+    [*((layout, True) for layout in LAYOUTS), ("single process", False), ("FSDP1 flat", False), ("FSDP2 on 3", False)],
+)
+def test_norms_metrics_and_parameters_are_those_of_the_whole_model(layout: str, amsgrad: bool) -> None:
+    """In every step and on every rank: beside the control, and beside a single process."""
+    control, (single,), (first, *others) = (
+        control_of_the_model(amsgrad),
+        records("single process", amsgrad),
+        records(layout, amsgrad),
+    )
+    expected, of_single = in_layout(control.metrics, layout), in_layout(single.metrics, layout)
+    for step in range(NUM_STEPS):
+        assert_close(first.metrics[step], expected[step], f"step {step}")
+        assert_close(first.metrics[step], of_single[step], f"step {step}, beside a single process")
+        # Composer's protocol yields every norm of every parameter; sorted, since what wrappers put in front has gone.
+        found, by_parameter = dict(sorted(first.reduced[step].items())), of_parameters(expected[step])
+        assert_close(found, dict(sorted(by_parameter.items())), f"step {step}, reduced")
+        # Metrics describe the gradient after clipping.
+        clipped = pytest.approx(min(first.norms[step], MAX_NORM), rel=2e-6, abs=0)
+        assert first.metrics[step]["l2_norm/grad/global"] == clipped
+    assert first.norms == pytest.approx(control.norms, rel=1e-6, abs=0)
+    # 1e-6 of the largest step and of the value: an element whose gradients nearly cancel keeps their roundings.
+    assert sorted(first.params) == sorted(control.params)
+    for name, param in first.params.items():
+        for other in (control.params[name], single.params[name]):
+            torch.testing.assert_close(
+                param.double(), other.double(), rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
     for other in others:
-        assert other.metrics == first.metrics
-        assert [list(step) for step in other.metrics] == [list(step) for step in first.metrics], "order of keys"
+        for ours, theirs in ((other.metrics, first.metrics), (other.reduced, first.reduced)):
+            assert [list(step.items()) for step in ours] == [list(step.items()) for step in theirs]
         assert other.norms == first.norms
-        assert other.reduced == first.reduced
-        assert [list(step) for step in other.reduced] == [list(step) for step in first.reduced], "order of keys"
-        for name, param in first.params.items():
-            assert torch.equal(other.params[name], param), f"{name} differs between ranks"
+        assert all(torch.equal(other.params[name], param) for name, param in first.params.items())
+    if layout in ("single process", "DDP") or "sharded" in layout:
+        # What a rank reports needs no reduction: under DDP Composer logs what it is told.
+        for reported, metrics in zip(first.reported, first.metrics, strict=True):
+            assert reported.items() <= metrics.items() and reported.keys() == of_parameters(metrics).keys()
 
 
-@every_layout
-def test_parameters_after_five_clipped_steps_are_those_of_the_whole_model(layout: str, amsgrad: bool) -> None:
-    """1e-6 of the largest step and of the value: an element whose gradients nearly cancel keeps their roundings."""
-    expected = control_of_the_model(amsgrad).params
-    (single,) = records("single process", amsgrad)
-    found = records(layout, amsgrad)[0].params
-    assert sorted(found) == sorted(expected)
-    for name, param in found.items():
-        torch.testing.assert_close(
-            param.double(), expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
-        )
-        torch.testing.assert_close(param, single.params[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-
-
+@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
 @pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.exact])
 def test_bit_for_bit_where_every_rank_sees_the_same_batch(layout: str) -> None:
     """The mean of two equal numbers is exact, and so is the mean of two such means; clipping is by one fp64 sum."""
@@ -280,51 +237,41 @@ def test_state_spread_over_the_replicas_follows_whatever_happens_between_steps()
             assert torch.equal(param, their_params[name]), f"{name} differs"
 
 
-def state_held(group: Any, spread: bool, amsgrad: bool) -> tuple[int, int | None, int]:
-    """(bytes of the tensors in the state, state_bytes, bytes per rank were there one)."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256))
-    fully_shard(model, mesh=grid("replicate", "shard"))
-    build = ShardedDecoupledAdamW if spread else DecoupledAdamW
-    optimizer = build(model.named_parameters(), amsgrad=amsgrad)
-    for _ in range(2):
-        model(torch.ones(4, 128)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    storages = {}
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            if key != "step" and local.numel():
-                storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
-    numel = sum(p.numel() for p in model.parameters())
-    return sum(storages.values()), getattr(optimizer, "state_bytes", None), (12 if amsgrad else 8) * numel
-
-
+@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_under_hsdp_each_of_four_ranks_keeps_a_quarter_of_the_state(amsgrad: bool) -> None:
+@ranks(4)
+def test_under_hsdp_each_of_four_ranks_keeps_a_quarter_of_the_state(group: Any, amsgrad: bool) -> None:
     """Sizes without padding: to the byte."""
-    for held, reported, total in on_ranks(4, state_held, True, amsgrad):
-        assert held == reported == total // 4
-    for held, _, total in on_ranks(4, state_held, False, amsgrad):
-        assert held == total // 2
+    for build in (ShardedDecoupledAdamW, DecoupledAdamW):
+        model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256))
+        fully_shard(model, mesh=grid("replicate", "shard"))
+        optimizer = build(model.named_parameters(), amsgrad=amsgrad)
+        for _ in range(2):
+            model(torch.ones(4, 128)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        storages = {}
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                local = value.to_local() if isinstance(value, DTensor) else value
+                if key != "step" and local.numel():
+                    storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+        total = (12 if amsgrad else 8) * sum(p.numel() for p in model.parameters())
+        if isinstance(optimizer, ShardedDecoupledAdamW):
+            assert sum(storages.values()) == optimizer.state_bytes == total // 4
+        else:
+            assert sum(storages.values()) == total // 2
 
 
 # --- what is sharded already ---
 
 
-def refusal(group: Any, layout: str, with_group: bool) -> str:
-    model = LAYOUTS[layout].place(group, {}).model
-    with pytest.raises((TypeError, ValueError)) as caught:
-        ShardedDecoupledAdamW(model.named_parameters(), process_group=group if with_group else None)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("layout", ["FSDP1", "FSDP1 flat", "FSDP2"])
-@pytest.mark.parametrize("with_group", [True, False], ids=["with a group", "without"])
+@pytest.mark.parametrize(("with_group", "num_ranks"), [(True, 2), (False, 4)])  # without a group it is everybody
+@ranks()
 def test_what_is_sharded_already_is_refused_in_favour_of_the_optimizer_that_takes_it(
-    layout: str, with_group: bool
+    group: Any, layout: str, with_group: bool
 ) -> None:
-    num_ranks = LAYOUTS[layout].num_ranks if with_group else 4  # without a group it is everybody
-    for message in on_ranks(num_ranks, refusal, layout, with_group):
-        assert "use DecoupledAdamW" in message
+    model = LAYOUTS[layout].place(group, {}).model
+    with pytest.raises((TypeError, ValueError), match="use DecoupledAdamW"):
+        ShardedDecoupledAdamW(model.named_parameters(), process_group=group if with_group else None)
