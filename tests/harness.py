@@ -52,6 +52,8 @@ FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
 AS_UNSHARDED: dict[str, Any] = dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
 """Everything in the parameter's dtype, as DecoupledAdamW has it."""
 
+same_gradients = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+
 SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 1.0 / (1 + step)),
     "LinearLR": lambda o: LinearLR(o, start_factor=0.2, total_iters=6),

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sharded_dadamw import DecoupledAdamW, GradientResidency, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.interchange import from_torch
-from tests.harness import ranks
+from tests.harness import ranks, same_gradients
 from tests.models import BF16, F32, TiedLanguageModel, draw_gradient, make_groups, mean_in_rank_order, named
 from tests.simulated import on_ranks, outcomes
 
@@ -370,6 +370,7 @@ def test_a_norm_that_is_not_finite_raises_on_request_only() -> None:
     assert pair.optimizer.clip_grad_norm_(1.0).item() == float("inf")
 
 
+@same_gradients
 @pytest.mark.parametrize("what", ["there are none", "they are cleared", "one is replaced beside zeros"])
 @whoever_reduces
 @ranks(2)
@@ -650,6 +651,7 @@ def test_a_saved_run_resumes_bit_for_bit(group: Any, parameters: str, optimizer_
     assert_equal(ours, theirs)
 
 
+@same_gradients
 @ranks(3)
 def test_a_shard_of_another_bucket_layout_is_refused_on_every_rank(group: Any) -> None:
     """Sizes for which the middle rank's fragment of `p` has the same length in both layouts, but starts elsewhere."""
@@ -1068,6 +1070,7 @@ def build_on(group: Any, cls: Any, params: Any, **hyper: Any) -> Any:
     return cls(params, **hyper, **({"process_group": group} if cls is ShardedDecoupledAdamW else {}))
 
 
+@same_gradients
 @on_one_rank_or_two
 @ranks()
 def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(group: Any, cls: Any) -> str:

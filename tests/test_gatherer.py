@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 from tests import pool
-from tests.harness import ONE_EACH, SHARDED, assert_equal, everything_of, ranks, small, values_of
+from tests.harness import ONE_EACH, SHARDED, assert_equal, everything_of, ranks, same_gradients, small, values_of
 from tests.models import whole_state_dict
 from tests.simulated import on_ranks, outcomes
 
@@ -781,6 +781,7 @@ class Own(nn.Parameter):
     pass
 
 
+@same_gradients
 @ranks(2)
 def test_classes_of_their_own_are_left_alone(group: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -809,6 +810,7 @@ class HoldsTensor(nn.Module):
         return x * self.weight
 
 
+@same_gradients
 @ranks(2)
 def test_bare_tensors_are_gathered_within_the_step(group: Any) -> None:
     model = HoldsTensor()

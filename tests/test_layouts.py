@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from tests import pool
-from tests.harness import ranks
+from tests.harness import ranks, same_gradients
 from tests.layouts import (
     BETAS,
     EPS,
@@ -177,7 +177,7 @@ def test_norms_metrics_and_parameters_are_those_of_the_whole_model(layout: str, 
             assert reported.items() <= metrics.items() and reported.keys() == of_parameters(metrics).keys()
 
 
-@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+@same_gradients
 @pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.exact])
 def test_bit_for_bit_where_every_rank_sees_the_same_batch(layout: str) -> None:
     """The mean of two equal numbers is exact, and so is the mean of two such means; clipping is by one fp64 sum."""
@@ -237,7 +237,7 @@ def test_state_spread_over_the_replicas_follows_whatever_happens_between_steps()
             assert torch.equal(param, their_params[name]), f"{name} differs"
 
 
-@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+@same_gradients
 @pytest.mark.parametrize("amsgrad", [False, True])
 @ranks(4)
 def test_under_hsdp_each_of_four_ranks_keeps_a_quarter_of_the_state(group: Any, amsgrad: bool) -> None:
