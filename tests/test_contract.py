@@ -6,6 +6,7 @@ It shows what is kept and what is refused. Bits on many ranks are for tests/test
 import contextlib
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
@@ -360,14 +361,17 @@ def test_a_clip_without_a_meaning_is_refused(max_norm: float, norm_type: float) 
     pair.train(0)
 
 
-def test_a_norm_that_is_not_finite_raises_on_request_only() -> None:
+@pytest.mark.parametrize(
+    ("value", "norm_type", "said"), [(math.inf, 2.0, "inf"), (math.nan, 2.0, "nan"), (math.nan, math.inf, "inf")]
+)
+def test_a_norm_that_is_not_finite_raises_on_request_only(value: float, norm_type: float, said: str) -> None:
     pair = Pair()
     give_gradients(pair.params, 0)
     with torch.no_grad():
-        pair.params["p1"].grad[0, 0] = float("inf")  # type: ignore[index]
-    with pytest.raises(RuntimeError, match=r"(?s)inf.*error_if_nonfinite"):
-        pair.optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
-    assert pair.optimizer.clip_grad_norm_(1.0).item() == float("inf")
+        pair.params["p1"].grad[0, 0] = value  # type: ignore[index]
+    with pytest.raises(RuntimeError, match=f"(?s){said}.*error_if_nonfinite"):
+        pair.optimizer.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
+    assert str(pair.optimizer.clip_grad_norm_(1.0, norm_type).item()) == said
 
 
 @same_gradients
