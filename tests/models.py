@@ -75,6 +75,7 @@ def _transposed(make: Make) -> Groups:
 
 def _frozen(make: Make) -> Groups:
     params = [(f"p{i}", make((11, i + 1), F32)) for i in range(6)]
+    params[3] = ("p3", nn.Parameter(params[3][1].detach().t()))  # which is not row-major
     for i in (0, 3):
         params[i][1].requires_grad_(False)
     return [{"params": params[:4]}, {"params": params[4:], "lr": 5e-3}]
