@@ -844,6 +844,21 @@ def test_a_loss_scale_saves_fp16_gradients_that_would_vanish_without_it(reduces:
         torch.testing.assert_close(weight.float(), torch.full((5,), -0.01 * step), rtol=2e-3, atol=0.0)
 
 
+@either_class
+def test_a_void_step_does_not_count(cls: Any) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, scaler = cls([weight]), GradScaler("cpu", init_scale=2.0)
+    for value in (1.0, math.inf, 1.0):
+        before = weight.detach().clone()
+        weight.grad = torch.full((4,), value)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(weight, before) == (value == math.inf)
+    assert optimizer.state[weight]["step"] == 2.0
+
+
 # --- edits from outside ---
 
 
