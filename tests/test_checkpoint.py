@@ -41,6 +41,8 @@ from tests import pool
 from tests.harm import Calls
 from tests.simulated import on_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
 
 

@@ -44,6 +44,8 @@ from tests.models import (
 )
 from tests.simulated import on_ranks, outcomes
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 DEFAULTS: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4, amsgrad=False)
 KINDS = ("moment", "param", "update", "grad")
 

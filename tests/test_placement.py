@@ -28,6 +28,8 @@ from tests.layouts import grid, line, root_sum_square
 from tests.simulated import on_ranks, outcomes
 from tests.test_metrics import both, build, numbers
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 
 class Net(nn.Module):
     """Its head has one row, so that where it is sharded by rows the first rank holds all of it."""

@@ -23,6 +23,8 @@ from sharded_dadamw.update.precision import (
 from tests.models import BF16, F32
 from tests.simulated import on_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 EXACT = 2.0**-16  # MiB: small enough for several buckets
 
 # --- remainders ---

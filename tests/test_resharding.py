@@ -40,6 +40,8 @@ from sharded_dadamw.layout.boxes import boxes_of
 from tests import pool
 from tests.simulated import alone, on_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4, betas=(0.9, 0.95), eps=1e-8)
 FIRST = 1
 """Number of the first parameter that is not frozen."""

@@ -22,6 +22,8 @@ from sharded_dadamw.update.precision import join
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
 from tests.simulated import on_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
+
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 NUM_STEPS = 3
 NUM_GRADIENTS = 4  # of which the mean is taken, whatever the number of ranks
