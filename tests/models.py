@@ -75,10 +75,15 @@ def _transposed(make: Make) -> Groups:
 
 def _frozen(make: Make) -> Groups:
     params = [(f"p{i}", make((11, i + 1), F32)) for i in range(6)]
-    params[3] = ("p3", nn.Parameter(params[3][1].detach().t()))  # which is not row-major
     for i in (0, 3):
         params[i][1].requires_grad_(False)
     return [{"params": params[:4]}, {"params": params[4:], "lr": 5e-3}]
+
+
+def _frozen_columns(make: Make) -> Groups:
+    """What is frozen is not row-major."""
+    columns = nn.Parameter(make((4, 6), F32).detach().t(), requires_grad=False)
+    return [{"params": [("trained", make((5, 3), F32)), ("columns", columns)]}]
 
 
 def _aligned(make: Make) -> Groups:
@@ -97,6 +102,7 @@ PARAMETERS: dict[str, Callable[[Make], Groups]] = {
     "large": _large,
     "non-contiguous": _transposed,
     "frozen": _frozen,
+    "frozen columns": _frozen_columns,
     "aligned": _aligned,
 }
 

@@ -48,7 +48,9 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=150)  # longer than a case, so that a han
 # Where there is a GPU, ranks are fresh interpreters: whatever has asked for CUDA must not be forked any more.
 FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 """Starts processes that have imported already what takes seconds: all of training, and what optimizers import late."""
-FORKS.set_forkserver_preload(["tests.forked_train", "torch._dynamo", "sharded_dadamw.kernels.numba_kernel"])
+FORKS.set_forkserver_preload(
+    ["tests.forked_train", "tests.harness", "torch._dynamo", "sharded_dadamw.kernels.numba_kernel"]
+)
 
 
 class RankFailure(AssertionError):
@@ -79,7 +81,9 @@ def values_of(fn: Callable[..., Any], results: list[Outcome]) -> list[Any]:
     failed = [outcome for outcome in results if outcome.error is not None]
     if failed:
         report = "\n".join(f"--- rank {o.rank} of {len(results)} failed ---\n{o.traceback}" for o in failed)
-        raise RankFailure(f"{fn.__name__} failed on rank(s) {[o.rank for o in failed]} of {len(results)}\n{report}")
+        raise RankFailure(
+            f"{getattr(fn, '__name__', fn)} failed on rank(s) {[o.rank for o in failed]} of {len(results)}\n{report}"
+        )
     return [outcome.value for outcome in results]
 
 

@@ -61,6 +61,7 @@ ALIGNMENT = 64  # elements
     ("gradients assigned by hand", scenario("mixed dtypes", assign=True), (2, 3)),
     # who has no gradient is untouched, decay included
     ("frozen parameters", scenario("frozen"), (3,)),
+    ("frozen columns", scenario("frozen columns", num_steps=2), (2,)),
     ("frozen parameters, one bucket each", scenario("frozen", bucket_cap_mb=ONE_EACH), (2,)),
     ("unused ones alternating", scenario(without_gradient="alternating"), (2,)),
     ("unused ones, one bucket each", scenario(without_gradient="alternating", bucket_cap_mb=ONE_EACH), (4,)),
