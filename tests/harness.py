@@ -290,8 +290,8 @@ def train_beside_control(group: Any, case: Scenario, given: Callable[[Any], Any]
                 assert torch.equal(params[name].grad, mean), f"{name}.grad was to be read only"  # type: ignore[arg-type]
         optimizer.zero_grad()
 
-        if step in case.overflows:
-            scale /= 2
+        if step in case.overflows:  # which is void
+            scale /= 2 if scaler is not None else 1
         else:
             for name, p in control_params.items():
                 p.grad = means[name].to(p.dtype) / scale if name in means else None

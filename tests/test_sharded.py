@@ -122,6 +122,7 @@ ALIGNMENT = 64  # elements
         scenario(loss_scale=2.0**10, overflows={2: 0}, clip=(1e6, 2.0), reduce_gradients=False),
         (2,),
     ),
+    ("skipped infinities on either rank", scenario(skip_nonfinite=True, overflows={1: 0, 3: 1}), (2,)),
     # real models through real backward: embedding and head are tied, a layer is frozen and one is never used
     ("tied language model", scenario("tied language model"), (1,)),
     (
