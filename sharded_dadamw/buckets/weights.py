@@ -56,8 +56,7 @@ class Weights(ABC):
         """Bring parameters that are elsewhere back to where they were."""
         raise NotImplementedError
 
-    @abstractmethod
-    def refresh_(self) -> None:
+    def refresh_(self) -> None:  # noqa: B027 - own ones are always up to date
         """Bring ``shard`` up to what the parameters are now."""
 
     @abstractmethod
@@ -72,12 +71,10 @@ class Weights(ABC):
     def outgoing(self) -> Tensor:
         """A flat buffer [num_ranks * n] with ``shard`` in its place."""
 
-    @abstractmethod
-    def accept_(self, buffer: Tensor) -> None:
+    def accept_(self, buffer: Tensor) -> None:  # noqa: B027 - own ones lie in it
         """Write what ``whole`` or ``outgoing`` returned, filled by all ranks, into the parameters."""
 
-    @abstractmethod
-    def note_update(self) -> None:
+    def note_update(self) -> None:  # noqa: B027 - of borrowed ones nobody tells
         """Take the parameters as they are now for the outcome of our own step."""
 
 
@@ -98,7 +95,6 @@ class OwnWeights(Weights):
         _alive.add(self)
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
-        """See ``Weights.misplaced``."""
         if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
             return []
         return [
@@ -127,29 +123,19 @@ class OwnWeights(Weights):
         for param, home in zip(self._params, self._homes, strict=True):
             param.data = from_dlpack(home)
 
-    def refresh_(self) -> None:
-        """See ``Weights.refresh_``; the shard is the parameters' own memory."""
-
     def may_be_edited(self) -> bool:
-        """See ``Weights.may_be_edited``."""
         return self._read_versions() != self._versions
 
     def _read_versions(self) -> list[int]:
         return list(map(_VERSION, self._params))
 
     def whole(self) -> Tensor:
-        """See ``Weights.whole``."""
         return self.buffer
 
     def outgoing(self) -> Tensor:
-        """See ``Weights.outgoing``."""
         return self.buffer
 
-    def accept_(self, buffer: Tensor) -> None:
-        """See ``Weights.accept_``; that is the parameters' memory."""
-
     def note_update(self) -> None:
-        """See ``Weights.note_update``."""
         self._versions = self._read_versions()
 
 
@@ -170,7 +156,6 @@ class BorrowedWeights(Weights):
         return [(member, why) for member, why in whys if why]
 
     def refresh_(self) -> None:
-        """See ``Weights.refresh_``."""
         for fragment in self._fragments:
             self.shard[fragment.in_shard].copy_(self._members[fragment.slot].local.reshape(-1)[fragment.in_param])
 
@@ -179,23 +164,17 @@ class BorrowedWeights(Weights):
         return True
 
     def whole(self) -> Tensor:
-        """See ``Weights.whole``."""
         return self._copied()
 
     def outgoing(self) -> Tensor:
-        """See ``Weights.outgoing``."""
         buffer = torch.empty(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
         buffer[slice(*self._range)].copy_(self.shard)
         return buffer
 
     def accept_(self, buffer: Tensor) -> None:
-        """See ``Weights.accept_``."""
         self.shard.copy_(buffer[slice(*self._range)])
         for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
             member.local.copy_(view)
-
-    def note_update(self) -> None:
-        """See ``Weights.note_update``."""
 
 
 def _difference(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

@@ -51,9 +51,7 @@ def sum_dtype(sent: torch.dtype, out: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(sent, out), torch.float32)
 
 
-def average_in_order(
-    parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool = False
-) -> None:
+def average_in_order(parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool) -> None:
     """Put the mean of ``parts``, [n] of each rank, summed in their order, into ``out`` [n], which may be one of them.
 
     Each is first rounded to ``sent``. ``total`` [n] is scratch memory in the dtype of the sum. The mean is rounded

@@ -142,9 +142,7 @@ _in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.Pr
 _in_background = weakref.WeakKeyDictionary()  # weakly, as BackendVerbs does
 
 
-def connect_over(
-    groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None = None
-) -> Collectives:
+def connect_over(groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None) -> Collectives:
     """The verbs of all ranks among which parameters are spread.
 
     There is a group for each axis of a mesh along which they are sharded, perhaps repeatedly; ``also`` is a further

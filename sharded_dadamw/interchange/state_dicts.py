@@ -419,5 +419,5 @@ def _plain(value: Any) -> Any:
     return value.item() if is_number and hasattr(value, "item") else value
 
 
-def _few(names: Sequence[object], most: int = 5) -> str:
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _few(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

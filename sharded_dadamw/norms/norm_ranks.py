@@ -59,7 +59,7 @@ class NormRanks:
         self.report = StepReport(num_skipped=self.report.num_skipped)
         self._ranks, self._owners, self._ranked = None, None, []
 
-    def ranks(self, held: Held, device: torch.device, *, for_composer: bool = False) -> Collectives:
+    def ranks(self, held: Held, device: torch.device, *, for_composer: bool) -> Collectives:
         """Return the ranks over which norms are added up, found anew where parameters have changed."""
         params = held.params()
         if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):

@@ -129,7 +129,7 @@ class Time:
     spans: tuple[Span, ...] = ()
 
 
-def on_links(num_bytes: float, axis: Axis, *, direct: bool = False) -> tuple[float, float]:
+def on_links(num_bytes: float, axis: Axis, *, direct: bool) -> tuple[float, float]:
     """Bytes that a rank sends to ranks of its host, and through its own network adapter.
 
     Through rings, one for each rank of a host, partial sums of a whole host cross to the next one. Straight to their
