@@ -151,6 +151,7 @@ MUTATIONS = {
         ("for bucket in self._hooked[len(self._launched) :]:", "for bucket in []:", "overlap"),
         ("bucket.gradients.consume()\n        self.num_rounds", "self.num_rounds", "overlap contract"),
         ("self._overlap = False", "pass", "sharded overlap"),
+        ("bucket.gradients.look()", "pass", "overlap contract"),
     ],
     "schedule/gatherer.py": [
         ("or bucket.is_borrowed:", "or False:", "gatherer layouts"),
@@ -165,6 +166,7 @@ MUTATIONS = {
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
         ("            self._require_own_parameters(groups)\n", "", "contract other_hands refusals"),
+        ("and all(map(is_, given, self._own)):", "and self._own:", "contract other_hands refusals"),
     ],
     "norms/clipping.py": [
         ("max=1.0)", "max=2.0)", "sharded contract"),
