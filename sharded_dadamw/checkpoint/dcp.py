@@ -142,15 +142,10 @@ def write(
     *,
     keep_last: int | None = None,
 ) -> None:
-    """Write a checkpoint. Collective.
+    """Write nested state into ``folder``, which is called ``final`` once everything is on the disk. Collective.
 
-    Args:
-        state: Nested; of tensors that are spread over ranks this rank's part.
-        folder: Where to: empty, and seen by every rank. It is gone, or has become the checkpoint, when this returns.
-        final: What the folder is called once everything is on the disk.
-        manifest: All but the files.
-        ranks: Who writes it.
-        keep_last: How many checkpoints to leave, this one included; None for all.
+    The folder is empty, and seen by every rank; it is gone, or has become the checkpoint, when this returns.
+    ``manifest`` has all but the files. ``keep_last`` checkpoints are left, this one included; None leaves all.
 
     Raises:
         OSError: It could not be written; on every rank.

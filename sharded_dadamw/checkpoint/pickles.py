@@ -143,12 +143,10 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
     """Reads a pickle, in a time that its size bounds.
 
     Args:
-        file: The pickle.
         table: What the names in it stand for. Nothing here hashes what it is given, or puts it into a message.
         fills: By class, what sets up an instance of it, with the state that the pickle has for it.
         placeholders: Whether another name that describes and does not act is a class of placeholders.
         num_bytes: Of each record in the file around it, by name.
-        how: For Python's unpickler.
 
     Raises:
         Exception: Any, if the pickle is damaged or made up to harm.

@@ -40,7 +40,6 @@ State = dict[str, Any]
 Parameters = Iterable[str] | Iterable[tuple[str, Tensor]]
 """Names in the order in which the other optimizer was given its parameters, or `named_parameters()` in that order."""
 
-
 _NEEDED = ("lr", "betas", "eps", "weight_decay")
 _OF_THEIR_OWN = frozenset({"params", "param_names", "step", "bias_correction", "name", "moe"})
 _SWITCHES: dict[str, Any] = {
@@ -208,14 +207,9 @@ def names_by_shape(state_dict: Mapping[str, Any], weights: dict[str, Tensor]) ->
 def imported_group(
     group: Mapping[str, Any], where: str, names: Sequence[str], *, coupled: bool, peak_lr: float | None
 ) -> State:
-    """Convert one parameter group of another optimizer.
+    """Convert one parameter group of another optimizer, whose parameters have these canonical ``names``.
 
-    Args:
-        group: Its hyperparameters. Only read.
-        where: What to call it in an error.
-        names: Canonical names of its parameters.
-        coupled: Whether its decay is multiplied by the learning rate.
-        peak_lr: As in `from_torch`.
+    ``coupled`` says that its decay is multiplied by the learning rate; an error calls it ``where``.
 
     Raises:
         ValueError: It asks for another update rule than AdamW's, or the peak cannot be told.
