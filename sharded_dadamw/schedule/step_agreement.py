@@ -37,6 +37,7 @@ class Asked:
         num_attached: Models that are attached.
         objection: Why this rank cannot take part, if that is so.
         clip: The clip that waits for this step; forgotten where its gradients have been dropped since.
+        adds_metrics: Whether the step adds up norms over ranks.
         to_clip: ``max_norm`` and ``norm_type``, where gradients are about to be clipped only.
         found_inf: 0-d, this rank's non-finite flag, or None without a loss scaler.
         grad_scale: 0-d, this rank's loss scale, or None where gradients are not scaled.
