@@ -39,6 +39,7 @@ from sharded_dadamw.checkpoint.run import random_state, seed_from, set_random_st
 from sharded_dadamw.update.precision import join
 from tests import pool
 from tests.harm import Calls
+from tests.harness import ranks
 from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
@@ -236,23 +237,6 @@ def test_it_loads_on_any_number_of_ranks_in_any_layout(
             assert differences(later, loaded_later) == []
 
 
-def loads_another_law(group: Any, wrote: str, reads: str, root: Path) -> str:
-    source = build(wrote, group)
-    fit(*source, 2)
-    save_checkpoint(root, step=2, **run(group, *source))
-    target = build(reads, group, seed=1)
-    before = whole(*target[:2])
-    with pytest.raises(ValueError) as error:
-        load_checkpoint(root, **run(group, *target))
-    assert differences(before, whole(*target[:2])) == []
-    for of_it in source[1].param_groups:
-        of_it["weight_decay"] = 0.0  # which means the same everywhere
-    save_checkpoint(root, step=3, **run(group, *source))
-    load_checkpoint(root, **run(group, *target))
-    assert differences(whole(*source[:2]), whole(*target[:2])) == []
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     ("wrote", "reads", "command"),
     [
@@ -264,30 +248,24 @@ def loads_another_law(group: Any, wrote: str, reads: str, root: Path) -> str:
         ("AdamW", "named AdamW", "convert {}/step_00000002 NEW --from torch"),
     ],
 )
+@ranks(2)
 def test_weight_decay_that_means_something_else_is_refused(
-    wrote: str, reads: str, command: str, tmp_path: Path
+    group: Any, wrote: str, reads: str, command: str, tmp_path: Path
 ) -> None:
-    for said in on_ranks(2, loads_another_law, wrote, reads, tmp_path):
-        assert "weight_decay: expected that of" in said and command.format(tmp_path) in said, said
-
-
-def loads_without_main(group: Any, wrote: str, reads: str, root: Path) -> list[str]:
-    source = build(wrote, group, dtype=torch.bfloat16)
-    fit(*source, 3)
-    save_checkpoint(root, step=3, **run(group, *source))
-    expected = wide(whole(*source[:2]))
-    keys = [key for key in expected if key.endswith(", main_param")]
-    mains = {key.removesuffix(", main_param"): expected.pop(key) for key in keys}
-    if reads == "ours, no main":
-        target = build(reads, group, seed=1, dtype=torch.bfloat16)
-        with pytest.warns(UserWarning, match=rf"main parameters of {len(mains)} parameters, such as embedding\.weight"):
-            load_checkpoint(root, **run(group, *target))
-    else:
-        target = build(reads, group, seed=1)
-        load_checkpoint(root, **run(group, *target))
-        expected |= mains
-    found = {key: value.float() for key, value in whole(*target[:2]).items()}
-    return differences({key: value.float() for key, value in expected.items()}, found)
+    source = build(wrote, group)
+    fit(*source, 2)
+    save_checkpoint(tmp_path, step=2, **run(group, *source))
+    target = build(reads, group, seed=1)
+    before = whole(*target[:2])
+    with pytest.raises(ValueError, match="weight_decay: expected that of") as error:
+        load_checkpoint(tmp_path, **run(group, *target))
+    assert command.format(tmp_path) in str(error.value)
+    assert differences(before, whole(*target[:2])) == []
+    for of_it in source[1].param_groups:
+        of_it["weight_decay"] = 0.0  # which means the same everywhere
+    save_checkpoint(tmp_path, step=3, **run(group, *source))
+    load_checkpoint(tmp_path, **run(group, *target))
+    assert differences(whole(*source[:2]), whole(*target[:2])) == []
 
 
 @pytest.mark.parametrize(
@@ -299,29 +277,42 @@ def loads_without_main(group: Any, wrote: str, reads: str, root: Path) -> list[s
         ("ours, fp32 main", "DecoupledAdamW"),
     ],
 )
+@ranks(2)
 def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_a_word(
-    wrote: str, reads: str, tmp_path: Path
+    group: Any, wrote: str, reads: str, tmp_path: Path
 ) -> None:
-    assert on_ranks(2, loads_without_main, wrote, reads, tmp_path) == [[], []]
-
-
-def loads_without_a_saved_main(group: Any, reads: str, root: Path) -> list[str]:
-    """Into an optimizer that has trained already, so that its main parameters are another run's."""
-    source = build("DecoupledAdamW", group, dtype=torch.bfloat16)
-    fit(*source, 2)
-    save_checkpoint(root, step=2, **run(group, *source))
-    target = build(reads, group, seed=1, dtype=torch.bfloat16)
-    fit(*target, 3)
-    load_checkpoint(root, **run(group, *target))
-    found = wide(whole(*target[:2]))
-    names = [key.removesuffix(", main_param") for key in found if key.endswith(", main_param")]
-    assert len(names) == len(list(target[0].parameters()))
-    return [name for name in names if not torch.equal(found[f"{name}, main_param"], found[name].float())]
+    source = build(wrote, group, dtype=torch.bfloat16)
+    fit(*source, 3)
+    save_checkpoint(tmp_path, step=3, **run(group, *source))
+    expected = wide(whole(*source[:2]))
+    keys = [key for key in expected if key.endswith(", main_param")]
+    mains = {key.removesuffix(", main_param"): expected.pop(key) for key in keys}
+    if reads == "ours, no main":
+        target = build(reads, group, seed=1, dtype=torch.bfloat16)
+        with pytest.warns(UserWarning, match=rf"main parameters of {len(mains)} parameters, such as embedding\.weight"):
+            load_checkpoint(tmp_path, **run(group, *target))
+    else:
+        target = build(reads, group, seed=1)
+        load_checkpoint(tmp_path, **run(group, *target))
+        expected |= mains
+    found = {key: value.float() for key, value in whole(*target[:2]).items()}
+    assert differences({key: value.float() for key, value in expected.items()}, found) == []
 
 
 @pytest.mark.parametrize("reads", ["ours", "ours, remainder"])
-def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(reads: str, tmp_path: Path) -> None:
-    assert on_ranks(2, loads_without_a_saved_main, reads, tmp_path) == [[], []]
+@ranks(2)
+def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(group: Any, reads: str, tmp_path: Path) -> None:
+    """In an optimizer that has trained already, so that its main parameters are another run's."""
+    source = build("DecoupledAdamW", group, dtype=torch.bfloat16)
+    fit(*source, 2)
+    save_checkpoint(tmp_path, step=2, **run(group, *source))
+    target = build(reads, group, seed=1, dtype=torch.bfloat16)
+    fit(*target, 3)
+    load_checkpoint(tmp_path, **run(group, *target))
+    found = wide(whole(*target[:2]))
+    mains = {key.removesuffix(", main_param"): found[key] for key in found if key.endswith(", main_param")}
+    assert len(mains) == len(list(target[0].parameters()))
+    assert all(torch.equal(main, found[name].float()) for name, main in mains.items())
 
 
 @pytest.mark.parametrize("kind", ["ours", "AdamW"])
@@ -568,60 +559,50 @@ def wrapped(kind: str, group: Any, seed: int) -> tuple[nn.Module, Any]:
     return model, AdamW(model.named_parameters(), **LAW)
 
 
-def through_wrappers(group: Any, outer: str, root: Path) -> list[str]:
+@pytest.mark.parametrize("outer", list(WRAPPERS)[1:])
+@ranks(1)
+def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(group: Any, outer: str, tmp_path: Path) -> None:
     """Saved from the bare model, loaded into a wrapped one, saved from that, and loaded into a bare one."""
     model, optimizer = wrapped("none", group, 0)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     other, its = wrapped(outer, group, 1)
-    save_checkpoint(root, step=1, **run(group, model, optimizer))
-    load_checkpoint(root, **run(group, other, its))
-    save_checkpoint(root, step=2, **run(group, other, its))
+    save_checkpoint(tmp_path, step=1, **run(group, model, optimizer))
+    load_checkpoint(tmp_path, **run(group, other, its))
+    save_checkpoint(tmp_path, step=2, **run(group, other, its))
     last, of_last = wrapped("none", group, 2)
-    load_checkpoint(root, **run(group, last, of_last))
-    return differences(whole(model, optimizer), whole(last, of_last))
-
-
-@pytest.mark.parametrize("outer", list(WRAPPERS)[1:])
-def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(outer: str, tmp_path: Path) -> None:
-    assert on_ranks(1, through_wrappers, outer, tmp_path) == [[]]
-
-
-def from_fsdp1_to_plain(group: Any, kind: str, tie: bool, root: Path) -> list[str]:
-    parts = build(kind, group, tie=tie)
-    fit(*parts, 2)
-    save_checkpoint(root, step=2, **run(group, *parts))
-    again = build(kind, group, seed=1, tie=tie)
-    load_checkpoint(root, **run(group, *again))
-    save_checkpoint(root, step=3, **run(group, *again))
-    first, last = build("AdamW", group, tie=tie), build("AdamW", group, tie=tie)
-    load_checkpoint(root / "step_00000002", **run(group, *first))
-    load_checkpoint(root / "step_00000003", **run(group, *last))
-    assert [entries["step"].item() for entries in first[1].state.values()] == [2.0] * len(list(first[0].parameters()))
-    return differences(whole(*first[:2]), whole(*last[:2]))
+    load_checkpoint(tmp_path, **run(group, last, of_last))
+    assert differences(whole(model, optimizer), whole(last, of_last)) == []
 
 
 @pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", True)])
-def test_what_fsdp1_shards_loads_there_and_without(kind: str, tie: bool, tmp_path: Path) -> None:
-    """On all of the pool's ranks: torch 2.11 knows FSDP1's state in the default group only."""
-    assert pool.on_ranks(4, from_fsdp1_to_plain, kind, tie, tmp_path) == [[]] * 4
+@ranks(4, pool.on_ranks)  # all of them: torch 2.11 knows FSDP1's state in the default group only
+def test_what_fsdp1_shards_loads_there_and_without(group: Any, kind: str, tie: bool, tmp_path: Path) -> None:
+    parts = build(kind, group, tie=tie)
+    fit(*parts, 2)
+    save_checkpoint(tmp_path, step=2, **run(group, *parts))
+    again = build(kind, group, seed=1, tie=tie)
+    load_checkpoint(tmp_path, **run(group, *again))
+    save_checkpoint(tmp_path, step=3, **run(group, *again))
+    first, last = build("AdamW", group, tie=tie), build("AdamW", group, tie=tie)
+    load_checkpoint(tmp_path / "step_00000002", **run(group, *first))
+    load_checkpoint(tmp_path / "step_00000003", **run(group, *last))
+    assert [entries["step"].item() for entries in first[1].state.values()] == [2.0] * len(list(first[0].parameters()))
+    assert differences(whole(*first[:2]), whole(*last[:2])) == []
 
 
-def refuse_in_fsdp1(group: Any, root: Path) -> list[str]:
-    """What is refused only after all has been read."""
+@ranks(4, pool.on_ranks)
+def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(group: Any, tmp_path: Path) -> None:
+    """Of what is refused only after all has been read."""
     model, optimizer, schedule = build("fsdp1", group)
     fit(model, optimizer, schedule, 1)
-    save_checkpoint(root, step=1, model=model, optimizer=optimizer, process_group=group)
+    save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer, process_group=group)
     fit(model, optimizer, schedule, 1)
     before = copy.deepcopy([p.detach() for p in model.parameters()])
     with pytest.raises(ValueError, match="scheduler: expected"):
-        load_checkpoint(root, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
-    return [str(p) for p, then in zip(model.parameters(), before, strict=True) if not torch.equal(p, then)]
-
-
-def test_what_fsdp1_shards_is_as_it_was_after_a_refusal(tmp_path: Path) -> None:
-    assert pool.on_ranks(4, refuse_in_fsdp1, tmp_path) == [[]] * 4
+        load_checkpoint(tmp_path, model=model, optimizer=optimizer, scheduler=schedule, process_group=group)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
@@ -736,7 +717,9 @@ def test_a_wider_model_takes_narrower_weights_as_they_are(tmp_path: Path) -> Non
     assert all(torch.equal(wide[key], value.to(wide[key].dtype)) for key, value in narrow.items())
 
 
-def disagreeing(group: Any, root: Path, what: str) -> str:
+@pytest.mark.parametrize("what", ["step", "keep_last", "scheduler", "data"])
+@ranks(2)
+def test_ranks_that_disagree_are_told_and_none_hangs(group: Any, what: str, tmp_path: Path) -> None:
     parts = build("ours", group)
     rank = dist.get_rank(group)
     arguments = {"step": 1, "keep_last": 2, "data": None, **run(group, *parts)}
@@ -744,14 +727,8 @@ def disagreeing(group: Any, root: Path, what: str) -> str:
         arguments["data"] = object() if rank == 1 else 0
     else:
         arguments[what] = {"step": rank + 1, "keep_last": 2 - rank, "scheduler": parts[2] if rank else None}[what]
-    with pytest.raises(ValueError) as refusal:
-        save_checkpoint(root, **arguments)
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize("what", ["step", "keep_last", "scheduler", "data"])
-def test_ranks_that_disagree_are_told_and_none_hangs(what: str, tmp_path: Path) -> None:
-    assert all(what in message for message in on_ranks(2, disagreeing, tmp_path, what))
+    with pytest.raises(ValueError, match=what):
+        save_checkpoint(tmp_path, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -785,27 +762,28 @@ class Schedule:
         self.state = state["state"]
 
 
-def failing_on_one(group: Any, root: Path, what: str) -> str:
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("scheduler", "lost"), ("model", "model: expected a torch"), ("optimizer", "optimizer: expected a torch")],
+)
+@ranks(2)
+def test_what_is_wrong_on_one_rank_is_told_on_all(group: Any, what: str, said: str, tmp_path: Path) -> None:
     fails = dist.get_rank(group) == 1
     parts = build("ours", group)
     arguments = {"model": parts[0], "optimizer": parts[1], "scheduler": Schedule(False), "process_group": group}
-    save_checkpoint(root, step=1, **arguments)
+    save_checkpoint(tmp_path, step=1, **arguments)
     if what == "scheduler":
         arguments["scheduler"] = Schedule(fails)
     elif fails:
         arguments[what] = {"model": None, "optimizer": 5}[what]
     before = whole(*parts[:2])
-    for call in (lambda: load_checkpoint(root, **arguments), lambda: save_checkpoint(root, step=2, **arguments)):
-        with pytest.raises((ValueError, TypeError, KeyError)) as refusal:
+    for call in (
+        lambda: load_checkpoint(tmp_path, **arguments),
+        lambda: save_checkpoint(tmp_path, step=2, **arguments),
+    ):
+        with pytest.raises((ValueError, TypeError, KeyError), match=said):
             call()
-    assert differences(before, whole(*parts[:2])) == [] and [f.name for f in checkpoints(root)] == ["step_00000001"]
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize("what", ["scheduler", "model", "optimizer"])
-def test_what_is_wrong_on_one_rank_is_told_on_all(what: str, tmp_path: Path) -> None:
-    said = {"scheduler": "lost"}.get(what, f"{what}: expected a torch")
-    assert all(said in message for message in on_ranks(2, failing_on_one, tmp_path, what))
+    assert differences(before, whole(*parts[:2])) == [] and [f.name for f in checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -864,15 +842,13 @@ def test_extra_state_of_modules_comes_back(state: Any, tmp_path: Path) -> None:
     assert again.got == state
 
 
-def extra_on_one(group: Any, root: Path) -> str:
+@ranks(2)
+def test_what_one_rank_refuses_leaves_nothing_behind(group: Any, tmp_path: Path) -> None:
+    """Extra state that would come back otherwise."""
     model = WithExtraState({0: 1} if dist.get_rank(group) == 1 else {})
-    with pytest.raises(ValueError) as refusal:
-        save_checkpoint(root, step=1, model=model, optimizer=AdamW(model.parameters()), process_group=group)
-    return str(refusal.value)
-
-
-def test_what_one_rank_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert all("expected texts as keys" in message for message in on_ranks(2, extra_on_one, tmp_path))
+    with pytest.raises(ValueError, match="expected texts as keys"):
+        save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()), process_group=group)
+    dist.barrier(group)
     assert list(tmp_path.iterdir()) == []
 
 

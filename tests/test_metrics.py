@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from tests.harness import ranks
 from tests.layouts import (
     Control,
     Model,
@@ -144,18 +145,18 @@ def metrics_of_steps(group: Any, kind: str, parameters: str, clip: float | None,
 def test_metrics_are_those_of_the_law(layout: Any, parameters: str, clip: float | None, alternating: bool) -> None:
     """1e-6: a few roundings to fp32, which largely cancel in a norm; 1e-9: a moment of one element, near zero."""
     if layout == "unsharded":
-        ranks = [metrics_of_steps(None, layout, parameters, clip, alternating)]
+        runs = [metrics_of_steps(None, layout, parameters, clip, alternating)]
     else:
-        ranks = on_ranks(layout, metrics_of_steps, "sharded", parameters, clip, alternating)
+        runs = on_ranks(layout, metrics_of_steps, "sharded", parameters, clip, alternating)
     control = Control([{**DEFAULTS, **group} for group in mains_of(make_groups(parameters, seed=0))])
     for group in control.groups:
         group["initial_lr"] = group["lr"]
-    for step, (metrics, norm, gradients) in enumerate(ranks[0]):
+    for step, (metrics, norm, gradients) in enumerate(runs[0]):
         expected = control.step(gradients, math.inf if clip is None else clip)
         assert_close(metrics, expected, f"step {step}", atol=1e-9)
         if clip is not None:
             assert norm == pytest.approx(control.norm, rel=1e-6)
-        for of_rank in ranks[1:]:
+        for of_rank in runs[1:]:
             assert list(of_rank[step][0].items()) == list(metrics.items()), "other bits, or another order of keys"
 
 
@@ -295,8 +296,9 @@ def test_the_norm_of_twenty_million_elements_is_right_to_one_in_a_million() -> N
 # --- steps that a loss scaler skips ---
 
 
-def skip_one_step(group: Any) -> list[dict[str, float]]:
-    """Metrics of three steps; in the second, one rank has found an inf."""
+@ranks(2)
+def test_a_skipped_step_is_counted_and_has_an_update_of_zero(group: Any) -> None:
+    """In the second of three, one rank has found an inf."""
     params = named(make_groups("odd sizes", seed=0))
     optimizer = build("sharded", params.items(), group)
     seen = []
@@ -307,18 +309,14 @@ def skip_one_step(group: Any) -> list[dict[str, float]]:
         del optimizer.found_inf
         seen.append(numbers(optimizer.metrics()))
         optimizer.zero_grad()
-    return seen
-
-
-def test_a_skipped_step_is_counted_and_has_an_update_of_zero() -> None:
-    for first, skipped, last in on_ranks(2, skip_one_step):
-        assert [metrics["skipped_steps"] for metrics in (first, skipped, last)] == [0, 1, 1]
-        for key, value in skipped.items():
-            if "/update/" in key:
-                assert value == 0.0 and (first[key] > 0) == (last[key] > 0), key
-            elif "/param/" in key or "/moment/" in key:
-                assert value == pytest.approx(first[key], rel=1e-6), key
-        assert last["l2_norm/update/global"] > 0
+    first, skipped, last = seen
+    assert [metrics["skipped_steps"] for metrics in seen] == [0, 1, 1]
+    for key, value in skipped.items():
+        if "/update/" in key:
+            assert value == 0.0 and (first[key] > 0) == (last[key] > 0), key
+        elif "/param/" in key or "/moment/" in key:
+            assert value == pytest.approx(first[key], rel=1e-6), key
+    assert last["l2_norm/update/global"] > 0
 
 
 def scaled_and_not(group: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -701,24 +699,18 @@ def test_pipeline_stages_add_up_over_the_group_they_are_given(kind: str, num_ran
         assert norm == pytest.approx(control.norm, rel=1e-6)
 
 
-def unnamed_stage(group: Any, kind: str) -> str:
-    with pytest.raises(ValueError) as caught:
-        if kind == "unsharded":
-            DecoupledAdamW([nn.Parameter(torch.ones(3))], norm_group=group)
-        else:
-            ShardedDecoupledAdamW([nn.Parameter(torch.ones(3))], process_group=group, norm_group=group)
-    return str(caught.value)
-
-
 @both
-def test_beside_norm_group_parameters_need_names(kind: str) -> None:
-    for message in on_ranks(2, unnamed_stage, kind):
-        assert "named_parameters" in message
+@ranks(2)
+def test_beside_norm_group_parameters_need_names(group: Any, kind: str) -> None:
+    options = {} if kind == "unsharded" else {"process_group": group}
+    with pytest.raises(ValueError, match="named_parameters"):
+        build(kind, [nn.Parameter(torch.ones(3))], norm_group=group, **options)
 
 
-def ask_on_rank_0_alone(group: Any, layout: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What rank 0 gets alone, after zero_grad, and what all ranks get together of a twin."""
-    asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+@pytest.mark.parametrize("layout", ["sharded", "FSDP2"])
+@ranks(2)
+def test_one_rank_may_ask_alone_where_steps_add_up(group: Any, layout: str) -> None:
+    """Also after zero_grad; it gets what all ranks get together of a twin."""
     of_twin: list[dict[str, Tensor]] = []
     for in_step in (False, True):
         model: nn.Module = fsdp2_over(line(group), Model()) if layout == "FSDP2" else Model()
@@ -736,18 +728,9 @@ def ask_on_rank_0_alone(group: Any, layout: str) -> list[tuple[dict[str, Tensor]
             optimizer.zero_grad()
             if in_step and group.rank() == 0:
                 with counted(group) as calls:
-                    asked.append((optimizer.metrics(), of_twin[step]))
-                assert not calls
-    return asked
-
-
-@pytest.mark.parametrize("layout", ["sharded", "FSDP2"])
-def test_one_rank_may_ask_alone_where_steps_add_up(layout: str) -> None:
-    on_rank_0, _ = on_ranks(2, ask_on_rank_0_alone, layout)
-    assert len(on_rank_0) == 3
-    for alone, together in on_rank_0:
-        assert list(alone) == list(together)
-        assert all(torch.equal(alone[key], together[key]) for key in together)
+                    alone, together = optimizer.metrics(), of_twin[step]
+                assert not calls and list(alone) == list(together)
+                assert all(torch.equal(alone[key], together[key]) for key in together)
 
 
 def add_up_on_rank_0_only(group: Any) -> None:

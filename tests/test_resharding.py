@@ -38,6 +38,7 @@ from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoup
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.layout.boxes import boxes_of
 from tests import pool
+from tests.harness import ranks
 from tests.simulated import alone, on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
@@ -301,42 +302,46 @@ def fsdp2_and_torchs_adamw(group: Any, seed: int) -> Run:
     return Run(model, AdamW(model.named_parameters(), **LAW, amsgrad=True), group)
 
 
-def exchange_with_torchs_adamw(group: Any, path: str) -> bool:
+@ranks(3)
+def test_fsdp2_with_torchs_adamw_loads_ours_and_we_load_theirs(group: Any, tmp_path: Path) -> None:
     """Ours loads into theirs strictly. Theirs has no `initial_lr` without a scheduler, so ours loads it partially."""
     source = ours(group, 0)
     fit(source, range(4))
-    dcp.save(state_of(source), checkpoint_id=f"{path}/ours", process_group=group)
+    dcp.save(state_of(source), checkpoint_id=f"{tmp_path}/ours", process_group=group)
     theirs = fsdp2_and_torchs_adamw(group, 1)
     fit(theirs, range(1))
     state = state_of(theirs)
-    dcp.load(state, checkpoint_id=f"{path}/ours", process_group=group)
+    dcp.load(state, checkpoint_id=f"{tmp_path}/ours", process_group=group)
     set_optimizer_state_dict(theirs.model, theirs.optimizer, state["optimizer"])
     assert_same(whole(theirs)[0]["state"], whole(source)[0]["state"])
     fit(theirs, range(4, 5))
-    dcp.save(state_of(theirs), checkpoint_id=f"{path}/theirs", process_group=group)
+    dcp.save(state_of(theirs), checkpoint_id=f"{tmp_path}/theirs", process_group=group)
     back = ours(group, 2)
     state = state_of(back)
     planner = DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=f"{path}/theirs", planner=planner, process_group=group)
+    dcp.load(state, checkpoint_id=f"{tmp_path}/theirs", planner=planner, process_group=group)
     set_optimizer_state_dict(back.model, back.optimizer, state["optimizer"])
     assert_same(whole(back)[0]["state"], whole(theirs)[0]["state"])
-    return True
 
 
-def load_partially_without_main(group: Any, path: str, main: MainParameter) -> bool:
+@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
+@ranks(2)
+def test_a_main_parameter_that_a_partial_load_leaves_out_becomes_the_weight(
+    group: Any, main: MainParameter, tmp_path: Path
+) -> None:
     """From a run in bf16 without main parameters, which is what stands in the model then."""
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
     model = fully_shard(Model(0, torch.bfloat16), mesh=mesh)
     theirs = Run(model, DecoupledAdamW(model.named_parameters(), **LAW, amsgrad=True), group)
     fit(theirs, range(2))
-    dcp.save(state_of(theirs), checkpoint_id=path, process_group=group)
+    dcp.save(state_of(theirs), checkpoint_id=tmp_path, process_group=group)
     run = ours(group, 1, dtype=torch.bfloat16, main_parameter=main)
     fit(run, range(2))
     state, before = state_of(run), whole(run)
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     assert_same(whole(run), before)  # nothing has been read
     planner = DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=path, planner=planner, process_group=group)
+    dcp.load(state, checkpoint_id=tmp_path, planner=planner, process_group=group)
     set_model_state_dict(run.model, state["model"])
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     entries, weights = whole(run)
@@ -345,24 +350,14 @@ def load_partially_without_main(group: Any, path: str, main: MainParameter) -> b
             assert torch.equal(of_it["main_param"], weights[name].float())
         else:
             assert not of_it["main_remainder"].any()
-    return True
-
-
-@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
-def test_a_main_parameter_that_a_partial_load_leaves_out_becomes_the_weight(
-    main: MainParameter, tmp_path: Path
-) -> None:
-    assert on_ranks(2, load_partially_without_main, str(tmp_path), main) == [True] * 2
-
-
-def test_fsdp2_with_torchs_adamw_loads_ours_and_we_load_theirs(tmp_path: Path) -> None:
-    assert on_ranks(3, exchange_with_torchs_adamw, str(tmp_path)) == [True] * 3
 
 
 # --- what else can be done with a state dict, and what cannot ---
 
 
-def take_and_give_back(group: Any, full: bool, broadcast: bool) -> bool:
+@pytest.mark.parametrize(("num_ranks", "full", "broadcast"), [(3, False, False), (3, True, False), (4, True, True)])
+@ranks()
+def test_a_copy_of_a_state_dict_takes_the_optimizer_back(group: Any, full: bool, broadcast: bool) -> None:
     """torch's functions on whole tensors, without files."""
     run = ours(group, 0)
     fit(run, range(4))
@@ -377,16 +372,11 @@ def take_and_give_back(group: Any, full: bool, broadcast: bool) -> bool:
     else:
         set_optimizer_state_dict(run.model, run.optimizer, saved)
     assert_same(whole(run)[0]["state"], before[0]["state"])
-    return True
 
 
-@pytest.mark.parametrize(("num_ranks", "full", "broadcast"), [(3, False, False), (3, True, False), (4, True, True)])
-def test_a_copy_of_a_state_dict_takes_the_optimizer_back(num_ranks: int, full: bool, broadcast: bool) -> None:
-    assert on_ranks(num_ranks, take_and_give_back, full, broadcast) == [True] * num_ranks
-
-
-def consolidate(group: Any, to: int) -> Any:
-    run = ours(group, 0)
+@ranks(3)
+def test_one_rank_gets_the_whole_state_on_request_and_once(group: Any) -> None:
+    run, to = ours(group, 0), 2
     with pytest.raises(ValueError, match=r"expected a rank in \[0, 3\), got 3"):
         run.optimizer.consolidate_state_dict(3)
     fit(run, range(4))
@@ -407,35 +397,27 @@ def consolidate(group: Any, to: int) -> Any:
     run.optimizer.consolidate_state_dict(to)
     fit(run, range(4, 5))
     stepped = run.optimizer.state_dict()["state"][FIRST]["exp_avg"]
-    return hasattr(again, "span"), hasattr(stepped, "span")  # what was consolidated is gone
+    assert hasattr(again, "span") and hasattr(stepped, "span")  # what was consolidated is gone
 
 
-def test_one_rank_gets_the_whole_state_on_request_and_once() -> None:
-    assert on_ranks(3, consolidate, 2) == [(True, True)] * 3
-
-
-def sizes_while_consolidating(group: Any) -> tuple[list[int], int]:
-    """Bytes of what is gathered at a time, and of the largest parameter's moment."""
+@ranks(2)
+def test_consolidating_needs_memory_for_one_bucket_at_a_time(group: Any) -> None:
     run = ours(group, 0)
     verbs, sizes = run.optimizer._shards.collectives, []
     gather = verbs.all_gather_
     verbs.all_gather_ = lambda buffer: sizes.append(buffer.nbytes) or gather(buffer)
     run.optimizer.consolidate_state_dict(1)
-    return sizes, max(p.nbytes for p in run.model.parameters())
+    num_tensors = 3  # exp_avg, exp_avg_sq, max_exp_avg_sq
+    assert len(sizes) > num_tensors
+    # Buckets are smaller here than the largest parameter.
+    assert max(sizes) <= max(p.nbytes for p in run.model.parameters()) + 2 * 64 * 4
 
 
-def test_consolidating_needs_memory_for_one_bucket_at_a_time() -> None:
-    for sizes, largest in on_ranks(2, sizes_while_consolidating):
-        num_tensors = 3  # exp_avg, exp_avg_sq, max_exp_avg_sq
-        assert len(sizes) > num_tensors
-        assert max(sizes) <= largest + 2 * 64 * 4  # buckets are smaller here than the largest parameter
-
-
-def misuse(group: Any) -> list[str]:
+@ranks(2)
+def test_one_ranks_fragment_never_passes_for_the_whole(group: Any) -> None:
     run = ours(group, 0)
     moment: Any = run.optimizer.state_dict()["state"][FIRST]["exp_avg"]
     assert moment.shape == run.model.late.shape and moment.dtype == torch.float32 and "exp_avg" in repr(moment)
-    said = []
     for use in (
         lambda: moment + 1,
         lambda: moment.mul_(2),
@@ -450,18 +432,12 @@ def misuse(group: Any) -> list[str]:
         lambda: pickle.dumps(moment),
         lambda: torch.save(run.optimizer.state_dict(), io.BytesIO()),
     ):
-        with pytest.raises(RuntimeError, match=r"elements \[\d+:\d+\] of \d+") as error:
+        with pytest.raises(RuntimeError, match=r"(?s)elements \[\d+:\d+\] of \d+.*consolidate_state_dict\(\)"):
             use()
-        said.append(str(error.value))
-    return said
 
 
-def test_one_ranks_fragment_never_passes_for_the_whole() -> None:
-    for said in on_ranks(2, misuse):
-        assert all("consolidate_state_dict()" in text for text in said)
-
-
-def rank_zero_alone(group: Any) -> str:
+@ranks(2)
+def test_saving_on_one_rank_alone_is_an_error_and_no_hang(group: Any) -> None:
     """What a script for one GPU does at its end."""
     run = ours(group, 0)
     fit(run, range(2))
@@ -469,11 +445,7 @@ def rank_zero_alone(group: Any) -> str:
         with pytest.raises(RuntimeError, match="its own part of every tensor"):
             torch.save({"optimizer": run.optimizer.state_dict()}, io.BytesIO())
     fit(run, range(2, 4))  # nobody hangs, and nothing is lost
-    return str(whole(run)[0]["state"]["late"]["step"])
-
-
-def test_saving_on_one_rank_alone_is_an_error_and_no_hang() -> None:
-    assert on_ranks(2, rank_zero_alone) == ["tensor(2.)"] * 2
+    assert whole(run)[0]["state"]["late"]["step"] == 2
 
 
 def test_on_one_rank_the_state_is_plain_and_torch_save_takes_it() -> None:
@@ -489,7 +461,9 @@ def test_on_one_rank_the_state_is_plain_and_torch_save_takes_it() -> None:
 # --- what does not fit ---
 
 
-def save_and_load_other(group: Any, path: str, kind: str) -> str:
+@pytest.mark.parametrize("kind", ["a missing entry", "another shape", "a wider dtype", "integers"])
+@ranks(2)
+def test_what_does_not_fit_is_named_and_the_live_state_is_as_it_was(group: Any, kind: str, tmp_path: Path) -> None:
     source = ours(group, 0)
     fit(source, range(2))
     state = state_of(source)
@@ -502,31 +476,26 @@ def save_and_load_other(group: Any, path: str, kind: str) -> str:
         entries["exp_avg_sq"] = torch.zeros(37, dtype=torch.float64)
     elif kind == "integers":
         entries["exp_avg_sq"] = torch.full((37,), 2**24 + 1)
-    dcp.save(state, checkpoint_id=path, process_group=group)
+    dcp.save(state, checkpoint_id=tmp_path, process_group=group)
     target = ours(group, 1)
     fit(target, range(1))
     before = whole(target)
     state = state_of(target)
     with pytest.raises((CheckpointException, RuntimeError, ValueError)) as error:
-        dcp.load({"optimizer": state["optimizer"]}, checkpoint_id=path, process_group=group)
+        dcp.load({"optimizer": state["optimizer"]}, checkpoint_id=tmp_path, process_group=group)
         set_optimizer_state_dict(target.model, target.optimizer, state["optimizer"])
     assert_same(whole(target), before)
-    return str(error.value)
+    assert "inner.bias" in str(error.value) and "exp_avg_sq" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["a missing entry", "another shape", "a wider dtype", "integers"])
-def test_what_does_not_fit_is_named_and_the_live_state_is_as_it_was(kind: str, tmp_path: Path) -> None:
-    for said in on_ranks(2, save_and_load_other, str(tmp_path), kind):
-        assert "inner.bias" in said and "exp_avg_sq" in said, said
-
-
-def take_a_copy(group: Any, path: str) -> bool:
+@ranks(2)
+def test_a_copy_of_what_was_loaded_is_as_good(group: Any, tmp_path: Path) -> None:
     """Of what has been loaded, before it is taken; as a trainer that hands state dicts around may make."""
     source, target = ours(group, 0), ours(group, 1)
     fit(source, range(2))
-    dcp.save(state_of(source), checkpoint_id=path, process_group=group)
+    dcp.save(state_of(source), checkpoint_id=tmp_path, process_group=group)
     asked = state_of(target)
-    dcp.load(asked, checkpoint_id=path, process_group=group)
+    dcp.load(asked, checkpoint_id=tmp_path, process_group=group)
     set_optimizer_state_dict(target.model, target.optimizer, copy.deepcopy(asked["optimizer"]))
     assert_same(whole(target)[0], whole(source)[0])
     # And a copy in host memory is one, whatever the device.
@@ -534,37 +503,29 @@ def take_a_copy(group: Any, path: str) -> bool:
     before = [entry.fragment.clone() for entry in kept]
     fit(target, range(2))
     assert all(torch.equal(entry.fragment, value) for entry, value in zip(kept, before, strict=True))
-    return True
 
 
-def test_a_copy_of_what_was_loaded_is_as_good(tmp_path: Path) -> None:
-    assert on_ranks(2, take_a_copy, str(tmp_path)) == [True] * 2
-
-
-def load_transposed(group: Any) -> str:
+@ranks(2)
+def test_a_fragment_of_another_shape_is_refused(group: Any) -> None:
     """As many elements in another shape."""
     one, other = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
     wide, tall = (ShardedDecoupledAdamW(m.named_parameters(), **LAW, process_group=group) for m in (one, other))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"of \[6, 4\], got.*of \[4, 6\]"):
         wide.load_state_dict(tall.state_dict())
-    return str(error.value)
 
 
-def test_a_fragment_of_another_shape_is_refused() -> None:
-    assert all("of [6, 4], got" in said and "of [4, 6]" in said for said in on_ranks(2, load_transposed))
-
-
-def load_a_part(group: Any, path: str) -> bool:
+@ranks(2)
+def test_a_partial_load_leaves_the_rest_alone(group: Any, tmp_path: Path) -> None:
     """Entries that a partial load leaves out stay what they are."""
     source, target = ours(group, 0), ours(group, 1)
     fit(source, range(2))
     fit(target, range(3))
     state = state_of(source)["optimizer"]
     del state["state"]["outer.weight"]["exp_avg"]
-    dcp.save({"optimizer": state}, checkpoint_id=path, process_group=group)
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path, process_group=group)
     before, wanted = whole(target)[0]["state"], whole(source)[0]["state"]
     asked = {"optimizer": get_optimizer_state_dict(target.model, target.optimizer)}
-    dcp.load(asked, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True), process_group=group)
+    dcp.load(asked, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True), process_group=group)
     assert_same(whole(target)[0]["state"], before)  # the files are read, and nothing has changed yet
     set_optimizer_state_dict(target.model, target.optimizer, asked["optimizer"])
     after = whole(target)[0]["state"]
@@ -572,11 +533,6 @@ def load_a_part(group: Any, path: str) -> bool:
     wanted["outer.weight"].pop("exp_avg")
     assert torch.equal(kept, before["outer.weight"]["exp_avg"])
     assert_same(after, wanted)
-    return True
-
-
-def test_a_partial_load_leaves_the_rest_alone(tmp_path: Path) -> None:
-    assert on_ranks(2, load_a_part, str(tmp_path)) == [True] * 2
 
 
 # --- asynchronous saves ---

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import join
+from tests.harness import ranks
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -278,7 +279,8 @@ def whole(tensor: Any) -> Tensor:
     return full.clone()
 
 
-def borrowed_without_main(group: Any) -> bool:
+@ranks(4)
+def test_main_parameters_of_borrowed_weights_are_taken_from_what_those_are_now(_: Any) -> None:
     """Of HSDP, which writes into weights that are copied for an update only."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(Model().bfloat16(), mesh=mesh)
@@ -297,11 +299,7 @@ def borrowed_without_main(group: Any) -> bool:
             p.mul_(1.5)
     ours.load_state_dict(unsharded.state_dict())
     state = ours.state_dict()["state"]
-    return all(torch.equal(whole(state[i]["main_param"]), whole(p).float()) for i, p in enumerate(model.parameters()))
-
-
-def test_main_parameters_of_borrowed_weights_are_taken_from_what_those_are_now() -> None:
-    assert on_ranks(4, borrowed_without_main) == [True] * 4
+    assert all(torch.equal(whole(state[i]["main_param"]), whole(p).float()) for i, p in enumerate(model.parameters()))
 
 
 def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor]:

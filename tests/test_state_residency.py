@@ -27,6 +27,7 @@ from sharded_dadamw import (
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import torch_kernel
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
+from tests.harness import ranks
 from tests.models import BF16, F16, F32, F64, draw_gradient, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -157,10 +158,11 @@ def test_wherever_gradients_are_the_bits_are_the_same(settings: dict[str, Any]) 
     on_ranks(2, both_residencies, BF16, {}, settings)
 
 
-def hsdp_in_both_residencies(group: Any, num_replicas: int) -> None:
+@ranks(4)
+def test_parameters_that_belong_to_fsdp_have_the_same_bits(_: Any) -> None:
     results = []
     for residency in StateResidency:
-        mesh = DeviceMesh("cpu", torch.arange(4).view(num_replicas, -1), mesh_dim_names=("replicate", "shard"))
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, -1), mesh_dim_names=("replicate", "shard"))
         torch.manual_seed(0)
         model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), mesh=mesh)
         config = ShardingConfig(state_residency=residency, bucket_cap_mb=1e-3)
@@ -176,13 +178,10 @@ def hsdp_in_both_residencies(group: Any, num_replicas: int) -> None:
     assert_equal(*results)
 
 
-def test_parameters_that_belong_to_fsdp_have_the_same_bits() -> None:
-    on_ranks(4, hsdp_in_both_residencies, 2)
-
-
-def resumed(group: Any, dtype: torch.dtype, settings: dict[str, Any], whole: bool) -> None:
-    """Saved with one residency, and gone on with in the other."""
-    ends = []
+@pytest.mark.parametrize("whole", [False, True], ids=["shards", "whole"])
+@ranks(2)
+def test_what_was_saved_with_one_residency_goes_on_with_the_other(group: Any, whole: bool) -> None:
+    ends, (dtype, settings) = [], PRECISIONS["bf16, remainder"]
     device, host = StateResidency
     for residencies in ((device, device), (device, host), (host, device)):
         params = make_params(dtype)
@@ -200,11 +199,6 @@ def resumed(group: Any, dtype: torch.dtype, settings: dict[str, Any], whole: boo
         ends.append({name: p.detach().clone() for name, p in params.items()})
     for end in ends[1:]:
         assert_equal(end, ends[0])
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["shards", "whole"])
-def test_what_was_saved_with_one_residency_goes_on_with_the_other(whole: bool) -> None:
-    on_ranks(2, resumed, *PRECISIONS["bf16, remainder"], whole)
 
 
 def test_on_a_cpu_updates_work_on_copies_all_the_same() -> None:
