@@ -28,8 +28,9 @@ from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
 from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.interchange import Source, read_state
+from tests import pool
 from tests.harm import Calls, archive, nested
-from tests.pool import on_ranks
+from tests.harness import ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 
 
@@ -76,36 +77,33 @@ def saved(root: Path, *steps: int, **arguments: Any) -> tuple[Any, dict[int, dic
 # --- a disk that is full ---------------------------------------------------------------------------------------------
 
 
-def on_a_full_disk(group: Any, root: Path, failing_rank: int, asynchronous: bool) -> tuple[str, int | None, bool]:
+@pytest.mark.parametrize(("failing_rank", "asynchronous"), [(0, False), (3, True)])
+@ranks(4, pool.on_ranks)
+def test_a_full_disk_is_an_error_on_all_ranks_and_training_and_saving_go_on(
+    group: Any, failing_rank: int, asynchronous: bool, tmp_path: Path
+) -> None:
     parts = build("ours", group)
     fit(*parts, 1)
-    save_checkpoint(root, step=1, **run(group, *parts))
-    before = contents(root)
+    save_checkpoint(tmp_path, step=1, **run(group, *parts))
+    before = contents(tmp_path)
     fit(*parts, 1)
 
     def save() -> Saving:
-        return save_checkpoint(root, step=2, **run(group, *parts), keep_last=1, asynchronous=asynchronous)
+        return save_checkpoint(tmp_path, step=2, **run(group, *parts), keep_last=1, asynchronous=asynchronous)
 
+    said = rf"step_00000002 was not written; rank {failing_rank}: .*No space left"
     with (
         writing(no_space if dist.get_rank(group) == failing_rank else lambda _: None),
-        pytest.raises(OSError) as failure,
+        pytest.raises(OSError, match=said) as failure,
     ):
         save().wait()
+    assert failure.value.errno == errno.ENOSPC
     dist.barrier(group)
-    intact = contents(root) == before and [path.name for path in root.iterdir()] == ["step_00000001"]
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     dist.barrier(group)
     fit(*parts, 1)
     save().wait()
-    return str(failure.value), failure.value.errno, intact and [p.name for p in checkpoints(root)] == ["step_00000002"]
-
-
-@pytest.mark.parametrize(("failing_rank", "asynchronous"), [(0, False), (3, True)])
-def test_a_full_disk_is_an_error_on_all_ranks_and_training_and_saving_go_on(
-    failing_rank: int, asynchronous: bool, tmp_path: Path
-) -> None:
-    for message, number, all_well in on_ranks(4, on_a_full_disk, tmp_path, failing_rank, asynchronous):
-        assert f"step_00000002 was not written; rank {failing_rank}: " in message and "No space left" in message
-        assert number == errno.ENOSPC and all_well
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
 
 
 def test_a_disk_that_fills_up_at_the_metadata_or_the_manifest_leaves_nothing(
@@ -232,22 +230,19 @@ def test_a_file_is_no_folder_for_checkpoints(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", step=1, **run(None, *build("DecoupledAdamW", None)))
 
 
-def into_what_cannot_be_written(group: Any, root: Path) -> str:
-    parts = build("ours", group)
-    with pytest.raises(OSError) as refusal:
-        save_checkpoint(root, step=1, **run(group, *parts))
-    return str(refusal.value)
-
-
 @pytest.mark.parametrize("name", ["a file/run", "read only"])
-def test_a_folder_that_cannot_be_written_is_named_on_every_rank(name: str, tmp_path: Path) -> None:
+@ranks(2)
+def test_a_folder_that_cannot_be_written_is_named_on_every_rank(group: Any, name: str, tmp_path: Path) -> None:
     if name == "read only" and os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (tmp_path / "a file").touch()
-    (tmp_path / "read only").mkdir(mode=0o500)
-    for said in on_ranks(2, into_what_cannot_be_written, tmp_path / name):
-        assert f"{tmp_path / name} cannot be written: " in said
-        assert said.endswith("give a folder in which this user may make others")
+        return  # root may write anywhere
+    if dist.get_rank(group) == 0:
+        (tmp_path / "a file").touch()
+        (tmp_path / "read only").mkdir(mode=0o500)
+    dist.barrier(group)
+    with pytest.raises(OSError) as refusal:
+        save_checkpoint(tmp_path / name, step=1, **run(group, *build("ours", group)))
+    assert f"{tmp_path / name} cannot be written: " in str(refusal.value)
+    assert str(refusal.value).endswith("give a folder in which this user may make others")
 
 
 NO_ROOTS: dict[str, tuple[str, str]] = {
@@ -285,31 +280,21 @@ def test_a_folder_that_is_empty_but_for_what_dead_saves_left_has_no_checkpoint_y
     assert not parts[1].state and differences(before, parts[0].state_dict()) == []
 
 
-def refused_on(group: Any, root: Path, fall_back: bool) -> str:
-    parts = build("ours", group)
-    try:
-        resumed = load_checkpoint(root, **run(group, *parts), fall_back=fall_back)
-        assert resumed is not None
-        return resumed.path.name
-    except ValueError as refusal:
-        return str(refusal)
-
-
 @pytest.mark.filterwarnings("ignore:.*going on from")
-def test_a_file_that_one_rank_finds_damaged_is_refused_by_all(tmp_path: Path) -> None:
-    on_ranks(2, save_twice, tmp_path)
-    for name in ("__1_0.distcp", "__0_0.distcp"):
-        flip_last_bit(tmp_path / "step_00000002" / name)
-        for message in on_ranks(3, refused_on, tmp_path, False):
-            assert "distcp: expected checksum" in message and "pass" in message
-        assert on_ranks(3, refused_on, tmp_path, True) == ["step_00000001"] * 3
-
-
-def save_twice(group: Any, root: Path) -> None:
+@ranks(3)
+def test_a_file_that_one_rank_finds_damaged_is_refused_by_all(group: Any, tmp_path: Path) -> None:
     parts = build("ours", group)
     for step in (1, 2):
         fit(*parts, 1)
-        save_checkpoint(root, step=step, **run(group, *parts))
+        save_checkpoint(tmp_path, step=step, **run(group, *parts))
+    for name in ("__1_0.distcp", "__0_0.distcp"):
+        if dist.get_rank(group) == 0:
+            flip_last_bit(tmp_path / "step_00000002" / name)
+        dist.barrier(group)
+        with pytest.raises(ValueError, match=r"distcp: expected checksum.*pass"):
+            load_checkpoint(tmp_path, **run(group, *parts))
+        resumed = load_checkpoint(tmp_path, **run(group, *parts), fall_back=True)
+        assert resumed is not None and resumed.path.name == "step_00000001"
 
 
 # --- old ones, dead ones, the same one again -------------------------------------------------------------------------
@@ -352,23 +337,20 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
 # --- saves behind training -------------------------------------------------------------------------------------------
 
 
-def behind_training(group: Any, kind: str, root: Path) -> tuple[bool, list[str]]:
+@pytest.mark.parametrize(("kind", "num_ranks"), [("AdamW", 1), ("ours", 4), ("fsdp2", 4)])
+@ranks(None, pool.on_ranks)
+def test_a_step_right_after_does_not_change_what_is_written(group: Any, kind: str, tmp_path: Path) -> None:
     parts = build(kind, group)
     fit(*parts, 1)
     then = whole(*parts[:2])
     with writing(slow):
-        saving = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        saving = save_checkpoint(tmp_path, step=1, **run(group, *parts), asynchronous=True)
         fit(*parts, 2)
-        was_under_way = not saving.done and not saving.path.exists()
+        assert not saving.done and not saving.path.exists()
         saving.wait()
     again = build(kind, group, seed=1)
-    load_checkpoint(root, **run(group, *again))
-    return was_under_way, differences(whole(*again[:2]), then)
-
-
-@pytest.mark.parametrize(("kind", "num_ranks"), [("AdamW", 1), ("ours", 4), ("fsdp2", 4)])
-def test_a_step_right_after_does_not_change_what_is_written(kind: str, num_ranks: int, tmp_path: Path) -> None:
-    assert on_ranks(num_ranks, behind_training, kind, tmp_path) == [(True, [])] * num_ranks
+    load_checkpoint(tmp_path, **run(group, *again))
+    assert differences(whole(*again[:2]), then) == []
 
 
 def test_the_second_save_and_a_load_wait_for_the_first(tmp_path: Path) -> None:
@@ -383,37 +365,30 @@ def test_the_second_save_and_a_load_wait_for_the_first(tmp_path: Path) -> None:
         assert resumed is not None and resumed.step == 2 and second.done
 
 
-def failing_behind(group: Any, root: Path, rank_0_waits: bool) -> tuple[str, bool, str]:
+@pytest.mark.parametrize("rank_0_waits", [False, True])
+@ranks(4, pool.on_ranks)
+def test_a_failure_behind_training_is_raised_on_all_ranks_by_the_next_save(
+    group: Any, rank_0_waits: bool, tmp_path: Path
+) -> None:
     """Even if rank 0 has heard of it, it is told again with the others, or they would part."""
     parts = build("ours", group)
     with writing(no_space if dist.get_rank(group) == 1 else lambda _: None):
-        first = save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
+        first = save_checkpoint(tmp_path, step=1, **run(group, *parts), asynchronous=True)
         if rank_0_waits and dist.get_rank(group) == 0:
             with pytest.raises(OSError):
                 first.wait()
         while not first.done:
             time.sleep(0.01)
-    with pytest.raises((OSError, ValueError)) as failure:
-        save_checkpoint(root, step=2, **run(group, *parts))
-    began = (root / "step_00000002").exists()
-    return str(failure.value), began, save_checkpoint(root, step=3, **run(group, *parts)).wait().name
+    with pytest.raises((OSError, ValueError), match="step_00000001 was not written; rank 1"):
+        save_checkpoint(tmp_path, step=2, **run(group, *parts))
+    assert not (tmp_path / "step_00000002").exists()
+    assert save_checkpoint(tmp_path, step=3, **run(group, *parts)).wait().name == "step_00000003"
 
 
-@pytest.mark.parametrize("rank_0_waits", [False, True])
-def test_a_failure_behind_training_is_raised_on_all_ranks_by_the_next_save(rank_0_waits: bool, tmp_path: Path) -> None:
-    for message, began, last in on_ranks(4, failing_behind, tmp_path, rank_0_waits):
-        assert "step_00000001 was not written; rank 1" in message and not began and last == "step_00000003"
-
-
-def in_a_subgroup(group: Any, root: Path) -> str:
-    parts = build("ours", group)
-    with pytest.raises(ValueError) as refusal:
-        save_checkpoint(root, step=1, **run(group, *parts), asynchronous=True)
-    return str(refusal.value)
-
-
-def test_only_all_ranks_together_save_behind_training(tmp_path: Path) -> None:
-    assert all("expected all 4 ranks" in message for message in on_ranks(2, in_a_subgroup, tmp_path))
+@ranks(2, pool.on_ranks)
+def test_only_all_ranks_together_save_behind_training(group: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected all 4 ranks"):
+        save_checkpoint(tmp_path, step=1, **run(group, *build("ours", group)), asynchronous=True)
 
 
 # --- files made up to harm -------------------------------------------------------------------------------------------
