@@ -64,7 +64,7 @@ def supported(name: str, kind: Kind) -> bool:
 
 
 def each(label: str, *also: Any) -> Any:
-    """Every kernel with a kind; Triton's, which is interpreted here, with a choice where ``also`` says so."""
+    """The rows of a table: every kernel that takes a kind, the kind, and what else there is in a row."""
     return [
         pytest.param(KERNELS[name], kind, *also, id=f"{name}: {label}")
         for name, kind in ((name, KINDS[label]) for name in KERNELS)
@@ -74,7 +74,8 @@ def each(label: str, *also: Any) -> Any:
 
 every_kernel_and_kind = pytest.mark.parametrize(("kernel", "kind"), [row for label in KINDS for row in each(label)])
 FEW = ("fp32", "bf16, remainder, bf16 moments", "bf16 alone", "fp16, fp32 main")
-every_kernel_and_kind_but_few_interpreted = pytest.mark.parametrize(
+"""Of every width and rounding; Triton's kernel is interpreted here, and on a GPU tests/gpu takes all kinds."""
+every_kernel_and_kind_but_few_of_tritons = pytest.mark.parametrize(
     ("kernel", "kind"),
     [row for label in KINDS for row in each(label) if row.values[0] is not triton_kernel or label in FEW],
 )
@@ -88,7 +89,7 @@ with_amsgrad_and_some_without = pytest.mark.parametrize(
 """With amsgrad a kernel does all that it does without, and keeps a maximum."""
 
 
-def test_every_kind_has_acompiled_kernel_on_each_device() -> None:
+def test_every_kind_has_a_compiled_kernel_on_each_device() -> None:
     """fp16 on a CPU, where it is hardly trained in, is left to torch."""
     assert [label for label, kind in KINDS.items() if not supported("triton", kind)] == []
     assert [label for label, kind in KINDS.items() if not supported("numba", kind) and F16 not in (kind.param,)] == []
@@ -207,7 +208,7 @@ def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_t
 # --- bits ---
 
 
-@every_kernel_and_kind_but_few_interpreted
+@every_kernel_and_kind_but_few_of_tritons
 def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
     if kernel is triton_kernel:
         numel, cuts = triton_kernel._TILE + 77, [1, 7, 64, 1001, 1024, 2048]
@@ -223,7 +224,7 @@ def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
         assert same_bits(sliced, whole), f"cut at {at}"
 
 
-@every_kernel_and_kind_but_few_interpreted
+@every_kernel_and_kind_but_few_of_tritons
 def test_where_memory_begins_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
     control = make_operands(kind, [333], amsgrad=True)
     start = copied(control)[0]
