@@ -87,8 +87,11 @@ def test_a_model_that_was_cast_is_an_error_that_says_so(cast: Callable[[nn.Modul
 
 @ranks(2)
 def test_parameters_that_were_replaced_in_the_groups_are_an_error(group: Any) -> None:
-    """What fully_shard does to a model, and accelerate then to the groups of its optimizer."""
+    """What fully_shard does to a model, and accelerate then to the groups of its optimizer; after a step too."""
     model, optimizer = small(group)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
     other = copy.deepcopy(model)
     optimizer.param_groups[0]["params"] = list(other.parameters())
     loss_of(other, 0).backward()
