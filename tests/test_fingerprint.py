@@ -28,6 +28,8 @@ from tests.layouts import LAYOUTS, Model, grid
 from tests.models import draw_gradient, make_groups, named
 from tests.simulated import on_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are here
+
 WORD = 2**64
 
 
