@@ -126,7 +126,7 @@ def test_two_hosts_draw_the_curve_of_one_though_one_is_killed_and_comes_back(
 
 
 def test_three_hosts_go_on_as_two_when_one_is_killed(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
-    quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # on a busy machine, not less
     three = cluster(3, NODES="2:3", PET_RDZV_CONF=quick)
     processes = [three.start(index) for index in range(3)]
     wait_for_lines(three.run, processes)

@@ -41,6 +41,7 @@ class Links(Contest):
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
     preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence; few, since hosts share cores.")] = 32
     contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CONTENDERS)
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = 4.0
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
