@@ -197,13 +197,13 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     def _agree(self, **asked: Any) -> Agreed:
         """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
-        self._joining.announce("clip_grad_norm_()" if "to_clip" in asked else "step()")
-        self._gatherer.finish()
-        objection, adds = self._joining.objection(self._reducer), self._norms.in_step
-        request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
-        while (agreed := self._agreement.reach(request, self.param_groups)).unfrozen:
-            self._shards.add_unfrozen(self.param_groups)
-            self._take_in()
+        with self._joining.agreeing("clip_grad_norm_()" if "to_clip" in asked else "step()", self._clip):
+            self._gatherer.finish()
+            objection, adds = self._joining.objection(self._reducer), self._norms.in_step
+            request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
+            while (agreed := self._agreement.reach(request, self.param_groups)).unfrozen:
+                self._shards.add_unfrozen(self.param_groups)
+                self._take_in()
         return agreed
 
     @property
@@ -316,7 +316,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state in host memory of one rank, whose next ``state_dict()`` returns it. Collective.
 
-        The other ranks' ``state_dict()`` stays what it was. A step, or a load, lets go of what was gathered.
+        The other ranks' ``state_dict()`` stays what it was. A step, load or checkpoint lets go of what was gathered.
 
         Args:
             to: Number of the rank within the process group.

@@ -60,6 +60,11 @@ def train(
     seed = 0
     for sizes in (num_batches, (2,) * len(num_batches), num_batches):
         mine, most = sizes[rank], max(sizes)
+        if clip == "dropped":  # before its step
+            optimizer.zero_grad()
+            model(torch.ones(1, 8) + rank).sum().backward()
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.zero_grad()
         with Join([optimizer], scheduler=scheduler) if joins else nullcontext():
             for index in range(mine if joins else most):
                 step(seed + index, 1.0 if index < mine else 0.0)
@@ -77,6 +82,8 @@ def train(
         (None, FULL, True, Exchange.RANK_ORDER, (1, 3, 2)),
         ("call", FULL, True, Exchange.BACKEND, (3, 1)),
         ("in step", SHARDED, False, Exchange.BACKEND, (3, 1)),
+        ("dropped", FULL, False, Exchange.FASTEST, (1, 3, 2)),
+        ("dropped", SHARDED, True, Exchange.BACKEND, (3, 1)),
     ],
 )
 def test_a_rank_without_data_brings_zeros(
@@ -93,6 +100,31 @@ def test_a_rank_without_data_brings_zeros(
 def test_the_first_step_may_find_a_rank_without_data() -> None:
     joined, control = (on_ranks(2, train, joins, (3, 0), None, False, ShardingConfig()) for joins in (True, False))
     assert torch.equal(joined[1], control[0])
+
+
+def go_on_after_an_error(group: Any) -> tuple[str, Tensor]:
+    """Rank 0's second step has another lr than what rank 1, without data, repeats."""
+    model = Model()
+    config = ShardingConfig(gradient_residency=SHARDED)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    with pytest.raises(RuntimeError, match="ranks disagree about this step") as caught, Join([optimizer]):
+        for number in range(2 - dist.get_rank(group)):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+            model(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.zero_grad()
+    for _ in range(2):
+        model(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return str(caught.value), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_after_an_error_within_join_training_goes_on() -> None:
+    (said, values), (too, others) = on_ranks(2, go_on_after_an_error)
+    assert said == too and "lr" in said and torch.equal(values, others)
 
 
 def test_the_optimizer_is_joinable() -> None:

@@ -2,8 +2,9 @@
 
 A sequence is a list of calls, and two interpreters know what each means: `_Ours` is a rank with the sharded optimizer,
 and `_Oracle` keeps the gradients of all ranks apart, adds them up as the documentation says, and has `DecoupledAdamW`
-update whole tensors. A call may also be an error where the oracle says so. It then is one on all ranks, it has changed
-nothing, and the sequence goes on after `zero_grad()`.
+update whole tensors (where moments are rounded at random, the sharded one on one rank). A call may also be an error
+where the oracle says so. It then is one on all ranks, it has changed nothing, and the sequence goes on after
+`zero_grad()`.
 
     RANDOM_CALLS=10000 RANDOM_CALLS_SEED=3 python -m pytest -q -s tests/test_random_calls.py
 
@@ -14,15 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.lr_scheduler import StepLR
 
@@ -34,7 +45,9 @@ from sharded_dadamw import (
     Moments,
     ShardedDecoupledAdamW,
     ShardingConfig,
+    StateResidency,
 )
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from tests.models import BF16, F32, draw_gradient, mean_in_rank_order, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -82,8 +95,14 @@ class Outcome:
 
     error: str | None = None
     value: Any = None
-    params: dict[str, Tensor] | None = None
+    params: np.ndarray | None = None  # flat, since tensors cost more to hand over than to make
     steps: dict[str, float] = field(default_factory=dict)
+
+
+def flat(params: Iterable[Tensor]) -> np.ndarray:
+    """The values of all, comparable: without nan, and with one kind of zero."""
+    whole = torch.cat([param.detach().reshape(-1).float() for param in params])
+    return (whole.nan_to_num(nan=77.0) + 0.0).numpy()
 
 
 def draw(name: str, dtype: torch.dtype, key: int, rank: int) -> Tensor:
@@ -174,6 +193,8 @@ class Start:
     groups: tuple[str, ...]
     frozen: str
     state: dict[str, Any] | None = None
+    how: str = ""  # as a whole state dict, or in a folder that has a name of its own
+    folder: str = ""
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -181,7 +202,10 @@ class Start:
 
 class _Ours(_Both):
     def __init__(self, group: Any, setup: Setup, start: Start) -> None:
-        arguments = self.build(setup, start, lambda name, weight: nn.Parameter(weight.clone()))
+        is_saved = bool(start.folder)
+        arguments = self.build(
+            setup, start, lambda _, weight: nn.Parameter(torch.zeros_like(weight) if is_saved else weight.clone())
+        )
         self.group, self.rank, self.num_ranks = group, group.rank(), group.size()
         self.optimizer = ShardedDecoupledAdamW(
             **arguments,
@@ -190,9 +214,33 @@ class _Ours(_Both):
             max_grad_norm=setup.max_grad_norm,
             metrics_in_step=setup.metrics_in_step,
         )
-        self.ready(start)
         self.net, self.attachments = Net(self.params), list[Any]()
+        if is_saved:
+            self.load(start)
+        self.ready(start)
         self.new_scaler()
+
+    def saved(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.net),
+            "optimizer": get_optimizer_state_dict(self.net, self.optimizer),
+        }
+
+    def save(self, how: str, folder: str) -> None:
+        if how == "checkpoint":
+            save_checkpoint(folder, step=1, model=self.net, optimizer=self.optimizer)
+        elif how == "dcp":
+            self.optimizer.state_dict()  # the whole, where it was consolidated
+            dcp.save(self.saved(), checkpoint_id=folder, process_group=self.group)
+
+    def load(self, start: Start) -> None:
+        if start.how == "checkpoint":
+            load_checkpoint(start.folder, model=self.net, optimizer=self.optimizer)
+        else:
+            state = self.saved()
+            dcp.load(state, checkpoint_id=start.folder, process_group=self.group)
+            set_model_state_dict(self.net, state["model"])
+            set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"])
 
     def new_scaler(self) -> None:
         self.scaler = ShardedGradScaler("cpu", init_scale=8.0, growth_interval=2, process_group=self.group)
@@ -208,7 +256,7 @@ class _Ours(_Both):
             self.optimizer.zero_grad()
             self.new_scaler()
         if outcome.error or not self.attachments or call.name == "read":
-            outcome.params = {name: param.detach().clone() for name, param in self.params.items()}
+            outcome.params = flat(self.params.values())
             states = {name: self.optimizer.state.get(param, {}) for name, param in self.params.items()}
             outcome.steps = {name: float(state["step"]) for name, state in states.items() if "step" in state}
         return outcome
@@ -287,6 +335,18 @@ class _Ours(_Both):
         self.scaler.update()
         self.optimizer.zero_grad()
 
+    def joined(self, key: int, counts: Sequence[int]) -> None:
+        """Ranks with uneven data."""
+        if self.setup.config.reduce_gradients and self.used(""):
+            with Join([self.optimizer]):
+                for number in range(counts[self.rank]):
+                    self.zero_grad(True)
+                    self.backward(key + number, "")
+                    self.step()
+
+    def drop(self, name: str) -> None:
+        self.params[name].grad = None
+
     def metrics(self) -> dict[str, Tensor]:
         return self.optimizer.metrics()
 
@@ -308,14 +368,22 @@ class _Ours(_Both):
         self.optimizer.consolidate_state_dict(to % self.num_ranks)
 
 
-def run_rank(group: Any, setup: Setup, start: Start, calls: Sequence[Call]) -> tuple[list[Outcome], Start]:
+def run_rank(
+    group: Any, setup: Setup, start: Start, calls: Sequence[Call], how: str, folder: str
+) -> tuple[list[Outcome], Start | None]:
     warnings.simplefilter("ignore")
     ours = _Ours(group, setup, start)
     outcomes = [ours.run(call) for call in calls]
     ours.zero_grad(True)
     outcomes.append(ours.run(Call("read")))
+    if any(ours.params[name] not in ours.optimizer.state for name in ours.used("")):  # unfrozen since the last step
+        how = folder = ""
+    ours.save(how, folder)
+    ours.optimizer.consolidate_state_dict()
+    if ours.rank:
+        return outcomes, None
     weights = {name: param.detach().clone() for name, param in ours.params.items()}
-    return outcomes, Start(weights, ours.groups, ours.frozen, whole_state_dict(ours.optimizer, ours.num_ranks))
+    return outcomes, Start(weights, ours.groups, ours.frozen, ours.optimizer.state_dict(), how, folder)
 
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
@@ -340,10 +408,11 @@ class _Oracle(_Both):
     """
 
     def __init__(self, setup: Setup, start: Start) -> None:
-        self.optimizer = DecoupledAdamW(
-            **self.build(setup, start, lambda _, weight: nn.Parameter(weight.float().clone()))
-        )
-        self.ready(start)
+        arguments = self.build(setup, start, lambda _, weight: nn.Parameter(weight.float().clone()))
+        if setup.config.moments is Moments.BF16:
+            self.optimizer = ShardedDecoupledAdamW(**arguments, config=ShardingConfig(moments=Moments.BF16))
+        else:
+            self.optimizer = DecoupledAdamW(**arguments)
         self.forget(setup.num_ranks)
 
     def forget(self, num_ranks: int) -> None:
@@ -413,10 +482,14 @@ class _Oracle(_Both):
         for name in self.local[0]:
             each = [here[name] for here in self.local if name in here]
             if len(each) == self.num_ranks:
-                mean = each[0] if not self.setup.config.reduce_gradients else mean_in_rank_order(each)
+                mean = each[0] if not self.setup.config.reduce_gradients else mean_in_rank_order(self.sent(each))
                 self.means[name] = self.means[name] + mean if name in self.means else mean
         self.local = [{} for _ in self.local]
         self.assigned.clear()
+
+    def sent(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        wire = self.setup.config.wire_dtype
+        return [gradient if wire is None else gradient.to(wire).to(gradient.dtype) for gradient in gradients]
 
     def accumulate(self, key: int, without: str) -> None:
         if self.factor is not None:
@@ -515,6 +588,24 @@ class _Oracle(_Both):
             self.step()
         self.zero_grad(True)
 
+    def joined(self, key: int, counts: Sequence[int]) -> None:
+        used = self.used("")
+        for number in range(max(counts[: self.num_ranks]) if self.setup.config.reduce_gradients and used else 0):
+            self.zero_grad(True)
+            for rank in range(self.num_ranks):
+                for name in used:
+                    self.add(name, rank, key + number)
+                    if number >= counts[rank]:
+                        self.local[rank][name].zero_()
+            self.end_round()
+            self.step()
+
+    def drop(self, name: str) -> None:
+        self.is_touched = self.is_touched or self.factor is not None
+        self.assigned.discard(name)
+        for here in self.local:
+            here.pop(name, None)
+
     def nothing(self, *_: Any) -> None:
         pass
 
@@ -539,13 +630,14 @@ class _Oracle(_Both):
             try:
                 expected = getattr(self, call.name)(*call.args)
                 self.is_fresh = (self.is_fresh and call.name in _HARMLESS) or (
-                    call.name in ("step", "closure") and not self.is_void
+                    call.name in ("step", "closure", "joined") and not self.is_void
                 )
             except _Differs as differs:
                 raise AssertionError(f"{call}: gradients of {differs} differ, and no error") from None
             self.compare_values(call, expected, [outcome.value for outcome in outcomes])
+        expected = flat(self.weight(name) for name in SHAPES)
         for outcome in outcomes:
-            self.compare(call, outcome)
+            self.compare(call, outcome, expected)
 
     def compare_values(self, call: Call, expected: Any, values: Sequence[Any]) -> None:
         if isinstance(expected, Tensor):
@@ -565,9 +657,12 @@ class _Oracle(_Both):
                         values[0][key], value, rtol=1e-4, atol=1e-7, msg=f"{key}: {values[0][key]}, expected {value}"
                     )
 
-    def compare(self, call: Call, outcome: Outcome) -> None:
-        for name, value in (outcome.params or {}).items():
-            assert same(value, self.weight(name)), f"after {call}: {name} is {value}, expected {self.weight(name)}"
+    def compare(self, call: Call, outcome: Outcome, weights: np.ndarray) -> None:
+        if outcome.params is not None and not np.array_equal(outcome.params, weights):
+            places = np.flatnonzero(outcome.params != weights)
+            raise AssertionError(
+                f"after {call}: of {SIZES} differ {places}: {outcome.params[places]} {weights[places]}"
+            )
         for name, count in outcome.steps.items():
             expected = float(self.state()[name].get("step", 0))
             assert count == expected, f"after {call}: step of {name} is {count}, expected {expected}"
@@ -579,7 +674,9 @@ class _Oracle(_Both):
             for key in entries:
                 if key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
                     value = expected.get(key, torch.zeros_like(entries[key]))
-                    assert same(entries[key], value), f"{key} of {names[index]}: {entries[key]}, expected {value}"
+                    assert same(entries[key].flatten(), value.flatten()), (
+                        f"{key} of {names[index]}: {entries[key]}, expected {value}"
+                    )
 
 
 def same(some: Tensor, other: Tensor) -> bool:
@@ -630,7 +727,9 @@ CALLS = st.one_of(
     call("synchronize"),
     call("reload", st.booleans()),
     call("consolidate", RANKS),
-    call("on_other_ranks", st.integers(1, 3)),
+    call("drop", NAMES),
+    call("joined", KEYS, st.lists(st.integers(1, 3), min_size=3, max_size=3)),
+    call("on_other_ranks", st.integers(1, 3), st.sampled_from(["state_dict", "state_dict", "checkpoint", "dcp"])),
 )
 
 
@@ -648,8 +747,11 @@ def setups(draw: Any) -> Setup:
         else draw(st.sampled_from(Exchange)),
         skip_nonfinite=draw(st.booleans()),
         main_parameter=draw(st.sampled_from([MainParameter.FP32, MainParameter.REMAINDER])),
-        moments=Moments.FP32 if narrow else draw(st.sampled_from([Moments.FP32, Moments.LIKE_PARAMETERS])),
+        moments=Moments.FP32 if narrow else draw(st.sampled_from(Moments)),
+        state_residency=draw(st.sampled_from([StateResidency.DEVICE, StateResidency.DEVICE, StateResidency.HOST])),
     )
+    if config.exchange is not Exchange.BACKEND and draw(st.booleans()):
+        config = replace(config, wire_dtype=BF16)
     return Setup(
         draw(st.integers(1, 3)),
         config,
@@ -662,16 +764,16 @@ def setups(draw: Any) -> Setup:
     )
 
 
-def segments(num_ranks: int, calls: Sequence[Call]) -> Iterator[tuple[int, list[Call]]]:
-    """What happens on each number of ranks."""
+def segments(num_ranks: int, calls: Sequence[Call]) -> Iterator[tuple[int, list[Call], str]]:
+    """What happens on each number of ranks, and how it is saved for the next one."""
     part: list[Call] = []
     for each in calls:
         if each.name == "on_other_ranks":
-            yield num_ranks, part
+            yield num_ranks, part, each.args[1]
             num_ranks, part = each.args[0], []
         else:
             part.append(each)
-    yield num_ranks, part
+    yield num_ranks, part, ""
 
 
 @seed(SEED)
@@ -685,11 +787,15 @@ def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors
     weights |= {name: weights[name].to(BF16) for name in setup.narrow}
     start = Start(weights, GROUPS, setup.frozen)
     oracle = _Oracle(setup, start)
-    for num_ranks, part in segments(setup.num_ranks, calls):
-        oracle.forget(num_ranks)
-        oracle.scheduler = StepLR(oracle.optimizer, 3, 0.5)  # each number of ranks begins one
-        results = on_ranks(num_ranks, run_rank, setup, start, part, seed=setup.interleaving)
-        for place, each in enumerate([*part, Call("zero_grad", (True,))]):
-            oracle.follow(each, [outcomes[place] for outcomes, _ in results])
-        for _, start in results:
+    with tempfile.TemporaryDirectory() as root:
+        for number, (num_ranks, part, how) in enumerate(segments(setup.num_ranks, calls)):
+            oracle.forget(num_ranks)
+            oracle.ready(Start({}, (), ""))  # each number of ranks begins a schedule
+            folder = f"{root}/{number}" if how in ("checkpoint", "dcp") else ""
+            results = on_ranks(num_ranks, run_rank, setup, start, part, how, folder, seed=setup.interleaving)
+            for place, each in enumerate([*part, Call("zero_grad", (True,))]):
+                oracle.follow(each, [outcomes[place] for outcomes, _ in results])
+            start = results[0][1]
             oracle.compare_state(start.state)
+            if start.folder:
+                start.state = None

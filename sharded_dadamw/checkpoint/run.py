@@ -103,6 +103,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, A
     corrected for the bias of a second, so what that leaves behind in the optimizer is removed.
     """
     has_stepped = bool(optimizer.state)
+    if isinstance(optimizer, DecoupledOptimizer):
+        optimizer.state_dict()  # the next one is of fragments, on the rank, too, to which the whole was consolidated
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     state["param_groups"] = _with_own_numbers(state["param_groups"])
     if not has_stepped:

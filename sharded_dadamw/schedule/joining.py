@@ -20,6 +20,7 @@ from sharded_dadamw.buckets.gradients import HookedGradients
 from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import BackendVerbs
+from sharded_dadamw.norms.clipping import PendingClip
 from sharded_dadamw.schedule.reducer import Reducer
 
 _WITHOUT_DATA = "a rank that has no more data comes along within torch.distributed.algorithms.Join([optimizer])"
@@ -56,6 +57,21 @@ class Joining:
         if self._join_config is not None and self._has_data and not self._is_announced:
             self._is_announced = True
             Join.notify_join_context(self)  # type: ignore[arg-type]
+
+    @contextmanager
+    def agreeing(self, call: str, clip: PendingClip) -> Iterator[None]:
+        """Announce a call, in whose context ranks agree on it. Forgets clips that are gone with their gradients.
+
+        Then ``clip``, which waits for the step, is empty.
+        """
+        self.announce(call)
+        try:
+            yield
+        except Exception:
+            self._is_announced = False  # it ends the step, and leaves ``Join`` on some ranks
+            raise
+        if not clip:
+            self.clips_now.clear()
 
     def end_step(self, present: Mapping[Bucket, Sequence[bool]]) -> None:
         """Remember a step, in which these parameters had a gradient."""
