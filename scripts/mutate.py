@@ -86,6 +86,11 @@ MUTATIONS = {
         ("out.add_(total.div_(len(parts)).to(out.dtype))", "out.copy_(total.div_(len(parts)))", "collectives"),
         ("if rest and sent == total.dtype:", "if rest:", "collectives"),
     ],
+    "comm/tree.py": [
+        ("    levels = carries(index, len(parts))\n", "    levels = [0][: index > 0]\n", "same_run"),  # in rank order
+        (".div(divisor)", ".div(len(parts))", "same_run"),
+        ("if count >> level & 1]", "if False]", "same_run"),
+    ],
     "comm/messages.py": [
         ("len(self._reductions) >= _REDUCTIONS_RECEIVING", "False", "collectives"),
         ("combine(first, part, out=first)", "first.copy_(part)", "collectives refusals"),
@@ -111,6 +116,9 @@ MUTATIONS = {
         ("& (self.main.to(self.param.dtype) != self.param)", "", "precision contract"),
         ("increment_version(updated)", "pass", "contract"),
         ("first if self.storage.is_stochastic else None", "0 if self.storage.is_stochastic else None", "precision"),
+    ],
+    "buckets/passes.py": [
+        ("levels = index + 1 == self.number, carries(index, self.number)", "levels = index + 1 == self.number, [0][: index > 0]", "same_run"),
     ],
     "buckets/build.py": [
         ("bucket.reset_main_()", "pass", "precision sharded"),
@@ -172,6 +180,9 @@ MUTATIONS = {
         ("max=1.0)", "max=2.0)", "sharded contract"),
         ("return 1.0 / self.coefficient", "return self.coefficient", "contract sharded"),
         ("self.coefficient * coefficient if", "coefficient if", "contract sharded"),
+    ],
+    "norms/of_buckets.py": [
+        ("if self.shards.adds_in_tree and", "if False and", "same_run"),  # added as it lies
     ],
     "norms/global_norm.py": [
         ("owner[part.name, part.part] == here", "True", "metrics layouts"),

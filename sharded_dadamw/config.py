@@ -88,6 +88,10 @@ class ShardingConfig:
         skip_nonfinite: True: a step whose averaged gradients hold a nan or an infinity changes nothing, on any rank. It
             costs a pass over the gradient shard and an all-reduce, unless the step was clipped.
         main_parameter: What is kept beside bf16 and fp16 parameters; nothing is kept beside wider ones.
+        micro_batches: None: a step is the mean over ranks. A number: it is the mean over so many micro-batches of all
+            ranks, whoever computes them, and has the same bits on any number of ranks that they can be shared out to.
+            Each rank runs its share of backward passes per step, in order, with the mean loss of a micro-batch each;
+            ``p.grad`` is None between them. See docs/same_run.md.
         moments: How moments are stored. fp64 parameters have theirs in fp64, whatever is chosen here.
 
     Raises:
@@ -105,6 +109,7 @@ class ShardingConfig:
     skip_nonfinite: bool = False
     main_parameter: MainParameter = MainParameter.FP32
     moments: Moments = Moments.FP32
+    micro_batches: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -124,6 +129,24 @@ class ShardingConfig:
             raise TypeError(f"wire_dtype: expected a torch.dtype or None, got {self.wire_dtype!r}")
         if self.wire_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"wire_dtype: expected torch.bfloat16 or torch.float16 or None, got {self.wire_dtype}")
+
+        if self.micro_batches is not None:
+            self._check_micro_batches()
+
+    def _check_micro_batches(self) -> None:
+        """Refuse what would make a step depend on the number of ranks."""
+        number = self.micro_batches
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"micro_batches: expected a whole number > 0, or None, got {number!r}")
+        if number < 1:
+            raise ValueError(f"micro_batches: expected a whole number > 0, or None, got {number}")
+        for name, differs, why in (
+            ("reduce_gradients=False", not self.reduce_gradients, "something else adds gradients up, in its own order"),
+            ("wire_dtype", self.wire_dtype is not None, "what is rounded depends on the number of ranks"),
+            ("Exchange.BACKEND", self.exchange is Exchange.BACKEND, "the order of its sums is the backend's"),
+        ):
+            if differs:
+                raise ValueError(f"micro_batches: expected a config without {name}, with which {why}")
 
     @classmethod
     def of(cls, settings: ShardingConfig | Mapping[str, Any] | None) -> ShardingConfig:

@@ -207,6 +207,18 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         return agreed
 
     @property
+    def micro_batches(self) -> range:
+        """The numbers, among all ranks' micro-batches of a step, of those that this rank computes, in this order.
+
+        With ``ShardingConfig(micro_batches=K)`` on N ranks these are ``r * K // N`` to ``(r + 1) * K // N - 1`` of rank
+        r, which counts row by row on a 2-D mesh. Without it each rank has one.
+        """
+        ranks = self._shards.collectives
+        number, num_ranks = ranks.number, ranks.everyone.num_ranks
+        share = (self.config.micro_batches or num_ranks) // num_ranks
+        return range(number * share, (number + 1) * share)
+
+    @property
     def last_step(self) -> StepCost:
         """What the most recent step cost this rank."""
         return self._clock.last

@@ -65,6 +65,11 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
         if member.placement.others and member.placement.is_replicated_over(collectives.are_all_of)
     ]
     for member in members:
+        if config.micro_batches is not None and member.placement.is_borrowed:
+            raise ValueError(
+                f"{member.name}: expected a plain parameter with micro_batches, got a DTensor, whose gradients others "
+                "add up, in an order of their own"
+            )
         among_us = [collectives.are_all_of(group) for group in member.placement.others]
         if any(among_us) and collectives.num_ranks > 1:
             raise ValueError(

@@ -36,11 +36,12 @@ class FullGradients(HookedGradients):
         members: Sequence[NamedParameter],
         layout: BucketLayout,
         wire_dtype: torch.dtype | None,
+        num_passes: int | None,
         *,
         rank: int,
         allocate: Allocate,
     ) -> None:
-        super().__init__(members, layout, wire_dtype)
+        super().__init__(members, layout, wire_dtype, num_passes)
         self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
         # Another name for the same memory: what is written through it does not count as a change to p.grad.
         self._exchanged = self.buffer.data
@@ -58,6 +59,7 @@ class FullGradients(HookedGradients):
                 raise self._assigned()
             self._reset()
         self._require_reduced()
+        self._require_all_passes()
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:
@@ -161,6 +163,9 @@ class FullGradients(HookedGradients):
                 self._adopt(slot)
             held = self._held()
         self._has_grad = held
+
+    def _target(self, slot: int) -> Tensor:
+        return self._views[slot]
 
     def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""

@@ -22,10 +22,11 @@ from operator import and_, attrgetter, is_not
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.passes import Passes
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.pending import DONE
 from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.layout.placement import local
 
 GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
@@ -166,14 +167,21 @@ class Gradients(ABC):
 class HookedGradients(Gradients):
     """Gradients of plain parameters, which backward delivers one by one through hooks."""
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        members: Sequence[NamedParameter],
+        layout: BucketLayout,
+        wire_dtype: torch.dtype | None,
+        num_passes: int | None = None,
+    ) -> None:
+        """``num_passes``: how many gradients of each parameter are added in the tree; None: as many as there are."""
         super().__init__(members)
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
         self._layout = layout
-        self._has_grad = [False] * len(
-            members
-        )  # per slot whether there is a gradient, or a mean of one, as last looked
+        # Per slot whether there is a gradient, or a mean of one, as last looked.
+        self._has_grad = [False] * len(members)
+        self._passes = None if num_passes is None else Passes(num_passes, len(members), self._new_views)
         self._all_present = (True,) * len(members)
         self._await_all()
 
@@ -187,6 +195,30 @@ class HookedGradients(Gradients):
     def _reset(self) -> None:
         super()._reset()
         self._await_all()
+        if self._passes is not None:
+            self._passes.forget()
+
+    def _new_views(self) -> list[Tensor]:
+        buffer = torch.empty(self._layout.numel, dtype=self._dtype, device=self._params[0].device)
+        return views_of(buffer, self._members, self._layout.offsets)
+
+    def is_last_pass(self, slot: int) -> bool:
+        """Whether a gradient that comes now is the last one of a slot before a step, as far as is known."""
+        return self._passes is None or self._passes.is_last(slot)
+
+    def _require_all_passes(self) -> None:
+        """Refuse gradients that did not come in each of the passes that there are to be, or not from backward."""
+        passes = self._passes
+        if passes is None or self.stage is Stage.CONSUMED:
+            return
+        for member, count in zip(self._members, passes.counts, strict=True):
+            is_by_hand = count == 0 and passes.number > 1 and member.param.grad is not None
+            if count not in (0, passes.number) or is_by_hand:
+                raise RuntimeError(
+                    f"gradient of {member.name}: expected it from {passes.number} backward passes, this rank's share "
+                    f"of ShardingConfig(micro_batches=...), or from none, got it from {count}"
+                    f"{' and one that was assigned' * is_by_hand}; call optimizer.zero_grad()"
+                )
 
     @property
     def are_complete(self) -> bool:
@@ -203,7 +235,8 @@ class HookedGradients(Gradients):
             ValueError: It is sparse.
         """
         self._make_room(slot)
-        self._adopt(slot)
+        if self._passes is None or self._takes_pass(self._passes, slot):
+            self._adopt(slot)
         if counts and not self._has_come[slot]:
             self._has_come[slot] = True
             self._num_missing -= 1
@@ -213,6 +246,22 @@ class HookedGradients(Gradients):
         for param, is_present in zip(self._params, present, strict=True):
             if is_present:
                 param.grad = torch.zeros_like(param, dtype=self._dtype)
+
+    def _takes_pass(self, passes: Passes, slot: int) -> bool:
+        """Add the gradient of one pass to those before it; after the last one it is in ``p.grad``: returns whether."""
+        member = self._members[slot]
+        if passes.counts[slot] == passes.number:
+            raise self._too_late(slot)
+        grad = member.param.grad
+        assert grad is not None
+        check_gradient(member, grad, self._dtype)
+        is_last = passes.add(slot, grad.detach(), lambda: self._target(slot))
+        member.param.grad = self._target(slot) if is_last else None
+        return is_last
+
+    @abstractmethod
+    def _target(self, slot: int) -> Tensor:
+        """The place of a slot's gradient in the flat buffer."""
 
     @abstractmethod
     def _make_room(self, slot: int) -> None:
@@ -236,6 +285,12 @@ class HookedGradients(Gradients):
         member.param.grad = view
 
     def _too_late(self, slot: int) -> RuntimeError:
+        if self._passes is not None:
+            return RuntimeError(
+                f"backward reached {self._members[slot].name} once more than the {self._passes.number} times that are "
+                "this rank's share of ShardingConfig(micro_batches=...); call step(), and optimizer.zero_grad() before "
+                "the next backward"
+            )
         instead = (
             "all of them before clip_grad_norm_()"
             if self.stage is Stage.READ

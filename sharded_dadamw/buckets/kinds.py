@@ -33,10 +33,13 @@ def gradients_of(
 ) -> Gradients:
     """Make what holds the gradients of a bucket; ``reduces`` says whether it is us who averages them."""
     rank = collectives.rank
+    passes = None
+    if config.micro_batches is not None:
+        passes = config.micro_batches // collectives.everyone.num_ranks
     if not reduces:
         return ForeignGradients(members, layout, rank)
     if members[0].placement.is_borrowed:
         return CopiedGradients(members, layout, rank)
     if config.gradient_residency is GradientResidency.SHARDED:
-        return ShardedGradients(members, layout, config.wire_dtype, spares=spares)
-    return FullGradients(members, layout, config.wire_dtype, rank=rank, allocate=collectives.new_buffer)
+        return ShardedGradients(members, layout, config.wire_dtype, passes, spares=spares)
+    return FullGradients(members, layout, config.wire_dtype, passes, rank=rank, allocate=collectives.new_buffer)

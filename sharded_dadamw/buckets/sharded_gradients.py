@@ -48,10 +48,11 @@ class ShardedGradients(HookedGradients):
         members: Sequence[NamedParameter],
         layout: BucketLayout,
         wire_dtype: torch.dtype | None,
+        num_passes: int | None,
         *,
         spares: SpareBuffers,
     ) -> None:
-        super().__init__(members, layout, wire_dtype)
+        super().__init__(members, layout, wire_dtype, num_passes)
         self._device = members[0].param.device
         self._spares = spares
         self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
@@ -91,6 +92,7 @@ class ShardedGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             self._reset()
         self._require_reduced()
+        self._require_all_passes()
         for slot, member in enumerate(self._members):
             if member.param.grad is not None:
                 if self.stage is Stage.READ:
@@ -118,6 +120,8 @@ class ShardedGradients(HookedGradients):
                 view.zero_()
         self._buffer, self._views, self._leaving = None, [], buffer
         self._await_all()
+        if self._passes is not None:
+            self._passes.free()
         if self.stage is Stage.LOCAL:
             self.stage = Stage.REDUCED
         add, self._holds_a_mean = self._holds_a_mean, True
@@ -136,7 +140,7 @@ class ShardedGradients(HookedGradients):
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.CONSUMED:
             self._reset()
-        if self.stage is Stage.READ:
+        if self.stage is Stage.READ or (self._passes is not None and self._holds_a_mean):
             raise self._too_late(slot)
         if self._holds_a_mean and not self._is_cleared:  # model.zero_grad(), which finds p.grad at None, drops no mean
             raise RuntimeError(
@@ -150,6 +154,10 @@ class ShardedGradients(HookedGradients):
             self.stage = Stage.LOCAL
             self._filling()
             self._move(slot, self._views[slot])
+
+    def _target(self, slot: int) -> Tensor:
+        self._filling()
+        return self._views[slot]
 
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""

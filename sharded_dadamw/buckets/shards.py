@@ -20,7 +20,8 @@ from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.comm.agreement import Refusal
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.comm.tree import check_ranks
+from sharded_dadamw.config import Exchange, ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
 from sharded_dadamw.update.adamw import Step
@@ -31,6 +32,7 @@ class Shards:
 
     Attributes:
         device: Where they live.
+        adds_in_tree: Whether steps have the same bits on any number of ranks.
         collectives: The ranks among which they are sharded.
         holders: The ranks that hold any parts of them: others may have other parts of DTensors.
         slots: Per trainable parameter, by its id, its bucket and its slot there.
@@ -56,12 +58,24 @@ class Shards:
             placements = placements_of(params)
             process_group = group_of_replicas(placements) if process_group is None else process_group
         self._config = config
+        self.adds_in_tree = config.micro_batches is not None
         self.device = next((param.device for param in params if not param.is_meta), torch.device("cpu"))
         self.collectives = connect(process_group, self.device, exchange=None)
         self.holders = connect_holders(placements, self.collectives, self.device)
+        if config.micro_batches is not None:
+            with refusal:
+                of_row = (
+                    process_group.size(1) if isinstance(process_group, DeviceMesh) and process_group.ndim == 2 else 1
+                )
+                check_ranks(config.micro_batches, self.collectives.num_ranks, of_row)
         agree_on_groups(groups, 0, config, self.collectives, self.holders, refusal)
         # This connects all ranks, so they had to agree on the group and on the configuration before.
-        self.collectives = connect(process_group, self.device, exchange=config.exchange)
+        exchange = config.exchange
+        if config.micro_batches is not None and self.device.type != "cpu":
+            exchange = Exchange.RANK_ORDER  # each slice comes to its owner, who adds
+        self.collectives = connect(process_group, self.device, exchange=exchange)
+        if config.micro_batches is not None:
+            self.collectives.add_in_tree(config.micro_batches)
         self.holders = connect_holders(placements, self.collectives, self.device)
         self._bucketing = Bucketing(self.collectives, config)
         self.buckets: list[Bucket] = []

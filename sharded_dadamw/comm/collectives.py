@@ -27,6 +27,7 @@ from torch.profiler import record_function
 
 from sharded_dadamw.comm.calls import Meetings, RankError, here, last_met, left
 from sharded_dadamw.comm.pending import DONE, Pending
+from sharded_dadamw.comm.tree import mean_in_tree
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -87,6 +88,7 @@ class Collectives:
     """
 
     gathers_by_itself = True
+    _divisor: int | None = None
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self.rank = rank
@@ -96,6 +98,15 @@ class Collectives:
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zero-filled memory [numel], where the data verbs are fastest with it. Not collective."""
         return torch.zeros(numel, dtype=dtype, device=device)
+
+    def add_in_tree(self, divisor: int) -> None:
+        """From now on have ``reduce_scatter_mean`` add in the order of ``comm.tree``, and divide by this number."""
+        self._divisor = divisor
+
+    @property
+    def number(self) -> int:
+        """This rank's number among ``everyone``: of a 2-D mesh row by row."""
+        return self.rank
 
     @property
     def everyone(self) -> Collectives:
@@ -138,6 +149,9 @@ class Collectives:
             wire_dtype: Where it is narrower than ``buffer``, every rank's values are rounded to it before they are
                 added, this rank's own too: who owns an element must make no difference.
         """
+        if self._divisor is not None:
+            mean_in_tree([buffer], divisor=self._divisor, out=out, add=add)
+            return DONE
         mean = buffer.to(sent_dtype(buffer.dtype, wire_dtype)).to(out.dtype)
         if add:
             out.add_(mean)
@@ -212,6 +226,15 @@ class BackendVerbs(Collectives):
     def _beginning(self, name: str) -> Iterator[None]:
         with record_function(name), self._translating():
             yield
+
+    def _average(
+        self, parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool = False
+    ) -> None:
+        """As ``average_in_order``, or in the tree."""
+        if self._divisor is None:
+            average_in_order(parts, sent=sent, out=out, total=total, add=add)
+        else:
+            mean_in_tree(parts, divisor=self._divisor, out=out, add=add)
 
     def _pending(
         self,
@@ -303,7 +326,7 @@ class RankOrderVerbs(BackendVerbs):
         def finish() -> None:
             work.wait()
             total = torch.empty_like(out, dtype=sum_dtype(sent.dtype, out.dtype))
-            average_in_order(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
+            self._average(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
 
         return self._pending(REDUCE_SCATTER, finish)
 

@@ -38,6 +38,15 @@ class MeshVerbs(BackendVerbs):
         self._column = column
         self._under_way: deque[Pending] = deque()
 
+    def add_in_tree(self, divisor: int) -> None:
+        super().add_in_tree(divisor)
+        self._row.add_in_tree(1)
+        self._column.add_in_tree(divisor)
+
+    @property
+    def number(self) -> int:
+        return self._column.rank * self.num_ranks + self.rank
+
     @property
     def everyone(self) -> Collectives:
         return self._everyone
@@ -67,6 +76,8 @@ class MeshVerbs(BackendVerbs):
         padded = piece * self._column.num_ranks
         with self._beginning(REDUCE_SCATTER):
             wide = sum_dtype(sent_dtype(buffer.dtype, wire_dtype), out.dtype)
+            if self._divisor is not None:  # which rounds each node to the gradients' dtype
+                wide = buffer.dtype
             of_row = self._column.new_buffer(padded, wide, buffer.device)
             first = self._row.reduce_scatter_mean(buffer, of_row[: out.numel()], wire_dtype=wire_dtype)
             self._count()

@@ -21,7 +21,6 @@ from sharded_dadamw.comm.collectives import (
     PIECE_BYTES,
     REDUCE_SCATTER,
     BackendVerbs,
-    average_in_order,
     sent_dtype,
     sum_dtype,
 )
@@ -147,7 +146,7 @@ class MessageVerbs(GlooVerbs):
                 index = min(receives)
                 _wait_for(receives[index])
                 parts = [own[index] if rank == self.rank else arriving(index, rank) for rank in range(self.num_ranks)]
-                average_in_order(parts, sent=sent, out=outs[index], total=total[: outs[index].numel()], add=add)
+                self._average(parts, sent=sent, out=outs[index], total=total[: outs[index].numel()], add=add)
                 if index + ahead < len(own):
                     receives[index + ahead] = receive(index + ahead)
                 del receives[index]

@@ -43,7 +43,6 @@ from sharded_dadamw.comm.collectives import (
     PIECE_BYTES,
     REDUCE_SCATTER,
     BackendVerbs,
-    average_in_order,
     sent_dtype,
     sum_dtype,
 )
@@ -198,7 +197,7 @@ class SharedMemoryVerbs(GlooVerbs):
             numel = PIECE_BYTES // buffer.itemsize
             total = self._scratch_of(sum_dtype(sent, out.dtype), numel)
             for piece, *pieces in zip(*(torch.split(each, numel) for each in (out, *own_slices)), strict=True):
-                average_in_order(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
+                self._average(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
             self._leave(number, readable is not buffer)
 
         return self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))

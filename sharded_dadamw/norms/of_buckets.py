@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import and_
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.shards import Shards
-from sharded_dadamw.norms.global_norm import NormOwners, Part, global_norm
+from sharded_dadamw.norms.global_norm import NormOwners, Part, exact_norm, global_norm
 from sharded_dadamw.norms.step_report import Snapshot, StepReport, gone
 from sharded_dadamw.update.adamw import value_of
 
@@ -69,4 +70,6 @@ class HeldInBuckets:
             counted = [owners is None or id(member.param) in owners.counted for member in bucket.members]
             runs += [bucket.gradients.shard[run] for run in bucket.runs((*map(and_, slots, counted),))]
         ranks = self.shards.holders if owners is None else owners.collectives
+        if self.shards.adds_in_tree and norm_type != math.inf:
+            return exact_norm(runs, collectives=ranks, device=self.shards.device)
         return global_norm(runs, norm_type, collectives=ranks, device=self.shards.device)

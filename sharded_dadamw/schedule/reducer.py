@@ -109,7 +109,7 @@ class Reducer:
     def deliver(self, bucket: Bucket, slot: int) -> None:
         """Take a gradient that backward has just accumulated; raises as ``HookedGradients.deliver``."""
         gradients = cast(HookedGradients, bucket.gradients)  # isinstance() of an abstract class costs 1 us
-        reduces = self._reduces_in_backward and not self.is_accumulating
+        reduces = self._reduces_in_backward and not self.is_accumulating and gradients.is_last_pass(slot)
         if reduces:
             self._enter_backward()
             # Not when the last gradient of a bucket comes, but when the next one does: by then the user's own hooks
@@ -275,6 +275,11 @@ class Reducer:
         self._collectives.broadcast_(agreed)
         self._hooked = [self._hooked[index] for index in agreed.tolist()]
         self._completed, self._knows_order = [], True
+
+    @property
+    def counts_micro_batches(self) -> bool:
+        """Whether each rank has its share of a fixed number of backward passes."""
+        return self._config.micro_batches is not None
 
     @property
     def averages_alone(self) -> bool:

@@ -1,0 +1,350 @@
+"""A step has the same bits on any number of ranks: `ShardingConfig(micro_batches=K)`."""
+
+import math
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sharded_dadamw import (
+    DecoupledAdamW,
+    Exchange,
+    GradientResidency,
+    MainParameter,
+    Moments,
+    ShardedDecoupledAdamW,
+    ShardingConfig,
+)
+from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint.difference import difference
+from sharded_dadamw.comm.connect import connect
+from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
+from sharded_dadamw.norms.global_norm import exact_norm
+from tests import pool
+from tests.layouts import grid
+from tests.simulated import on_ranks
+
+SHARDED = GradientResidency.SHARDED
+ROWS = 3
+"""Of a micro-batch."""
+
+
+class Model(nn.Module):
+    """Matrices, vectors, a scalar, and a parameter that no micro-batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(16, 37)
+        self.gain = nn.Parameter(torch.tensor(1.1))
+        self.down = nn.Linear(37, 5)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)) * self.gain)
+
+
+def loss_of(model: nn.Module, step: int, number: int) -> Tensor:
+    x = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(1000 * step + number))
+    return model(x.to(next(model.parameters()).dtype)).square().mean() * 4.0 ** (number % 5)
+
+
+def trained(
+    group: Any,
+    micro_batches: int,
+    num_steps: int = 3,
+    *,
+    mesh: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attach: bool = False,
+    clip: str = "in step",
+    wide_gradients: bool = False,
+    **config: Any,
+) -> list[str]:
+    """The fingerprints after each step, and the norms to which gradients were clipped, on this rank."""
+    model: nn.Module = Model().to(dtype)
+    if wide_gradients:
+        for param in model.parameters():
+            param.grad_dtype = torch.float32
+    optimizer = ShardedDecoupledAdamW(
+        model.named_parameters(),
+        lr=1e-2,
+        process_group=grid("replicate", "shard") if mesh else group,
+        config=ShardingConfig(micro_batches=micro_batches, **config),
+        max_grad_norm=0.5 if clip == "in step" else None,
+    )
+    if attach:
+        optimizer.attach(model)
+    found = []
+    for step in range(num_steps):
+        for number in optimizer.micro_batches:
+            loss_of(model, step, number).backward()
+        norm = optimizer.clip_grad_norm_(0.5) if clip == "before it" else None
+        optimizer.step()
+        norm = optimizer.metrics()["grad_norm"] if clip == "in step" else norm
+        optimizer.zero_grad()
+        found.append(f"{optimizer.fingerprint()} {'' if norm is None else float(norm).hex()}")
+    return found
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 6, 7, 12, 16])
+def test_the_tree_is_the_same_whoever_adds_its_groups(micro_batches: int) -> None:
+    gradients = list(torch.randn(micro_batches, 64, generator=torch.Generator().manual_seed(0)).unbind())
+
+    def tree(numbers: range) -> Any:
+        """As nested pairs of numbers."""
+        waiting: dict[int, Any] = {}
+        node: Any = None
+        for index, number in enumerate(numbers):
+            node, levels = number, carries(index, len(numbers))
+            for level in levels:
+                node = (waiting.pop(level), node)
+            waiting[len(levels)] = node
+        return node
+
+    def joined(nodes: list[Any]) -> Any:
+        replaced = tree(range(len(nodes)))
+        return replace(replaced, nodes)
+
+    def replace(node: Any, nodes: list[Any]) -> Any:
+        return nodes[node] if isinstance(node, int) else tuple(replace(part, nodes) for part in node)
+
+    whole = tree(range(micro_batches))
+    expected = torch.empty(64)
+    mean_in_tree(gradients, divisor=micro_batches, out=expected)
+    for num_ranks in fitting(micro_batches):
+        share = micro_batches // num_ranks
+        shares = [range(rank * share, (rank + 1) * share) for rank in range(num_ranks)]
+        assert joined([tree(numbers) for numbers in shares]) == whole, num_ranks
+    assert {n for n in range(1, 17) if micro_batches % n == 0 and (micro_batches // n).bit_count() == 1} <= set(
+        fitting(micro_batches)
+    )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp32, sharded gradients": {"gradient_residency": SHARDED, "bucket_cap_mb": 0.0005},
+    "fp32, in step": {"overlap": False, "clip": "before it", "bucket_cap_mb": 0.001},
+    "fp32, attached": {"attach": True, "bucket_cap_mb": 0.0005, "clip": "no"},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16, remainders": {
+        "dtype": torch.bfloat16,
+        "main_parameter": MainParameter.REMAINDER,
+        "moments": Moments.BF16,
+        "wide_gradients": True,
+    },
+    "bf16, alone": {
+        "dtype": torch.bfloat16,
+        "main_parameter": MainParameter.NONE,
+        "moments": Moments.LIKE_PARAMETERS,
+        "gradient_residency": SHARDED,
+        "overlap": False,
+    },
+}
+
+
+CASES = [(4, settings) for settings in SETTINGS] + [
+    (micro_batches, settings)
+    for micro_batches in (6, 12, 16)
+    for settings in ("fp32, sharded gradients", "fp32, attached", "bf16, remainders")
+]
+
+
+@pytest.mark.parametrize(("micro_batches", "settings"), CASES)
+def test_a_step_has_the_same_bits_on_any_number_of_ranks(micro_batches: int, settings: str) -> None:
+    run = partial(trained, **SETTINGS[settings])
+    (expected,) = on_ranks(1, run, micro_batches)
+    assert len(set(expected)) == 3
+    for num_ranks in [n for n in fitting(micro_batches) if 1 < n <= 8]:
+        for found in on_ranks(num_ranks, run, micro_batches, seed=num_ranks):
+            assert found == expected, num_ranks
+    if micro_batches in (4, 16) and settings != "fp32, attached":
+        for found in on_ranks(4, partial(run, mesh=True), micro_batches):
+            assert found == expected, "2-D mesh"
+
+
+@pytest.mark.parametrize("exchange", list(Exchange)[:2])
+def test_ranks_that_are_processes_have_the_same_bits(exchange: Exchange) -> None:
+    run = partial(trained, bucket_cap_mb=0.001, exchange=exchange)
+    for micro_batches in (4, 12):
+        (expected,) = pool.on_ranks(1, run, micro_batches)
+        for num_ranks in [n for n in fitting(micro_batches) if 1 < n <= 4]:
+            for found in pool.on_ranks(num_ranks, run, micro_batches):
+                assert found == expected, num_ranks
+
+
+def by_hand(group: Any) -> list[Tensor]:
+    """Two steps of DecoupledAdamW with the mean of four gradients, added in pairs."""
+    model = Model()
+    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
+    for step in range(2):
+        gradients = []
+        for number in range(4):
+            model.zero_grad()
+            loss_of(model, step, number).backward()
+            gradients.append([param.grad for param in model.parameters()])
+        for param, (a, b, c, d) in zip(model.parameters(), zip(*gradients, strict=True), strict=True):
+            param.grad = None if a is None else ((a + b) + (c + d)) / 4
+        optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+def with_micro_batches(group: Any) -> list[Tensor]:
+    model = Model()
+    config = ShardingConfig(micro_batches=4)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    for step in range(2):
+        for number in optimizer.micro_batches:
+            loss_of(model, step, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_step_is_the_mean_over_micro_batches(num_ranks: int) -> None:
+    (expected,) = on_ranks(1, by_hand)
+    for found in on_ranks(num_ranks, with_micro_batches):
+        assert all(map(torch.equal, found, expected))
+
+
+# --- the norm --------------------------------------------------------------------------------------------------------
+
+
+def norm_of(group: Any, cuts: list[list[Tensor]]) -> float:
+    ranks = connect(group, torch.device("cpu"), exchange=None)
+    return float(exact_norm(cuts[group.rank()], collectives=ranks, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 0.0, 1e-42])
+def test_a_norm_has_the_same_bits_however_it_is_cut(scale: float) -> None:
+    whole = torch.randn(70_001, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 1, 70_001) * scale
+    expected = math.sqrt(math.fsum(float(value) ** 2 for value in whole.double()))
+    found = {
+        norm
+        for num_ranks, order in ((1, 1), (2, 7), (3, 1000))
+        for norm in on_ranks(num_ranks, norm_of, deal(whole, num_ranks, order))
+    }
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(expected, rel=2**-23, abs=1e-45)
+
+
+def deal(whole: Tensor, num_ranks: int, size: int) -> list[list[Tensor]]:
+    """Pieces of a tensor, in any order, for each of some ranks."""
+    pieces = torch.split(whole, max(size, len(whole) // 50))[::-1]
+    return [list(pieces[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize(("odd", "expected"), [(math.inf, math.inf), (math.nan, math.nan), (-math.inf, math.inf)])
+def test_a_norm_of_what_is_not_finite_is_not_either(odd: float, expected: float) -> None:
+    cuts = [[torch.ones(5)], [torch.tensor([1.0, odd])]]
+    assert str([expected] * 2) == str(on_ranks(2, norm_of, cuts))
+
+
+# --- resumed elsewhere -----------------------------------------------------------------------------------------------
+
+
+def leg(group: Any, root: Path, first: int, last: int) -> str:
+    """Steps of a run that goes on from its newest checkpoint."""
+    model = Model().bfloat16()
+    settings = {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16}
+    optimizer = ShardedDecoupledAdamW(
+        model.named_parameters(),
+        lr=1e-2,
+        process_group=group,
+        config=ShardingConfig(micro_batches=12, **settings),
+        max_grad_norm=0.5,
+    )
+    resumed = load_checkpoint(root, model=model, optimizer=optimizer)
+    assert (resumed.step if resumed else 0) == first
+    for step in range(first, last):
+        for number in optimizer.micro_batches:
+            loss_of(model, step, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_checkpoint(root, step=last, model=model, optimizer=optimizer)
+    return str(optimizer.fingerprint())
+
+
+def test_a_run_that_goes_on_with_other_numbers_of_ranks_ends_as_one_that_nothing_happened_to(tmp_path: Path) -> None:
+    (expected,) = on_ranks(1, leg, tmp_path / "undisturbed", 0, 6)
+    draw = random.Random(5)
+    step = 0
+    while step < 6:
+        num_ranks, last = draw.choice([1, 3, 6]), min(6, step + draw.randint(1, 2))
+        found = on_ranks(num_ranks, leg, tmp_path / "elsewhere", step, last)
+        step = last
+    assert set(found) == {expected}
+    assert difference(tmp_path / "undisturbed", tmp_path / "elsewhere") is None
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def refused(group: Any, what: str) -> str:
+    model = Model()
+    try:
+        if what == "DTensors":
+            fully_shard(model)
+        number = {"ranks": 4}.get(what, 2 * group.size())
+        config = ShardingConfig(micro_batches=number)
+        optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
+        passes = {"too few": 1, "too many": 3}.get(what, 2)
+        for number in range(passes):
+            loss_of(model, 0, number).backward()
+        if what == "by hand":
+            model.unused.grad = torch.ones(3)
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+ERRORS = {
+    "ranks": "micro_batches: expected 4 to be shared out among 1, 2, 4 ranks, which leaves each",
+    "DTensors": "expected a plain parameter with micro_batches, got a DTensor",
+    "too few": "expected it from 2 backward passes, this rank's share of",
+    "too many": "once more than the 2 times that are this rank's share of",
+    "by hand": "gradient of unused: expected it from 2 backward passes, this rank's share of "
+    "ShardingConfig(micro_batches=...), or from none, got it from 0 and one that was assigned",
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_what_would_change_the_bits_is_refused_on_every_rank(what: str) -> None:
+    for said in on_ranks(3, refused, what):
+        assert ERRORS[what] in said
+
+
+def refused_rows(group: Any) -> str:
+    mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replicate", "shard"))
+    with pytest.raises(
+        ValueError, match=r"expected rows of a 2-D mesh to have 1, 2, 4, 8 \.\.\. ranks, got 3"
+    ) as caught:
+        ShardedDecoupledAdamW(Model().parameters(), process_group=mesh, config=ShardingConfig(micro_batches=6))
+    return str(caught.value)
+
+
+def test_rows_of_a_mesh_whose_sums_are_no_nodes_of_the_tree_are_refused() -> None:
+    on_ranks(6, refused_rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"micro_batches": 0}, ValueError),
+        ({"micro_batches": True}, TypeError),
+        ({"micro_batches": 4, "reduce_gradients": False}, ValueError),
+        ({"micro_batches": 4, "wire_dtype": torch.bfloat16}, ValueError),
+        ({"micro_batches": 4, "exchange": Exchange.BACKEND}, ValueError),
+    ],
+)
+def test_a_config_that_would_depend_on_the_ranks_is_refused(settings: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match="micro_batches: expected"):
+        ShardingConfig(**settings)
