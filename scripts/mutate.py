@@ -118,7 +118,7 @@ MUTATIONS = {
         ("first if self.storage.is_stochastic else None", "0 if self.storage.is_stochastic else None", "precision"),
     ],
     "buckets/passes.py": [
-        ("levels = index + 1 == self.number, carries(index, self.number)", "levels = index + 1 == self.number, [0][: index > 0]", "same_run"),
+        ("carries(index, self.number)", "[0][: index > 0]", "same_run"),  # one after the other
     ],
     "buckets/build.py": [
         ("bucket.reset_main_()", "pass", "precision sharded"),

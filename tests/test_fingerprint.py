@@ -4,7 +4,6 @@ import json
 import math
 import struct
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,14 +249,12 @@ def loaded(group: Any, form: str, root: Path, change: str = "") -> str:
     model, optimizer = built(group, form)
     if change:
         folder = checkpoints(root)[-1]
-        body = json.loads((folder / "manifest.json").read_text())
-        word = int(body["fingerprint"]["tensors"]["block.up.weight"][change], 16)
-        dist.barrier(group)
         if group.rank() == 0:
             manifest = Manifest.read(folder)
-            body["fingerprint"]["tensors"]["block.up.weight"][change] = f"{word ^ 1:016x}"
+            words = manifest.fingerprint["tensors"]["block.up.weight"]
+            words[change] = f"{int(words[change], 16) ^ 1:016x}"
             (folder / "manifest.json").unlink()
-            replace(manifest, fingerprint=body["fingerprint"]).write(folder)
+            manifest.write(folder)
         dist.barrier(group)
     try:
         load_checkpoint(root, model=model, optimizer=optimizer)

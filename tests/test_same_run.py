@@ -291,7 +291,7 @@ def refused(group: Any, what: str) -> str:
     model = Model()
     try:
         if what == "DTensors":
-            fully_shard(model)
+            fully_shard(model.up)
         number = {"ranks": 4}.get(what, 2 * group.size())
         config = ShardingConfig(micro_batches=number)
         optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)

@@ -2,7 +2,8 @@
 
     root/step_00000100/             complete: it got this name after everything in it was on the disk
         .metadata  __0_0.distcp ... torch.distributed.checkpoint's files
-        manifest.json               what they are: size and checksum of each, and a checksum of itself
+        fingerprint.json            of the optimizer, if it is one of ours
+    manifest.json               what they are: size and checksum of each, and a checksum of itself
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
 Checksums are CRC-32: three times as fast as the fastest hash of Python's and sure to notice every flipped bit and
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
 FORMAT = 1
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
@@ -72,7 +74,8 @@ class Manifest:
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
         optimizer: What ``name_of`` calls the optimizer; empty where the manifest does not say.
-        fingerprint: ``Fingerprint.as_dict`` of the optimizer; empty where there is none.
+        fingerprint: ``Fingerprint.as_dict`` of the optimizer, in a file of its own, since earlier versions read
+            manifests without it; empty where there is none.
         files: By name, all files but this one.
     """
 
@@ -88,6 +91,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it to the disk, into a folder that has no manifest."""
         body: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(asdict(self), default=str))}
+        if fingerprint := body.pop("fingerprint"):
+            text = json.dumps(fingerprint, indent=1).encode()
+            (folder / FINGERPRINT).write_bytes(text)
+            body["files"][FINGERPRINT] = asdict(FileSum(len(text), zlib.crc32(text)))
+            sync(folder / FINGERPRINT)
         with (folder / MANIFEST).open("x") as file:
             json.dump({"checksum": _checksum(body), **body}, file, indent=1)
             file.flush()
@@ -118,7 +126,7 @@ class Manifest:
             raise ValueError(f"{path}: expected format {FORMAT}; load it with the version that wrote it")
         try:
             files = {name: FileSum(**known) for name, known in body.pop("files").items()}
-            manifest = cls(**body, files=files)
+            manifest = cls(**body, fingerprint=_read_fingerprint(folder) if FINGERPRINT in files else {}, files=files)
         except (TypeError, LookupError, AttributeError) as error:  # of entries that are not known here
             raise ValueError(f"{path}: {error}; load it with the version that wrote it") from error
         if step_of(Path(name)) not in (None, manifest.step):
@@ -142,6 +150,15 @@ class Manifest:
         for name, known in self.files.items():
             if wrong := known.wrong(folder / name, read=name in to_read):
                 yield wrong
+
+
+def _read_fingerprint(folder: Path) -> dict[str, Any]:
+    """Return what a file says; nothing of one that is damaged, of which ``Manifest.damage`` tells."""
+    try:
+        found = json.loads((folder / FINGERPRINT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -274,7 +291,7 @@ def hidden(path: Path) -> Path:
 
 
 def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names in a folder are on the disk, or the bytes of a file."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
