@@ -43,6 +43,9 @@ class Contender:
         hidden: for each part of a step that cannot be timed apart, where its time is.
     """
 
+    averages_micro_batches = False
+    """Whether a step is the mean over micro-batches, and not over ranks of the sums of theirs."""
+
     def __init__(self, model: Any, optimizer: Any, holder: Optimizer | None = None, gather: str = "none") -> None:
         self.model = model
         self.optimizer = optimizer
@@ -92,6 +95,8 @@ class Contender:
 
 class Sharded(Contender):
     """Ours: the bare model, since the optimizer reduces the gradients itself, and keeps count."""
+
+    averages_micro_batches = True
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See Contender."""
@@ -160,7 +165,8 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
                 {"params": matrices, "weight_decay": settings.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
-            config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
+            micro_batches = settings.num_micro_batches
+            config = ShardingConfig(main_parameter=MainParameter.REMAINDER, micro_batches=micro_batches)
             if settings.bucket_cap_mb is not None:
                 config = replace(config, bucket_cap_mb=settings.bucket_cap_mb)
             mesh = None
@@ -170,7 +176,10 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
                     fail(f"expected as many ranks on every host for --shard-within-host, got {settings.ranks} in all")
                 shape = (settings.ranks // per_host, per_host)
                 mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-            return Sharded(model, ShardedDecoupledAdamW(named, config=config, process_group=mesh, **shared))
+            try:
+                return Sharded(model, ShardedDecoupledAdamW(named, config=config, process_group=mesh, **shared))
+            except ValueError as error:  # such as of ranks that micro-batches cannot be shared out to
+                fail(error)
         case Choice.DECOUPLED:
             return Contender(ddp(), DecoupledAdamW(groups(settings.weight_decay), **shared))
         case Choice.DDP_ADAMW:

@@ -22,7 +22,7 @@ SHOWN = frozenset(("log_every", "fingerprint_every", "sample_bytes", "plot"))
 # What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
 # The text may have moved, and is compared by its digest.
 OF_THE_CLUSTER = frozenset(("shard_within_host", "checkpoint_signal", "process_group_timeout"))
-FREE = OF_THIS_START | OF_THE_CLUSTER | CHECKPOINTS | SHOWN | {"data", "micro_batches", "bucket_cap_mb"}
+FREE = OF_THIS_START | OF_THE_CLUSTER | CHECKPOINTS | SHOWN | {"data", "bucket_cap_mb"}
 
 
 def job() -> str | None:

@@ -115,7 +115,14 @@ class Settings:
     ] = 1e-4
     warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up, before a cosine to a tenth.")] = 40
     global_batch: Annotated[int, typer.Option(min=1, help="Sequences per step, over all ranks.")] = 16
-    micro_batches: Annotated[int, typer.Option(min=1, help="Backward passes a rank's share is accumulated over.")] = 1
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Parts of a global batch, a backward pass each, that ranks share out. The sharded optimizer's weights "
+            "depend on these and not on the ranks. [default: 4, or the ranks if 4 cannot be shared out]",
+        ),
+    ] = None
     clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 1.0
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep the largest second moment.")] = False
     precision: Annotated[
@@ -163,11 +170,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise ValueError, in words for whoever typed it, for options that do not fit each other or the machine."""
-        divisor = self.ranks * self.micro_batches
-        if self.global_batch < divisor:
+        if self.num_micro_batches % self.ranks:
             raise ValueError(
-                f"expected --global-batch to be at least ranks x micro-batches = {self.ranks} x {self.micro_batches} = "
-                f"{divisor}, got {self.global_batch}; use fewer of either"
+                f"expected --micro-batches to be a multiple of the {self.ranks} ranks, got {self.num_micro_batches}"
+            )
+        if self.global_batch < self.num_micro_batches:
+            raise ValueError(
+                f"expected --global-batch to be at least the {self.num_micro_batches} micro-batches, got "
+                f"{self.global_batch}; use fewer of these, or fewer ranks"
             )
         if self.lr <= 0:
             raise ValueError(f"expected --lr to be above 0, got {self.lr}")
@@ -216,6 +226,11 @@ class Settings:
     def model(self) -> GPTConfig:
         """The preset's shape."""
         return PRESETS[self.preset]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many micro-batches a step has over all ranks."""
+        return self.micro_batches or (self.ranks if 4 % self.ranks or self.global_batch < 4 else 4)
 
     @property
     def can_resume(self) -> bool:

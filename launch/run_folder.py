@@ -80,6 +80,7 @@ class RunFolder:
             options = {name: plain(value) for name, value in asdict(settings).items()}
             # Whoever resumes may stand elsewhere.
             options["data"] = plain(settings.data and settings.data.resolve())
+            options["micro_batches"] = settings.num_micro_batches  # or it would depend on how many ranks there are then
             config = {"settings": options, "model": asdict(settings.model), "num_parameters": num_parameters}
             config |= {"text": text, **start, "resumed": []}
         self.write_json(CONFIG, config)

@@ -91,8 +91,7 @@ class Training:
         self.rank = dist.get_rank()
         self.model = GPT(settings.model, settings.seed).to(device, getattr(torch, settings.precision))
         self.contender = contender_for(settings, self.model, device)
-        mine = share(range(settings.global_batch), self.rank, settings.ranks)
-        self.passes = [share(mine, number, settings.micro_batches) for number in range(settings.micro_batches)]
+        self.mine = share(range(settings.num_micro_batches), self.rank, settings.ranks)
         num_parameters = sum(p.numel() for p in self.model.parameters())
         self.folder = RunFolder.open(settings, corpus, num_parameters, device)
         self.report = Report(settings, self.folder if self.rank == 0 else None)
@@ -216,17 +215,19 @@ class Training:
         for group in contender.optimizer.param_groups:
             group["lr"] = lr
         started = self.now()
-        loss = torch.zeros((), device=self.device)
-        for number, rows in enumerate(self.passes, start=1):
+        losses = torch.zeros(settings.num_micro_batches, device=self.device)
+        num_terms = settings.num_micro_batches if contender.averages_micro_batches else settings.ranks
+        for number in self.mine:
+            rows = share(range(settings.global_batch), number, settings.num_micro_batches)
             tokens, targets = self.corpus.batch(
                 settings.seed, step, rows, settings.global_batch, settings.model.context, self.device
             )
-            last = number == len(self.passes)
+            last = number == self.mine[-1]
             with contextlib.nullcontext() if last else contender.no_sync(), self.autocast():
-                # The mean over ranks of the ranks' sums is the mean over rows, however many rows a pass has.
-                part = contender.model(tokens, targets) * (len(rows) * settings.ranks / settings.global_batch)
+                # The mean over as many terms is then the mean over rows, however many rows a pass has.
+                part = contender.model(tokens, targets) * (len(rows) * num_terms / settings.global_batch)
                 part.backward()
-            loss += part.detach()
+            losses[number] = part.detach()
         after_backward = self.now()
         norm = contender.clip_grad_norm_(settings.clip) if settings.clip else None
         contender.optimizer.step()
@@ -236,7 +237,7 @@ class Training:
         every = settings.fingerprint_every
         return StepRecord(
             step=step,
-            loss=self.mean_loss(loss),
+            loss=self.sum_of(losses) / num_terms,
             lr=lr,
             grad_norm=None if norm is None else float(norm),
             tokens=settings.global_batch * settings.model.context,
@@ -256,27 +257,30 @@ class Training:
         """bfloat16 on a GPU; plain fp32 on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def mean_loss(self, loss: Tensor) -> float:
-        """The mean over ranks of a 0-d tensor; a collective, in which they also hear whether one of them is to stop."""
-        sums = torch.stack((loss, torch.full_like(loss, stop_signals.was_sent)))
-        dist.all_reduce(sums)
-        total, num_sent = sums.tolist()
+    def sum_of(self, terms: Tensor) -> float:
+        """The sum of terms [n], of which each rank has some and 0 for others, the same bits whoever has which.
+
+        A collective, in which ranks also hear whether one of them is to stop.
+        """
+        found = torch.cat((terms, torch.full_like(terms[:1], stop_signals.was_sent)))
+        dist.all_reduce(found)
+        *terms_of_all, num_sent = found.tolist()
         self.is_to_stop = num_sent > 0
-        return float(total) / self.settings.ranks
+        return math.fsum(terms_of_all)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss over windows of the held-out text, which the ranks share out; a collective."""
-        mine = share(range(NUM_HELD_OUT_ROWS), self.rank, self.settings.ranks)
-        total = torch.zeros((), device=self.device)
-        if mine:
-            tokens, targets = self.corpus.held_out_batch(
-                mine, NUM_HELD_OUT_ROWS, self.settings.model.context, self.device
-            )
-            with self.autocast():
-                total += self.model(tokens, targets) * len(mine)
-        dist.all_reduce(total)
-        return float(total) / NUM_HELD_OUT_ROWS
+        number_of_all = self.settings.num_micro_batches
+        losses = torch.zeros(number_of_all, device=self.device)
+        for number in self.mine:
+            if rows := share(range(NUM_HELD_OUT_ROWS), number, number_of_all):
+                tokens, targets = self.corpus.held_out_batch(
+                    rows, NUM_HELD_OUT_ROWS, self.settings.model.context, self.device
+                )
+                with self.autocast():
+                    losses[number] = self.model(tokens, targets) * len(rows)
+        return self.sum_of(losses) / NUM_HELD_OUT_ROWS
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     by one number that all ranks share, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this
     rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and means of several backwards add up.
 
+    ``micro_batches`` is the range of numbers, among all ranks' backwards of a step, of those that this rank computes.
+
     Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """
 
@@ -107,9 +109,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             self.amsgrad = amsgrad
             self._norms.connect(norm_group, self._device)
         self._shards = Shards(given, self.param_groups, process_group, self.config, refusal)
+        self.micro_batches = self._shards.micro_batches
         self._joining = Joining(self._shards)
         self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
+        self._fingerprints.settle = self._gatherer.finish
         self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
         self._take_in()
@@ -207,18 +211,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         return agreed
 
     @property
-    def micro_batches(self) -> range:
-        """The numbers, among all ranks' micro-batches of a step, of those that this rank computes, in this order.
-
-        With ``ShardingConfig(micro_batches=K)`` on N ranks these are ``r * K // N`` to ``(r + 1) * K // N - 1`` of rank
-        r, which counts row by row on a 2-D mesh. Without it each rank has one.
-        """
-        ranks = self._shards.collectives
-        number, num_ranks = ranks.number, ranks.everyone.num_ranks
-        share = (self.config.micro_batches or num_ranks) // num_ranks
-        return range(number * share, (number + 1) * share)
-
-    @property
     def last_step(self) -> StepCost:
         """What the most recent step cost this rank."""
         return self._clock.last
@@ -299,10 +291,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         owners = self._norm_owners()
         self._average()
         return self._held().gradient_norm(agreed.present, norm_type, owners)
-
-    def _fingerprint(self, *arguments: Any) -> Any:
-        self._gatherer.finish()
-        return super()._fingerprint(*arguments)
 
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)

@@ -20,7 +20,6 @@ from sharded_dadamw.buckets.build import Bucketing
 from sharded_dadamw.comm.agreement import Refusal
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.comm.tree import check_ranks
 from sharded_dadamw.config import Exchange, ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
@@ -62,12 +61,6 @@ class Shards:
         self.device = next((param.device for param in params if not param.is_meta), torch.device("cpu"))
         self.collectives = connect(process_group, self.device, exchange=None)
         self.holders = connect_holders(placements, self.collectives, self.device)
-        if config.micro_batches is not None:
-            with refusal:
-                of_row = (
-                    process_group.size(1) if isinstance(process_group, DeviceMesh) and process_group.ndim == 2 else 1
-                )
-                check_ranks(config.micro_batches, self.collectives.num_ranks, of_row)
         agree_on_groups(groups, 0, config, self.collectives, self.holders, refusal)
         # This connects all ranks, so they had to agree on the group and on the configuration before.
         exchange = config.exchange
@@ -82,6 +75,13 @@ class Shards:
         self.slots: dict[int, tuple[Bucket, int]] = {}
         self.frozen: list[NamedParameter] = []
         self._shard(named_parameters(groups), groups)
+
+    @property
+    def micro_batches(self) -> range:
+        """The numbers of this rank's micro-batches of a step, among those of all ranks: one, if none are asked for."""
+        num_ranks = self.collectives.everyone.num_ranks
+        share = (self._config.micro_batches or num_ranks) // num_ranks
+        return range(self.collectives.number * share, (self.collectives.number + 1) * share)
 
     def add(self, groups: list[dict[str, Any]], extend: Callable[[], None]) -> None:
         """Shard what ``extend`` appends to the groups. Collective; raises as the constructor, and then deletes it."""

@@ -27,7 +27,7 @@ from torch.profiler import record_function
 
 from sharded_dadamw.comm.calls import Meetings, RankError, here, last_met, left
 from sharded_dadamw.comm.pending import DONE, Pending
-from sharded_dadamw.comm.tree import mean_in_tree
+from sharded_dadamw.comm.tree import check_ranks, mean_in_tree
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -100,7 +100,12 @@ class Collectives:
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def add_in_tree(self, divisor: int) -> None:
-        """From now on have ``reduce_scatter_mean`` add in the order of ``comm.tree``, and divide by this number."""
+        """From now on have ``reduce_scatter_mean`` add in the order of ``comm.tree``, and divide by this number.
+
+        Raises:
+            ValueError: As many micro-batches cannot be shared out among these ranks.
+        """
+        check_ranks(divisor, self.everyone.num_ranks, self.num_ranks)
         self._divisor = divisor
 
     @property

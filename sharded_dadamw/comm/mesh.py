@@ -40,8 +40,7 @@ class MeshVerbs(BackendVerbs):
 
     def add_in_tree(self, divisor: int) -> None:
         super().add_in_tree(divisor)
-        self._row.add_in_tree(1)
-        self._column.add_in_tree(divisor)
+        self._row._divisor, self._column._divisor = 1, divisor
 
     @property
     def number(self) -> int:

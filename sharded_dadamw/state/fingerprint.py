@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,9 +93,14 @@ class Part(NamedTuple):
 
 
 class Fingerprints:
-    """Makes the fingerprints of one optimizer; keeps who counts what, for as long as parts stay what they are."""
+    """Makes the fingerprints of one optimizer; keeps who counts what, for as long as parts stay what they are.
+
+    Attributes:
+        settle: What to call before parameters are read.
+    """
 
     def __init__(self) -> None:
+        self.settle: Callable[[], object] = lambda: None
         self._known: tuple[Collectives, list[tuple[str, str, str]]] | None = None
         self._rows: dict[tuple[str, str], int] = {}
         self._holders: dict[tuple[str, str, str], list[int]] = {}
@@ -113,6 +118,7 @@ class Fingerprints:
         """
         if not isinstance(ranks, Collectives):
             ranks = connect(ranks, device, exchange=None)
+        self.settle()
         parts = list(parts)
         self._meet(ranks, [(part.name, part.key, part.part) for part in parts])
         sums = _sums_of(parts, device)
