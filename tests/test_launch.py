@@ -27,7 +27,8 @@ from launch.model import GPT
 from launch.options import PRESETS, Choice, Precision, Preset, Settings, read_settings
 from launch.train import Training
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint
-from tests import forked_train
+from sharded_dadamw.checkpoint.difference import difference
+from tests import forked_train, simulated
 from tests.pool import on_ranks
 
 pytestmark = pytest.mark.clients
@@ -169,8 +170,8 @@ def test_every_other_optimizer_draws_the_same_curve(optimizer: str, two_ranks: R
     ("options", "message"),
     [
         (
-            ["--ranks", "2", "--micro-batches", "3", "--global-batch", "5"],
-            "at least ranks x micro-batches = 2 x 3 = 6, got 5; use fewer of either",
+            ["--ranks", "2", "--micro-batches", "6", "--global-batch", "5"],
+            "at least the 6 micro-batches, got 5; use fewer of these, or fewer ranks",
         ),
         (["--data", "/no/such/place"], "expected --data to be a file or a folder, got /no/such/place"),
         (["--lr", "0"], "expected --lr to be above 0, got 0.0"),
@@ -216,9 +217,9 @@ def settings_for(*options: str) -> Settings:
 
 def test_a_run_is_resumed_with_the_options_it_began_with(two_ranks: Run) -> None:
     folder = str(two_ranks.folder)
-    settings = settings_for(folder, "--resume", "--log-every", "7", "--micro-batches", "4", "--ranks", "3")
-    began = settings_for(folder + "-other", *OPTIONS)
-    changed = {"run_dir": two_ranks.folder, "resume": True, "log_every": 7, "micro_batches": 4, "ranks": 3}
+    settings = settings_for(folder, "--resume", "--log-every", "7", "--ranks", "4")
+    began = replace(settings_for(folder + "-other", *OPTIONS), micro_batches=4)
+    changed = {"run_dir": two_ranks.folder, "resume": True, "log_every": 7, "ranks": 4}
     assert settings == replace(began, **changed)
     assert settings_for(folder, "--resume", *OPTIONS) == replace(began, run_dir=two_ranks.folder, resume=True)
 
@@ -317,6 +318,49 @@ def trained_in_two_parts(_: Any, whole: Settings) -> tuple[list[Any], list[Any],
     return curves[0], curves[1], said.getvalue()
 
 
+def part_of_a_run(_: Any, settings: Settings, stop: int | None) -> list[tuple[float, float]]:
+    """Train up to a step; returns the curve so far."""
+    training = Training(settings, Corpus.read(TEXT, settings.model.context), torch.device("cpu"))
+    train_step = training.train_step
+
+    def step_or_stop(step: int) -> Any:
+        if step == stop:
+            raise Stopped
+        return train_step(step)
+
+    training.train_step = step_or_stop  # type: ignore[method-assign]
+    with contextlib.suppress(Stopped):
+        training.run()
+    assert settings.run_dir is not None
+    lines = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_run_that_goes_on_with_fewer_ranks_has_the_weights_of_one_that_nothing_happened_to(tmp_path: Path) -> None:
+    whole = Settings(
+        preset=Preset.TINY,
+        steps=7,
+        warmup=2,
+        lr=5e-3,
+        data=TEXT,
+        global_batch=6,  # which micro-batches do not divide
+        sample_bytes=0,
+        plot=False,
+        background=False,
+        fingerprint_every=2,
+        run_dir=tmp_path / "whole",
+        checkpoint_every=2,
+    )
+    (expected,) = simulated.on_ranks(1, part_of_a_run, whole, None)
+    parts = replace(whole, run_dir=tmp_path / "parts", micro_batches=whole.num_micro_batches)
+    for num_ranks, stop in ((4, 3), (2, 5), (1, None)):
+        found = simulated.on_ranks(num_ranks, part_of_a_run, replace(parts, ranks=num_ranks), stop)
+        parts = replace(parts, resume=True)
+    assert found[0] == expected
+    for name in ("checkpoints", "metrics.jsonl"):
+        assert difference(tmp_path / "whole" / name, tmp_path / "parts" / name) is None
+
+
 OF_HOSTS = {"precision": Precision.BF16, "shard_within_host": True}
 
 
@@ -333,8 +377,8 @@ def test_a_run_in_parts_is_the_same_run(optimizer: Choice, options: dict[str, An
         warmup=4,
         lr=5e-3,
         data=TEXT,
-        micro_batches=2,
-        global_batch=18,  # which neither ranks nor passes divide
+        micro_batches=8,
+        global_batch=18,  # which neither ranks nor micro-batches divide
         amsgrad=True,
         log_every=2,
         sample_bytes=0,
