@@ -5,6 +5,7 @@ import random
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ from sharded_dadamw import (
     Moments,
     ShardedDecoupledAdamW,
     ShardingConfig,
+    StateResidency,
 )
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.difference import difference
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
+from sharded_dadamw.kernels import exact_squares
 from sharded_dadamw.norms.global_norm import exact_norm
 from tests import pool
 from tests.layouts import grid
@@ -130,7 +134,12 @@ def test_the_tree_is_the_same_whoever_adds_its_groups(micro_batches: int) -> Non
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp32, sharded gradients": {"gradient_residency": SHARDED, "bucket_cap_mb": 0.0005},
-    "fp32, in step": {"overlap": False, "clip": "before it", "bucket_cap_mb": 0.001},
+    "fp32, in step": {
+        "overlap": False,
+        "state_residency": StateResidency.HOST,
+        "clip": "before it",
+        "bucket_cap_mb": 0.001,
+    },
     "fp32, attached": {"attach": True, "bucket_cap_mb": 0.0005, "clip": "no"},
     "bf16": {"dtype": torch.bfloat16},
     "bf16, remainders": {
@@ -233,6 +242,12 @@ def test_a_norm_has_the_same_bits_however_it_is_cut(scale: float) -> None:
     }
     assert len(found) == 1
     assert found.pop() == pytest.approx(expected, rel=2**-23, abs=1e-45)
+    with mock.patch.object(exact_squares, "compiled_kernel", lambda _: None):
+        assert norm_of_whole(whole) == norm_of_whole(whole[:0], whole) == pytest.approx(expected, rel=2**-23, abs=1e-45)
+
+
+def norm_of_whole(*runs: Tensor) -> float:
+    return float(exact_norm(runs, collectives=Collectives(), device=torch.device("cpu")))
 
 
 def deal(whole: Tensor, num_ranks: int, size: int) -> list[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 import typer
 
+from scripts.bench.accumulation import Accumulation
 from scripts.bench.checkpoint import Checkpoint
 from scripts.bench.fingerprint import Fingerprint
 from scripts.bench.gpu import Gpu
@@ -18,7 +19,7 @@ from scripts.bench.plots import Plots
 from scripts.bench.step import Step
 
 OF_TRAINING = (Step, Memory, Overlap, Links, Host, Metrics, Checkpoint, Planning)
-BENCHMARKS = (*OF_TRAINING, Kernel, Parameters, Fingerprint, Gpu, Plots)
+BENCHMARKS = (*OF_TRAINING, Kernel, Parameters, Fingerprint, Accumulation, Gpu, Plots)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for benchmark in BENCHMARKS:

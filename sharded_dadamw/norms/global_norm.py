@@ -20,15 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.kernels.exact_squares import UNIT, exact_squares
 from sharded_dadamw.layout.placement import shape_of
 
 _CPU_CHUNK = 1 << 15
 """Elements widened to fp64 at a time on CPU, so that the copy stays in cache. A running fp32 sum would drift."""
-_CHUNK_ELSEWHERE = 1 << 22
-
-_DIGITS = 26
-_UNIT = 2.0**_DIGITS
-"""Of 2**36 numbers of so many binary digits, the sum fits into 62."""
 
 
 class Part(NamedTuple):
@@ -115,8 +111,8 @@ def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collec
 def exact_norm(runs: Sequence[Tensor], *, collectives: Collectives, device: torch.device) -> Tensor:
     """As ``global_norm`` of order 2, with bits that do not depend on who holds what, nor on any order of addition.
 
-    Squares are cut to 2 * _DIGITS binary digits below that of the largest element of all, which every rank knows, and
-    added up as integers. Up to 2**36 elements. It takes two all-reduces.
+    Squares are cut to 52 binary digits below that of the largest element of all, which every rank knows, and added up
+    as integers. Up to 2**36 elements. It takes two all-reduces.
 
     Source: Demmel and Nguyen, "Fast reproducible floating-point summation" (2013), with integers for the bins.
     """
@@ -129,14 +125,10 @@ def exact_norm(runs: Sequence[Tensor], *, collectives: Collectives, device: torc
     collectives.all_reduce_(largest, dist.ReduceOp.MAX)
     exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent.to(torch.int64).clamp(-1021, 1021)
     scale = ((1023 - exponent) << 52).view(torch.float64)  # 2**-exponent: with it, all are below 1
-    size = _CPU_CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE
-    for chunk in (chunk for run in filled for chunk in torch.split(run, size)):
-        square = (chunk.to(torch.float64) * scale).square_().mul_(_UNIT)
-        upper = square.floor()
-        words[0] += upper.to(torch.int64).sum()
-        words[1] += square.sub_(upper).mul_(_UNIT).round_().to(torch.int64).sum()
+    for run in filled:
+        words[:2] += exact_squares(run, scale)
     collectives.all_reduce_(words, dist.ReduceOp.SUM)
-    total = (words[0].to(torch.float64) + words[1].to(torch.float64) / _UNIT) / _UNIT
+    total = (words[0].to(torch.float64) + words[1].to(torch.float64) / UNIT) / UNIT
     norm = (total.sqrt() / scale).to(torch.float32)
     return torch.where(largest.isfinite(), norm, torch.where(words[2] > 0, math.nan, math.inf))
 

@@ -147,12 +147,14 @@ def plan(
 
     Raises:
         ValueError: There is no such model or GPU; hosts do not divide the ranks, or the mesh not; or a setting is not
-            for a dtype.
+            for a dtype, or not planned.
     """
     if isinstance(gpu, str) and gpu not in GPUS:
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu}")
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"mfu: expected a number above 0 and up to 1, got {mfu}")
+    if config is not None and config.micro_batches is not None:
+        raise ValueError("config: expected one without micro_batches, whose buffers are not planned yet")
     name, device = (gpu, GPUS[gpu]) if isinstance(gpu, str) else ("as given", gpu)
     config = config or ShardingConfig()
     row, column = axes_of(ranks, per_host, mesh)
