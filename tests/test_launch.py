@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.cluster import name_of_start
+from launch.cluster import join, name_of_start
 from launch.data import Corpus, share
 from launch.model import GPT
 from launch.options import PRESETS, Choice, Precision, Preset, Settings, read_settings
@@ -459,6 +459,15 @@ def test_ranks_agree_on_a_name_of_their_start_whatever_earlier_ones_left_in_the_
     assert [len(each) for each in names] == [1, 1] and names[0] != names[1]
     with pytest.raises(TimeoutError, match="expected 2 ranks to start, got 1"):
         name_of_start(store, 0, 2, timedelta(seconds=0.1))
+
+
+def test_an_exchange_fails_after_as_many_seconds_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with mock.patch.object(dist, "init_process_group") as init:
+        join(7.0)
+        join(None)
+    assert [call.kwargs["timeout"] for call in init.call_args_list] == [timedelta(seconds=7), None]
 
 
 def test_too_little_text_is_refused_in_words(tmp_path: Path) -> None:
