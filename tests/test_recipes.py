@@ -71,19 +71,26 @@ class Cluster:
     def __init__(self, made: list[Host], folder: Path, **names: str) -> None:
         self.hosts, self.folder, self.run = made, folder, folder / "run"
         self.names = with_commands(RANKS="1", HEAD=made[0].address, RUN_DIR=str(self.run), **names)
+        self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, index: int, **names: str) -> subprocess.Popen[bytes]:
+    def start(self, index: int, **names: str) -> None:
         command = self.hosts[index].command(["bash", str(RECIPES / "torchrun.sh"), *OPTIONS])
         with (self.folder / f"host {index}.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=CHECKOUT, env=self.names | names, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=CHECKOUT, env=self.names | names, stdout=log, stderr=log)
+        self.processes.append(process)
 
-    def wait(self, processes: list[subprocess.Popen[bytes]]) -> None:
-        try:
-            codes = [process.wait(PATIENCE_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    def kill(self) -> None:
+        """End all processes of the host that was started last."""
+        process = self.processes.pop()
+        process.kill()
+        process.wait()
+
+    def end(self) -> None:
+        while self.processes:
+            self.kill()
+
+    def wait(self) -> None:
+        codes = [process.wait(PATIENCE_S) for process in self.processes]
         assert codes == [0] * len(codes), self.logs
 
     @property
@@ -103,9 +110,11 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
         def made(number: int, **names: str) -> Cluster:
             try:
-                return Cluster(stack.enter_context(hosts(number)), tmp_path, **names)
+                started = Cluster(stack.enter_context(hosts(number)), tmp_path, **names)
             except OSError as error:
                 pytest.skip(f"no namespaces to be hosts: {error}")
+            stack.callback(started.end)
+            return started
 
         yield made
 
@@ -114,12 +123,12 @@ def test_two_hosts_draw_the_curve_of_one_though_one_is_killed_and_comes_back(
     cluster: Callable[..., Cluster], undisturbed: list[tuple[Any, ...]]
 ) -> None:
     two = cluster(2, NODES="2")
-    processes = [two.start(rank, NODE_RANK=str(rank)) for rank in range(2)]
-    wait_for_lines(two.run, processes)
-    processes[1].kill()  # and with it all of that host's processes
-    processes[1].wait()
-    processes[1] = two.start(1, NODE_RANK="1")
-    two.wait(processes)
+    for rank in range(2):
+        two.start(rank, NODE_RANK=str(rank))
+    wait_for_lines(two.run, two.processes)
+    two.kill()
+    two.start(1, NODE_RANK="1")
+    two.wait()
     assert two.world_sizes == [2, 2]
     assert "resumed from" in two.logs
     assert curve(two.run) == undisturbed
@@ -128,12 +137,12 @@ def test_two_hosts_draw_the_curve_of_one_though_one_is_killed_and_comes_back(
 def test_three_hosts_go_on_as_two_when_one_is_killed(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # on a busy machine, not less
     three = cluster(3, NODES="2:3", PET_RDZV_CONF=quick)
-    processes = [three.start(index) for index in range(3)]
-    wait_for_lines(three.run, processes)
-    killed = processes.pop()
-    killed.kill()
+    for index in range(3):
+        three.start(index)
+    wait_for_lines(three.run, three.processes)
+    three.kill()
     shutil.copytree(three.run, tmp_path / "as it was")
-    three.wait(processes)
+    three.wait()
     assert three.world_sizes == [3, 2]
     ended = forked_train.train(tmp_path / "as it was", "--resume", ranks=2)
     assert ended.codes == [0, 0] and "resumed from" in ended.output, ended.output
@@ -178,16 +187,16 @@ def test_the_batch_script_saves_and_requeues_when_its_time_is_nearly_over_and_th
     run, log = tmp_path / "runs" / job, tmp_path / "slurm.out"
     for is_signalled in (True, False):
         with log.open("ab") as file:
-            batch = subprocess.Popen(
-                ["bash", str(RECIPES / "slurm.sbatch"), *OPTIONS], cwd=tmp_path, env=names, stdout=file, stderr=file
-            )
+            command = ["bash", str(RECIPES / "slurm.sbatch"), *OPTIONS]
+            batch = subprocess.Popen(command, cwd=tmp_path, env=names, stdout=file, stderr=file, start_new_session=True)
         try:
             if is_signalled:
                 wait_for_lines(run, [batch])
                 batch.send_signal(signal.SIGUSR1)
             code = batch.wait(PATIENCE_S)
         finally:
-            batch.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(batch.pid, signal.SIGKILL)
         said = log.read_text()
         assert (code != 0) == is_signalled and (tmp_path / "requeued").exists() == is_signalled, said
         if is_signalled:
