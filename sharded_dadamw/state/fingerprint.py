@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self.settle: Callable[[], object] = lambda: None
+        self._asked: Callable[[], object] = lambda: None  # a group, weakly, as BackendVerbs does
+        self._connected = Collectives()
         self._known: tuple[Collectives, list[tuple[str, str, str]]] | None = None
         self._rows: dict[tuple[str, str], int] = {}
         self._holders: dict[tuple[str, str, str], list[int]] = {}
@@ -117,7 +120,9 @@ class Fingerprints:
             RuntimeError: Ranks that should have the same values have others; names rank, parameter and tensor.
         """
         if not isinstance(ranks, Collectives):
-            ranks = connect(ranks, device, exchange=None)
+            if self._asked() is not ranks:
+                self._asked, self._connected = weakref.ref(ranks), connect(ranks, device, exchange=None)
+            ranks = self._connected
         self.settle()
         parts = list(parts)
         self._meet(ranks, [(part.name, part.key, part.part) for part in parts])
