@@ -59,15 +59,18 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(protocol: int, tmp_pa
 @pytest.mark.parametrize(
     "program, why",
     [
-        (b"\x80\x02cos\nsystem\nU\x01x\x85R.", "no data"),  # REDUCE
+        (b"\x80\x02cos\nsystem\nU\x01x\x85R.", ", which is no data"),  # REDUCE
         (b"(Vx\nios\nsystem\n.", "no data"),  # INST
         (b"(cos\nsystem\nVx\no.", "no data"),  # OBJ
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "no data"),  # STACK_GLOBAL, not even called
         (b"\x80\x04\x8c\x05torch\x8c\x0ehub.os.system1\x93\x8c\x01x\x85R.", None),  # a dotted name is not followed
-        (b"\x80\x02\x82\x01.", "no data"),  # an extension code
+        (b"\x80\x02\x82\x01.", "it names extension 1, which is no data"),  # an extension code
         (b"\x80\x02ctorch\nfloat32\n)R.", "not callable"),  # data is not called
-        (b"\x80\x02ccollections\nOrderedDict\n}U\x01xK\x01sb.", "sets up"),  # a class is not set up, so not patched
-        (b"\x80\x02U\x07storageQ.", "outside"),  # a reference
+        (
+            b"\x80\x02ccollections\nOrderedDict\n}U\x01xK\x01sb.",
+            "it sets up an object of",
+        ),  # a class is not set up, so not patched
+        (b"\x80\x02U\x07storageQ.", "it refers to something outside of itself"),  # a reference
         (
             b"\x80\x02c__builtin__\nlist\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.",
             None,

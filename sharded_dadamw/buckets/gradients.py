@@ -321,7 +321,10 @@ def warn_of_forgotten_clip() -> None:
 def check_gradient(member: NamedParameter, grad: Tensor, dtype: torch.dtype) -> None:
     """Refuse a gradient that is sparse, or not in ``dtype``."""
     if grad.layout != torch.strided:
-        raise ValueError(f"gradient of {member.name}: expected a dense tensor, got layout {grad.layout}")
+        raise ValueError(
+            f"gradient of {member.name}: expected a dense tensor, got layout {grad.layout}; build embeddings with "
+            "sparse=False"
+        )
     if grad.dtype != dtype:
         raise ValueError(
             f"gradient of {member.name}: expected {dtype}, got {grad.dtype}; if the model was cast, as by "

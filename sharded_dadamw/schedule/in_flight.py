@@ -27,7 +27,7 @@ _METADATA = frozenset(("grad", "requires_grad", "shape", "dtype", "device", "is_
 
 _in_flight: dict[int, AllGather] = {}
 """By the ``id`` of each parameter. A gather keeps its parameters alive, so ids are not used again meanwhile."""
-_LOST = "parameters were lost on their way from other ranks"
+_LOST = "parameters were lost on their way from other ranks; start again from a checkpoint"
 _lock = threading.RLock()  # backward runs hooks on threads of its own
 
 

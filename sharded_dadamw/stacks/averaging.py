@@ -27,4 +27,7 @@ def no_sync(optimizers: Iterable[ShardedDecoupledAdamW]) -> AbstractContextManag
 
 def refuse_clip_by_value(*_: Any, **__: Any) -> NoReturn:
     """Stand in for a stack's clip by value."""
-    raise ValueError("gradients are averaged by the optimizer, and are clipped by their norm alone")
+    raise ValueError(
+        "gradients are averaged by the optimizer, and are clipped by their norm alone: clip by that, or give the "
+        "optimizer max_grad_norm"
+    )
