@@ -308,7 +308,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
         """
         state_dict = super().state_dict()
-        state_dict["state"].update(self._consolidated or fragments_of(self._shards.buckets, self._shards.collectives))
+        state_dict["state"].update(fragments_of(self._shards.buckets, self._shards.collectives) | self._consolidated)
         self._consolidated.clear()
         return state_dict
 

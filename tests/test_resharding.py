@@ -400,6 +400,13 @@ def test_one_rank_gets_the_whole_state_on_request_and_once(group: Any) -> None:
     assert hasattr(again, "span") and hasattr(stepped, "span")  # what was consolidated is gone
 
 
+def test_a_group_added_after_consolidating_is_in_the_state_dict() -> None:
+    optimizer = ShardedDecoupledAdamW([nn.Parameter(torch.ones(3))])
+    optimizer.consolidate_state_dict()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(()))]})
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @ranks(2)
 def test_consolidating_needs_memory_for_one_bucket_at_a_time(group: Any) -> None:
     run = ours(group, 0)
