@@ -48,6 +48,7 @@ from sharded_dadamw import (
     StateResidency,
 )
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
+from sharded_dadamw.update.precision import weight_of
 from tests.models import BF16, F32, draw_gradient, mean_in_rank_order, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -437,7 +438,7 @@ class _Oracle(_Both):
         return BF16 if name in self.setup.narrow else F32
 
     def weight(self, name: str) -> Tensor:
-        return self.params[name].detach().to(self.dtype(name))
+        return weight_of(self.params[name].detach(), self.dtype(name))  # ties are not torch's
 
     def add(self, name: str, rank: int, key: int, value: Tensor | None = None) -> None:
         gradient = self.gradient(name, key, rank)
