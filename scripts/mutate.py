@@ -57,6 +57,9 @@ MUTATIONS = {
     "kernels/fingerprint.py": [
         ("mul_(rows.stride - rows.length)", "mul_(rows.stride)", "fingerprint"),
     ],
+    "kernels/numba_squares.py": [
+        ("lower_sum += int64(np.rint((square - upper) * UNIT))", "lower_sum += 0", "same_run"),
+    ],
     "kernels/numba_fingerprint.py": [
         ("+ within + 1 - at)", "+ within + 1)", "fingerprint"),
     ],

@@ -29,6 +29,7 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
 from sharded_dadamw.kernels import exact_squares
+from sharded_dadamw.norms import of_buckets
 from sharded_dadamw.norms.global_norm import exact_norm
 from tests import pool
 from tests.layouts import grid
@@ -122,6 +123,7 @@ def test_the_tree_is_the_same_whoever_adds_its_groups(micro_batches: int) -> Non
     whole = tree(range(micro_batches))
     expected = torch.empty(64)
     mean_in_tree(gradients, divisor=micro_batches, out=expected)
+    assert torch.allclose(expected, torch.stack(gradients).mean(0), atol=1e-6)
     for num_ranks in fitting(micro_batches):
         share = micro_batches // num_ranks
         shares = [range(rank * share, (rank + 1) * share) for rank in range(num_ranks)]
@@ -244,6 +246,11 @@ def test_a_norm_has_the_same_bits_however_it_is_cut(scale: float) -> None:
     assert found.pop() == pytest.approx(expected, rel=2**-23, abs=1e-45)
     with mock.patch.object(exact_squares, "compiled_kernel", lambda _: None):
         assert norm_of_whole(whole) == norm_of_whole(whole[:0], whole) == pytest.approx(expected, rel=2**-23, abs=1e-45)
+
+
+def test_the_norm_that_clips_a_step_is_the_exact_one() -> None:
+    with mock.patch.object(of_buckets, "global_norm", None):  # whose last bit an order of addition seldom changes
+        assert trained(None, 2, 1) and trained(None, 2, 1, clip="before it")
 
 
 def norm_of_whole(*runs: Tensor) -> float:
