@@ -20,7 +20,7 @@ from torch import nn
 
 import sharded_dadamw
 from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.comm import shared_memory
+from sharded_dadamw.comm import collectives
 from tests.models import reduce_for_control
 from tests.pool import on_ranks
 
@@ -115,7 +115,7 @@ def step_after_all(group: Any, config: dict[str, Any]) -> None:
     before = [param.detach().clone() for param in model.parameters()]
     for clears in (False, True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(shared_memory, "average_in_order", interrupt)
+            patch.setattr(collectives, "average_in_order", interrupt)
             train(model, optimizer, group.rank(), 0)
         if clears:
             optimizer.zero_grad()

@@ -89,12 +89,12 @@ def test_a_model_that_was_cast_is_an_error_that_says_so(cast: Callable[[nn.Modul
 def test_parameters_that_were_replaced_in_the_groups_are_an_error(group: Any) -> None:
     """What fully_shard does to a model, and accelerate then to the groups of its optimizer; after a step too."""
     model, optimizer = small(group)
-    loss_of(model, 0).backward()
+    loss_of(model, group.rank()).backward()
     optimizer.step()
     optimizer.zero_grad()
     other = copy.deepcopy(model)
     optimizer.param_groups[0]["params"] = list(other.parameters())
-    loss_of(other, 0).backward()
+    loss_of(other, group.rank()).backward()
     with pytest.raises(RuntimeError, match="param_groups do not hold the parameters"):
         optimizer.clip_grad_norm_(1.0)
     with pytest.raises(RuntimeError, match="Build the optimizer when the model is as it will be trained"):
