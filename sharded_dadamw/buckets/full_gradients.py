@@ -94,7 +94,9 @@ class FullGradients(HookedGradients):
 
     def look(self) -> None:
         if self.stage is Stage.LOCAL:
-            with suppress(ValueError):  # of a gradient that was assigned; ``collect`` refuses it on every rank
+            with suppress(
+                RuntimeError, ValueError
+            ):  # of what was assigned or cast; the agreement refuses it everywhere
                 self._adopt_all(self._held())
 
     def remember(self) -> None:

@@ -112,7 +112,7 @@ class ShardedGradients(HookedGradients):
         buffer = self._filling()
         for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
             if param.grad is not view:  # none came since the last reduction, or it was dropped or assigned
-                with suppress(ValueError):  # which ``collect`` raises, where other ranks hear of it
+                with suppress(RuntimeError, ValueError):  # which the agreement raises, where other ranks hear of it
                     self._adopt(slot)
             if param.grad is view:
                 self._has_grad[slot], param.grad = True, None
