@@ -409,7 +409,7 @@ def test_the_metadata_of_torchs_own_folders_is_read_safely_too(tmp_path: Path) -
     dcp.save({"model": Model().state_dict(), "lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
     by_torch: Any = dcp.FileSystemReader(tmp_path).read_metadata()
     by_torch.storage_meta.load_id = None  # which reading with torch adds
-    assert read_metadata(tmp_path) == by_torch
+    assert read_metadata(tmp_path, Manifest.of(tmp_path)) == by_torch
 
 
 def test_torchs_own_functions_read_it(tmp_path: Path) -> None:

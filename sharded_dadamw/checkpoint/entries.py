@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
-from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.folder import Manifest, size_of
 from sharded_dadamw.checkpoint.metadata import read_metadata
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
@@ -34,20 +33,21 @@ class Entries:
 
     Attributes:
         folder: The folder.
+        manifest: What it says that it is.
         metadata: What entries it has.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Read the metadata of a folder, of which ``manifest`` says which files it consists of if it is one of ours.
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Read the metadata of a folder.
 
         Raises:
             ValueError: They are damaged or hold more than data, an entry stands where another one does, or below it, or
                 a file is missing.
         """
-        self.folder = folder
+        self.folder, self.manifest = folder, manifest
         self.metadata = read_metadata(folder, manifest)
         names = {info.relative_path for info in self.metadata.storage_data.values()}
-        self._num_bytes = sum(_size_of(folder / name) for name in names)
+        self._num_bytes = sum(size_of(folder / name) for name in names)
         self._tree = _tree_of(self.metadata, folder)
 
     def under(self, *path: Any) -> dict[Any, Any]:
@@ -190,16 +190,6 @@ class _Slice(io.RawIOBase):
         size = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])  # type: ignore[attr-defined]
         self._at += size
         return int(size)
-
-
-def _size_of(path: Path) -> int:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
-        raise ValueError(f"{path}: expected a file, got something else")
-    return found.st_size
 
 
 def _tree_of(metadata: Metadata, folder: Path) -> dict[Any, Any]:

@@ -47,16 +47,13 @@ class FileSum:
         """Return what is wrong with a file that should be this one: its size or, where it is read, its bytes."""
         crc = 0
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):  # of a pipe, reading would never end
-                return f"{path}: expected a file, got something else"
-            if found.st_size != self.size:
-                return f"{path}: expected {self.size} bytes, got {found.st_size}; the file has been damaged"
+            if (found := size_of(path)) != self.size:
+                return f"{path}: expected {self.size} bytes, got {found}; the file has been damaged"
             with path.open("rb", buffering=0) as file:
                 block = bytearray(_BLOCK)
                 while read and (size := file.readinto(block)):
                     crc = zlib.crc32(memoryview(block)[:size], crc)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"{path}: expected {self.size} bytes; the file cannot be read: {error}"
         if read and crc != self.crc32:
             return f"{path}: expected checksum {self.crc32:08x}, got {crc:08x}; the file has been damaged"
@@ -111,8 +108,7 @@ class Manifest:
         path, name = folder / MANIFEST, folder.resolve().name
         if not path.exists():
             raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}")
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a file, got something else")
+        size_of(path)  # or of a pipe, reading would never end
         try:
             body = json.loads(path.read_bytes())
             is_sound = body.pop("checksum") == _checksum(body)
@@ -136,13 +132,13 @@ class Manifest:
         return manifest
 
     @classmethod
-    def of(cls, folder: Path) -> Manifest | None:
-        """Read the manifest of a folder; None where it has none, as those of others have not.
+    def of(cls, folder: Path) -> Manifest:
+        """Read the manifest of a folder; one that says nothing where it has none, as those of others have not.
 
         Raises:
             ValueError: As in ``read``.
         """
-        return cls.read(folder) if (folder / MANIFEST).exists() else None
+        return cls.read(folder) if (folder / MANIFEST).exists() else cls(0, 0, {}, [], [])
 
     def damage(self, folder: Path, part: slice = slice(None)) -> Iterator[str]:
         """Yield what is wrong with the files, a sentence for each: with the sizes of all, and the bytes of a part."""
@@ -159,6 +155,21 @@ def _read_fingerprint(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        ValueError: It cannot be read, or is something else.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: expected a file, got something else")
+    return found.st_size
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint.entries import Entries, nested
-from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
@@ -45,7 +44,6 @@ class Match:
     def __init__(
         self,
         saved: Entries,
-        manifest: Manifest,
         model: nn.Module,
         weights: Mapping[str, Any],
         optimizer: Optimizer | None,
@@ -60,16 +58,15 @@ class Match:
         self.entries: dict[str, Any] = {}
         self.group_numbers: list[int] = []
         self._saved = saved
-        self._manifest = manifest
         self._weights = weights
         self._state = state
-        self._first = {name: names[0] for names in manifest.aliases for name in names}
+        self._first = {name: names[0] for names in saved.manifest.aliases for name in names}
         self._twins: list[tuple[str, str]] = []
         self._stored: dict[str, str] = {}  # by live name the one under which a weight is stored
         self._match_weights()
         self._tie(tied(model))
         if optimizer is not None and state is not None:
-            _require_same_decay(manifest, saved.folder, name_of(optimizer))
+            _require_same_decay(saved, name_of(optimizer))
             self._match_groups(state["param_groups"])
             self._match_state(state)
 
@@ -84,9 +81,7 @@ class Match:
         Of each parameter are compared the tensors that both have in one form: what was saved of a main parameter is the
         weight where there is none now.
         """
-        if not self._manifest.fingerprint:
-            return None
-        saved = Fingerprint.of_dict(self._manifest.fingerprint)
+        saved = Fingerprint.of_dict(self._saved.manifest.fingerprint)
         for live, name in self._stored.items():
             (known, own), weight = self._state_of(live), self._weights[live]
             theirs, ours = dict(saved.tensors.get(name, {})), loaded.tensors.get(name, {})
@@ -121,7 +116,7 @@ class Match:
         state, groups, wide = {}, [], {}
         for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
-            if IS_DECOUPLED.get(self._manifest.optimizer):  # which tells what its weight decay means
+            if IS_DECOUPLED.get(saved.manifest.optimizer):  # which tells what its weight decay means
                 kept["decoupled_weight_decay"] = FREE_OF_LR
             groups.append({**group, **nested(saved.under("optimizer", "param_groups", number), entries), **kept})
             for name in group["params"]:
@@ -172,7 +167,7 @@ class Match:
         """Find for every live group the saved one with the same parameters."""
         saved, numbers = self._saved, self.group_numbers
         ours = [{self._stored[name] for name in group["params"]} for group in groups]
-        theirs = [{self._first.get(name, name) for name in group["params"]} for group in self._manifest.param_groups]
+        theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
         if len(ours) != len(theirs):
             raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
         left = list(range(len(theirs)))
@@ -252,20 +247,21 @@ def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dic
     return {name: its for name, its in found.items() if its is not None}
 
 
-def _require_same_decay(manifest: Manifest, folder: Path, live: str) -> None:
+def _require_same_decay(saved: Entries, live: str) -> None:
     """Check that weight decay means the same: its entry has one name, and the numbers differ by a factor of lr."""
-    name = manifest.optimizer
+    name = saved.manifest.optimizer
     was, now = IS_DECOUPLED.get(name), IS_DECOUPLED.get(live)
-    decays = any(group.get("weight_decay") for group in manifest.param_groups)
+    decays = any(group.get("weight_decay") for group in saved.manifest.param_groups)
     if not decays or name in ("", live) or was == now:
         return
     if was is not None and now is not None:
         target = "NEW --from torch" if now else "NEW.pt --from sharded-dadamw"
-        hint = f"convert it: sharded-dadamw convert {folder} {target}"
+        hint = f"convert it: sharded-dadamw convert {saved.folder} {target}"
     else:
         hint = "nothing is known of how these compare, so pass optimizer=None to load the rest"
     raise ValueError(
-        f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {folder}; {hint}"
+        f"weight_decay: expected that of {live}{_DECAYS[now]}, got that of {name}{_DECAYS[was]} in {saved.folder}; "
+        f"{hint}"
     )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.checkpoint.folder import Manifest, size_of
 from sharded_dadamw.checkpoint.pickles import DTYPES, Unpickler
 
 METADATA = ".metadata"
@@ -58,20 +58,17 @@ _FILLS: dict[type, Any] = {
 }
 
 
-def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
+def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     """Read which entries a folder of torch.distributed.checkpoint has: names, shapes and dtypes, and where they lie.
 
     Raises:
-        ValueError: The file is damaged, holds more than data, or points outside of the folder or, where there is one,
-            of the manifest; names the file.
+        ValueError: The file is damaged, holds more than data, or points outside of the folder or, where the manifest
+            has files, to others; names the file.
     """
     path = folder / METADATA
-    if path.exists() and not path.is_file():  # of a pipe, reading would never end
-        raise ValueError(f"{path}: expected a file, got something else")
+    size_of(path)  # or of a pipe, reading would never end
     try:
         metadata = Unpickler(io.BytesIO(path.read_bytes()), table=_KNOWN, fills=_FILLS).load()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # a pickle made up to harm ends in any of them
         raise ValueError(f"{path}: expected the metadata of a checkpoint, got what cannot be read: {error}") from error
     try:
@@ -80,7 +77,7 @@ def read_metadata(folder: Path, manifest: Manifest | None = None) -> Metadata:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _sound(metadata: object, manifest: Manifest | None) -> Metadata:
+def _sound(metadata: object, manifest: Manifest) -> Metadata:
     """Return metadata as they are, if torch could have made them.
 
     Raises:
@@ -88,7 +85,7 @@ def _sound(metadata: object, manifest: Manifest | None) -> Metadata:
     """
     if not isinstance(metadata, Metadata):
         raise ValueError(f"expected the metadata of a checkpoint, got {type(metadata).__name__}")
-    if manifest is None and metadata.planner_data is None:  # of planners that do not flatten
+    if not manifest.files and metadata.planner_data is None:  # of planners that do not flatten
         metadata.planner_data = {}
     for entries in (metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data):
         if not isinstance(entries, dict):
@@ -99,7 +96,7 @@ def _sound(metadata: object, manifest: Manifest | None) -> Metadata:
         name = info.relative_path
         if not isinstance(info, _StorageInfo) or not isinstance(name, str) or info.transform_descriptors:
             raise ValueError("expected entries to lie in files as they are, got others")
-        if name not in manifest.files if manifest else name in ("", "..") or Path(name).name != name:
+        if name not in manifest.files if manifest.files else name in ("", "..") or Path(name).name != name:
             raise ValueError(f"expected entries in the files of the checkpoint, got one in {name!r}")
         if not 0 <= info.offset <= info.offset + info.length:
             raise ValueError(

@@ -356,16 +356,16 @@ def load_checkpoint(
     }
     refusal = run.refuse_parts(model, [] if optimizer is None else [optimizer])
     require_agreement(collectives, arguments, refusal, advice="load with equal arguments on every rank")
-    found = _find_sound(collectives, Path(path), fall_back)
-    if found is None:
+    saved = _find_sound(collectives, Path(path), fall_back)
+    if saved is None:
         return None
-    saved, manifest = found
+    manifest = saved.manifest
 
     def look() -> tuple[dict[str, Any], dict[str, Any] | None]:
         return get_model_state_dict(model), None if optimizer is None else run.optimizer_state(model, optimizer)[0]
 
     def read() -> tuple[Match, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-        match = Match(saved, manifest, model, live[0], optimizer, live[1])
+        match = Match(saved, model, live[0], optimizer, live[1])
         numbers, of_ranks = match.group_numbers, saved.under(run.RANKS)
         if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
             raise ValueError(
@@ -448,7 +448,7 @@ def _take_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
             group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
 
 
-def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[Entries, Manifest] | None:
+def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> Entries | None:
     """Return the checkpoint that is meant, once every byte of it is known to be as it was written. Collective."""
 
     def look() -> list[Path]:
@@ -457,7 +457,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
             require_root(path)
         return found
 
-    def check() -> tuple[Entries, Manifest]:
+    def check() -> Entries:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: there is no such folder, or this rank does not see it; checkpoints need storage that all "
@@ -466,7 +466,7 @@ def _find_sound(collectives: Collectives, path: Path, fall_back: bool) -> tuple[
         manifest = Manifest.read(folder)
         for wrong in manifest.damage(folder, slice(collectives.rank, None, collectives.num_ranks)):
             raise ValueError(wrong)
-        return Entries(folder, manifest), manifest
+        return Entries(folder, manifest)
 
     names = [str(found) for found in on_all_or_none(collectives, look)]
     candidates = json.loads(collectives.gather_texts(json.dumps(names))[0])

@@ -85,7 +85,7 @@ def read_state(
             "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
         )
     manifest = Manifest.of(newest(Path(path)))
-    _check_optimizer(path, source, "" if manifest is None else manifest.optimizer)
+    _check_optimizer(path, source, manifest.optimizer)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
     contents = {"optimizer": from_safetensors(path)} if _is_safetensors(path) else _contents(path)
@@ -165,13 +165,13 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
 
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
-        saved = Entries(newest(Path(path)))
+        folder = newest(Path(path))
+        saved = Entries(folder, Manifest.of(folder))
         values = saved.wholes(saved.under())
         saved.read(values, placeholders=True)
         contents = dict(nested(saved.under(), values))
-        manifest, model = Manifest.of(saved.folder), contents.get("model")
-        if manifest is not None and isinstance(model, dict):
-            for first, *others in manifest.aliases:
+        if isinstance(model := contents.get("model"), dict):
+            for first, *others in saved.manifest.aliases:
                 model.update({name: model[first] for name in others if {first, name} <= model.keys()})
         return contents
     if not Path(path).is_file():
@@ -194,11 +194,10 @@ def _check_optimizer(path: str | os.PathLike[str], source: Source, name: str) ->
         )
 
 
-def _once(state_dict: Mapping[str, Any], manifest: Manifest | None) -> Mapping[str, Any]:
+def _once(state_dict: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
     """Leave out the state that our checkpoints hold of tied weights under their other names as well."""
-    aliases = manifest.aliases if manifest else []
     owners = {name for group in state_dict["param_groups"] for name in group["params"]}
-    others = {name for names in aliases if owners & set(names) for name in names} - owners
+    others = {name for names in manifest.aliases if owners & set(names) for name in names} - owners
     if not others:
         return state_dict
     return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key not in others}}
