@@ -9,7 +9,9 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from operator import add
 from typing import Any, TypeVar
 
 import torch
@@ -50,18 +52,18 @@ class Bytes:
     @property
     def total(self) -> int:
         """The sum of all kinds."""
-        return self.parameters + self.gradients + self.main + self.moments + self.in_flight + self.staging
+        return sum(self)
+
+    def __iter__(self) -> Iterator[int]:
+        """The bytes of each of ``KINDS``."""
+        return (getattr(self, kind) for kind in KINDS)
 
     def __add__(self, other: Bytes) -> Bytes:
         """The sum, kind by kind."""
-        return Bytes(
-            self.parameters + other.parameters,
-            self.gradients + other.gradients,
-            self.main + other.main,
-            self.moments + other.moments,
-            self.in_flight + other.in_flight,
-            self.staging + other.staging,
-        )
+        return Bytes(*map(add, self, other))
+
+
+KINDS = tuple(field.name for field in fields(Bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +199,10 @@ class Model:
         Gradients come in the reverse order of registration. A complete bucket goes out when the next gradient comes,
         and the last ones at the end, where none comes.
         """
-        home = {member.index: number for number, bucket in enumerate(self.buckets) for member in bucket.members}
         missing = [len(bucket.members) for bucket in self.buckets]
         complete: list[int] = []
-        for member in reversed([member for member in self.members if member.index in home]):
-            number = home[member.index]
+        for member in reversed([member for member in self.members if member.index in self.homes]):
+            number = self.homes[member.index]
             yield member, tuple(complete), number
             missing[number] -= 1
             complete = [] if missing[number] else [number]
@@ -211,8 +212,34 @@ class Model:
         return sum(m.placement.local_numel * m.param.itemsize for m in self.members if not m.param.requires_grad)
 
     @property
-    def _keeps_shards(self) -> bool:
+    def keeps_shards(self) -> bool:
+        """Whether only a shard of the gradients is kept."""
         return self.config.gradient_residency is GradientResidency.SHARDED
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether reductions go on behind backward."""
+        return self.config.overlap and self.num_ranks > 1
+
+    @property
+    def reduces_in_backward(self) -> bool:
+        """Whether each bucket goes out when it is complete."""
+        return self.config.reduce_gradients and (self.keeps_shards or self.overlaps)
+
+    @property
+    def reduces_in_step(self) -> bool:
+        """Whether buckets go out in ``step`` instead."""
+        return self.config.reduce_gradients and not self.reduces_in_backward
+
+    @property
+    def most_under_way(self) -> int:
+        """How many reductions may be under way while backward goes on."""
+        return int(self.overlaps) if self.keeps_shards else len(self.buckets)
+
+    @cached_property
+    def homes(self) -> dict[int, int]:
+        """The number of the bucket of each trainable parameter, by its index."""
+        return {member.index: number for number, bucket in enumerate(self.buckets) for member in bucket.members}
 
     def _resident(self, bucket: Arrangement) -> tuple[Bytes, Bytes]:
         """What the optimizer allocates for a bucket: on the device, and in host memory."""
@@ -223,7 +250,7 @@ class Model:
         if not bucket.reduces:  # p.grad is somebody else's, and a copy of this rank's part ours
             held += Bytes(gradients=bucket.layout.used * dtype.itemsize, staging=shard * dtype.itemsize)
         else:
-            held += Bytes(gradients=(shard if self._keeps_shards else whole) * dtype.itemsize)
+            held += Bytes(gradients=(shard if self.keeps_shards else whole) * dtype.itemsize)
         if self.config.state_residency is StateResidency.DEVICE:
             return held + state, Bytes()
         return held, state + Bytes(staging=shard * (bucket.storage.param.itemsize + dtype.itemsize))
@@ -245,28 +272,25 @@ class Model:
         spares = SpareBuffers(counted.allocate)
         open_: dict[int, Tensor] = {}
         under_way: deque[tuple[int, Tensor, int]] = deque()
-        overlap = self.config.overlap and self.shards * self.replicas > 1
-        reduces = self.config.reduce_gradients and (self._keeps_shards or overlap)
 
         def finish_all_but(num_ahead: int, *, last_first: bool = False) -> None:
             while len(under_way) > num_ahead:
                 number, buffer, scratch = under_way.pop() if last_first else under_way.popleft()
                 counted.at_most(needed(self.buckets[number])[1])
                 counted.add(-scratch)
-                if self._keeps_shards:
+                if self.keeps_shards:
                     spares.give_back(buffer)
 
         for _ in range(2):  # what is left over from one pass serves the next
             for member, leaving, home in self.backward():
                 arriving = 0 if member is None else member.placement.local_numel * member.gradient_dtype.itemsize
                 counted.add(arriving)
-                for number in leaving if reduces else ():
+                for number in leaving if self.reduces_in_backward else ():
                     scratch = needed(self.buckets[number])[0]
                     counted.add(scratch)
                     under_way.append((number, open_.pop(number, _NOTHING), scratch))
-                    if self._keeps_shards:
-                        finish_all_but(1 if overlap else 0)
-                if member is not None and self._keeps_shards and self.config.reduce_gradients and home not in open_:
+                    finish_all_but(self.most_under_way)
+                if member is not None and self.keeps_shards and self.config.reduce_gradients and home not in open_:
                     layout = self.buckets[home].layout
                     open_[home] = spares.take(layout.numel, member.gradient_dtype, _NOTHING.device)
                 counted.add(-arriving)
@@ -275,7 +299,7 @@ class Model:
 
     def _in_step(self) -> int:
         """What reductions need that ``step`` begins."""
-        if self._keeps_shards or self.config.overlap or not self.config.reduce_gradients:
+        if not self.reduces_in_step:
             return 0
         scratch = list(map(once(self._scratch), self.buckets))
         return max(

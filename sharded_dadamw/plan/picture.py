@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sharded_dadamw.plan.memory import KINDS
 from sharded_dadamw.plan.report import Plan
-from sharded_dadamw.plan.text import KINDS
 
 if importlib.util.find_spec("matplotlib"):
     from matplotlib.figure import Figure
@@ -44,7 +42,7 @@ def _draw_bytes(plan: Plan, axes: Any) -> None:
     names = [f"{ranks:,}" for ranks in plan.by_ranks]
     bottom = [0.0] * len(names)
     for kind in KINDS:
-        heights = [asdict(held)[kind] / 1e9 for held in plan.by_ranks.values()]
+        heights = [getattr(held, kind) / 1e9 for held in plan.by_ranks.values()]
         if any(heights):
             axes.bar(names, heights, bottom=bottom, label=kind.replace("_", " "))
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
@@ -59,17 +57,12 @@ def _draw_step(plan: Plan, axes: Any) -> None:
     seen: dict[str, Any] = {}
     for height, lane in enumerate(lanes):
         for phase, color in _COLORS.items():
-            bars = list(_bars(plan, lane, phase))
-            if bars:
+            spans = [span for span in plan.time.spans if span.lane == lane and span.what.startswith(phase)]
+            if spans:
+                bars = [(1e3 * span.start, 1e3 * (span.end - span.start)) for span in spans]
                 seen[phase] = axes.broken_barh(bars, (height - 0.4, 0.8), color=color, edgecolor="white", linewidth=0.2)
     axes.set(xlabel=f"ms of one step on {plan.ranks:,} ranks", yticks=range(len(lanes)), yticklabels=lanes)
     if seen:
         axes.legend(seen.values(), seen.keys(), ncols=len(seen), loc="upper center", bbox_to_anchor=(0.5, 1.2))
     else:
         axes.text(0.5, 0.5, "the compute time of a step was not told", ha="center", transform=axes.transAxes)
-
-
-def _bars(plan: Plan, lane: str, phase: str) -> Iterator[tuple[float, float]]:
-    for span in plan.time.spans:
-        if span.lane == lane and span.what.startswith(phase):
-            yield 1e3 * span.start, 1e3 * (span.end - span.start)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 
+from sharded_dadamw.plan.memory import KINDS
 from sharded_dadamw.plan.report import Plan
 
 _SETTINGS = {
@@ -18,7 +18,6 @@ _SETTINGS = {
     "bucket_cap_mb": "buckets of {} MiB",
 }
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-KINDS = ("parameters", "gradients", "main", "moments", "in_flight", "staging")
 
 
 def lines_of(plan: Plan) -> Iterator[str]:
@@ -34,7 +33,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     kinds = [kind.replace("_", " ") for kind in KINDS]
     rows = [[f"{unit} on the device of each rank", *kinds, "total", "in host memory"]]
     for name, phase in plan.phases.items():
-        held = [*asdict(phase.device).values(), phase.device.total, phase.host.total]
+        held = [*phase.device, phase.device.total, phase.host.total]
         rows.append([f"  {name}", *map(in_unit, held)])
     yield from _table(rows)
     yield ""
@@ -68,25 +67,13 @@ def lines_of(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan, unit: str) -> Iterator[str]:
     time, sent, in_unit = plan.time, plan.sent, partial(_in_unit, unit)
     rows = [["of one step, each rank", f"{unit} sent", "ms", "of which compute waits"]]
-    exposed = {
-        "average gradients": time.exposed_reduce,
-        "update": time.update,
-        "gather parameters": time.exposed_gather,
-    }
-    for name, num_bytes, seconds in (
-        ("average gradients", sent.reduce + sent.replicas, time.reduce),
-        ("update", None, time.update),
-        ("gather parameters", sent.gather, time.gather),
+    for name, num_bytes, seconds, waits in (
+        ("average gradients", in_unit(sent.reduce + sent.replicas), time.reduce, time.exposed_reduce),
+        ("update", "", time.update, None if time.step is None else time.update),
+        ("gather parameters", in_unit(sent.gather), time.gather, time.exposed_gather),
     ):
-        waits = exposed[name] if time.step is not None else None
-        rows.append(
-            [
-                f"  {name}",
-                "" if num_bytes is None else in_unit(num_bytes),
-                f"{1e3 * seconds:,.1f}",
-                "?" if waits is None else f"{1e3 * waits:,.1f}",
-            ]
-        )
+        exposed = "?" if waits is None else f"{1e3 * waits:,.1f}"
+        rows.append([f"  {name}", num_bytes, f"{1e3 * seconds:,.1f}", exposed])
     yield from _table(rows)
     links = f"{in_unit(plan.links['intra'])} {unit} within a host, {in_unit(plan.links['inter'])} {unit} between hosts"
     yield f"  by link: {links}; {plan.num_buckets:,} buckets"

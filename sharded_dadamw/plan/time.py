@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sharded_dadamw.buckets.build import Arrangement
 from sharded_dadamw.comm.collectives import sent_dtype, sum_dtype
-from sharded_dadamw.config import Exchange, GradientResidency, StateResidency
+from sharded_dadamw.config import Exchange, StateResidency
 from sharded_dadamw.plan.memory import Model, once
 
 _OF_A_COPY = 0.95
@@ -250,26 +250,22 @@ class Schedule:
     def _backward(self, seconds: float) -> list[int]:
         """Play backward; returns the buckets in the order in which they were complete."""
         model, order = self._model, list[int]()
-        keeps_shards = model.config.gradient_residency is GradientResidency.SHARDED
-        overlaps = model.config.overlap and model.num_ranks > 1
-        reduces = model.config.reduce_gradients and (overlaps or keeps_shards)
         total = sum(bucket.layout.used for bucket in model.buckets)
         under_way: deque[tuple[int, float]] = deque()
         for member, leaving, _ in model.backward():
             if member is not None:
                 self._work(f"backward {member.name}", seconds * member.placement.local_numel / total)
             order += leaving
-            for number in leaving if reduces else ():
+            for number in leaving if model.reduces_in_backward else ():
                 self._launch(number, under_way)
-                while keeps_shards and len(under_way) > (1 if overlaps else 0):
+                while len(under_way) > model.most_under_way:
                     self._finish(under_way)
         while under_way:
             self._finish(under_way)
         return order
 
     def _step(self, order: Sequence[int], attached: bool) -> None:
-        config = self._model.config
-        in_step = not config.overlap and config.gradient_residency is GradientResidency.FULL and config.reduce_gradients
+        in_step = self._model.reduces_in_step
         rest, under_way = deque(order if in_step else ()), deque[tuple[int, float]]()
         self._arrivals: dict[int, float] = {}
 
@@ -292,7 +288,7 @@ class Schedule:
 
     def _forward(self, seconds: float) -> None:
         """Play forward, in which each module waits for the buckets of its own parameters."""
-        home = {member.index: number for number, bucket in enumerate(self._model.buckets) for member in bucket.members}
+        home = self._model.homes
         trainable = [member for member in self._model.members if member.index in home]
         total = sum(member.placement.local_numel for member in trainable)
         for module, of_module in groupby(trainable, key=lambda member: member.name.rpartition(".")[0]):
