@@ -21,7 +21,7 @@ from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
-from sharded_dadamw.state.whole import drop_strangers, fill_in, without_mains
+from sharded_dadamw.state.in_place import drop_strangers, fill_in, without_mains
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
 from sharded_dadamw.update.storage import moments_of

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 
 class Rows(NamedTuple):
-    """Elements ``[start, stop)`` of rows laid end to end, of which element ``j`` is ``index_of(j)`` of the whole.
+    """Elements ``[start, stop)`` of rows laid end to end.
+
+    Element ``j`` is element ``base + j // length * stride + j % length`` of the flattened whole.
 
     Attributes:
         base: Index in the whole of element 0 of the rows.
@@ -32,10 +34,6 @@ class Rows(NamedTuple):
     start: int
     stop: int
     place: int
-
-    def index_of(self, element: int) -> int:
-        """Return the index in the flattened whole."""
-        return self.base + element // self.length * self.stride + element % self.length
 
 
 def rows_of(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], start: int, stop: int) -> list[Rows]:

@@ -19,8 +19,8 @@ from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.layout.placement import local
+from sharded_dadamw.state.in_place import is_fragment
 from sharded_dadamw.state.piece import Piece, pieces_of
-from sharded_dadamw.state.whole import is_fragment
 from sharded_dadamw.update.precision import takes
 from sharded_dadamw.update.storage import MAINS
 
@@ -95,29 +95,6 @@ def load_into(
 ) -> None:
     """Copy saved state into that of buckets, and saved hyperparameters into their groups; all or nothing.
 
-    Warns of state of ``frozen`` parameters, which have no bucket. Raises as ``match_state``.
-    """
-    pairs = match_state(state_dict, buckets, groups)
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    if dropped := [member.name for member in frozen if state_dict["state"].get(keys[member.index])]:
-        warnings.warn(
-            f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen when "
-            "the optimizer was built; unfreeze them before that to go on with it",
-            stacklevel=4,  # who called load_state_dict, behind the decorator of that
-        )
-    for live, saved in pairs:
-        live.copy_(saved)
-    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        for key, value in saved_group.items():
-            if key not in ("params", "param_names", "decoupled_weight_decay"):
-                group[key] = copy.deepcopy(value)
-
-
-def match_state(
-    state_dict: Mapping[str, Any], buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
-) -> _Pairs:
-    """Pair every live state tensor with the saved one that belongs into it, and write nothing.
-
     The state dict may be what ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since:
     this rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
     Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main parameters:
@@ -125,6 +102,9 @@ def match_state(
 
     Raises:
         ValueError: The saved state does not fit; names the first difference.
+
+    Warns:
+        UserWarning: There is state of ``frozen`` parameters, which have no bucket.
     """
     saved_groups = state_dict["param_groups"]
     sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved_groups))
@@ -135,14 +115,24 @@ def match_state(
             raise ValueError(
                 f"param_groups[{index}]['amsgrad']: expected {group['amsgrad']}, got {saved_group['amsgrad']}"
             )
-    saved_keys = [saved_key for group in saved_groups for saved_key in group["params"]]
+    saved = [state_dict["state"].get(key, {}) for group in saved_groups for key in group["params"]]
     pairs: _Pairs = []
     for bucket in buckets:
         bucket.weights.refresh_()
         for slot, member in enumerate(bucket.members):
-            saved = state_dict["state"].get(saved_keys[member.index], {})
-            pairs += _match(bucket, slot, saved)
-    return pairs
+            pairs += _match(bucket, slot, saved[member.index])
+    if dropped := [member.name for member in frozen if saved[member.index]]:
+        warnings.warn(
+            f"the state of {len(dropped)} parameters, such as {dropped[0]}, is left out, since they were frozen when "
+            "the optimizer was built; unfreeze them before that to go on with it",
+            stacklevel=4,  # who called load_state_dict, behind the decorator of that
+        )
+    for live, value in pairs:
+        live.copy_(value)
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        for key, value in saved_group.items():
+            if key not in ("params", "param_names", "decoupled_weight_decay"):
+                group[key] = copy.deepcopy(value)
 
 
 def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
