@@ -35,7 +35,7 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from sharded_dadamw.checkpoint.run import canonical_name
+from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange import from_composer, from_torch, renamed, to_torch
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed import from_deepspeed

@@ -3,6 +3,7 @@
     folder     where checkpoints are, whether one is all there, and how one appears
     dcp        writing torch.distributed.checkpoint's format; entries: reading it; metadata: its `.metadata`
     pickles    pickles and files of `torch.save`, read without running anything
+    names      what parameters and optimizers are called
     run        what there is to save of a run
     matching   whether what was saved fits a run
     save_load  the calls, which sequence the rest on all ranks

@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint.entries import Entries, nested
-from sharded_dadamw.checkpoint.run import IS_DECOUPLED, canonical_name, name_of, tied
+from sharded_dadamw.checkpoint.names import IS_DECOUPLED, canonical_name, name_of, tied
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.fingerprint import TENSORS, Fingerprint
@@ -39,6 +39,7 @@ class Match:
     Attributes:
         entries: By flat name, what to read each entry into: host memory, or None for what is no tensor.
         group_numbers: For each live group the number of the saved one.
+        stored_names: By live name the one under which a weight is stored.
     """
 
     def __init__(
@@ -62,18 +63,13 @@ class Match:
         self._state = state
         self._first = {name: names[0] for names in saved.manifest.aliases for name in names}
         self._twins: list[tuple[str, str]] = []
-        self._stored: dict[str, str] = {}  # by live name the one under which a weight is stored
+        self.stored_names: dict[str, str] = {}
         self._match_weights()
         self._tie(tied(model))
         if optimizer is not None and state is not None:
             _require_same_decay(saved, name_of(optimizer))
             self._match_groups(state["param_groups"])
             self._match_state(state)
-
-    @property
-    def stored_names(self) -> Mapping[str, str]:
-        """Return under which name each live weight is stored."""
-        return self._stored
 
     def wrong(self, loaded: Fingerprint) -> str | None:
         """Return which tensor is not what was saved, by the fingerprint of what was loaded by its stored names.
@@ -82,7 +78,7 @@ class Match:
         weight where there is none now.
         """
         saved = Fingerprint.of_dict(self._saved.manifest.fingerprint)
-        for live, name in self._stored.items():
+        for live, name in self.stored_names.items():
             (known, own), weight = self._state_of(live), self._weights[live]
             theirs, ours = dict(saved.tensors.get(name, {})), loaded.tensors.get(name, {})
             if "main" in theirs and known.keys() & _OTHER_FORM.keys() != own.keys() & _OTHER_FORM.keys():
@@ -98,7 +94,7 @@ class Match:
     def _widened(self, live: str, known: Mapping[str, str], own: Mapping[str, Any]) -> set[str]:
         """Return the tensors of a parameter that are fp64 now and were not: a fingerprint is of another width."""
         pairs = [(key, entry, own.get(key)) for key, entry in known.items()]
-        node = self._saved.under("model")[self._stored[live]]
+        node = self._saved.under("model")[self.stored_names[live]]
         wide = [(key, entry) for key, entry, value in [*pairs, ("param", node, self._weights[live])] if _is_fp64(value)]
         return {key for key, entry in wide if self._saved.dtype(entry) is not torch.float64}
 
@@ -112,7 +108,7 @@ class Match:
         for one, other in self._twins:
             if not torch.equal(_part_of(entries[nodes[one]]), _part_of(entries[nodes[other]])):
                 raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
-        weights = {live: nested(nodes[stored], entries) for live, stored in self._stored.items()}
+        weights = {live: nested(nodes[stored], entries) for live, stored in self.stored_names.items()}
         state, groups, wide = {}, [], {}
         for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
@@ -124,27 +120,27 @@ class Match:
                 if not known:
                     continue
                 read = {key: entries[entry] for key, entry in known.items() if entry in entries}
-                weight = entries[nodes[self._stored[name]]]
+                weight = entries[nodes[self.stored_names[name]]]
                 for key, (other, _) in _OTHER_FORM.items():
                     if key in own and key not in read:
                         read[key] = _in_own_form(own[key], read.pop(other, None), weight)
                     elif key in read and not own.keys() & _OTHER_FORM.keys():
-                        wide[self._stored[name]] = _as_weight(read.pop(key), weight)
+                        wide[self.stored_names[name]] = _as_weight(read.pop(key), weight)
                 state[name] = read
-        weights |= {live: wide[stored] for live, stored in self._stored.items() if stored in wide}
+        weights |= {live: wide[stored] for live, stored in self.stored_names.items() if stored in wide}
         return {**self._weights, **weights}, {"state": state, "param_groups": groups}
 
     def _state_of(self, name: str) -> tuple[dict[str, str], Mapping[str, Any]]:
         """Return what is saved and what is live of a parameter's state, by kind."""
         assert self._state is not None
-        return self._saved.under("optimizer", "state", self._stored[name]), self._state["state"].get(name, {})
+        return self._saved.under("optimizer", "state", self.stored_names[name]), self._state["state"].get(name, {})
 
     def _match_weights(self) -> None:
         saved, nodes = self._saved, self._saved.under("model")
         held = [name for name, value in self._weights.items() if name in nodes or not _holds_nothing(value)]
         for live, name in _match_names(held, nodes, saved.folder).items():
-            self._stored[live] = self._first.get(name, name)
-            value, node = self._weights[live], nodes[self._stored[live]]
+            self.stored_names[live] = self._first.get(name, name)
+            value, node = self._weights[live], nodes[self.stored_names[live]]
             if not isinstance(value, Tensor):
                 self.entries.update(saved.wholes(node))
             elif not isinstance(node, str):
@@ -156,17 +152,17 @@ class Match:
         """Take weights that are tied here and were stored apart for one, as which they have to turn out when read."""
         has_state = self._saved.under("optimizer", "state")
         for same in ties:
-            stored = dict.fromkeys(self._stored[name] for name in same if name in self._stored)
+            stored = dict.fromkeys(self.stored_names[name] for name in same if name in self.stored_names)
             first, *others = sorted(stored, key=lambda name: name not in has_state) or [""]
             self._first |= {name: first for name in self._first if self._first[name] in others}
             self._first |= dict.fromkeys(others, first)
             self._twins += [(first, other) for other in others]
-        self._stored = {live: self._first.get(name, name) for live, name in self._stored.items()}
+        self.stored_names = {live: self._first.get(name, name) for live, name in self.stored_names.items()}
 
     def _match_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Find for every live group the saved one with the same parameters."""
         saved, numbers = self._saved, self.group_numbers
-        ours = [{self._stored[name] for name in group["params"]} for group in groups]
+        ours = [{self.stored_names[name] for name in group["params"]} for group in groups]
         theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
         if len(ours) != len(theirs):
             raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")

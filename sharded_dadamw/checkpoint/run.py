@@ -1,7 +1,7 @@
 """What there is to save of a run: state by the names of the bare model, and what each rank has beside it.
 
-A weight that several names share is stored under the first of them. What is neither weight nor optimizer state, such as
-the random generators and the place in the data, each rank packs into one tensor of bytes.
+What is neither weight nor optimizer state, such as the random generators and the place in the data, each rank packs
+into one tensor of bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_only
 
 from sharded_dadamw.base import DecoupledOptimizer
+from sharded_dadamw.checkpoint.names import tied
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.state.fingerprint import Fingerprint
@@ -29,25 +30,7 @@ from sharded_dadamw.state.fingerprint import Fingerprint
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
 
-_OPTIMIZERS = {
-    "sharded_dadamw.sharded.ShardedDecoupledAdamW": True,
-    "sharded_dadamw.decoupled.DecoupledAdamW": True,
-    "composer.optim.decoupled_weight_decay.DecoupledAdamW": True,
-    "torch.optim.adamw.AdamW": False,
-}
-IS_DECOUPLED = {name.rpartition(".")[2]: is_decoupled for name, is_decoupled in _OPTIMIZERS.items()}
-"""Optimizers, and whether their weight decay is free of lr."""
-
-# What DistributedDataParallel and other wrappers, torch.compile, activation checkpointing and FSDP1 add to a name.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-
 _MASK = (1 << 63) - 1
-
-
-def canonical_name(name: str) -> str:
-    """Return a parameter's name in the bare model: without components that wrappers add, but for the last, its own."""
-    *modules, own = name.split(".")
-    return ".".join([component for component in modules if component not in _WRAPPERS] + [own])
 
 
 def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
@@ -65,25 +48,6 @@ def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception
                 f"shape {list(strange[0].shape)}; pass the model that the optimizer was built for"
             )
     return None
-
-
-def name_of(optimizer: Optimizer) -> str:
-    """Return what a manifest calls an optimizer: what it is or descends from in ``IS_DECOUPLED``, or its full name."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__]
-    return next((name.rpartition(".")[2] for name in names if name in _OPTIMIZERS), names[0])
-
-
-def tied(model: nn.Module) -> list[list[str]]:
-    """Return the names of parameters and buffers that are the same tensor, in the order of the model."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        of_it = _get_fqns(model, name)
-        if len(of_it) == 1:  # or it is a flat parameter of FSDP1, and they are those of its parts
-            names.setdefault(id(tensor), []).extend(of_it)
-    return [same for same in names.values() if len(same) > 1]
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Any], list[list[str]]]:

@@ -52,6 +52,7 @@ from sharded_dadamw.checkpoint.folder import (
     require_root,
 )
 from sharded_dadamw.checkpoint.matching import Match
+from sharded_dadamw.checkpoint.names import name_of
 from sharded_dadamw.comm.agreement import on_all_or_none, require_agreement
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import Collectives
@@ -184,7 +185,7 @@ def save_checkpoint(
             versions(),
             aliases,
             its["param_groups"],
-            run.name_of(optimizer),
+            name_of(optimizer),
             {} if fingerprint is None else fingerprint.as_dict(),
         )
         state = {

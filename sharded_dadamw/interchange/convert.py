@@ -15,8 +15,8 @@ from torch import Tensor
 from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest, begin, newest, step_of
+from sharded_dadamw.checkpoint.names import IS_DECOUPLED
 from sharded_dadamw.checkpoint.pickles import load_torch
-from sharded_dadamw.checkpoint.run import IS_DECOUPLED
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import from_safetensors, read_safetensors, replacing, to_safetensors

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.pickles import load_torch
-from sharded_dadamw.checkpoint.run import canonical_name
 from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.state_dicts import State, checked_entries, imported_group, unstepped
 from sharded_dadamw.update.storage import MOMENTS

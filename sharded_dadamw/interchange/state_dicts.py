@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.checkpoint.run import canonical_name
+from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
 from sharded_dadamw.update.storage import MAINS, moments_of
 
