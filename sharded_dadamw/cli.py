@@ -6,9 +6,8 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,14 +27,12 @@ from sharded_dadamw.interchange.files import read_text
 from sharded_dadamw.interchange.inspection import inspect as look_into
 from sharded_dadamw.plan import plan as plan_run
 from sharded_dadamw.plan.picture import draw
-from sharded_dadamw.plan.text import lines_of
+from sharded_dadamw.plan.text import lines_of, table
 
-if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
+if importlib.util.find_spec("typer"):
     import typer
-    from rich.console import Console
-    from rich.table import Table
 else:
-    sys.exit("error: sharded-dadamw needs typer and rich; install them with: pip install 'sharded_dadamw[cli]'")
+    sys.exit("error: sharded-dadamw needs typer; install it with: pip install 'sharded_dadamw[cli]'")
 
 app = typer.Typer(
     help="Plan a training run; convert checkpoints from and to other optimizers', and see what ours hold.",
@@ -44,7 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Choice = TypeVar("Choice", bound=Enum)
+Choice = TypeVar("Choice")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HYPERPARAMETERS = ("lr", "initial_lr", "max_lr", "betas", "eps", "weight_decay", "amsgrad")
 
 
@@ -77,8 +75,7 @@ def convert(
 ) -> None:
     """Convert optimizer state from another optimizer, or to another."""
     with _errors():
-        lines = read_text(names).split("\n") if names is not None else None
-        listed = [line.strip() for line in lines if line.strip()] if lines is not None else None
+        listed = None if names is None else list(filter(None, map(str.strip, read_text(names).split("\n"))))
         state, held = read_state(source, written_by, weights=weights, names=listed, peak_lr=peak_lr)
         write_state(target, state, held)
     typer.echo(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
@@ -96,10 +93,7 @@ def inspect(
     """Show what one of our checkpoints holds, and whether its checksums hold."""
     with _errors():
         contents = look_into(path)
-    if as_json:
-        typer.echo(json.dumps(contents, indent=1))
-    else:
-        _print(contents, Console(highlight=False, markup=False, emoji=False))
+    typer.echo(json.dumps(contents, indent=1) if as_json else "\n".join(_lines_of(contents)))
     if contents["damage"]:
         raise typer.Exit(1)
 
@@ -117,19 +111,6 @@ def diff(
         raise typer.Exit(1)
 
 
-class Precision(StrEnum):
-    """What parameters are held in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As torch has it."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self]
-
-
 @app.command()
 def plan(
     model: Annotated[
@@ -145,10 +126,11 @@ def plan(
     memory: Annotated[float | None, typer.Option(help="GB of a device, if not what the GPU has.")] = None,
     mesh: Annotated[str | None, typer.Option(help="REPLICASxSHARDS, such as 8x8: shard within a row only.")] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="What parameters are held in. [default: what the model says, or bf16]")
+        str | None,
+        typer.Option(help="What parameters are held in: fp32, bf16 or fp16. [default: what the model says, or bf16]"),
     ] = None,
     gradient_dtype: Annotated[
-        Precision | None, typer.Option(help="What gradients are added up in. [default: the parameters']")
+        str | None, typer.Option(help="What gradients are added up in, likewise. [default: the parameters']")
     ] = None,
     main_parameter: Annotated[
         str, typer.Option("--main", help="Kept beside 16-bit ones: fp32, remainder or none.")
@@ -158,7 +140,7 @@ def plan(
     gradients: Annotated[str, typer.Option(help="What is kept of averages: full or sharded.")] = "full",
     state: Annotated[str, typer.Option(help="Where optimizer state lives: device or host.")] = "device",
     exchange: Annotated[str, typer.Option(help="fastest, rank-order or backend.")] = "fastest",
-    wire: Annotated[Precision | None, typer.Option(help="What gradients are rounded to before they are sent.")] = None,
+    wire: Annotated[str | None, typer.Option(help="What gradients are rounded to before they are sent.")] = None,
     bucket_cap_mb: Annotated[float, typer.Option(help="MiB of parameters that share a bucket.")] = 16.0,
     overlap: Annotated[bool, typer.Option(help="Average behind backward.")] = True,
     attach: Annotated[bool, typer.Option(help="Gather behind the next forward.")] = True,
@@ -180,15 +162,15 @@ def plan(
             config=ShardingConfig(
                 bucket_cap_mb=bucket_cap_mb,
                 overlap=overlap,
-                gradient_residency=_chosen(GradientResidency, "--gradients", gradients),
-                state_residency=_chosen(StateResidency, "--state", state),
-                exchange=_chosen(Exchange, "--exchange", exchange),
-                wire_dtype=None if wire is None else wire.dtype,
-                main_parameter=_chosen(MainParameter, "--main", main_parameter),
-                moments=_chosen(Moments, "--moments", moments),
+                gradient_residency=_chosen(GradientResidency.__members__, "--gradients", gradients),
+                state_residency=_chosen(StateResidency.__members__, "--state", state),
+                exchange=_chosen(Exchange.__members__, "--exchange", exchange),
+                wire_dtype=None if wire is None else _chosen(_DTYPES, "--wire", wire),
+                main_parameter=_chosen(MainParameter.__members__, "--main", main_parameter),
+                moments=_chosen(Moments.__members__, "--moments", moments),
             ),
-            dtype=None if precision is None else precision.dtype,
-            gradient_dtype=None if gradient_dtype is None else gradient_dtype.dtype,
+            dtype=None if precision is None else _chosen(_DTYPES, "--precision", precision),
+            gradient_dtype=None if gradient_dtype is None else _chosen(_DTYPES, "--gradient-dtype", gradient_dtype),
             amsgrad=amsgrad,
             attached=attach,
             memory=None if memory is None else 1e9 * memory,
@@ -202,9 +184,9 @@ def plan(
     typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else "\n".join(lines_of(planned)))
 
 
-def _chosen(choices: type[Choice], option: str, text: str) -> Choice:
-    """A setting of ShardingConfig by its name there, in small letters."""
-    names = {member.name.lower().replace("_", "-"): member for member in choices}
+def _chosen(choices: Mapping[str, Choice], option: str, text: str) -> Choice:
+    """A choice by its name, in small letters."""
+    names = {name.lower().replace("_", "-"): choice for name, choice in choices.items()}
     if text not in names:
         raise ValueError(f"{option}: expected one of {', '.join(names)}, got {text}")
     return names[text]
@@ -233,8 +215,8 @@ def _errors(code: int = 1) -> Iterator[None]:
         raise typer.Exit(code) from error
 
 
-def _print(contents: dict[str, Any], console: Console) -> None:
-    console.print(contents["path"], style="bold", soft_wrap=True)
+def _lines_of(contents: dict[str, Any]) -> Iterator[str]:
+    yield contents["path"]
     facts = {
         "step": str(contents["step"]),
         "parameters": f"{contents['num_parameters']:,} with {contents['num_elements']:,} elements",
@@ -244,22 +226,17 @@ def _print(contents: dict[str, Any], console: Console) -> None:
         "checksums": "; ".join(contents["damage"]) or "hold",
     }
     for name, fact in facts.items():
-        console.print(f"  {name:11} {fact}", soft_wrap=True)
+        yield f"  {name:11} {fact}"
     for names in contents["aliases"]:
-        console.print(f"  {'tied':11} {', '.join(names)}", soft_wrap=True)
+        yield f"  {'tied':11} {', '.join(names)}"
     for index, group in enumerate(contents["param_groups"]):
         known = ", ".join(f"{key} {_text(group[key])}" for key in _HYPERPARAMETERS if key in group)
-        console.print(f"  {f'group {index}':11} {_text(group['params'])} parameters: {known}", soft_wrap=True)
+        yield f"  {f'group {index}':11} {_text(group['params'])} parameters: {known}"
     for rows, header in (
         (contents["sizes"], ("kind", "dtype", "tensors", "bytes")),
         (contents["largest"], ("largest", "shape", "bytes")),
     ):
-        table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-        for name in header:
-            table.add_column(name, justify="right" if name in ("tensors", "bytes") else "left")
-        for row in rows:
-            table.add_row(*map(_text, row.values()))
-        console.print(table)
+        yield from (f"  {line}" for line in table([header, *([*map(_text, row.values())] for row in rows)]))
 
 
 def _text(value: object) -> str:

@@ -35,7 +35,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     for name, phase in plan.phases.items():
         held = [*phase.device, phase.device.total, phase.host.total]
         rows.append([f"  {name}", *map(in_unit, held)])
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     more = f", {in_unit(plan.activations)} of it activations" if plan.activations else " and activations"
     fits = "fits" if plan.fits else "DOES NOT FIT"
@@ -58,7 +58,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
         changes = [f"{num_bytes / _UNITS[unit]:+,.2f}" for num_bytes in (other.peak - peak, other.host - host)]
         ms = "" if other.step is None or step is None else f"{1e3 * (other.step - step):+,.1f}"
         rows.append([f"  {other.setting}", *changes, ms])
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     yield "not in these figures"
     yield from (f"  {text}" for text in plan.unknown)
@@ -74,7 +74,7 @@ def _times(plan: Plan, unit: str) -> Iterator[str]:
     ):
         exposed = "?" if waits is None else f"{1e3 * waits:,.1f}"
         rows.append([f"  {name}", num_bytes, f"{1e3 * seconds:,.1f}", exposed])
-    yield from _table(rows)
+    yield from table(rows)
     links = f"{in_unit(plan.links['intra'])} {unit} within a host, {in_unit(plan.links['inter'])} {unit} between hosts"
     yield f"  by link: {links}; {plan.num_buckets:,} buckets"
     if time.step is not None and time.compute is not None:
@@ -82,7 +82,8 @@ def _times(plan: Plan, unit: str) -> Iterator[str]:
         yield f"  a step: {1e3 * time.step:,.1f} ms, {of_it}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells as lines, the first column flush left and the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for first, *others in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
