@@ -192,6 +192,10 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flipped": (lambda f: flip_last_bit(f / "__0_0.distcp"), r"__0_0.distcp: expected checksum"),
     "metadata": (lambda f: flip_last_bit(f / ".metadata"), r".metadata: expected checksum"),
     "missing": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: expected \d+ bytes; the file cannot be read"),
+    "a pipe": (
+        lambda f: ((f / "fingerprint.json").unlink(), os.mkfifo(f / "fingerprint.json")),
+        r"fingerprint.json: .*expected a file, got something else",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"got one without manifest.json"),
     "manifest": (lambda f: os.truncate(f / "manifest.json", 90), r"manifest.json: .* has been damaged"),
     "manifest's words": (lambda f: replace_word(f / "manifest.json"), r"manifest.json: .* has been damaged"),

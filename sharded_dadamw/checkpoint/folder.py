@@ -151,6 +151,7 @@ class Manifest:
 def _read_fingerprint(folder: Path) -> dict[str, Any]:
     """Return what a file says; nothing of one that is damaged, of which ``Manifest.damage`` tells."""
     try:
+        size_of(folder / FINGERPRINT)  # or of a pipe, reading would never end
         found = json.loads((folder / FINGERPRINT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
