@@ -359,13 +359,13 @@ def test_a_remainder_gives_the_bits_of_an_fp32_main_parameter(kernel: ModuleType
 def test_a_cpu_runs_numba_cuda_runs_triton_and_the_rest_runs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernel, "_DEVICE_TYPE", "cuda")  # as without the interpreter
     fp32 = form_of(KINDS["fp32"], False)
-    assert kernels.kernel_for(fp32) is numba_kernel
-    assert kernels.kernel_for(fp32._replace(device=torch.device("cuda"))) is triton_kernel
+    assert kernels.kernel_for(fp32) is numba_kernel.Update
+    assert kernels.kernel_for(fp32._replace(device=torch.device("cuda"))) is triton_kernel.Update
     assert (
         kernels.kernel_for(fp32._replace(param=torch.float64, grad=torch.float64, moments=torch.float64))
-        is torch_kernel
+        is torch_kernel.Update
     )
-    assert kernels.kernel_for(fp32._replace(device=torch.device("meta"))) is torch_kernel
+    assert kernels.kernel_for(fp32._replace(device=torch.device("meta"))) is torch_kernel.Update
 
 
 def test_without_the_compiler_torchs_kernel_runs_and_one_line_says_so(
@@ -379,7 +379,7 @@ def test_without_the_compiler_torchs_kernel_runs_and_one_line_says_so(
     try:
         with caplog.at_level(logging.INFO, "sharded_dadamw"):
             for _ in range(3):
-                assert kernels.kernel_for(form_of(KINDS["fp32"], False)) is torch_kernel
+                assert kernels.kernel_for(form_of(KINDS["fp32"], False)) is torch_kernel.Update
         (record,) = caplog.records
         assert "pip install 'sharded_dadamw[cpu]'" in record.getMessage()
     finally:
@@ -426,7 +426,7 @@ def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() 
     """A kernel that goes by addresses would read what is not there."""
     (plain,) = make_operands(KINDS["fp32"], [100], amsgrad=False)
     (control,) = copied([plain])
-    run(kernels.kernel_for(control.form), [control], HYPER)
+    run(numba_kernel, [control], HYPER)
     grad, half = plain.grad, plain.exp_avg_sq.bfloat16()
     disguised = {
         "negated": replace(plain, grad=torch._neg_view(-grad)),
@@ -435,7 +435,7 @@ def test_wrapped_negated_and_foreign_tensors_are_updated_by_torchs_operations() 
         "of two dtypes": replace(plain, exp_avg_sq=half),
     }
     for name, fragment in disguised.items():
-        assert kernels.kernel_for(fragment.form) is torch_kernel, name
+        assert kernels.kernel_for(fragment.form) is torch_kernel.Update, name
         if name != "of two dtypes":
             (fragment,) = [
                 replace(fragment, **{k: getattr(plain, k).clone() for k in ("param", "exp_avg", "exp_avg_sq")})

@@ -259,7 +259,7 @@ def test_whole_state_goes_through_the_device_where_ranks_exchange_it() -> None:
 
 
 def test_metrics_that_no_update_measures_are_computed_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "kernel_for", lambda form: torch_kernel)
+    monkeypatch.setattr(kernels, "kernel_for", lambda form: torch_kernel.Update)
     monkeypatch.setattr(torch_kernel, "_is_fusible", lambda form: False)
     expected = training(make_params(BF16))
     with pretended_device():

@@ -252,9 +252,9 @@ class Case:
         flat, flat_fused = (
             f"{title}{', amsgrad' if amsgrad else ''}" for title in (precision.title, precision.fused or FUSED_FP32)
         )
-        kernel = choose.kernel_for(form).__name__.rpartition(".")[2].removesuffix("_kernel")
+        kernel = choose.kernel_for(form).__module__.rpartition(".")[2].removesuffix("_kernel")
         step = Step([replace(HYPER, amsgrad=amsgrad)])
-        calls = [partial(choose.prepare(fragments), step, 0) for fragments in places]
+        calls = [partial(choose.kernel_for(form)(fragments), step, 0) for fragments in places]
         is_apart, of_flat = precision.fused is None, flat if cut else None
         self.rows[flat + cut] = Row(OURS, calls, size, kernel, flat_fused + cut, is_apart, of_flat)
         if not is_apart:

@@ -115,8 +115,7 @@ class Bucket:
         """Whether the norms of its updates come out of the updates; the same on every rank."""
         fragment = self.layout.fragment(0, self.rank)
         form = self._operands_at(fragment, self.param[fragment.in_shard]).form
-        fuses_norms: bool = kernels.kernel_for(form).Update.fuses_norms
-        return fuses_norms
+        return kernels.kernel_for(form).fuses_norms
 
     def state_of(self, slot: int) -> dict[str, Tensor]:
         """The state of one parameter on this rank, all views: ``step`` [] and its 1-D fragments of the shards."""
@@ -187,7 +186,7 @@ class Bucket:
                 self._prepared,
                 key,
                 _Prepared(
-                    kernels.prepare(operands) if operands else None,
+                    kernels.kernel_for(operands[0].form)(operands) if operands else None,
                     [self._params[fragment.slot] for fragment in fragments],
                     counted.to(self.counts.device, non_blocking=True),  # or the host would wait for the device
                 ),

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
 from sharded_dadamw.kernels import torch_kernel
-from sharded_dadamw.kernels.operands import Form, Operands, Update
+from sharded_dadamw.kernels.operands import Form, Update
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -22,16 +21,11 @@ _COMPILED = {"cpu": ("numba_kernel", "numba", "cpu"), "cuda": ("triton_kernel", 
 """Per device type: our module, the package that compiles it, and the extra that installs that."""
 
 
-def prepare(operands: Sequence[Operands]) -> Update:
-    """Make the update of fragments of one form ready to be called as long as their memory stays where it is."""
-    update: Update = kernel_for(operands[0].form).Update(operands)
-    return update
-
-
-def kernel_for(form: Form) -> ModuleType:
-    """The module that updates fragments of this form."""
+def kernel_for(form: Form) -> type[Update]:
+    """What updates fragments of this form."""
     compiled = compiled_kernel(form.device.type)
-    return compiled if compiled is not None and compiled.supports(form) else torch_kernel
+    kernel: type[Update] = (compiled if compiled is not None and compiled.supports(form) else torch_kernel).Update
+    return kernel
 
 
 @cache

@@ -29,8 +29,7 @@ from sharded_dadamw.update.precision import join
 
 OF_BITS, OF_INDEX, OF_SUM = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-_BLOCK = {"cpu": 1 << 15}
-_BLOCK_ELSEWHERE = 1 << 22
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 15, 1 << 22
 """Elements mixed at a time: on a CPU so few that their integers stay in its cache."""
 
 
@@ -53,11 +52,8 @@ def sums_of(spans: Sequence[Span]) -> Tensor:
     if not spans:
         return torch.zeros(0, dtype=torch.int64)
     if spans[0].values.device.type == "cpu" and compiled_kernel("cpu") is not None:
-        compiled = importlib.import_module("sharded_dadamw.kernels.numba_fingerprint")
-        sums: Tensor = compiled.sums_of([span if compiled.supports(span) else None for span in spans])
-        return torch.stack(
-            [sums[at] if compiled.supports(span) else sum_by_torch(span) for at, span in enumerate(spans)]
-        )
+        sums: Tensor = importlib.import_module("sharded_dadamw.kernels.numba_fingerprint").sums_of(spans)
+        return sums
     return torch.stack([sum_by_torch(span) for span in spans])
 
 
@@ -65,7 +61,7 @@ def sum_by_torch(span: Span) -> Tensor:
     """Return the sum of one of these, by torch's operations, in blocks; 0-d int64."""
     values, rows, device = span.values, span.rows, span.values.device
     total = torch.zeros((), dtype=torch.int64, device=device)
-    size = _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
+    size = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
     for start in range(0, values.numel(), size):
         part = values[start : start + size]
         part = part if span.remainder is None else join(part, span.remainder[start : start + size])

@@ -9,18 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types, uint64
+from numba import carray, njit, uint64
 from torch import Tensor
 
 from sharded_dadamw.kernels.fingerprint import OF_BITS, OF_INDEX, OF_SUM, Span
-from sharded_dadamw.kernels.numba_kernel import claim, join, load, pattern_of, pointer_at, run_on_threads
+from sharded_dadamw.kernels.numba_kernel import (
+    STORAGES,
+    claim,
+    compile_kernel,
+    join,
+    load,
+    pattern_of,
+    pointer_at,
+    run_on_threads,
+)
 
 _TILE = 1 << 16
 """Elements that a thread takes at a time."""
-_FP32, _BF16, _INT16 = 0, 1, 3  # as numba_kernel has them
-_FORMS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float64: 2}
-
-_TABLE = ("values", "remainder", "numel", "start", "base", "length", "stride", "form")
+_FP32, _BF16, _INT16 = (STORAGES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.int16))
+_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+_WITH_REMAINDER = 3
 
 
 class _Call(ctypes.Structure):
@@ -29,20 +37,13 @@ class _Call(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("claimed", "table", "rows", "sums"))
 
 
-def supports(span: Span) -> bool:
-    """Whether ``sums_of`` takes values of this dtype."""
-    return span.values.dtype in _FORMS
-
-
-def sums_of(spans: Sequence[Span | None]) -> Tensor:
-    """Return the sum of each of these, int64 [num_spans]; of what is None 0."""
+def sums_of(spans: Sequence[Span]) -> Tensor:
+    """Return the sum of each of these, int64 [num_spans]."""
     table, owners = [], []
-    for owner, span in enumerate(spans):
-        if span is None:
-            continue
-        values, remainder, rows = span
+    of_spans = [span.values if span.values.dtype in _FORMS else span.values.float() for span in spans]
+    for owner, ((_, remainder, rows), values) in enumerate(zip(spans, of_spans, strict=True)):
         at, left = values.data_ptr(), 0 if remainder is None else remainder.data_ptr()
-        form = _FORMS[values.dtype] if remainder is None else _INT16
+        form = _FORMS[values.dtype] if remainder is None else _WITH_REMAINDER
         for first in range(0, values.numel(), _TILE):
             numel = min(_TILE, values.numel() - first)
             of_tile = at + first * values.itemsize, left + first * 2, numel, rows.start + first
@@ -76,7 +77,7 @@ def _compile() -> Any:
         sums = carray(pointer_at(call.sums), call.rows, np.uint64)
         tile = claim(pointer, 1)
         while tile < call.rows:
-            values, remainder, numel, element, base, length, stride, form = table[tile]
+            values, remainder, numel, element, base, length, stride, form = table[tile]  # as ``sums_of`` writes it
             total = uint64(0)
             at = 0
             while at < numel:
@@ -105,8 +106,4 @@ def _compile() -> Any:
             tile = claim(pointer, 1)
 
     run.__qualname__ = "fingerprint"
-    signature = types.void(types.CPointer(from_dtype(np.dtype(_Call))))
-    try:
-        return cfunc(signature, error_model="numpy", cache=True)(run)
-    except Exception:  # nowhere to keep it, no room, or what was kept is damaged
-        return cfunc(signature, error_model="numpy")(run)
+    return compile_kernel(run, _Call)

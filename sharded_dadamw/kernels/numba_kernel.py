@@ -15,7 +15,7 @@ import ctypes
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 # How an array holds its numbers.
 _FP32, _BF16, _FP16, _INT16, _NONE = range(5)
 _HELD_AS = {_FP32: (_FLOAT, 4), _BF16: (ir.IntType(16), 2), _FP16: (ir.HalfType(), 2), _INT16: (ir.IntType(16), 2)}
-_STORAGES = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16, torch.int16: _INT16, None: _NONE}
+STORAGES = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16, torch.int16: _INT16, None: _NONE}
 
 
 class _Call(ctypes.Structure):
@@ -162,6 +162,15 @@ def run_on_threads(kernel: Any, call: ctypes.Structure, num_threads: int) -> Non
         _openmp(kernel.address, address, num_threads, 0)
     else:
         kernel.ctypes(address)
+
+
+def compile_kernel(run: Callable[[Any], None], call: type[ctypes.Structure]) -> Any:
+    """A C function of a pointer to a call; compiled once per machine, where there is a folder to keep the result in."""
+    signature = types.void(types.CPointer(from_dtype(np.dtype(call))))
+    try:
+        return cfunc(signature, error_model="numpy", cache=True)(run)
+    except Exception:  # nowhere to keep it, no room, or what was kept is damaged; what is wrong itself fails again
+        return cfunc(signature, error_model="numpy")(run)
 
 
 @intrinsic(prefer_literal=True)
@@ -347,12 +356,9 @@ def _mix(word: Any) -> Any:
 
 @cache
 def _compile(form: Form, *, divide: bool) -> Any:
-    """The kernel of a form: a C function that claims tiles and applies the rule to them, until there are none.
-
-    Compiled once per machine, where there is a folder to keep the result in.
-    """
+    """The kernel of a form: a C function that claims tiles and applies the rule to them, until there are none."""
     param_as, grad_as, moments_as, main_as = (
-        _STORAGES[dtype] for dtype in (form.param, form.grad, form.moments, form.main)
+        STORAGES[dtype] for dtype in (form.param, form.grad, form.moments, form.main)
     )
     value_column, value_as = (_MAIN, _FP32) if main_as == _FP32 else (_PARAM, param_as)
     amsgrad = form.amsgrad
@@ -465,8 +471,4 @@ def _compile(form: Form, *, divide: bool) -> Any:
 
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
     run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))
-    signature = types.void(types.CPointer(from_dtype(np.dtype(_Call))))
-    try:
-        return cfunc(signature, error_model="numpy", cache=True)(run)
-    except Exception:  # nowhere to keep it, no room, or what was kept is damaged; what is wrong itself fails again
-        return cfunc(signature, error_model="numpy")(run)
+    return compile_kernel(run, _Call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -106,6 +107,9 @@ class Update(Protocol):
     """Whether it refers to the operands' tensors, and not to their addresses alone."""
     fuses_norms: bool
     """Whether norms come out of the pass over memory that the update is."""
+
+    def __init__(self, operands: Sequence[Operands]) -> None:
+        """Make the update of these fragments ready, for as long as their memory stays where it is."""
 
     def point_to(self, gradients: Tensor) -> None:
         """Take gradients of the same dtype from these addresses from now on, int64 [num_fragments] on the CPU.

@@ -77,7 +77,7 @@ class ReadyUpdate:
         self._gradients = _described(columns.grads)
         self._captured = captured
         self.counts = _joined(columns.counts)
-        self._is_fixed = [_is_contiguous(fragment) and not _needs_tensors(fragment.form) for fragment in operands]
+        self._is_fixed = [_is_contiguous(each) and not kernels.kernel_for(each.form).keeps_tensors for each in operands]
         self._fixed = _prepare(compress(enumerate(operands), self._is_fixed))
         self._others = [place for place, is_fixed in enumerate(self._is_fixed) if not is_fixed]
 
@@ -173,19 +173,14 @@ def _joined(counts: Sequence[Tensor]) -> list[Tensor]:
     return [base] if base is not None and is_all else list(counts)
 
 
-def _needs_tensors(form: Form) -> bool:
-    needs: bool = kernels.kernel_for(form).Update.keeps_tensors
-    return needs
-
-
 def _prepare(fragments: Iterable[tuple[int, Operands]]) -> list[tuple[Update, list[int]]]:
     """Updates of fragments of any forms: one for each form, with the places of its fragments."""
     by_form: dict[Form, list[tuple[int, Operands]]] = {}
     for place, fragment in fragments:
         by_form.setdefault(fragment.form, []).append((place, fragment))
     return [
-        (kernels.prepare([fragment for _, fragment in of_form]), [place for place, _ in of_form])
-        for of_form in by_form.values()
+        (kernels.kernel_for(form)([fragment for _, fragment in of_form]), [place for place, _ in of_form])
+        for form, of_form in by_form.items()
     ]
 
 

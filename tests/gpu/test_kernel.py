@@ -58,7 +58,7 @@ def on_device(kind: Kind, numels: Sequence[int], hyper: Hyperparameters, *, offs
 
 
 def prepared(fragments: Sequence[Operands]) -> Update:
-    update = kernels.prepare(fragments)
+    update = kernels.kernel_for(fragments[0].form)(fragments)
     assert type(update).__module__ == "sharded_dadamw.kernels.triton_kernel"
     return update
 
