@@ -189,7 +189,7 @@ MUTATIONS = {
     ],
     "norms/global_norm.py": [
         ("owner[part.name, part.part] == here", "True", "metrics layouts"),
-        ("nan_to_num(nan=math.inf", "nan_to_num(nan=0.0", "contract metrics sharded"),
+        ("norm = norm.nan_to_num(nan=math.inf", "norm = norm.nan_to_num(nan=0.0", "contract metrics sharded"),
     ],
     "norms/step_report.py": [
         ("skipped + void", "void", "metrics contract"),

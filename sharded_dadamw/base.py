@@ -18,7 +18,6 @@ from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
-from sharded_dadamw.norms.global_norm import NormOwners
 from sharded_dadamw.norms.norm_ranks import Held, NormRanks
 from sharded_dadamw.norms.step_report import StepReport, named_values
 from sharded_dadamw.state.fingerprint import Fingerprint, Fingerprints, parts_of
@@ -193,14 +192,6 @@ class DecoupledOptimizer(Optimizer):
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         """Return the norm of the gradients as they are, 0-d fp32, if they can be clipped so. Collective."""
 
-    def _norm_ranks(self, *, for_composer: bool = False) -> Collectives:
-        """Return the ranks over which norms are added up."""
-        return self._norms.ranks(self._held(), self._device, for_composer=for_composer)
-
-    def _norm_owners(self, *, for_composer: bool = False) -> NormOwners:
-        """Return who counts what. Collective where parameters have changed."""
-        return self._norms.owners(self._held(), self._device, for_composer=for_composer)
-
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients by their norm over all parameters and ranks. Collective where anything is sharded.
@@ -249,8 +240,9 @@ class DecoupledOptimizer(Optimizer):
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
         enter("metrics()", "with metrics_in_step=True one rank may call it alone")
-        table = self._norms.table(self._held(), self._device)
-        return named_values(self._norms.report, self._norm_owners(), table, len(self.param_groups))
+        held = self._held()
+        table, owners = self._norms.table(held), self._norms.owners(held)
+        return named_values(self._norms.report, owners, table, len(self.param_groups))
 
     @torch.no_grad()
     def fingerprint(self, process_group: dist.ProcessGroup | DeviceMesh | None = None) -> Fingerprint:
@@ -269,7 +261,7 @@ class DecoupledOptimizer(Optimizer):
             ValueError: Of a parameter is not known which of its elements lie where: FSDP1's.
         """
         enter("fingerprint()")
-        return self._fingerprint(self._norm_ranks() if process_group is None else process_group)
+        return self._fingerprint(self._norms.ranks(self._held()) if process_group is None else process_group)
 
     def _fingerprint(
         self, ranks: Collectives | dist.ProcessGroup | DeviceMesh, names: Mapping[int, str] | None = None
@@ -302,12 +294,12 @@ class DecoupledOptimizer(Optimizer):
         report = self._norms.report
         if report.values is None:
             enter("report_per_parameter_metrics()")
+            held = self._held()
             if self._reports_whole:
-                squares = self._norms.table(self._held(), self._device).squares
-                row_of = self._norm_owners().row_of
+                squares, row_of = self._norms.table(held).squares, self._norms.owners(held).row_of
                 places = {id(updated): row_of[id(updated)] for updated in report.updated}
             else:
-                here, squares = report.squares_of(report.updated_here(), self._held().look, self._device)
+                here, squares = report.squares_of(report.updated_here(), held.look, held.device)
                 places = {id(updated): place for place, updated in enumerate(here)}
             norms = squares.sqrt().to(torch.float32).unbind()
             report.values = {key: norms[place] for key, place in places.items()}
@@ -327,7 +319,7 @@ class DecoupledOptimizer(Optimizer):
             ``optimizer_metrics``.
         """
         enter("pre_reduce_metrics()")
-        owners = self._norm_owners(for_composer=True)
+        owners = self._norms.owners(self._held(), for_composer=True)
         counted = owners.first_here if self._reports_whole else owners.counted
         return self._norms.composer.pre_reduce(self._norms.report, counted, optimizer_metrics)
 
@@ -345,8 +337,9 @@ class DecoupledOptimizer(Optimizer):
             ``l2_norm...`` the mean over the ranks that had it.
         """
         enter("dist_reduce_metrics()")
-        collectives = self._norm_ranks(for_composer=True)
-        return self._norms.composer.dist_reduce(collectives, self._device, optimizer_metrics)
+        held = self._held()
+        ranks = self._norms.ranks(held, for_composer=True)
+        return self._norms.composer.dist_reduce(ranks, held.device, optimizer_metrics)
 
 
 def _warn_if_high(weight_decay: float) -> None:

@@ -180,7 +180,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         to_update = self._to_update()
         found_inf = self._scalers_flag()
         if found_inf is not None:
-            self._norm_ranks().all_reduce_(found_inf, dist.ReduceOp.MAX)
+            self._norms.ranks(self._held()).all_reduce_(found_inf, dist.ReduceOp.MAX)
         self._keep_clip_of(to_update, for_step=True)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(to_update, 2.0))
         if clip is not None:
@@ -196,7 +196,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 report.add([params[place] for place in places], squares, hypers[index])
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
-        self._norms.end_step(self._held(), self._device)
+        self._norms.end_step(self._held())
         return loss
 
     def _to_update(self) -> list[_ToUpdate]:
@@ -252,7 +252,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def _norm(self, to_update: Sequence[_ToUpdate], norm_type: float) -> Tensor:
         """Return the norm of gradients over all parameters and ranks, 0-d fp32. Collective."""
         params = [param for of_group, _ in to_update for param in of_group]
-        return self._held().gradient_norm(params, norm_type, self._norm_owners(), self._device)
+        held = self._held()
+        return held.gradient_norm(params, norm_type, self._norms.owners(held))
 
     def _keep_clip_of(self, to_update: Sequence[_ToUpdate], *, for_step: bool = False) -> None:
         """Forget a clip of other gradients than those that there are now, and say so where they are the same ones."""
@@ -267,7 +268,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         self._clip.clear()
 
     def _held(self) -> HeldAsTheyLie:
-        return HeldAsTheyLie(self.param_groups, self.state)
+        return HeldAsTheyLie(self.param_groups, self.state, self._device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied; the copy knows that it had ``norm_group``, but not which."""

@@ -184,7 +184,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             for bucket in self._shards.buckets:
                 report.updated += bucket.announce_update(agreed.present[bucket])
         self._clock.stop()
-        self._norms.end_step(self._held(), self._device)
+        self._norms.end_step(self._held())
         self._clip.clear()
         self._joining.end_step(agreed.present)
         self._consolidated.clear()
@@ -288,9 +288,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     def _norm(self, agreed: Agreed, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
-        owners = self._norm_owners()
+        held = self._held()
+        owners = self._norms.owners(held)
         self._average()
-        return self._held().gradient_norm(agreed.present, norm_type, owners)
+        return held.gradient_norm(agreed.present, norm_type, owners)
 
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)

@@ -59,31 +59,31 @@ class NormRanks:
         self.report = StepReport(num_skipped=self.report.num_skipped)
         self._ranks, self._owners, self._ranked = None, None, []
 
-    def ranks(self, held: Held, device: torch.device, *, for_composer: bool) -> Collectives:
+    def ranks(self, held: Held, *, for_composer: bool = False) -> Collectives:
         """Return the ranks over which norms are added up, found anew where parameters have changed."""
         params = held.params()
         if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
             self._ranks, self._owners, self._ranked = None, None, params
         if self._ranks is None:
-            self._ranks = self._find_ranks(held, device, for_composer=for_composer)
+            self._ranks = self._find_ranks(held, for_composer=for_composer)
         return self._ranks
 
-    def owners(self, held: Held, device: torch.device, *, for_composer: bool = False) -> NormOwners:
+    def owners(self, held: Held, *, for_composer: bool = False) -> NormOwners:
         """Return who counts what. Collective where parameters have changed."""
-        ranks = self.ranks(held, device, for_composer=for_composer)
+        ranks = self.ranks(held, for_composer=for_composer)
         if self._owners is None:
             self._owners = find_norm_owners(ranks, held.parts(ranks.rank))
         return self._owners
 
-    def end_step(self, held: Held, device: torch.device) -> None:
+    def end_step(self, held: Held) -> None:
         """Add up norms, if steps do so. Collective."""
         if self.in_step:
-            self.report.table = self._add_up(held, device)
+            self.report.table = self._add_up(held)
 
-    def table(self, held: Held, device: torch.device) -> Table:
+    def table(self, held: Held) -> Table:
         """Add up the squares of all parameters of all ranks. Collective, one all-reduce, unless a step has done it."""
         if not self.in_step:
-            return self._add_up(held, device)
+            return self._add_up(held)
         if self.report.table is None:
             raise RuntimeError(
                 "expected a step() before metrics(), since it adds up the norms (metrics_in_step=True); got none since "
@@ -91,9 +91,9 @@ class NormRanks:
             )
         return self.report.table
 
-    def _add_up(self, held: Held, device: torch.device) -> Table:
+    def _add_up(self, held: Held) -> Table:
         held.make_measurable(self.report)
-        owners, params = self.owners(held, device), held.params()
+        owners, params, device = self.owners(held), held.params(), held.device
         rows = {row for row, was_trainable in enumerate(owners.trainable) if was_trainable}
         rows |= {owners.row_of[id(param)] for param in params if param.requires_grad}
         squares = torch.zeros(len(owners.names), len(NORMS), dtype=torch.float64, device=device)
@@ -105,19 +105,19 @@ class NormRanks:
         owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
         return Table(squares, sorted(rows))
 
-    def _find_ranks(self, held: Held, device: torch.device, *, for_composer: bool) -> Collectives:
+    def _find_ranks(self, held: Held, *, for_composer: bool) -> Collectives:
         if self.given is None:
             if self.needs_names:
                 raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
             if any(map(is_of_fsdp1, held.params())):
                 if for_composer:
-                    return connect(None, device, exchange=None)  # over which Composer's own adds up
+                    return connect(None, held.device, exchange=None)  # over which Composer's own adds up
                 raise ValueError(
                     "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
                     "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 "
                     "(fully_shard)"
                 )
-            return connect_over(held.spread_over(), device, also=held.axis)
+            return connect_over(held.spread_over(), held.device, also=held.axis)
         axis = None if held.axis is None else held.axis.everyone
         spread = [*held.spread_over(), *([axis.group] if isinstance(axis, BackendVerbs) else [])]
         if not all(self.given.include(group) for group in spread):

@@ -22,6 +22,7 @@ class HeldInBuckets:
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
         self.axis = shards.collectives
+        self.device = shards.device
 
     def params(self) -> list[Tensor]:
         """Return all of them, in any order; cheap."""
@@ -71,5 +72,5 @@ class HeldInBuckets:
             runs += [bucket.gradients.shard[run] for run in bucket.runs((*map(and_, slots, counted),))]
         ranks = self.shards.holders if owners is None else owners.collectives
         if self.shards.adds_in_tree and norm_type != math.inf:
-            return exact_norm(runs, collectives=ranks, device=self.shards.device)
-        return global_norm(runs, norm_type, collectives=ranks, device=self.shards.device)
+            return exact_norm(runs, collectives=ranks, device=self.device)
+        return global_norm(runs, norm_type, collectives=ranks, device=self.device)

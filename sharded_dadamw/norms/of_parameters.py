@@ -24,8 +24,10 @@ class HeldAsTheyLie:
     axis = None
     """Not spread by the optimizer itself."""
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        self.groups, self.state = groups, state
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]], device: torch.device
+    ) -> None:
+        self.groups, self.state, self.device = groups, state, device
 
     def params(self) -> list[Tensor]:
         """Return all of them."""
@@ -48,13 +50,11 @@ class HeldAsTheyLie:
         grad = None if param.grad is None else local_gradient(param)
         return Snapshot(value_of(local(param), None), exp_avg, exp_avg_sq, maximum, state.get("step"), grad)
 
-    def gradient_norm(
-        self, params: Sequence[Tensor], norm_type: float, owners: NormOwners, device: torch.device
-    ) -> Tensor:
+    def gradient_norm(self, params: Sequence[Tensor], norm_type: float, owners: NormOwners) -> Tensor:
         """The norm of the gradients of these parameters, as ``global_norm`` gives it. Collective."""
         gradients = [*map(local_gradient, params)]  # of all, since it may be collective
         counted = [grad for param, grad in zip(params, gradients, strict=True) if id(param) in owners.counted]
-        return global_norm(counted, norm_type, collectives=owners.collectives, device=device)
+        return global_norm(counted, norm_type, collectives=owners.collectives, device=self.device)
 
     def make_measurable(self, report: StepReport) -> None:
         """Do nothing: they always are."""

@@ -82,7 +82,7 @@ class Joining:
         """Return why zeros of this rank would be wrong, if they are."""
         if self._has_data:
             return None
-        if reducer.counts_micro_batches:
+        if self._shards.adds_in_tree:
             return "this rank is out of data, and ShardingConfig(micro_batches=...) has each rank run its share of them"
         are_ours = all(isinstance(bucket.gradients, HookedGradients) for bucket in self._shards.buckets)
         may_be_alone = self._join_config.is_first_joinable and not reducer.knows_source

@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import cast
 
@@ -238,13 +239,13 @@ class Reducer:
                 self._complete_round()  # of a pass that was broken off
             self._backward = current
         if not will_be_told:
-            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self._end_backward), is_nested=is_nested))
+            Variable._execution_engine.queue_callback(partial(self._end_backward, is_nested=is_nested))
 
     def _await_end_of_local_backward(self) -> None:
         current = torch._C._current_graph_task_id()
         if current != self._graph_task:
             self._graph_task = current
-            Variable._execution_engine.queue_callback(_End(weakref.WeakMethod(self._remember)))
+            Variable._execution_engine.queue_callback(self._remember)
 
     def _remember(self) -> None:
         """Take note of what backward has left, so that ``changes`` tells what was done to it since."""
@@ -275,11 +276,6 @@ class Reducer:
         self._collectives.broadcast_(agreed)
         self._hooked = [self._hooked[index] for index in agreed.tolist()]
         self._completed, self._knows_order = [], True
-
-    @property
-    def counts_micro_batches(self) -> bool:
-        """Whether each rank has its share of a fixed number of backward passes."""
-        return self._config.micro_batches is not None
 
     @property
     def averages_alone(self) -> bool:
@@ -361,17 +357,6 @@ class _Delivery:
         reducer, bucket = self._reducer(), self._bucket()
         if reducer is not None and bucket is not None:
             reducer.deliver(bucket, self._slot)
-
-
-class _End:
-    """What autograd calls at the end of a backward pass."""
-
-    def __init__(self, method: weakref.WeakMethod[Callable[..., None]], **arguments: bool) -> None:
-        self._method, self._arguments = method, arguments
-
-    def __call__(self) -> None:
-        if (method := self._method()) is not None:
-            method(**self._arguments)
 
 
 def _is_nested() -> bool:
