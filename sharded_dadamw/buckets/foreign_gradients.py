@@ -8,12 +8,18 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import Gradients, Stage, are_present, check_gradient, warn_of_forgotten_clip
+from sharded_dadamw.buckets.gradients import (
+    Gradients,
+    Stage,
+    are_present,
+    check_gradient,
+    version_of,
+    warn_of_forgotten_clip,
+)
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
-from sharded_dadamw.layout.placement import local
 
 
 class ForeignGradients(Gradients):
@@ -44,9 +50,7 @@ class ForeignGradients(Gradients):
 
     def _existing(self) -> list[tuple[Tensor, int]]:
         """The gradients there are, each with the count of in-place changes to its memory."""
-        grads = (member.param.grad for member in self._members)
-        # FSDP2 accumulates into what is local, which a DTensor does not notice.
-        return [(grad, local(grad)._version) for grad in grads if grad is not None]
+        return [(param.grad, version_of(param.grad)) for param in self._params if param.grad is not None]
 
     def collect(self, *, to_clip: bool) -> None:
         """See ``Gradients.collect``; before another clip they may be read again."""

@@ -155,9 +155,6 @@ class FullGradients(HookedGradients):
         else:
             raise self._too_late(slot)
 
-    def _adopt(self, slot: int) -> None:
-        self._move(slot, self._views[slot])
-
     def _adopt_all(self, held: list[bool]) -> None:
         """Bring in gradients that were assigned, where ``_held`` says that there may be some; raises as ``collect``."""
         if not all(held):

@@ -235,8 +235,10 @@ class HookedGradients(Gradients):
             ValueError: It is sparse.
         """
         self._make_room(slot)
-        if self._passes is None or self._takes_pass(self._passes, slot):
+        if self._passes is None:
             self._adopt(slot)
+        else:
+            self._take_pass(self._passes, slot)
         if counts and not self._has_come[slot]:
             self._has_come[slot] = True
             self._num_missing -= 1
@@ -247,8 +249,8 @@ class HookedGradients(Gradients):
             if is_present:
                 param.grad = torch.zeros_like(param, dtype=self._dtype)
 
-    def _takes_pass(self, passes: Passes, slot: int) -> bool:
-        """Add the gradient of one pass to those before it; after the last one it is in ``p.grad``: returns whether."""
+    def _take_pass(self, passes: Passes, slot: int) -> None:
+        """Add the gradient of one pass to those before it. ``p.grad`` is None until the last one, then the sum."""
         member = self._members[slot]
         if passes.counts[slot] == passes.number:
             raise self._too_late(slot)
@@ -257,32 +259,27 @@ class HookedGradients(Gradients):
         check_gradient(member, grad, self._dtype)
         is_last = passes.add(slot, grad.detach(), lambda: self._target(slot))
         member.param.grad = self._target(slot) if is_last else None
-        return is_last
 
     @abstractmethod
     def _target(self, slot: int) -> Tensor:
-        """The place of a slot's gradient in the flat buffer."""
+        """The place in the flat buffer of a slot's gradient, which is about to come there."""
 
     @abstractmethod
     def _make_room(self, slot: int) -> None:
         """Make sure that a gradient may come, and where it goes."""
 
-    @abstractmethod
-    def _adopt(self, slot: int) -> None:
-        """Move one parameter's gradient, if it has one, into the flat buffer, where it is not there already."""
-
     def _await_all(self) -> None:
         self._has_come = bytearray(len(self._members))
         self._num_missing = len(self._members)
 
-    def _move(self, slot: int, view: Tensor) -> None:
+    def _adopt(self, slot: int) -> None:
+        """Move one parameter's gradient, if it has one, into the flat buffer, where it is not there already."""
         member = self._members[slot]
         grad = member.param.grad
-        if grad is None or grad is view:
-            return
-        check_gradient(member, grad, self._dtype)
-        view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
-        member.param.grad = view
+        if grad is not None and grad is not (view := self._target(slot)):
+            check_gradient(member, grad, self._dtype)
+            view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
+            member.param.grad = view
 
     def _too_late(self, slot: int) -> RuntimeError:
         if self._passes is not None:
@@ -306,6 +303,11 @@ def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:
     """Per parameter whether it has a gradient, and is to be updated."""
     grads = map(GRAD_OF, params)
     return tuple(map(and_, map(is_not, grads, repeat(None)), map(_IS_TRAINABLE, params)))
+
+
+def version_of(grad: Tensor) -> int:
+    """The count of in-place changes to a gradient; FSDP2 accumulates into what is local, unseen by a DTensor."""
+    return local(grad)._version
 
 
 def warn_of_forgotten_clip() -> None:

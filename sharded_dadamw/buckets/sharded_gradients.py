@@ -149,13 +149,8 @@ class ShardedGradients(HookedGradients):
                 "for model.zero_grad() cannot drop sharded gradients"
             )
 
-    def _adopt(self, slot: int) -> None:
-        if self._params[slot].grad is not None:
-            self.stage = Stage.LOCAL
-            self._filling()
-            self._move(slot, self._views[slot])
-
     def _target(self, slot: int) -> Tensor:
+        self.stage = Stage.LOCAL
         self._filling()
         return self._views[slot]
 

@@ -14,7 +14,6 @@ verbs, and ``RankOrderVerbs`` are those with sums in rank order. ``messages`` an
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -241,15 +240,6 @@ class BackendVerbs(Collectives):
         else:
             mean_in_tree(parts, divisor=self._divisor, out=out, add=add)
 
-    def _pending(
-        self,
-        name: str,
-        finish: Callable[[], object],
-        queue: deque[Pending] | None = None,
-        release: Callable[[], object] | None = None,
-    ) -> Pending:
-        return Pending(name, finish, queue, release, self.explaining)
-
     @property
     def _ranks(self) -> frozenset[int]:
         return ranks_of(self.group)
@@ -277,14 +267,14 @@ class BackendVerbs(Collectives):
             elif target is not out:
                 out.copy_(mean)
 
-        return self._pending(REDUCE_SCATTER, finish)
+        return Pending(REDUCE_SCATTER, finish, self.explaining)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):
             own = self._slices(buffer)[self.rank]
             work = _all_gather(buffer, own, group=self.group, async_op=True)
             self.bytes_sent += (self.num_ranks - 1) * own.nbytes
-        return self._pending(ALL_GATHER, work.wait)
+        return Pending(ALL_GATHER, work.wait, self.explaining)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         with self.explaining():
@@ -333,7 +323,7 @@ class RankOrderVerbs(BackendVerbs):
             total = torch.empty_like(out, dtype=sum_dtype(sent.dtype, out.dtype))
             self._average(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
 
-        return self._pending(REDUCE_SCATTER, finish)
+        return Pending(REDUCE_SCATTER, finish, self.explaining)
 
 
 def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:

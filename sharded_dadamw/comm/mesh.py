@@ -94,7 +94,7 @@ class MeshVerbs(BackendVerbs):
                 out.copy_(of_all[: out.numel()])
 
         # Ranks start the column's verbs as they finish the row's, and have to do so in one order.
-        return self._pending(REDUCE_SCATTER, finish, self._under_way)
+        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):

@@ -109,11 +109,8 @@ class MessageVerbs(GlooVerbs):
         """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         while len(self._reductions) >= _REDUCTIONS_RECEIVING:
             self._reductions.popleft().finish()
-        sent, slices, tag = (
-            sent_dtype(buffer.dtype, wire_dtype),
-            self._slices(buffer),
-            self._next_tag(REDUCE_SCATTER, buffer.nbytes),
-        )
+        sent, slices = sent_dtype(buffer.dtype, wire_dtype), self._slices(buffer)
+        tag = self._next_tag(REDUCE_SCATTER, buffer.nbytes)
         numel = PIECE_BYTES // sent.itemsize
         outs, own = torch.split(out, numel), torch.split(slices[self.rank], numel)
         ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(self._peers)))
@@ -152,7 +149,7 @@ class MessageVerbs(GlooVerbs):
                 del receives[index]
             idle.append(scratch)
 
-        verb = self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: _wait_for(sends))
+        verb = Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, lambda: _wait_for(sends))
         self._reductions.append(verb)
         return verb
 
@@ -163,7 +160,7 @@ class MessageVerbs(GlooVerbs):
             handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]
             handles += [self._send(slices[self.rank], peer, tag) for peer in self._peers]
             self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
-        return self._pending(ALL_GATHER, lambda: _wait_for(handles), self._under_way)
+        return Pending(ALL_GATHER, lambda: _wait_for(handles), self.explaining, self._under_way)
 
 
 def _wait_for(handles: Iterable[dist.Work]) -> None:

@@ -21,18 +21,18 @@ class Pending:
         self,
         name: str,
         finish: Callable[[], object] | None,
+        explaining: Callable[[], AbstractContextManager[None]],
         queue: deque[Pending] | None = None,
         release: Callable[[], object] | None = None,
-        explaining: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Put a verb that has been started behind all others of a queue.
 
         Args:
             name: What a profiler calls it.
             finish: What is left to do for the result. It may be called again after a KeyboardInterrupt.
+            explaining: A context for ``finish`` and ``release``, which may replace what is raised.
             queue: Verbs to finish before this one; None where the order does not matter.
             release: What is then to be waited for until the buffers may be written again.
-            explaining: A context for both of them, which may replace what is raised.
         """
         self._name = name
         self._finish = finish
@@ -74,5 +74,5 @@ class Pending:
         self._finish = None
 
 
-DONE = Pending("", None)
+DONE = Pending("", None, nullcontext)
 """A verb that has nothing left to do."""

@@ -200,7 +200,7 @@ class SharedMemoryVerbs(GlooVerbs):
                 self._average(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
             self._leave(number, readable is not buffer)
 
-        return self._pending(REDUCE_SCATTER, finish, self._under_way, lambda: self._await_others(number))
+        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, lambda: self._await_others(number))
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):
@@ -214,7 +214,7 @@ class SharedMemoryVerbs(GlooVerbs):
                 slices[peer].copy_(self._slices(self._buffer_of(peer, number, buffer))[peer])
             self._leave(number, readable is not buffer)
 
-        return self._pending(ALL_GATHER, finish, self._under_way, lambda: self._await_others(number))
+        return Pending(ALL_GATHER, finish, self.explaining, self._under_way, lambda: self._await_others(number))
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """See ``BackendVerbs._gather``; copies, of any shape. Ranks that are out of step hear of it at once."""
@@ -227,7 +227,7 @@ class SharedMemoryVerbs(GlooVerbs):
                 gathered[peer].copy_(self._buffer_of(peer, number, readable).view(tensor.shape))
             self._leave(number, is_copy=True)
 
-        self._pending(ALL_REDUCE, finish, self._under_way).wait()
+        Pending(ALL_REDUCE, finish, self.explaining, self._under_way).wait()
         return gathered
 
     def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:

@@ -23,9 +23,7 @@ def carries(index: int, count: int) -> list[int]:
     Level ``b`` then holds the sum over the last aligned ``2**b`` before it that waits. The result goes to the next
     level, ``len(carries(index, count))`` unless this is the last one, which is added to all that wait.
     """
-    levels = [
-        level for level in range(index.bit_length()) if index & ((1 << (level + 1)) - 1) == (1 << (level + 1)) - 1
-    ]
+    levels = [*range((index ^ (index + 1)).bit_length() - 1)]  # one for each binary 1 at its end
     if index + 1 == count:
         levels += [level for level in range(len(levels) + 1, count.bit_length()) if count >> level & 1]
     return levels

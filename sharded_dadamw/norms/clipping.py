@@ -9,8 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import warn_of_forgotten_clip
-from sharded_dadamw.layout.placement import local
+from sharded_dadamw.buckets.gradients import version_of, warn_of_forgotten_clip
 
 
 def checked_max_grad_norm(max_grad_norm: float | None) -> float | None:
@@ -92,7 +91,7 @@ class ClipOf(PendingClip):
 
     def remember(self, grads: Sequence[Tensor]) -> None:
         """Take note of which gradients are clipped; they are referred to weakly."""
-        self._clipped = [(ref(grad), _version(grad)) for grad in grads]
+        self._clipped = [(ref(grad), version_of(grad)) for grad in grads]
         self._is_used = False
 
     def use(self) -> Tensor:
@@ -103,7 +102,7 @@ class ClipOf(PendingClip):
     def is_for(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients are those that were clipped, or some of them."""
         clipped = self._those_alive()
-        return all(clipped.get(id(grad)) == _version(grad) for grad in grads)
+        return all(clipped.get(id(grad)) == version_of(grad) for grad in grads)
 
     def require_unchanged(self, grads: Sequence[Tensor], *, to_clip: bool) -> None:
         """Refuse to use gradients unclipped that are left of the clipped ones, if they have changed before any step.
@@ -123,8 +122,3 @@ class ClipOf(PendingClip):
 
     def _those_alive(self) -> dict[int, int]:
         return {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
-
-
-def _version(grad: Tensor) -> int:
-    """The count of changes to a gradient; FSDP2 accumulates into what is local, which a DTensor does not notice."""
-    return local(grad)._version
