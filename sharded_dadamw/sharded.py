@@ -7,7 +7,7 @@
                     all-gather the parameters in place, while the next bucket is updated   (gatherer, comm)
     forward     where the model is attached, layers wait for the parameters they read      (gatherer)
 
-With ``overlap=False`` full gradients are averaged in ``step``, one bucket ahead; of others they are averages already.
+With ``overlap=False``, in the first step and on one rank, full gradients are averaged in ``step``, one bucket ahead.
 
 This module conducts and touches no element itself.
 """
@@ -56,7 +56,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     by one number that all ranks share, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this
     rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and means of several backwards add up.
 
-    ``micro_batches`` is the range of numbers, among all ranks' backwards of a step, of those that this rank computes.
+    ``micro_batches`` are the numbers, a range, of this rank's backward passes of a step, counted over all ranks.
 
     Source: ZeRO, arXiv:1910.02054, stages 1 and 2.
     """

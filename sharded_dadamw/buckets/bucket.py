@@ -102,7 +102,7 @@ class Bucket:
         return self.gradients.shard
 
     def current_param(self, part: slice) -> Tensor:
-        """A range of this rank's shard of the parameters as it is now, beside the state; only to be read."""
+        """A range of this rank's shard of the parameters as it is now, on the state's device; only to be read."""
         return self.weights.shard[part]
 
     @property
@@ -162,7 +162,7 @@ class Bucket:
 
         Returns:
             The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
-            norms of those, fp64 [num_params, 4] in the order of NORMS, beside the state.
+            norms of those, fp64 [num_params, 4] in the order of NORMS, on the state's device.
         """
         if self._takes_edits:
             self._absorb_edits_()
@@ -210,7 +210,7 @@ class Bucket:
         )
 
     def operands_of(self, slot: int) -> Operands:
-        """This rank's fragment of one parameter, as it is now, beside the state; only to be read."""
+        """This rank's fragment of one parameter as it is now, on the state's device; only to be read."""
         fragment = self.layout.fragment(slot, self.rank)
         return self._operands_at(fragment, self.current_param(fragment.in_shard))
 

@@ -48,8 +48,8 @@ class Handshake:
     def __init__(self, collectives: Collectives, device: torch.device, *, after_refusal: Callable[..., None]) -> None:
         """Compare what ranks are about to do; answers arrive on ``device``.
 
-        ``after_refusal`` is called on every rank before the refusal is raised, with ``differ=True`` where ranks differ;
-        what all refuse alike leaves their averages alike.
+        ``after_refusal(differ=...)`` is called on every rank before the refusal is raised. Where ranks do not differ,
+        their averages are still equal.
         """
         self._collectives = collectives
         self._after_refusal = after_refusal

@@ -138,11 +138,11 @@ class StepAgreement:
             grad_scale=asked.grad_scale,
             factors=list(changes.values()),
             tolerance=side.tolerance,
-            sums=None if reducer.knows_source else _sum_of_gradients(buckets, reducer),
+            sums=None if reducer.knows_source else self._sum_of_gradients(),
             refusal=refusal.error,
         )
         if not reducer.knows_source:
-            _learn_source(buckets, reducer, self._handshake)
+            self._learn_source()
         return Agreed(present, hypers, void, unfrozen)
 
     def _require_own_parameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -158,28 +158,26 @@ class StepAgreement:
             )
         self._own = given
 
+    @property
+    def _are_comparable(self) -> bool:
+        """Whether ranks that see equal gradients must have averaged them, and hold whole ones to be compared."""
+        return not (self._reducer.keeps_shards or any(bucket.is_borrowed for bucket in self._shards.buckets))
 
-def _are_comparable(buckets: Sequence[Bucket], reducer: Reducer) -> bool:
-    """Whether ranks that see equal gradients must have averaged them, and hold whole ones to be compared."""
-    return not (reducer.keeps_shards or any(bucket.is_borrowed for bucket in buckets))
+    def _sum_of_gradients(self) -> Tensor | None:
+        sums = [bucket.gradients.sum_of_bits() for bucket in self._shards.buckets] if self._are_comparable else []
+        return torch.stack(sums).sum() if sums else None
 
-
-def _sum_of_gradients(buckets: Sequence[Bucket], reducer: Reducer) -> Tensor | None:
-    sums = [bucket.gradients.sum_of_bits() for bucket in buckets] if _are_comparable(buckets, reducer) else []
-    return torch.stack(sums).sum() if sums else None
-
-
-def _learn_source(buckets: Sequence[Bucket], reducer: Reducer, handshake: Handshake) -> None:
-    """Find out by the first gradients whether somebody else averages them, who should. Equal on all ranks."""
-    differ, handshake.sums_differ = handshake.sums_differ, None
-    if differ and not all(isinstance(bucket.gradients, HookedGradients) for bucket in buckets):
-        raise RuntimeError(
-            "gradients differ between ranks, and ShardingConfig(reduce_gradients=False) says that something else has "
-            "averaged them; wrap the model in DistributedDataParallel and call the wrapper, or leave out "
-            "reduce_gradients=False"
-        )
-    if differ is not None or not _are_comparable(buckets, reducer):
-        reducer.learn_source(are_equal=differ is False)
+    def _learn_source(self) -> None:
+        """Find out by the first gradients whether somebody else averages them, who should. Equal on all ranks."""
+        differ, self._handshake.sums_differ = self._handshake.sums_differ, None
+        if differ and not all(isinstance(bucket.gradients, HookedGradients) for bucket in self._shards.buckets):
+            raise RuntimeError(
+                "gradients differ between ranks, and ShardingConfig(reduce_gradients=False) says that something else "
+                "has averaged them; wrap the model in DistributedDataParallel and call the wrapper, or leave out "
+                "reduce_gradients=False"
+            )
+        if differ is not None or not self._are_comparable:
+            self._reducer.learn_source(are_equal=differ is False)
 
 
 def _refuse_scaler(asked: Asked, reducer: Reducer) -> None:
