@@ -106,8 +106,8 @@ MUTATIONS = {
         ("own = of_all[self._column.rank * piece :][:piece]", "own = of_all[:piece]", "collectives layouts"),
     ],
     "schedule/handshake.py": [
-        ("note[7] != -note[8]", "False", "refusals sharded"),
-        ("(note[3] != -note[4]) |", "(note[3] != note[3]) |", "refusals contract"),
+        ("= not _are_equal(note, _SUM)", "= False", "refusals sharded"),
+        ("return ~_are_equal(note, _SCALE) |", "return", "refusals contract"),
         ("smallest * (1 + tolerance)", "smallest * (2 + tolerance)", "refusals contract overlap"),
     ],
     "comm/connect.py": [

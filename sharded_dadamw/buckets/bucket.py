@@ -62,7 +62,6 @@ class Bucket:
         storage: Storage,
         *,
         rank: int,
-        group_index: int,
         weights: Weights,
         gradients: Gradients,
         amsgrad: bool,
@@ -71,7 +70,7 @@ class Bucket:
         self.layout = layout
         self.storage = storage
         self.rank = rank
-        self.group_index = group_index
+        self.group_index = members[0].group_index
         self.members = tuple(members)
         self.weights = weights
         self.gradients = gradients

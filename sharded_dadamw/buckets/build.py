@@ -84,7 +84,6 @@ class Bucketing:
             members,
             arrangement.storage,
             rank=self._collectives.rank,
-            group_index=members[0].group_index,
             weights=weights_of(members, layout, self._collectives),
             gradients=gradients_of(
                 members, layout, self._collectives, self._config, self._spares, reduces=arrangement.reduces

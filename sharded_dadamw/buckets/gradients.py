@@ -4,10 +4,10 @@
     sharded_gradients (ZeRO stage 2)   the flat buffer goes, and means of several backward passes add up in the shard
     foreign_gradients                  p.grad is the memory of others, and is only read
 
-[Note: where a gradient lives] A parameter without a gradient has ``p.grad is None``, as everywhere in torch, so that
-an unused parameter stays untouched. A hook moves the first gradient that backward produces into the bucket's flat
-buffer at once, so that two copies never coexist for more than one parameter; later ones accumulate into that view. Only
-this module and ``sharded_gradients`` assign ``p.grad``.
+A parameter without a gradient has ``p.grad is None``, as everywhere in torch, so that an unused parameter stays
+untouched. A hook moves the first gradient that backward produces into the bucket's flat buffer at once, so that two
+copies never coexist for more than one parameter; later ones accumulate into that view, or in ``passes``. Only this
+module and ``sharded_gradients`` assign ``p.grad``.
 """
 
 from __future__ import annotations

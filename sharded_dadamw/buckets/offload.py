@@ -4,12 +4,12 @@
                                    | update, with the state, by the kernels for CPUs
     parameter shard <== up ====  param [n]
 
-[Note: order of copies] Copies have a stream of their own for each direction, so that neither waits for the other, nor
-for what else the device is about to do. The way down begins behind all that the device was given so far, the reduction
-of the gradients among it; the host waits for its end before it computes. So when the way up begins nobody reads those
-parameters any more, and it has nothing to wait for; what the device is given afterwards waits for its end. All memory
-that is copied belongs to the bucket, or is kept until the host has waited for it. With parameters on a CPU the same
-code runs, and each copy is over at once.
+Copies have a stream of their own for each direction, so that neither waits for the other, nor for what else the device
+is about to do. The way down begins behind all that the device was given so far, the reduction of the gradients among
+it; the host waits for its end before it computes. So when the way up begins nobody reads those parameters any more, and
+it has nothing to wait for; what the device is given afterwards waits for its end. All memory that is copied belongs to
+the bucket, or is kept until the host has waited for it. With parameters on a CPU the same code runs, and each copy is
+over at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sharded_dadamw.update.adamw import Step
 
 
 class OffloadedBucket(Bucket):
-    """A bucket with its state in host memory, and its updates there, of copies. [Note: order of copies].
+    """A bucket with its state in host memory, and its updates there, of copies.
 
     Only what is copied is pinned. State never is: torch rounds the size of pinned memory up to a power of two.
     """

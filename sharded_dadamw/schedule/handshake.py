@@ -1,8 +1,8 @@
 """What ranks compare before each step, in one all-reduce of nine integers.
 
 They are a digest of what a rank is about to do, a loss scaler's flag and scale, the smallest and the largest factor by
-which averaged gradients were multiplied, and a sum over gradients. max(h) and max(-h) are equal in size only where all
-h are equal. Only where ranks differ do they exchange descriptions, and all raise the same error.
+which averaged gradients were multiplied, and a sum over gradients. Only where ranks differ do they exchange
+descriptions, and all raise the same error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _ADVICE = {
     "optimizer.clip_grad_norm_() in place of torch's, and give all loss scalers one scale; for any other change have "
     "DistributedDataParallel average them, and pass ShardingConfig(reduce_gradients=False)",
 }
+
+_DIGEST, _FOUND_INF, _SCALE, _LARGEST, _SMALLEST, _SUM = 0, 2, 3, 5, 6, 7
+"""Places among the nine; behind digest, scale and sum there is the same number with the other sign."""
 
 _CONSENT = "whether it can be done"
 _BITS_OF_INF = 0x7FF0000000000000
@@ -100,16 +103,16 @@ class Handshake:
             self._device, non_blocking=True
         )
         if found_inf is not None:
-            note[2] = (found_inf != 0).to(torch.int64).reshape(())
+            note[_FOUND_INF] = (found_inf != 0).to(torch.int64).reshape(())
         if grad_scale is not None:
-            note[3] = grad_scale.to(torch.float64).reshape(1).view(torch.int64)[0]
-            note[4] = -note[3]
+            note[_SCALE] = grad_scale.to(torch.float64).reshape(1).view(torch.int64)[0]
+            note[_SCALE + 1] = -note[_SCALE]
         if factors:
             known = torch.cat([*factors, factors[0].new_full((1,), torch.nan)])
-            note[5] = known.nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1).view(torch.int64)[0]
-            note[6] = -known.nan_to_num(nan=torch.inf, posinf=torch.inf).amin().reshape(1).view(torch.int64)[0]
+            note[_LARGEST] = known.nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1).view(torch.int64)[0]
+            note[_SMALLEST] = -known.nan_to_num(nan=torch.inf, posinf=torch.inf).amin().reshape(1).view(torch.int64)[0]
         if sums is not None:
-            note[7], note[8] = sums, -sums
+            note[_SUM], note[_SUM + 1] = sums, -sums
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX)
         difference = None
         if note.is_cuda:
@@ -124,7 +127,7 @@ class Handshake:
             )
         if found_inf is None and grad_scale is None and not factors:
             return None
-        return ((note[2] != 0) | _differ(note, tolerance)).to(torch.float32)
+        return ((note[_FOUND_INF] != 0) | _differ(note, tolerance)).to(torch.float32)
 
     def _read_later(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
@@ -142,17 +145,16 @@ class Handshake:
             arrived.synchronize()
             if (difference := self._difference(host, describe, tolerance)) is not None:
                 self._after_refusal(differ=True)
-                was_void = host[0] == -host[1]
-                outcome = (
-                    "has changed nothing" if was_void else "was taken with wrong numbers, so go back to a checkpoint"
-                )
+                outcome = "was taken with wrong numbers, so go back to a checkpoint"
+                if _are_equal(host, _DIGEST):  # then scales or factors differed, which made it void
+                    outcome = "has changed nothing"
                 raise RuntimeError(f"ranks disagreed about the step before this one; {difference}; that step {outcome}")
 
     def _difference(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""
-        if note[7]:
-            self.sums_differ = bool(note[7] != -note[8])
-        if note[0] == -note[1] and not _differ(note, tolerance):
+        if note[_SUM]:
+            self.sums_differ = not _are_equal(note, _SUM)
+        if _are_equal(note, _DIGEST) and not _differ(note, tolerance):
             return None
         description = {_CONSENT: "agreed", **describe()}
         difference = find_difference(self._collectives, description, _ADVICE)
@@ -160,8 +162,13 @@ class Handshake:
         return difference or f"{FACTOR} are {description.get(FACTOR)} on every rank; {_ADVICE[FACTOR]}"
 
 
+def _are_equal(note: Tensor, place: int) -> Tensor:
+    """Whether ranks gave the same number; the maximum of all h and that of all -h are equal in size only then."""
+    return note[place] == -note[place + 1]
+
+
 def _differ(note: Tensor, tolerance: float) -> Tensor:
     """Whether ranks have different loss scales, or have changed gradients by different factors, by what they sent."""
-    largest, smallest = note[5:6].view(torch.float64)[0], (-note[6:7]).view(torch.float64)[0]
-    are_equal_now = (note[7] != 0) & (note[7] == -note[8])  # as DistributedDataParallel leaves those of the first step
-    return (note[3] != -note[4]) | ((largest > smallest * (1 + tolerance)) & ~are_equal_now)
+    largest, smallest = (part.view(torch.float64)[0] for part in (note[_LARGEST, None], -note[_SMALLEST, None]))
+    are_equal_now = (note[_SUM] != 0) & _are_equal(note, _SUM)  # as DistributedDataParallel leaves those of step 1
+    return ~_are_equal(note, _SCALE) | ((largest > smallest * (1 + tolerance)) & ~are_equal_now)

@@ -3,11 +3,11 @@
     backward    | layer 2 | layer 1 | layer 0 | rest, and wait |
     wire                  |=== bucket 0 ===|=== bucket 1 ===|
 
-[Note: rounds] A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks
-send each other cannot get mixed up. A reduction is launched and finished, a round is begun and completed. A backward
-pass outside ``no_sync`` is a round: hooks launch each bucket whose turn has come, and the end of backward launches the
-others and finishes all. So nobody ever finds a gradient under way. With ``overlap=False``, in the first step and on one
-rank, full gradients wait for ``step``.
+A round is one reduction of every bucket, in an order that is the same on all ranks, so that what ranks send each other
+cannot get mixed up. A reduction is launched and finished, a round is begun and completed. A backward pass outside
+``no_sync`` is a round: hooks launch each bucket whose turn has come, and the end of backward launches the others and
+finishes all. So nobody ever finds a gradient under way. With ``overlap=False``, in the first step and on one rank, full
+gradients wait for ``step``.
 
 [Note: nested backwards] Reentrant activation checkpointing runs a backward of its own for each part, within the
 backward of a ``torch.autograd.Function``. Only the outermost end is that of the round. Where no gradient came in the
