@@ -94,9 +94,8 @@ class FullGradients(HookedGradients):
 
     def look(self) -> None:
         if self.stage is Stage.LOCAL:
-            with suppress(
-                RuntimeError, ValueError
-            ):  # of what was assigned or cast; the agreement refuses it everywhere
+            # Of what was assigned or cast; the agreement refuses it everywhere.
+            with suppress(RuntimeError, ValueError):
                 self._adopt_all(self._held())
 
     def remember(self) -> None:

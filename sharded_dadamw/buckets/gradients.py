@@ -172,7 +172,7 @@ class HookedGradients(Gradients):
         members: Sequence[NamedParameter],
         layout: BucketLayout,
         wire_dtype: torch.dtype | None,
-        num_passes: int | None = None,
+        num_passes: int | None,
     ) -> None:
         """``num_passes``: how many gradients of each parameter are added in the tree; None: as many as there are."""
         super().__init__(members)

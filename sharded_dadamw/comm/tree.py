@@ -59,18 +59,19 @@ def mean_in_tree(parts: Sequence[Tensor], *, divisor: int, out: Tensor, add: boo
 
     Added in the tree, in their dtype; divided in fp32 or wider, and rounded once. With ``add`` it increases ``out``.
     """
-    waiting: dict[int, tuple[Tensor, bool]] = {}  # by level, and whether it is memory of our own
-    total, is_own = parts[0], False
-    for index, part in enumerate(parts):
-        total, is_own = part, False
-        levels = carries(index, len(parts))
-        for level in levels:
-            left, left_is_own = waiting.pop(level)
-            target = left if left_is_own else total if is_own else torch.empty_like(left)
-            total, is_own = torch.add(left, total, out=target), True
-        waiting[len(levels)] = total, is_own
+    total, _ = _sum_in_tree(parts)
     mean = total.to(torch.promote_types(total.dtype, torch.float32)).div(divisor)
     if add:
         out.add_(mean.to(out.dtype))
     else:
         out.copy_(mean)
+
+
+def _sum_in_tree(parts: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """The sum, and whether it is memory of our own."""
+    if len(parts) == 1:
+        return parts[0], False
+    half = 1 << (len(parts) - 1).bit_length() - 1
+    (left, left_is_own), (right, right_is_own) = _sum_in_tree(parts[:half]), _sum_in_tree(parts[half:])
+    out = left if left_is_own else right if right_is_own else torch.empty_like(left)
+    return torch.add(left, right, out=out), True

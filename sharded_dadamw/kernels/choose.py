@@ -17,8 +17,8 @@ from sharded_dadamw.kernels.operands import Form, Update
 
 log = logging.getLogger("sharded_dadamw")
 
-_COMPILED = {"cpu": ("numba_kernel", "numba", "cpu"), "cuda": ("triton_kernel", "triton", "cuda")}
-"""Per device type: our module, the package that compiles it, and the extra that installs that."""
+_COMPILERS = {"cpu": "numba", "cuda": "triton"}
+"""Per device type the package that compiles our module of that name; an extra that is called by the device has it."""
 
 
 def kernel_for(form: Form) -> type[Update]:
@@ -31,11 +31,11 @@ def kernel_for(form: Form) -> type[Update]:
 @cache
 def compiled_kernel(device_type: str) -> ModuleType | None:
     """The compiled kernel for a device; None where there is none, or what compiles it is missing."""
-    if device_type not in _COMPILED:
+    package = _COMPILERS.get(device_type)
+    if package is None:
         return None
-    module, package, extra = _COMPILED[device_type]
     try:
-        return importlib.import_module(f"sharded_dadamw.kernels.{module}")
+        return importlib.import_module(f"sharded_dadamw.kernels.{package}_kernel")
     except (ImportError, OSError) as error:  # OSError: a library of the compiler does not load
         log.warning(
             "updates on %s run in torch's own kernels, which are slower where norms are asked for or dtypes differ: "
@@ -43,6 +43,6 @@ def compiled_kernel(device_type: str) -> ModuleType | None:
             device_type,
             package,
             error,
-            extra,
+            device_type,
         )
         return None

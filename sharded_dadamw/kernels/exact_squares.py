@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.choose import compiled_kernel
+from sharded_dadamw.kernels.tiles import chunk_size
 
 DIGITS = 26
 """Of 2**36 numbers of so many binary digits, the sum fits into 62."""
 UNIT = 2.0**DIGITS
-
-_CHUNK, _CHUNK_ELSEWHERE = 1 << 15, 1 << 22
-"""Elements widened to fp64 at a time: on a CPU so few that the copy stays in its cache."""
 
 
 def exact_squares(run: Tensor, scale: Tensor) -> Tensor:
@@ -27,7 +25,7 @@ def exact_squares(run: Tensor, scale: Tensor) -> Tensor:
     ``scale`` is a power of two, 0-d fp64, that makes all elements smaller than 1.
     """
     words = torch.zeros(2, dtype=torch.int64, device=run.device)
-    chunks = torch.split(run.reshape(-1), _CHUNK if run.device.type == "cpu" else _CHUNK_ELSEWHERE)
+    chunks = torch.split(run.reshape(-1), chunk_size(run.device))
     scale = scale * 2.0 ** (DIGITS // 2)  # whose square is UNIT
     if run.device.type == "cpu" and run.dtype is not torch.float64 and compiled_kernel("cpu") is not None:
         compiled, factor = importlib.import_module("sharded_dadamw.kernels.numba_squares"), float(scale)

@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.choose import compiled_kernel
+from sharded_dadamw.kernels.tiles import chunk_size
 from sharded_dadamw.layout.indices import Rows
 from sharded_dadamw.update.precision import join
 
 OF_BITS, OF_INDEX, OF_SUM = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-_BLOCK, _BLOCK_ELSEWHERE = 1 << 15, 1 << 22
-"""Elements mixed at a time: on a CPU so few that their integers stay in its cache."""
 
 
 class Span(NamedTuple):
@@ -61,7 +59,7 @@ def sum_by_torch(span: Span) -> Tensor:
     """Return the sum of one of these, by torch's operations, in blocks; 0-d int64."""
     values, rows, device = span.values, span.rows, span.values.device
     total = torch.zeros((), dtype=torch.int64, device=device)
-    size = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
+    size = chunk_size(device)
     for start in range(0, values.numel(), size):
         part = values[start : start + size]
         part = part if span.remainder is None else join(part, span.remainder[start : start + size])
@@ -82,8 +80,8 @@ def _bits_of(values: Tensor) -> Tensor:
 
 def _mix(bits: Tensor, number: Tensor) -> Tensor:
     """``mix``, in the memory of ``number``, which is the index + 1; int64, whose arithmetic is modulo 2**64."""
-    mixed = number.mul_(_signed(OF_INDEX)).add_(bits * _signed(OF_BITS))
-    mixed.bitwise_xor_(_shifted(mixed, 32)).mul_(_signed(OF_SUM))
+    mixed = number.mul_(signed(OF_INDEX)).add_(bits * signed(OF_BITS))
+    mixed.bitwise_xor_(_shifted(mixed, 32)).mul_(signed(OF_SUM))
     return mixed.bitwise_xor_(_shifted(mixed, 29))
 
 
@@ -91,5 +89,6 @@ def _shifted(word: Tensor, by: int) -> Tensor:
     return (word >> by) & ((1 << (64 - by)) - 1)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
+    """The same 64 bits as torch has them."""
     return word - (1 << 64) if word >> 63 else word

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.kernels.exact_squares import UNIT, exact_squares
+from sharded_dadamw.kernels.tiles import chunk_size
 from sharded_dadamw.layout.placement import shape_of
-
-_CPU_CHUNK = 1 << 15
-"""Elements widened to fp64 at a time on CPU, so that the copy stays in cache. A running fp32 sum would drift."""
 
 
 class Part(NamedTuple):
@@ -145,7 +143,7 @@ def sums_of_squares(runs: Sequence[Tensor]) -> Tensor:
 
 def _sum_of_squares(run: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for chunk in torch.split(run, _CPU_CHUNK):
-        wide = chunk.to(torch.float64)
+    for chunk in torch.split(run, chunk_size(run.device)):
+        wide = chunk.to(torch.float64)  # a running sum in fp32 would drift
         total += torch.dot(wide, wide)
     return total

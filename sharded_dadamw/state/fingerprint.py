@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.kernels.fingerprint import Span, sums_of
+from sharded_dadamw.kernels.fingerprint import Span, signed, sums_of
 from sharded_dadamw.layout.indices import rows_of
 from sharded_dadamw.layout.parameters import NamedParameter, has_plain_memory, named_parameters
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
@@ -133,7 +133,7 @@ class Fingerprints:
             is_first = holders[0] == ranks.rank
             cell[0] += word * is_first
             cell[1] += word * (1 - len(holders) * is_first)
-        table = torch.tensor([[_signed(word) for word in cell] for cell in cells], dtype=torch.int64).to(device)
+        table = torch.tensor([[signed(word & _WORD) for word in cell] for cell in cells], dtype=torch.int64).to(device)
         ranks.all_reduce_(table, dist.ReduceOp.SUM)
         words = table.tolist()
         if suspects := [tensor for tensor, row in self._rows.items() if words[row][1]]:
@@ -168,12 +168,6 @@ def _sums_of(parts: Sequence[Part], device: torch.device) -> list[int]:
         found.append(sum(words[at : at + len(part.spans)]) & _WORD)
         at += len(part.spans)
     return found
-
-
-def _signed(word: int) -> int:
-    """The same 64 bits as torch has them."""
-    word &= _WORD
-    return word - (_WORD + 1) * (word >> 63)
 
 
 def _describe(
