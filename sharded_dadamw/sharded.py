@@ -288,10 +288,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     def _norm(self, agreed: Agreed, norm_type: float) -> Tensor:
         """Return the norm of the averaged gradients over all parameters and ranks, 0-d fp32. Collective."""
-        held = self._held()
-        owners = self._norms.owners(held)
+        owners = self._norms.owners(self._held())
         self._average()
-        return held.gradient_norm(agreed.present, norm_type, owners)
+        return self._held().gradient_norm(agreed.present, norm_type, owners)
 
     def _held(self) -> HeldInBuckets:
         return HeldInBuckets(self._shards)
