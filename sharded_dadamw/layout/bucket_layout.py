@@ -1,4 +1,4 @@
-"""Where every element of every parameter lives, on every rank: integers only, frozen, self-proving.
+"""Where every element of every parameter lives, on every rank: integers only, frozen.
 
 A bucket lays parameters end to end and cuts the result into one equal shard per rank:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import accumulate
 
 ALIGNMENT = 64
 """Elements. Vectorised kernels give the same bits at any cut on a multiple of 8; copies and GPU blocks want more."""
@@ -49,38 +49,28 @@ class Fragment:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """One bucket: the place of each parameter, by their sizes in slot order, and the cut into equal shards."""
+    """One bucket: the place of each parameter, by their sizes in slot order, and the cut into equal shards.
+
+    Attributes:
+        offsets: First element of each slot in the flat buffer.
+        used: Elements that belong to parameters; the rest of the bucket is padding.
+        shard_numel: Elements of each shard.
+    """
 
     numels: tuple[int, ...]
     num_ranks: int
     offsets: tuple[int, ...] = field(init=False)
+    used: int = field(init=False)
     shard_numel: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive the offsets and the shard size, and prove the layout."""
-        offsets, end = [], 0
-        for numel in self.numels:
-            offsets.append(end)
-            end += numel
-        unit = self.num_ranks * ALIGNMENT
-        object.__setattr__(self, "offsets", tuple(offsets))
-        object.__setattr__(self, "shard_numel", -(-end // unit) * ALIGNMENT)
-        self._prove()
-
-    def _prove(self) -> None:
+        """Derive the offsets, how many elements belong to parameters, and the shard size."""
         assert self.num_ranks >= 1 and self.numels, "a bucket holds at least one parameter on at least one rank"
-        assert all(numel >= 0 for numel in self.numels)
-        assert self.offsets[0] == 0 and all(
-            start + numel == following
-            for start, numel, following in zip(self.offsets, self.numels, (*self.offsets[1:], self.used), strict=True)
-        ), "slots lie end to end: disjoint, and together they cover the used part"
-        assert self.shard_numel % ALIGNMENT == 0, "shards are cut on the alignment"
-        assert 0 <= self.numel - self.used < self.num_ranks * ALIGNMENT, "padding stays below one unit per rank"
-
-    @cached_property
-    def used(self) -> int:
-        """Elements that belong to parameters; the rest of the bucket is padding."""
-        return sum(self.numels)
+        assert min(self.numels) >= 0
+        *offsets, used = accumulate(self.numels, initial=0)
+        object.__setattr__(self, "offsets", tuple(offsets))
+        object.__setattr__(self, "used", used)
+        object.__setattr__(self, "shard_numel", -(-used // (self.num_ranks * ALIGNMENT)) * ALIGNMENT)
 
     @property
     def numel(self) -> int:
