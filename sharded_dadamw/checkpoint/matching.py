@@ -94,9 +94,14 @@ class Match:
     def _widened(self, live: str, known: Mapping[str, str], own: Mapping[str, Any]) -> set[str]:
         """Return the tensors of a parameter that are fp64 now and were not: a fingerprint is of another width."""
         pairs = [(key, entry, own.get(key)) for key, entry in known.items()]
-        node = self._saved.under("model")[self.stored_names[live]]
-        wide = [(key, entry) for key, entry, value in [*pairs, ("param", node, self._weights[live])] if _is_fp64(value)]
-        return {key for key, entry in wide if self._saved.dtype(entry) is not torch.float64}
+        pairs.append(("param", self._saved.under("model")[self.stored_names[live]], self._weights[live]))
+        return {
+            key
+            for key, entry, value in pairs
+            if isinstance(value, Tensor)
+            and value.dtype is torch.float64
+            and self._saved.dtype(entry) is not torch.float64
+        }
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
@@ -209,10 +214,6 @@ class Match:
                 "since this optimizer keeps none: it goes on from weights that were rounded",
                 stacklevel=2,
             )
-
-
-def _is_fp64(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype is torch.float64
 
 
 def _holds_nothing(value: Any) -> bool:
