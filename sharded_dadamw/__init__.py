@@ -2,7 +2,7 @@
 
 from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.decoupled import DecoupledAdamW
-from sharded_dadamw.layout.groups import weight_decay_groups
+from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.schedule.clock import StepCost
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
 

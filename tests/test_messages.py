@@ -20,7 +20,7 @@ import sharded_dadamw
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.interchange import from_torch
-from sharded_dadamw.layout.groups import weight_decay_groups
+from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.plan import plan
 
 PACKAGE = Path(sharded_dadamw.__file__).parent

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.kinds import gradients_of, weights_of
+from sharded_dadamw.buckets.choose import gradients_of, weights_of
 from sharded_dadamw.buckets.offload import OffloadedBucket
 from sharded_dadamw.buckets.sharded_gradients import SpareBuffers
 from sharded_dadamw.comm.collectives import Collectives

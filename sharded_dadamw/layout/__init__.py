@@ -2,7 +2,7 @@
 
 ``bucket_layout`` cuts a flat buffer into slots and equal shards, ``boxes`` turns a flat range into boxes of a tensor,
 ``placement`` says which part of a parameter this rank holds and who holds the others, ``parameters`` names parameters,
-``groups`` puts them into groups by name.
+``param_groups`` puts them into groups by name.
 
 Layout is integers. Nothing here allocates memory, talks to other ranks, or knows about optimizer state.
 """

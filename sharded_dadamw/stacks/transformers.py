@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from sharded_dadamw.layout.groups import weight_decay_groups
+from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
 from sharded_dadamw.stacks.accelerate import take_over
 

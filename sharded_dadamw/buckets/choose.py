@@ -1,4 +1,4 @@
-"""What serves the weights and the gradients of a bucket, by whose memory they are and by what was chosen."""
+"""Which class serves the weights of a bucket, and which its gradients: by whose memory they are and what was chosen."""
 
 from __future__ import annotations
 
