@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, overload
 
@@ -27,13 +28,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
-from sharded_dadamw.buckets.shards import Shards, fetched, refuse_other_optimizers, with_lists
+from sharded_dadamw.buckets.shards import Shards, refuse_other_optimizers, with_lists
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.norms.of_buckets import HeldInBuckets
 from sharded_dadamw.schedule.clock import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
-from sharded_dadamw.schedule.reducer import Reducer
+from sharded_dadamw.schedule.reducer import Reducer, fetched
 from sharded_dadamw.schedule.step_agreement import Agreed, Asked, StepAgreement
 from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
 
@@ -165,7 +166,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = evaluate(closure)
-        agreed = self._agree_on_step()
+        agreed = self._agree()
         self._warn_above_peak(agreed.hypers)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(agreed, 2.0))
         report = self._begin_report(agreed.hypers, self._void(agreed), clip)
@@ -190,22 +191,19 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._consolidated.clear()
         return loss
 
-    def _agree_on_step(self) -> Agreed:
-        """Have all ranks agree on this step. Collective."""
-        found_inf, ranks = self._scalers_flag(), self._norms.given
-        if found_inf is not None and ranks is not None:
-            ranks.all_reduce_(found_inf, dist.ReduceOp.MAX)
-        grad_scale = getattr(self, "grad_scale", None)
-        return self._agree(max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
-
-    def _agree(self, **asked: Any) -> Agreed:
-        """Have all ranks agree on a call, with parameters sharded that were unfrozen. Collective."""
+    def _agree(self, to_clip: tuple[float, float] | None = None) -> Agreed:
+        """Have all ranks agree on a step or a clip, with parameters sharded that were unfrozen. Collective."""
         self._shards.collectives.check_alive()
-        with self._joining.agreeing("clip_grad_norm_()" if "to_clip" in asked else "step()", self._clip):
+        with self._joining.agreeing("step()" if to_clip is None else "clip_grad_norm_()", self._clip):
             self._gatherer.finish()
             objection, adds = self._joining.objection(self._reducer), self._norms.in_step
-            request = Asked(self._gatherer.num_attached, objection, self._clip, adds, **asked)
-            while (agreed := self._agreement.reach(request, self.param_groups)).unfrozen:
+            asked = Asked(self._gatherer.num_attached, objection, self._clip, adds, to_clip)
+            if to_clip is None:
+                found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
+                if found_inf is not None and self._norms.given is not None:
+                    self._norms.given.all_reduce_(found_inf, dist.ReduceOp.MAX)
+                asked = replace(asked, max_grad_norm=self._max_grad_norm, found_inf=found_inf, grad_scale=grad_scale)
+            while (agreed := self._agreement.reach(asked, self.param_groups)).unfrozen:
                 self._shards.add_unfrozen(self.param_groups)
                 self._take_in()
         return agreed
@@ -282,7 +280,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         return self._reducer.no_sync()
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
-        norm = self._norm(self._agree(to_clip=(max_norm, norm_type)), norm_type)
+        norm = self._norm(self._agree((max_norm, norm_type)), norm_type)
         self._joining.clips_now.append((max_norm, norm_type))
         return norm
 

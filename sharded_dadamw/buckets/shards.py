@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,7 +22,6 @@ from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import Exchange, ShardingConfig
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 from sharded_dadamw.layout.placement import Placement, placements_of
-from sharded_dadamw.update.adamw import Step
 
 
 class Shards:
@@ -145,17 +143,6 @@ def refuse_other_optimizers(optimizer: Optimizer, shards: Shards) -> None:
             raise RuntimeError(found)
 
     weakref.finalize(optimizer, register_optimizer_step_pre_hook(refuse).remove).atexit = False
-
-
-def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
-    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated."""
-    waiting: deque[Bucket] = deque()
-    for bucket in buckets:
-        bucket.fetch_(step)
-        waiting.append(bucket)
-        if len(waiting) > bucket.num_ahead:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor], Refusal]:

@@ -21,7 +21,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -38,6 +38,7 @@ from sharded_dadamw.buckets.gradients import HookedGradients, Stage
 from sharded_dadamw.buckets.sharded_gradients import ShardedGradients
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.update.adamw import Step
 
 _BUCKETS_AHEAD = 1
 """Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""
@@ -151,7 +152,7 @@ class Reducer:
             )
 
     def still_local(self) -> list[Bucket]:
-        """The buckets that ``reduce_each`` will reduce, which have to be the same on all ranks."""
+        """The buckets of backward's gradients that are still to be reduced, which have to be the same on all ranks."""
         local = [bucket for bucket in self._hooked if bucket.gradients.stage is Stage.LOCAL]
         return list(self._hooked) if local and self.keeps_shards else local
 
@@ -345,6 +346,17 @@ class Reducer:
         for bucket in reversed(self._under_way):
             bucket.gradients.wait()
         self._under_way.clear()
+
+
+def fetched(buckets: Iterable[Bucket], step: Step) -> Iterator[Bucket]:
+    """Begin to bring in what updates of buckets read, some ahead, and yield the buckets in order, to be updated."""
+    waiting: deque[Bucket] = deque()
+    for bucket in buckets:
+        bucket.fetch_(step)
+        waiting.append(bucket)
+        if len(waiting) > bucket.num_ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 class _Delivery:
