@@ -112,15 +112,18 @@ class Reducer:
         """Take a gradient that backward has just accumulated; raises as ``HookedGradients.deliver``."""
         gradients = cast(HookedGradients, bucket.gradients)  # isinstance() of an abstract class costs 1 us
         reduces = self._reduces_in_backward and not self.is_accumulating and gradients.is_last_pass(slot)
+        graph_task = torch._C._current_graph_task_id()
+        is_first, self._graph_task = graph_task != self._graph_task, graph_task
         if reduces:
-            self._enter_backward()
+            if is_first:
+                self._enter_backward(graph_task)
             # Not when the last gradient of a bucket comes, but when the next one does: by then the user's own hooks
             # on that gradient have run as well, and see it as it is on this rank, whatever the buckets.
             self._launch_complete()
             if bucket in self._launched:  # it comes from another pass
                 self._complete_round()
-        elif self._remembers:
-            self._await_end_of_local_backward()
+        elif self._remembers and is_first:
+            Variable._execution_engine.queue_callback(self._remember)
         gradients.deliver(slot, counts=reduces)
         if reduces:
             self._is_begun = True
@@ -224,12 +227,8 @@ class Reducer:
         """All that are watched, in the order in which they are reduced."""
         return [*self._hooked, *self._others]
 
-    def _enter_backward(self) -> None:
+    def _enter_backward(self, current: int) -> None:
         """See to it that the end of this backward pass, or of the one around it, finishes the round."""
-        current = torch._C._current_graph_task_id()
-        if current == self._graph_task:
-            return
-        self._graph_task = current
         self._announce("backward")
         is_nested = _is_nested()
         if is_nested:
@@ -241,12 +240,6 @@ class Reducer:
             self._backward = current
         if not will_be_told:
             Variable._execution_engine.queue_callback(partial(self._end_backward, is_nested=is_nested))
-
-    def _await_end_of_local_backward(self) -> None:
-        current = torch._C._current_graph_task_id()
-        if current != self._graph_task:
-            self._graph_task = current
-            Variable._execution_engine.queue_callback(self._remember)
 
     def _remember(self) -> None:
         """Take note of what backward has left, so that ``changes`` tells what was done to it since."""
