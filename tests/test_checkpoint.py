@@ -844,6 +844,23 @@ def test_extra_state_of_modules_comes_back(state: Any, tmp_path: Path) -> None:
     assert again.got == state
 
 
+@pytest.mark.parametrize("state", [{"a": {}, "b": 1}, {"a": {"b": {}}, "c": 1}, [{}, {"c": 2.0}], [1, {}], [[{}]]])
+def test_an_empty_dict_that_would_be_lost_is_refused(state: Any, tmp_path: Path) -> None:
+    model = WithExtraState(state)
+    with pytest.raises(ValueError, match="model, _extra_state: expected dicts with something in them"):
+        save_checkpoint(tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [({}, "an empty one"), ([{}, 1], "an empty one"), ({0: "x", 1: "y"}, "expected texts as keys")]
+)
+def test_what_a_group_would_lose_is_refused(value: Any, error: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = AdamW([{"params": list(model.parameters()), "note": value}])
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['note'\]: .*{error}"):
+        save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+
+
 @ranks(2)
 def test_what_one_rank_refuses_leaves_nothing_behind(group: Any, tmp_path: Path) -> None:
     """Extra state that would come back otherwise."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.names import IS_DECOUPLED, canonical_name, name_of, tied
+from sharded_dadamw.checkpoint.run import holds_nothing
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.fingerprint import TENSORS, Fingerprint
@@ -142,7 +143,7 @@ class Match:
 
     def _match_weights(self) -> None:
         saved, nodes = self._saved, self._saved.under("model")
-        held = [name for name, value in self._weights.items() if name in nodes or not _holds_nothing(value)]
+        held = [name for name, value in self._weights.items() if name in nodes or not holds_nothing(value)]
         for live, name in _match_names(held, nodes, saved.folder).items():
             self.stored_names[live] = self._first.get(name, name)
             value, node = self._weights[live], nodes[self.stored_names[live]]
@@ -214,11 +215,6 @@ class Match:
                 "since this optimizer keeps none: it goes on from weights that were rounded",
                 stacklevel=2,
             )
-
-
-def _holds_nothing(value: Any) -> bool:
-    """Return whether a value has no entry in a checkpoint, such as the extra state of a module that has none."""
-    return isinstance(value, Mapping) and all(map(_holds_nothing, value.values()))
 
 
 def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:

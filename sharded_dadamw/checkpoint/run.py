@@ -104,20 +104,29 @@ def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             pack(f"model, {name}", value)
-            _require_texts_as_keys(f"model, {name}", value)
+            if not holds_nothing(value):  # which has no entry, and is no difference either
+                _require_entries(f"model, {name}", value)
     for index, group in enumerate(groups):
         for key, value in group.items():
             if not isinstance(value, Tensor):
                 pack(f"param_groups[{index}][{key!r}]", value)
+                _require_entries(f"param_groups[{index}][{key!r}]", value)
 
 
-def _require_texts_as_keys(label: str, value: Any) -> None:
-    """Check that no key would come back as another: torch.distributed.checkpoint makes texts of all of them."""
+def holds_nothing(value: Any) -> bool:
+    """Return whether a value has no entry in a checkpoint, such as the extra state of a module that has none."""
+    return isinstance(value, Mapping) and all(map(holds_nothing, value.values()))
+
+
+def _require_entries(label: str, value: Any) -> None:
+    """Check that no part would be lost: torch.distributed.checkpoint makes texts of keys, and nothing of empty dicts."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    if isinstance(value, Mapping) and not value:
+        raise ValueError(f"{label}: expected dicts with something in them, got an empty one, which would be lost")
     for key, item in items:
         if isinstance(value, Mapping) and not isinstance(key, str):
             raise ValueError(f"{label}: expected texts as keys of dicts, got {key!r}, which would come back as a text")
-        _require_texts_as_keys(label, item)
+        _require_entries(label, item)
 
 
 def on_host(state: dict[str, Any]) -> dict[str, Any]:
