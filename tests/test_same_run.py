@@ -347,6 +347,44 @@ def test_what_would_change_the_bits_is_refused_on_every_rank(what: str) -> None:
         assert ERRORS[what] in said
 
 
+def refused_gradients(group: Any, residency: GradientResidency) -> list[str]:
+    """What a constructor and ``add_param_group`` say of parameters with gradients, and a step of one just unfrozen."""
+    model, said = Model(), []
+    late = {"params": [("unused", model.unused)]}
+    if group.rank() == 1:
+        model.unused.grad = torch.ones(3)
+    model.down.bias.requires_grad_(False)
+    config = ShardingConfig(micro_batches=4, gradient_residency=residency)
+    for params in ([late], [*model.up.named_parameters(), ("bias", model.down.bias)]):
+        try:
+            optimizer = ShardedDecoupledAdamW(params, lr=1e-2, process_group=group, config=config)
+        except ValueError as error:
+            said.append(str(error))
+    with pytest.raises(ValueError, match=r"in p\.grad"):
+        optimizer.add_param_group(late)
+    model.unused.grad = None
+    optimizer.add_param_group(late)
+    model.down.bias.requires_grad_(True)
+    for _ in range(2):
+        for number in optimizer.micro_batches:
+            loss_of(model, 0, number).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            said.append(str(error))
+            optimizer.zero_grad()
+    return [*said, str(optimizer.fingerprint())]
+
+
+@pytest.mark.parametrize("residency", list(GradientResidency))
+def test_gradients_that_no_micro_batch_has_brought_are_refused(residency: GradientResidency) -> None:
+    found = on_ranks(2, refused_gradients, residency)
+    for of_constructor, of_step, fingerprint in found:
+        assert "unused: expected a parameter without a gradient with micro_batches" in of_constructor
+        assert "added up before it was unfrozen here; call optimizer.zero_grad(), and run all passes" in of_step
+        assert fingerprint == found[0][-1]
+
+
 def refused_rows(group: Any) -> str:
     mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replicate", "shard"))
     with pytest.raises(

@@ -90,6 +90,16 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
             )
 
 
+def _check_absence(members: Sequence[NamedParameter]) -> None:
+    """Refuse gradients that are there already, to which autograd would add that of the first micro-batch."""
+    for member in members:
+        if member.param.grad is not None:
+            raise ValueError(
+                f"{member.name}: expected a parameter without a gradient with micro_batches, which are added in an "
+                "order of their own, got one in p.grad; call model.zero_grad() before the optimizer gets the parameter"
+            )
+
+
 def check_shardable(groups: Sequence[Mapping[str, Any]], config: ShardingConfig) -> None:
     """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
     members = named_parameters(groups)
@@ -133,6 +143,8 @@ def agree_on_groups(
         description = describe_groups(members, groups, first_group, config)
         parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
         check_sharing(members, collectives, config)
+        if config.micro_batches is not None:
+            _check_absence([member for member in members if member.group_index >= first_group])
     require_agreement(holders, description, refusal.error)
     if parts:
         require_agreement(collectives, parts, None)

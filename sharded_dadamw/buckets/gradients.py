@@ -217,7 +217,8 @@ class HookedGradients(Gradients):
                 raise RuntimeError(
                     f"gradient of {member.name}: expected it from {passes.number} backward passes, this rank's share "
                     f"of ShardingConfig(micro_batches=...), or from none, got it from {count}"
-                    f"{' and one that was assigned' * is_by_hand}; call optimizer.zero_grad()"
+                    f"{' and one that was assigned, or added up before it was unfrozen here' * is_by_hand}; call "
+                    "optimizer.zero_grad(), and run all passes of the step again"
                 )
 
     @property
