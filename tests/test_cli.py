@@ -72,7 +72,7 @@ def test_diff_says_the_same_or_where_two_runs_part(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "two", step=1, model=model, optimizer=optimizer)
     assert run("diff", tmp_path / "one", tmp_path / "one" / "step_00000001") == "the same"
     assert run("diff", tmp_path / "one", tmp_path / "two", code=1).startswith("step 1: param of 1.bias is ")
-    assert "expected a checkpoint with a fingerprint" in run("diff", tmp_path / "one", tmp_path / "three", code=2)
+    assert "expected a checkpoint, a folder" in run("diff", tmp_path / "one", tmp_path / "three", code=2)
 
 
 def test_inspect_tells_what_a_checkpoint_holds(files: dict[str, Path]) -> None:

@@ -300,5 +300,19 @@ def test_diff_tells_the_first_step_and_tensor_that_differ(tmp_path: Path) -> Non
     assert said is not None and said.startswith("step 3: exp_avg_sq of block.norm.bias is ")
     with pytest.raises(ValueError, match=r"of the same step, got step 2 in .*one.* and 3 in"):
         difference(checkpoints(tmp_path / "one")[-1], checkpoints(tmp_path / "two")[-1])
-    with pytest.raises(ValueError, match="got none; load and save"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'none'}: expected .* got no file or folder"):
         difference(tmp_path / "none", tmp_path / "two")
+    lines[3]["fingerprint"]["tensors"]["gain"]["of a later version"] = "0"
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = difference(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
+    assert said is not None and said.startswith("step 3: of a later version of gain is nothing in ")
+    (newest := checkpoints(tmp_path / "two")[-1] / "fingerprint.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{newest}: expected .* bytes, got 1; the file has been damaged"):
+        difference(tmp_path / "one", tmp_path / "two")  # though that of an earlier step is sound
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1, "fing', b"\xff\xfe", b"3", b'{"fingerprint": {}}', b"[" * 100_000])
+def test_a_line_that_is_none_of_metrics_is_named(line: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line)
+    with pytest.raises(ValueError, match=f"{path}, line 2: expected a line of metrics, got another: "):
+        difference(path, path)

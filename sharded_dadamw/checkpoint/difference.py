@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from sharded_dadamw.checkpoint.folder import MANIFEST, Manifest, folders
+from sharded_dadamw.checkpoint.folder import FINGERPRINT, MANIFEST, Manifest, folders
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 
@@ -23,7 +23,7 @@ def difference(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> st
         None where they are the same.
 
     Raises:
-        ValueError: There is no fingerprint, or none of the same step; or a manifest is damaged.
+        ValueError: There is no fingerprint, or none of the same step; or a file is damaged, or not there.
         OSError: A file cannot be read.
     """
     ours, theirs = fingerprints(one), fingerprints(other)
@@ -46,10 +46,12 @@ def fingerprints(path: str | os.PathLike[str]) -> dict[int, Fingerprint]:
     """Return by step what fingerprints a checkpoint has, a folder of them, or a file of metrics; at least one.
 
     Raises:
-        ValueError: There is none, or a manifest is damaged.
+        ValueError: There is none; or a file is damaged, or not there.
         OSError: The file cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: expected a checkpoint, a folder of them, or a metrics.jsonl, got no file or folder")
     found = _of_metrics(path) if path.is_file() else _of_checkpoints(path)
     if not found:
         raise ValueError(
@@ -60,17 +62,23 @@ def fingerprints(path: str | os.PathLike[str]) -> dict[int, Fingerprint]:
 
 
 def _of_checkpoints(path: Path) -> dict[int, Fingerprint]:
-    manifests = [Manifest.read(folder) for folder in ([path] if (path / MANIFEST).exists() else folders(path))]
-    return {known.step: Fingerprint.of_dict(known.fingerprint) for known in manifests if known.fingerprint}
+    found = {}
+    for folder in [path] if (path / MANIFEST).exists() else folders(path):
+        known = Manifest.read(folder)
+        if FINGERPRINT in known.files:
+            if (wrong := known.files[FINGERPRINT].wrong(folder / FINGERPRINT, read=True)) is not None:
+                raise ValueError(wrong)
+            found[known.step] = Fingerprint.of_dict(known.fingerprint)
+    return found
 
 
 def _of_metrics(path: Path) -> dict[int, Fingerprint]:
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
             if "fingerprint" in record:
                 found[int(record["step"])] = Fingerprint.of_dict(record["fingerprint"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: expected a line of metrics, got another: {error}") from error
     return found

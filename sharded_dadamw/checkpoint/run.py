@@ -119,7 +119,7 @@ def holds_nothing(value: Any) -> bool:
 
 
 def _require_entries(label: str, value: Any) -> None:
-    """Check that no part would be lost: torch.distributed.checkpoint makes texts of keys, and nothing of empty dicts."""
+    """Check that nothing would be lost: torch.distributed.checkpoint makes texts of keys, and drops empty dicts."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     if isinstance(value, Mapping) and not value:
         raise ValueError(f"{label}: expected dicts with something in them, got an empty one, which would be lost")

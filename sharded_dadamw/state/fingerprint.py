@@ -78,7 +78,7 @@ class Fingerprint:
         """Return the first parameter, and which of its tensors, that differs or that only one has; None without one."""
         for name in dict.fromkeys((*self.tensors, *other.tensors)):
             ours, theirs = self.tensors.get(name, {}), other.tensors.get(name, {})
-            for key in TENSORS:
+            for key in dict.fromkeys((*TENSORS, *ours, *theirs)):  # a later version may have others
                 if ours.get(key) != theirs.get(key):
                     return name, key
         return None
