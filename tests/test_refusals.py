@@ -298,6 +298,31 @@ def test_a_mesh_with_three_axes_is_refused_and_its_axes_named() -> None:
     assert_refused(on_ranks(4, on_a_mesh, (1, 2, 2), axes), VALUE, "3", *axes)
 
 
+def on_a_mesh_of(group: Any, ranks: list[list[int]]) -> Seen | list[float]:
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("replicate", "shard"))
+    params = plain_params()
+
+    def stepped() -> None:
+        optimizer = ShardedDecoupledAdamW(params.items(), process_group=mesh, lr=1e-2)
+        for param in params.values():
+            param.grad = torch.arange(param.numel(), dtype=param.dtype).view_as(param) * (1 + group.rank())
+        optimizer.step()
+
+    seen = attempt(stepped, list(params.values()))
+    return seen if seen.error else [float(param.detach().double().sum()) for param in params.values()]
+
+
+@pytest.mark.parametrize("ranks", [[[1, 0], [2, 3]], [[3, 1], [0, 2]], [[0, 3], [2, 1]]])
+def test_a_mesh_whose_shards_would_not_meet_their_replicas_is_refused(ranks: list[list[int]]) -> None:
+    assert_refused(on_ranks(4, on_a_mesh_of, ranks), VALUE, "process_group", re.escape(str(ranks)))
+
+
+@pytest.mark.parametrize("ranks", [[[0, 2], [1, 3]], [[3, 2], [1, 0]]])
+def test_a_mesh_may_have_its_ranks_in_another_order_of_rows_and_columns(ranks: list[list[int]]) -> None:
+    expected = on_ranks(4, on_a_mesh_of, [[0, 1], [2, 3]])
+    assert on_ranks(4, on_a_mesh_of, ranks) == expected and len(set(map(str, expected))) == 1
+
+
 def on_something_else(group: Any, kind: str) -> Seen:
     params = plain_params()
     thing: Any = {"a number": 2, "a word": "gloo", "the module": dist}[kind]

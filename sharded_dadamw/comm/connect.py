@@ -38,8 +38,8 @@ def connect(
 
     Raises:
         TypeError: It is none of these.
-        ValueError: The mesh has more than two axes, or two that leave ranks out, or the group does not have this rank,
-            is destroyed, or cannot reach the device's memory.
+        ValueError: The mesh has more than two axes, or two that leave ranks out or have them in an order of which rows
+            and columns differ, or the group does not have this rank, is destroyed, or cannot reach the device's memory.
         RuntimeError: There is no group, though the environment says that there are several ranks.
     """
     if process_group is None and not (dist.is_available() and dist.is_initialized()):
@@ -55,6 +55,7 @@ def connect(
     together = _connect_group(everyone, device, None)
     if exchange is None:
         return together
+    _check_order(process_group, called)
     column, row = (_connect_group(process_group.get_group(axis), device, exchange) for axis in (0, 1))
     return MeshVerbs(row, column, together) if column.num_ranks > 1 else row
 
@@ -114,6 +115,23 @@ def _spanning(mesh: DeviceMesh, called: str) -> dist.ProcessGroup:
         f"{called}: expected a mesh with two axes to have all {dist.get_world_size()} ranks, got the {len(ranks)} "
         f"of {mesh.mesh_dim_names}; pass one axis, or a group of all these ranks"
     )
+
+
+def _check_order(mesh: DeviceMesh, called: str) -> None:
+    """Refuse a mesh in which a column has other numbers in its rows: torch numbers the ranks of a group as they rise.
+
+    Raises:
+        ValueError: Shards would not be added to their replicas, or rows not in one order.
+    """
+    ranks = mesh.mesh.cpu()
+    for axis in (0, 1):
+        numbers = ranks.argsort(axis).argsort(axis)
+        if not torch.equal(numbers, numbers.narrow(1 - axis, 0, 1).expand_as(numbers)):
+            raise ValueError(
+                f"{called}: expected a mesh whose rows have their lowest rank, the next one and so on in the same "
+                f"columns, and its columns in the same rows, got {ranks.tolist()}, where shards would not meet their "
+                "replicas; sort the ranks, as init_device_mesh does"
+            )
 
 
 def group_in_background(collectives: Collectives) -> dist.ProcessGroup:
