@@ -389,3 +389,26 @@ def test_ddp_around_sharded_gradients_is_an_error_that_names_it(group: Any, as_b
     with pytest.raises(RuntimeError, match=r"(?s)DistributedDataParallel, pass.*reduce_gradients=False"):
         optimizer.step()
     assert_equal(before, values_of(model))
+
+
+# --- gradients that change after a clip, in one of several buckets ---
+
+
+def test_a_clip_counts_for_all_buckets_or_for_none() -> None:
+    params = {name: nn.Parameter(torch.ones(8)) for name in "ab"}
+    groups = [{"params": [param]} for param in params.items()]
+    optimizer = ShardedDecoupledAdamW(groups, config=ShardingConfig(reduce_gradients=False))
+    for param in params.values():
+        param.grad = torch.full_like(param, 0.5)
+    assert float(optimizer.clip_grad_norm_(0.1)) == 2.0
+    params["a"].grad = torch.full_like(params["a"], 0.5)
+    with pytest.raises(RuntimeError, match=r"changed between clip_grad_norm_\(\) and step\(\), in the bucket of a"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="clipped anew"):
+        assert float(optimizer.clip_grad_norm_(0.1)) == 2.0, "b is clipped twice, or a before its time"
+    optimizer.step()
+    params["a"].grad = None
+    assert float(optimizer.clip_grad_norm_(0.1)) == pytest.approx(2.0**0.5)
+    params["a"].grad = torch.full_like(params["a"], 0.5)
+    with pytest.raises(RuntimeError, match="in the bucket of a"):
+        optimizer.step()

@@ -63,7 +63,7 @@ class ForeignGradients(Gradients):
                 warn_of_forgotten_clip()
                 self._reset()
             elif are_changed:
-                raise self._changed()
+                raise self.changed()
         for member in self._members:
             if member.param.grad is not None:
                 check_gradient(member, member.param.grad, self.shard.dtype)

@@ -67,7 +67,7 @@ class FullGradients(HookedGradients):
             return
         are_assigned = not all(held) and held != list(map(is_not, map(GRAD_OF, self._params), repeat(None)))
         if self.stage is Stage.READ and (are_assigned or held != self._has_grad or self._is_written):
-            raise self._changed()
+            raise self.changed()
         if are_assigned:
             raise self._assigned()
         self._has_grad = held

@@ -157,7 +157,8 @@ class Gradients(ABC):
                 "optimizer.zero_grad()"
             )
 
-    def _changed(self) -> RuntimeError:
+    def changed(self) -> RuntimeError:
+        """The error of gradients that are others than those that were clipped."""
         return RuntimeError(
             f"gradients were changed between clip_grad_norm_() and step(), in the bucket of {self._name()}; change "
             "them before clipping, or drop them by optimizer.zero_grad()"

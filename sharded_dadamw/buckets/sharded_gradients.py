@@ -96,7 +96,7 @@ class ShardedGradients(HookedGradients):
         for slot, member in enumerate(self._members):
             if member.param.grad is not None:
                 if self.stage is Stage.READ:
-                    raise self._changed()
+                    raise self.changed()
                 if self._has_grad[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
                     raise RuntimeError(
                         f"the gradient of {member.name} is there again, after backward has delivered one; if something "

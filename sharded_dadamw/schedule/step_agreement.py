@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sharded_dadamw.buckets.admission import describe_hyperparameters
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.gradients import HookedGradients
+from sharded_dadamw.buckets.gradients import HookedGradients, warn_of_forgotten_clip
 from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.agreement import Description, Refusal
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters
@@ -126,8 +126,7 @@ class StepAgreement:
             _require_fitting_state(buckets, hypers)
             if unfrozen:
                 check_parameters(unfrozen)
-        if not any(bucket.gradients.are_clipped for bucket in buckets):
-            asked.clip.clear()
+            _keep_or_forget_clip(asked, [bucket for bucket, slots in present.items() if any(slots)])
         reducer.catch_up(begin=True)
         changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
         side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
@@ -195,6 +194,17 @@ def _refuse_moved(moved: Sequence[tuple[NamedParameter, str]]) -> None:
             f"{first.name} is no longer as the optimizer was built with it: {why}. Build the optimizer after the model "
             "is on its device and in its dtype, and use one optimizer for a parameter"
         )
+
+
+def _keep_or_forget_clip(asked: Asked, buckets: Sequence[Bucket]) -> None:
+    """Forget a clip whose gradients are gone, of which these buckets have some; a step refuses half of them."""
+    rest = [bucket for bucket in buckets if not bucket.gradients.are_clipped]
+    if asked.clip and 0 < len(rest) < len(buckets):
+        if asked.to_clip is None:
+            raise rest[0].gradients.changed()
+        warn_of_forgotten_clip()
+    if rest or not buckets:
+        asked.clip.clear()
 
 
 def _require_fitting_state(buckets: Sequence[Bucket], hypers: Sequence[Hyperparameters]) -> None:
