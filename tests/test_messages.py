@@ -182,7 +182,7 @@ def test_every_message_is_quoted_by_a_test() -> None:
 
 
 OF_DAMAGE = (
-    *("a copy here", "process run", "of metrics", "an entry c", "which file", "strided ten", "what a tens"),
+    *("a copy here", "process run", "an entry c", "which file", "strided ten", "what a tens"),
     *("of entries", "latin1 tex", "holds data"),
 )
 """Messages of damaged files, all of which test_checkpoint_faults damages, and of ranks that cannot share memory."""
