@@ -385,6 +385,22 @@ def test_gradients_that_no_micro_batch_has_brought_are_refused(residency: Gradie
         assert fingerprint == found[0][-1]
 
 
+def warned_of_ddp(group: Any) -> None:
+    model = Model()
+    del model.unused
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
+    config = ShardingConfig(micro_batches=4)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    for number in optimizer.micro_batches:
+        wrapped(torch.ones(ROWS, 16) * number).square().mean().backward()
+    with pytest.warns(UserWarning, match="DistributedDataParallel, call the model itself, for micro_batches are added"):
+        optimizer.step()
+
+
+def test_a_model_whose_gradients_ddp_averages_is_warned_of() -> None:
+    on_ranks(2, warned_of_ddp)
+
+
 def refused_rows(group: Any) -> str:
     mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replicate", "shard"))
     with pytest.raises(

@@ -3,7 +3,7 @@
     root/step_00000100/             complete: it got this name after everything in it was on the disk
         .metadata  __0_0.distcp ... torch.distributed.checkpoint's files
         fingerprint.json            of the optimizer, if it is one of ours
-    manifest.json               what they are: size and checksum of each, and a checksum of itself
+        manifest.json               what they are: size and checksum of each, and a checksum of itself
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
 Checksums are CRC-32: three times as fast as the fastest hash of Python's and sure to notice every flipped bit and

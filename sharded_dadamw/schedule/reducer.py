@@ -147,10 +147,15 @@ class Reducer:
         self._remembers = not are_equal
         if are_equal and self._hooked:
             self._overlap = False
+            instead = (
+                "call the model itself, for micro_batches are added in one order"
+                if self._config.micro_batches is not None
+                else "pass ShardingConfig(reduce_gradients=False)"
+            )
             warnings.warn(
                 "gradients are the same on all ranks before ShardedDecoupledAdamW has averaged them; if something else "
-                "does, such as DistributedDataParallel, pass ShardingConfig(reduce_gradients=False); from now on they "
-                "are averaged in step() only, which is right in either case",
+                f"does, such as DistributedDataParallel, {instead}; from now on they are averaged in step() only, "
+                "which is right in either case",
                 stacklevel=2,
             )
 
