@@ -432,7 +432,7 @@ class _Oracle(_Both):
             return self.is_used or self.is_averaged or self.factor is not None
         return call.name == "metrics" and (self.setup.metrics_in_step or self.is_gone)
 
-    is_fresh = is_gone = is_void = False
+    is_fresh = is_gone = False
 
     def dtype(self, name: str) -> torch.dtype:
         return BF16 if name in self.setup.narrow else F32
@@ -540,13 +540,14 @@ class _Oracle(_Both):
         for name, param in self.params.items():
             param.grad = means[name].float() if name in means else None
         is_finite = all(mean.isfinite().all() for mean in means.values())
-        self.is_void = self.setup.config.skip_nonfinite and not is_finite
-        if not self.is_void:
+        is_void = self.setup.config.skip_nonfinite and not is_finite
+        if not is_void:
             self.optimizer.grad_scale = None if self.factor is None else 1.0 / self.factor
             self.optimizer.step()
             self.optimizer.grad_scale = None
         self.factor, self.is_touched = None, False
         self.is_used, self.is_averaged, self.is_gone = True, False, False
+        self.is_fresh = not is_void
         if not self.setup.is_full:
             self.local, self.means = [{} for _ in self.local], {}
 
@@ -629,10 +630,8 @@ class _Oracle(_Both):
             self.zero_grad(True)
         else:
             try:
+                self.is_fresh = self.is_fresh and call.name in _HARMLESS
                 expected = getattr(self, call.name)(*call.args)
-                self.is_fresh = (self.is_fresh and call.name in _HARMLESS) or (
-                    call.name in ("step", "closure", "joined") and not self.is_void
-                )
             except _Differs as differs:
                 raise AssertionError(f"{call}: gradients of {differs} differ, and no error") from None
             self.compare_values(call, expected, [outcome.value for outcome in outcomes])
