@@ -1011,3 +1011,25 @@ def test_a_loss_scaler_works_beside_a_bucket_without_elements(group: Any, exchan
         scaler.step(optimizer)
         scaler.update()
     assert [float(optimizer.state[param]["step"]) for param in (full, empty)] == [4.0, 4.0]
+
+
+@ranks(2)
+def test_a_parameter_unfrozen_under_a_loss_scaler_is_clipped_with_the_others(group: Any) -> None:
+    """Averages that backward made were unscaled since; the one that the clip makes is of unscaled gradients."""
+    sides = []
+    for enabled in (True, False):
+        early, late = params = [nn.Parameter(torch.linspace(1.0, 2.0, n)) for n in (6, 8)]
+        late.requires_grad_(False)
+        optimizer = ShardedDecoupledAdamW(params, lr=1e-2, process_group=group)
+        scaler = ShardedGradScaler("cpu", init_scale=8.0, process_group=group, enabled=enabled)
+        for step in range(4):
+            late.requires_grad_(step > 1)
+            optimizer.zero_grad()
+            scaler.scale((group.rank() + 1) * (early.square().sum() + late.square().sum())).backward()
+            scaler.unscale_(optimizer)
+            norm = optimizer.clip_grad_norm_(0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        assert float(optimizer.state[late]["step"]) == 2.0
+        sides.append([*params, norm])
+    assert_equal(*sides)

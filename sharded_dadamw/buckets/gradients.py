@@ -124,7 +124,7 @@ class Gradients(ABC):
 
         Local gradients may be edited freely, and the result is averaged. Of them only a common factor is reported,
         because it may come from torch's ``clip_grad_norm_``, whose norm differs from rank to rank. ``is_unscaled`` says
-        that a loss scaler has divided gradients, which torch does not count as a change.
+        that a loss scaler may have divided gradients, which torch does not count as a change.
 
         Returns:
             fp64 [k], of a sample of elements; nan where that does not show, inf where it is no multiplication. None

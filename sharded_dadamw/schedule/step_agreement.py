@@ -128,7 +128,9 @@ class StepAgreement:
                 check_parameters(unfrozen)
             _keep_or_forget_clip(asked, [bucket for bucket, slots in present.items() if any(slots)])
         reducer.catch_up(begin=True)
-        changes = reducer.changes(is_unscaled=asked.found_inf is not None and asked.grad_scale is None)
+        # A clip is not told of a loss scaler. What it shards now is remembered as it is now, so the others have to be.
+        is_unscaled = bool(unfrozen) or (asked.found_inf is not None and asked.grad_scale is None)
+        changes = reducer.changes(is_unscaled=is_unscaled)
         side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
         void = self._handshake.check(
             side.describe,
