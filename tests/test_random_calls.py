@@ -641,7 +641,7 @@ class _Oracle(_Both):
 
     def compare_values(self, call: Call, expected: Any, values: Sequence[Any]) -> None:
         if isinstance(expected, Tensor):
-            assert all(torch.equal(value, values[0]) for value in values), f"{call}: ranks differ: {values}"
+            assert all(same(value, values[0]) for value in values), f"{call}: ranks differ: {values}"
             torch.testing.assert_close(
                 values[0], expected, rtol=1e-6, atol=0.0, equal_nan=True, msg=lambda m: f"{call}: {m}"
             )
