@@ -791,6 +791,9 @@ def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors
         for number, (num_ranks, part, how) in enumerate(segments(setup.num_ranks, calls)):
             oracle.forget(num_ranks)
             oracle.ready(Start({}, (), ""))  # each number of ranks begins a schedule
+            for name in start.frozen:  # whose state a new optimizer leaves out, as it warns
+                for value in oracle.optimizer.state[oracle.params[name]].values():
+                    value.zero_()
             folder = f"{root}/{number}" if how in ("checkpoint", "dcp") else ""
             results = on_ranks(num_ranks, run_rank, setup, start, part, how, folder, seed=setup.interleaving)
             for place, each in enumerate([*part, Call("zero_grad", (True,))]):
