@@ -125,6 +125,23 @@ def metrics_of_steps(group: Any, kind: str, parameters: str, clip: float | None,
     return happened
 
 
+@pytest.mark.parametrize("kind", [DecoupledAdamW, ShardedDecoupledAdamW])
+@pytest.mark.parametrize("asks_before", [False, True])
+def test_what_was_frozen_after_it_was_updated_counts_whenever_norms_are_asked_for(kind: Any, asks_before: bool) -> None:
+    params = {name: nn.Parameter(torch.ones(4)) for name in "ab"}
+    optimizer = kind(params.items())
+    if asks_before:
+        optimizer.metrics()
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    params["a"].requires_grad_(False)
+    params["b"].grad = torch.ones_like(params["b"])
+    optimizer.step()
+    assert float(optimizer.metrics()["l2_norm/moment/a"]) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("layout", "parameters", "clip", "alternating"),
     [

@@ -26,11 +26,15 @@ from sharded_dadamw.layout.placement import shape_of
 
 
 class Part(NamedTuple):
-    """What one rank holds of a parameter: equal names mean one parameter, equal parts the same elements of it."""
+    """What one rank holds of a parameter: equal names mean one parameter, equal parts the same elements of it.
+
+    One is reported which is trainable, or has state because it was.
+    """
 
     param: Tensor
     name: str
     part: str
+    is_reported: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class NormOwners:
 
     Attributes:
         names: Of the parameters of all ranks, each once, in the same order on every rank.
-        trainable: Per name whether it was trainable on any rank when names were exchanged.
+        reported: Per name whether any rank reported it when names were exchanged.
         row_of: The row in ``names`` of each parameter of this rank, by its id.
         counted: The ids of the parameters of which this rank counts its part.
         first_here: The ids of the parameters of which no rank before this one holds any part.
@@ -47,7 +51,7 @@ class NormOwners:
 
     collectives: Collectives
     names: tuple[str, ...]
-    trainable: tuple[bool, ...]
+    reported: tuple[bool, ...]
     row_of: Mapping[int, int]
     counted: frozenset[int]
     first_here: frozenset[int]
@@ -59,13 +63,13 @@ def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwn
     Raises:
         ValueError: Two ranks have parameters of one name and different shapes. On every rank.
     """
-    held = [(part.name, part.part, part.param.requires_grad, shape_of(part.param)) for part in parts]
+    held = [(part.name, part.part, part.is_reported, shape_of(part.param)) for part in parts]
     owner: dict[tuple[str, str], int] = {}
     first: dict[str, int] = {}
-    trainable: dict[str, bool] = {}
+    reported: dict[str, bool] = {}
     shapes: dict[str, list[int]] = {}
     for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
-        for name, part, is_trainable, shape in json.loads(text):
+        for name, part, is_reported, shape in json.loads(text):
             if shapes.setdefault(name, shape) != shape:
                 raise ValueError(
                     f"{name}: expected one parameter of this name, got {shapes[name]} on rank {first[name]} and "
@@ -73,13 +77,13 @@ def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwn
                 )
             owner.setdefault((name, part), rank)
             first.setdefault(name, rank)
-            trainable[name] = is_trainable or trainable.get(name, False)
+            reported[name] = is_reported or reported.get(name, False)
     rows = {name: row for row, name in enumerate(first)}
     here = collectives.rank
     return NormOwners(
         collectives,
         names=tuple(first),
-        trainable=tuple(trainable[name] for name in first),
+        reported=tuple(reported[name] for name in first),
         row_of={id(part.param): rows[part.name] for part in parts},
         counted=frozenset(id(part.param) for part in parts if owner[part.name, part.part] == here),
         first_here=frozenset(id(part.param) for part in parts if first[part.name] == here),

@@ -94,8 +94,8 @@ class NormRanks:
     def _add_up(self, held: Held) -> Table:
         held.make_measurable(self.report)
         owners, params, device = self.owners(held), held.params(), held.device
-        rows = {row for row, was_trainable in enumerate(owners.trainable) if was_trainable}
-        rows |= {owners.row_of[id(param)] for param in params if param.requires_grad}
+        rows = {row for row, was_reported in enumerate(owners.reported) if was_reported}
+        rows |= {owners.row_of[id(param)] for param in params if held.is_reported(param)}
         squares = torch.zeros(len(owners.names), len(NORMS), dtype=torch.float64, device=device)
         here, parts = self.report.squares_of([p for p in params if owners.row_of[id(p)] in rows], held.look, device)
         counted = [(place, owners.row_of[id(p)]) for place, p in enumerate(here) if id(p) in owners.counted]

@@ -35,8 +35,12 @@ class HeldInBuckets:
             for slot, member in enumerate(bucket.members):
                 held = bucket.layout.fragment(slot, bucket.rank).in_param
                 part = f"{member.placement.part}[{held.start}:{held.stop}]"
-                parts.append((member.index, Part(member.param, member.name, part)))
+                parts.append((member.index, Part(member.param, member.name, part, True)))
         return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+
+    def is_reported(self, param: Tensor) -> bool:
+        """Return True: what has a bucket has state."""
+        return True
 
     def spread_over(self) -> list[dist.ProcessGroup]:
         """Return the groups of ranks that hold other parts of DTensors."""

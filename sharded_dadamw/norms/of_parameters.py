@@ -37,7 +37,12 @@ class HeldAsTheyLie:
         """Return what this rank, of this number, holds of them."""
         of_one_rank = {OF_ONE_RANK: f"held by rank {rank}"}
         members = named_parameters(self.groups)
-        return [Part(m.param, m.name, of_one_rank.get(m.placement.part, m.placement.part)) for m in members]
+        parts = [of_one_rank.get(m.placement.part, m.placement.part) for m in members]
+        return [Part(m.param, m.name, part, self.is_reported(m.param)) for m, part in zip(members, parts, strict=True)]
+
+    def is_reported(self, param: Tensor) -> bool:
+        """Whether a parameter is trainable, or has state because it was."""
+        return param.requires_grad or bool(self.state.get(param))
 
     def spread_over(self) -> list[dist.ProcessGroup]:
         """Return the groups of ranks that hold other parts."""
