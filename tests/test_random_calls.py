@@ -493,7 +493,7 @@ class _Oracle(_Both):
         return [gradient if wire is None else gradient.to(wire).to(gradient.dtype) for gradient in gradients]
 
     def accumulate(self, key: int, without: str) -> None:
-        if self.factor is not None:
+        if self.factor is not None and self.used(without):
             self.is_touched = True
         for rank in range(self.num_ranks):
             for name in self.used(without):
@@ -603,7 +603,7 @@ class _Oracle(_Both):
             self.step()
 
     def drop(self, name: str) -> None:
-        self.is_touched = self.is_touched or self.factor is not None
+        self.is_touched = self.is_touched or (self.factor is not None and any(name in here for here in self.local))
         self.assigned.discard(name)
         for here in self.local:
             here.pop(name, None)
