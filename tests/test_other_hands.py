@@ -412,3 +412,19 @@ def test_a_clip_counts_for_all_buckets_or_for_none() -> None:
     params["a"].grad = torch.full_like(params["a"], 0.5)
     with pytest.raises(RuntimeError, match="in the bucket of a"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_clip_stays_for_the_rest_where_gradients_are_dropped_after_it(num_groups: int) -> None:
+    """As torch's, which has multiplied them."""
+    params = {name: nn.Parameter(torch.ones(8)) for name in "ab"}
+    named = list(params.items())
+    groups = [{"params": named}] if num_groups == 1 else [{"params": [each]} for each in named]
+    optimizer = ShardedDecoupledAdamW(groups, config=ShardingConfig(reduce_gradients=False))
+    for param in params.values():
+        param.grad = torch.full_like(param, 0.5)
+    optimizer.clip_grad_norm_(0.1)
+    params["a"].grad = None
+    assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(0.1 / 2**0.5)
+    optimizer.step()
+    assert bool((params["a"] == 1.0).all()) and not bool((params["b"] == 1.0).any())

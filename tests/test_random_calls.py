@@ -603,10 +603,13 @@ class _Oracle(_Both):
             self.step()
 
     def drop(self, name: str) -> None:
-        self.is_touched = self.is_touched or (self.factor is not None and any(name in here for here in self.local))
+        if self.setup.config.reduce_gradients:
+            self.is_touched = self.is_touched or (self.factor is not None and any(name in here for here in self.local))
         self.assigned.discard(name)
         for here in self.local:
             here.pop(name, None)
+        if not any(self.local):  # the clip goes with the last of its gradients
+            self.factor = None if not self.setup.config.reduce_gradients else self.factor
 
     def nothing(self, *_: Any) -> None:
         pass

@@ -53,10 +53,10 @@ class ForeignGradients(Gradients):
         return [(param.grad, version_of(param.grad)) for param in self._params if param.grad is not None]
 
     def collect(self, *, to_clip: bool) -> None:
-        """See ``Gradients.collect``; before another clip they may be read again."""
+        """See ``Gradients.collect``; before another clip they may be read again. Some may have been dropped."""
         if self.stage is Stage.READ:
-            read = [(id(grad()), version) for grad, version in self._read]
-            are_changed = [(id(grad), version) for grad, version in self._existing()] != read
+            read = {(id(grad()), version) for grad, version in self._read}
+            are_changed = not read.issuperset((id(grad), version) for grad, version in self._existing())
             if self._have_ended():
                 self._reset()
             elif are_changed and to_clip:
