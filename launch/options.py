@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import math
 import os
 import signal
 import sys
@@ -229,8 +230,13 @@ class Settings:
 
     @property
     def num_micro_batches(self) -> int:
-        """How many micro-batches a step has over all ranks."""
-        return self.micro_batches or (self.ranks if 4 % self.ranks or self.global_batch < 4 else 4)
+        """How many micro-batches a step has; more where a run goes on with ranks that cannot share as many."""
+        wanted = self.micro_batches or (self.ranks if 4 % self.ranks or self.global_batch < 4 else 4)
+        each, rest = divmod(wanted, self.ranks)
+        if not self.resume or (rest == 0 and (self.ranks == 1 or each.bit_count() == 1)):
+            return wanted
+        shared = self.ranks << math.ceil(math.log2(max(1.0, wanted / self.ranks)))
+        return shared if shared <= self.global_batch else self.ranks
 
     @property
     def can_resume(self) -> bool:

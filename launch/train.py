@@ -96,6 +96,11 @@ class Training:
         self.folder = RunFolder.open(settings, corpus, num_parameters, device)
         self.report = Report(settings, self.folder if self.rank == 0 else None)
         self.report.open(corpus, num_parameters, device)
+        if settings.resume and settings.micro_batches not in (None, settings.num_micro_batches):
+            self.report.say(
+                f"{settings.ranks} ranks cannot share the run's {settings.micro_batches} micro-batches: a step has "
+                f"{settings.num_micro_batches} here, so weights are not those of other numbers of ranks any more"
+            )
         self.saving: Saving | None = None
         self.is_to_stop = False
 
