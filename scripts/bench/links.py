@@ -14,12 +14,11 @@ import torch.distributed as dist
 import typer
 
 from launch.cluster import local_rank
-from launch.contenders import Contender
 from launch.options import Preset
 from scripts.bench import harness
 from scripts.bench.harness import CHECKOUT, CPU, Report, Spread
 from scripts.bench.hosts import DEVICE, Host, hosts
-from scripts.bench.peers import KINDS, Contest, Name, build
+from scripts.bench.peers import KINDS, Name, OverLinks, build
 
 CONTENDERS = (Name.DDP_ADAMW, Name.SHARDED, Name.SHARDED_ATTACHED, Name.SHARDED_MESH, Name.TORCH_ZERO)
 TRANSFER = torch.zeros(16 * 2**20, dtype=torch.uint8)
@@ -27,7 +26,7 @@ HOSTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Links(Contest):
+class Links(OverLinks):
     """Time a training step on two hosts against the speed of the link between them.
 
     The hosts are namespaces of this machine, each with half of the ranks; between them is a bridge, and what a host
@@ -44,7 +43,6 @@ class Links(Contest):
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence; few, since hosts share cores.")] = 32
     contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CONTENDERS)
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = 4.0
-    steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
     speeds: Annotated[str, typer.Option(help="Of the link, 1e9 bytes/s; inf does not hold it.")] = "0.3,1,inf"
 
     def run(self) -> None:
@@ -97,17 +95,6 @@ class Links(Contest):
             subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *discipline], check=True)
         dist.barrier()
         return turn(index)
-
-    def take_steps(self, contender: Contender, index: int) -> list[float]:
-        """Seconds per step."""
-        tokens, targets = self.batch_of(index, CPU)
-        start = time.perf_counter()
-        for _ in range(self.steps):
-            contender.model(tokens, targets).backward()
-            contender.optimizer.step()
-            contender.zero_grad()
-        contender.synchronize()
-        return [(time.perf_counter() - start) / self.steps]
 
 
 def transfer(index: int) -> list[float]:

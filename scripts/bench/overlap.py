@@ -21,14 +21,14 @@ from launch.contenders import Contender
 from launch.options import Preset
 from scripts.bench import harness
 from scripts.bench.harness import CPU, Report, Spread
-from scripts.bench.peers import Contest, Name, build
+from scripts.bench.peers import Name, OverLinks, build
 from sharded_dadamw.buckets import shards
 
 CONTENDERS = (Name.DDP_ADAMW, Name.SHARDED_NO_OVERLAP, Name.SHARDED, Name.SHARDED_ATTACHED, Name.SHARDED_ZERO2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overlap(Contest):
+class Overlap(OverLinks):
     """Time a training step against the speed of the link, with and without overlap.
 
     Data moves between ranks as it always does, and no result is there before a modelled link would have brought it:
@@ -64,7 +64,7 @@ class Overlap(Contest):
         with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(link, connect(*args, **kwargs))):
             contenders = [self.contender(name, link) for name in self.names]
         speeds = [float(speed) for speed in self.speeds.split(",")]
-        turns = [partial(self.take_steps, link, speed, contender) for speed in speeds for contender in contenders]
+        turns = [partial(self.take_steps_over, link, speed, contender) for speed in speeds for contender in contenders]
         samples = harness.interleave(turns, self.rounds, self.warmup)
         seconds = samples.unflatten(1, (len(speeds), len(contenders)))[..., 0]  # [rounds, speeds, contenders]
         rows = []
@@ -92,18 +92,11 @@ class Overlap(Contest):
         ddp.register_comm_hook(None, AllReduceOver(link).average)
         return Contender(ddp, AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), fused=True))
 
-    def take_steps(self, link: "Link", speed: float, contender: Contender, index: int) -> list[float]:
+    def take_steps_over(self, link: "Link", speed: float, contender: Contender, index: int) -> list[float]:
         """Seconds per step over a link."""
         link.bytes_per_s = 1e9 * speed
-        tokens, targets = self.batch_of(index, CPU)
         dist.barrier()
-        start = time.perf_counter()
-        for _ in range(self.steps):
-            contender.model(tokens, targets).backward()
-            contender.optimizer.step()
-            contender.zero_grad()
-        contender.synchronize()
-        return [(time.perf_counter() - start) / self.steps]
+        return self.take_steps(contender, index)
 
 
 class Link:

@@ -5,6 +5,7 @@ A package that is missing raises ImportError where its contender is built, and t
 
 import importlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -26,7 +27,7 @@ from launch.contenders import Contender, Fairscale, Sharded, imported
 from launch.data import Corpus
 from launch.model import GPT
 from launch.options import PRESETS, Preset
-from scripts.bench.harness import OnRanks
+from scripts.bench.harness import CPU, OnRanks
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, StateResidency
 from sharded_dadamw.kernels.operands import Operands
@@ -175,6 +176,24 @@ class Contest(Training):
     def names(self) -> tuple[Name, ...]:
         """Whom to measure."""
         return tuple(dict.fromkeys(map(Name, self.contenders.split(","))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverLinks(Contest):
+    """A contest in which each takes a few steps in a row over a link."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
+
+    def take_steps(self, contender: Contender, index: int) -> list[float]:
+        """Seconds per step, on a CPU."""
+        tokens, targets = self.batch_of(index, CPU)
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            contender.model(tokens, targets).backward()
+            contender.optimizer.step()
+            contender.zero_grad()
+        contender.synchronize()
+        return [(time.perf_counter() - start) / self.steps]
 
 
 class FullyShard(Contender):
