@@ -15,7 +15,7 @@ import launch.train
 from launch.train import Training
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
-from sharded_dadamw.checkpoint import save_load
+from sharded_dadamw.checkpoint.save import wait_for_latest
 from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.schedule.reducer import Reducer
 
@@ -24,11 +24,6 @@ SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_for_latest() -> None:
-    if save_load._latest is not None:
-        save_load._latest._written.exception()
 
 
 def die_alone() -> None:

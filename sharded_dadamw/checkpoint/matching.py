@@ -21,13 +21,14 @@ from sharded_dadamw.checkpoint.names import IS_DECOUPLED, canonical_name, name_o
 from sharded_dadamw.checkpoint.run import holds_nothing
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
-from sharded_dadamw.state.fingerprint import TENSORS, Fingerprint
+from sharded_dadamw.state.fingerprint import Fingerprint
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
 from sharded_dadamw.update.precision import join, remainder_of
+from sharded_dadamw.update.storage import MAINS
 
-_OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
-"""The forms of a main parameter: which one is the other, and the dtype of this one."""
+_OTHER_FORM = dict(zip(MAINS, reversed(MAINS), strict=True))
+"""The forms of a main parameter: which one is the other."""
 
 _DECAYS = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
 
@@ -75,34 +76,19 @@ class Match:
     def wrong(self, loaded: Fingerprint) -> str | None:
         """Return which tensor is not what was saved, by the fingerprint of what was loaded by its stored names.
 
-        Of each parameter are compared the tensors that both have in one form: what was saved of a main parameter is the
-        weight where there is none now.
+        Of each parameter are compared the tensors that have the form and the dtype in which they were saved.
         """
         saved = Fingerprint.of_dict(self._saved.manifest.fingerprint)
         for live, name in self.stored_names.items():
-            (known, own), weight = self._state_of(live), self._weights[live]
-            theirs, ours = dict(saved.tensors.get(name, {})), loaded.tensors.get(name, {})
-            if "main" in theirs and known.keys() & _OTHER_FORM.keys() != own.keys() & _OTHER_FORM.keys():
-                main = theirs.pop("main")  # of whose other form the last bit may be rounded, as of weights by others
-                if "main" not in ours and weight.dtype is torch.float32:
-                    theirs["param"] = main
-            widened = self._widened(live, known, own)
-            for key in TENSORS:
-                if key in theirs and key in ours and key not in widened and theirs[key] != ours[key]:
+            known, own = self._state_of(live)
+            theirs, ours = saved.tensors.get(name, {}), loaded.tensors.get(name, {})
+            values = {"param": self._weights[live], **own}
+            for kind, entry in {"param": self._saved.under("model")[name], **known}.items():
+                key, value = "main" if kind in MAINS else kind, values.get(kind)
+                is_same = isinstance(value, Tensor) and value.dtype is self._saved.dtype(entry)
+                if is_same and key in theirs and key in ours and theirs[key] != ours[key]:
                     return f"{key} of {live}"
         return None
-
-    def _widened(self, live: str, known: Mapping[str, str], own: Mapping[str, Any]) -> set[str]:
-        """Return the tensors of a parameter that are fp64 now and were not: a fingerprint is of another width."""
-        pairs = [(key, entry, own.get(key)) for key, entry in known.items()]
-        pairs.append(("param", self._saved.under("model")[self.stored_names[live]], self._weights[live]))
-        return {
-            key
-            for key, entry, value in pairs
-            if isinstance(value, Tensor)
-            and value.dtype is torch.float64
-            and self._saved.dtype(entry) is not torch.float64
-        }
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
@@ -127,7 +113,7 @@ class Match:
                     continue
                 read = {key: entries[entry] for key, entry in known.items() if entry in entries}
                 weight = entries[nodes[self.stored_names[name]]]
-                for key, (other, _) in _OTHER_FORM.items():
+                for key, other in _OTHER_FORM.items():
                     if key in own and key not in read:
                         read[key] = _in_own_form(own[key], read.pop(other, None), weight)
                     elif key in read and not own.keys() & _OTHER_FORM.keys():
@@ -198,13 +184,12 @@ class Match:
             for key, entry in known.items():
                 value = own.get(key)
                 if value is None and key in mains:
-                    other, dtype = _OTHER_FORM[key]
                     is_wide = weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor)
-                    like = own.get(other, weight if is_wide else None)
+                    like = own.get(_OTHER_FORM[key], weight if is_wide else None)
                     if like is None:
                         without_main.append(name)
                         continue
-                    value = _like(like, torch.empty_like(_part_of(like), dtype=dtype, device="cpu"))
+                    value = _like(like, torch.empty_like(_part_of(like), dtype=MAINS[key], device="cpu"))
                 elif value is None and isinstance(empty := saved.whole(entry), Tensor):
                     is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
                     value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty

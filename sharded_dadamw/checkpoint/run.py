@@ -16,8 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -25,12 +27,20 @@ from sharded_dadamw.base import DecoupledOptimizer
 from sharded_dadamw.checkpoint.names import tied
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
 
 _MASK = (1 << 63) - 1
+
+
+def ranks_of(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
+    """Return the verbs between the ranks that hold a model, on its device; by default all."""
+    params = model.parameters() if isinstance(model, nn.Module) else iter(())  # what is none is refused on all ranks
+    device = next((p.device for p in params), torch.device("cpu"))
+    return connect(process_group, device, exchange=None)
 
 
 def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
