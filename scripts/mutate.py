@@ -184,11 +184,11 @@ MUTATIONS = {
         ("return 1.0 / self.coefficient", "return self.coefficient", "contract sharded"),
         ("self.coefficient * coefficient if", "coefficient if", "contract sharded"),
     ],
-    "norms/of_buckets.py": [
+    "norms/held.py": [
         ("if self.shards.adds_in_tree and", "if False and", "same_run"),  # added as it lies
+        ("owner[m.name, part] == ranks.rank", "True", "metrics layouts"),
     ],
     "norms/global_norm.py": [
-        ("owner[part.name, part.part] == here", "True", "metrics layouts"),
         ("norm = norm.nan_to_num(nan=math.inf", "norm = norm.nan_to_num(nan=0.0", "contract metrics sharded"),
     ],
     "norms/step_report.py": [
