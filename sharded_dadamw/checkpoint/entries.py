@@ -35,12 +35,7 @@ class Entries:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Read the metadata of a folder.
-
-        Raises:
-            ValueError: They are damaged or hold more than data, an entry stands where another one does, or below it, or
-                a file is missing.
-        """
+        """Read the metadata of a folder; a ValueError if they are damaged, hold more than data, or miss a file."""
         self.folder, self.manifest = folder, manifest
         self.metadata = read_metadata(folder, manifest)
         names = {info.relative_path for info in self.metadata.storage_data.values()}
@@ -99,10 +94,8 @@ class Entries:
         Args:
             into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the
                 entry is no tensor, replaced.
-            placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not an error.
-
-        Raises:
-            ValueError: An entry cannot be read, or holds more than data.
+            placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not a ValueError, as is
+                what cannot be read.
         """
         by_file: dict[str, list[ReadItem]] = {}
         for entry, target in into.items():

@@ -54,9 +54,7 @@ class Match:
     ) -> None:
         """Compare what was saved with ``weights`` and ``state``, the live ones, by name; ``model`` has their ties.
 
-        Raises:
-            ValueError: A name is missing or left over, a tensor does not fit or would be rounded, groups or the entries
-                of a parameter differ, or weight decay means something else; names it.
+        A difference is a ValueError that names it.
         """
         self.entries: dict[str, Any] = {}
         self.group_numbers: list[int] = []
@@ -93,8 +91,7 @@ class Match:
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
 
-        Raises:
-            ValueError: Weights that are tied here are different there; names them.
+        Weights that are tied here and differ there are a ValueError that names them.
         """
         saved, entries, nodes = self._saved, self.entries, self._saved.under("model")
         for one, other in self._twins:

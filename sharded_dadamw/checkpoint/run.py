@@ -91,10 +91,8 @@ def fingerprint_of(
 ) -> Fingerprint | None:
     """Return an optimizer's fingerprint by names of the bare model, or by what they are ``called``. Collective.
 
-    None where it cannot have one: it is none of ours, or FSDP1 has flattened its parameters.
-
-    Raises:
-        RuntimeError: Replicas differ; as ``fingerprint`` of the optimizers.
+    None where it cannot have one: it is none of ours, or FSDP1 has flattened its parameters. Replicas that differ are a
+    RuntimeError.
     """
     if not isinstance(optimizer, DecoupledOptimizer):
         return None
@@ -106,11 +104,7 @@ def fingerprint_of(
 
 
 def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check that what is saved beside tensors could be read back.
-
-    Raises:
-        ValueError: It could not, without running code; names it.
-    """
+    """Check that what is saved beside tensors could be read back without running code; a ValueError names what not."""
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             pack(f"model, {name}", value)
@@ -157,8 +151,7 @@ def _with_own_numbers(value: Any) -> Any:
 def pack(label: str, value: Any) -> Tensor:
     """Serialise numbers, NumPy's too, texts, None, tensors, and containers of them into [n] uint8.
 
-    Raises:
-        ValueError: It is not plain data, so that reading it back could run code; calls it ``label``.
+    Anything else is a ValueError, which calls it ``label``, since reading it back could run code.
     """
     file = io.BytesIO()
     try:

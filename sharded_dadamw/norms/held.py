@@ -103,8 +103,7 @@ class Held(ABC):
     def find_owners(self, ranks: Collectives) -> NormOwners:
         """Exchange what every rank holds. Collective, and host-blocking.
 
-        Raises:
-            ValueError: Two ranks have parameters of one name and different shapes. On every rank.
+        Two parameters of one name and different shapes are a ValueError on every rank.
         """
         here, of_one_rank = self.holdings(), {OF_ONE_RANK: f"held by rank {ranks.rank}"}
         parts = [

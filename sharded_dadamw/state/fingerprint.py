@@ -114,8 +114,7 @@ class Fingerprints:
     ) -> Fingerprint:
         """Add up over ranks. Collective: one all-reduce, and an exchange of names where they are new.
 
-        Raises:
-            RuntimeError: Ranks that should have the same values have others; names rank, parameter and tensor.
+        Ranks that should have the same values and have others are a RuntimeError; it names rank, parameter and tensor.
         """
         if not isinstance(ranks, Collectives):
             if self._asked() is not ranks:
@@ -201,10 +200,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Part]:
     """Yield this rank's parts of an optimizer's tensors.
 
-    ``names`` are those of parameters by their ids, if they are to be called otherwise.
-
-    Raises:
-        ValueError: Of a parameter is not known which elements of it lie where, as FSDP1 or a quantised one.
+    ``names`` are those of parameters by their ids, if they are to be called otherwise. What FSDP1 has flattened, or
+    quantisation has wrapped, is a ValueError.
     """
     for member, start, stop, state in held.holdings():
         if member.is_left_alone:
