@@ -193,8 +193,8 @@ TORN: dict[str, tuple[Callable[[Path], object], str]] = {
     "metadata": (lambda f: flip_last_bit(f / ".metadata"), r".metadata: expected checksum"),
     "missing": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: expected \d+ bytes; the file cannot be read"),
     "a pipe": (
-        lambda f: ((f / "__0_0.distcp").unlink(), os.mkfifo(f / "__0_0.distcp")),
-        r"__0_0.distcp: .*expected a file, got something else",
+        lambda f: ((f / "fingerprint.json").unlink(), os.mkfifo(f / "fingerprint.json")),
+        r"fingerprint.json: .*expected a file, got something else",
     ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"got one without manifest.json"),
     "manifest": (lambda f: os.truncate(f / "manifest.json", 90), r"manifest.json: .* has been damaged"),

@@ -306,8 +306,8 @@ def test_diff_tells_the_first_step_and_tensor_that_differ(tmp_path: Path) -> Non
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = difference(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
     assert said is not None and said.startswith("step 3: of a later version of gain is nothing in ")
-    (newest := checkpoints(tmp_path / "two")[-1] / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=f"{newest}: expected a manifest .* damaged"):
+    (newest := checkpoints(tmp_path / "two")[-1] / "fingerprint.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{newest}: expected .* bytes, got 1; the file has been damaged"):
         difference(tmp_path / "one", tmp_path / "two")  # though that of an earlier step is sound
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from sharded_dadamw.checkpoint.folder import MANIFEST, Manifest, folders
+from sharded_dadamw.checkpoint.folder import FINGERPRINT, MANIFEST, Manifest, folders
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 
@@ -43,7 +43,12 @@ def difference(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> st
 
 
 def fingerprints(path: str | os.PathLike[str]) -> dict[int, Fingerprint]:
-    """Return by step what fingerprints a checkpoint has, a folder of them, or a file of metrics; or raise as above."""
+    """Return by step what fingerprints a checkpoint has, a folder of them, or a file of metrics; at least one.
+
+    Raises:
+        ValueError: There is none; or a file is damaged, or not there.
+        OSError: The file cannot be read.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: expected a checkpoint, a folder of them, or a metrics.jsonl, got no file or folder")
@@ -60,7 +65,9 @@ def _of_checkpoints(path: Path) -> dict[int, Fingerprint]:
     found = {}
     for folder in [path] if (path / MANIFEST).exists() else folders(path):
         known = Manifest.read(folder)
-        if known.fingerprint:
+        if FINGERPRINT in known.files:
+            if (wrong := known.files[FINGERPRINT].wrong(folder / FINGERPRINT, read=True)) is not None:
+                raise ValueError(wrong)
             found[known.step] = Fingerprint.of_dict(known.fingerprint)
     return found
 

@@ -2,6 +2,7 @@
 
     root/step_00000100/             complete: it got this name after everything in it was on the disk
         .metadata  __0_0.distcp ... torch.distributed.checkpoint's files
+        fingerprint.json            of the optimizer, if it is one of ours
         manifest.json               what they are: size and checksum of each, and a checksum of itself
     root/.step_00000150.5f0c9a1e    being written, or left behind by a save that died
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
 FORMAT = 1
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
@@ -69,7 +71,8 @@ class Manifest:
         aliases: Names of weights that are tied to each other; each weight is stored under all of them, once.
         param_groups: The optimizer's groups: hyperparameters, and the names of parameters as `params`.
         optimizer: What ``name_of`` calls the optimizer; empty where the manifest does not say.
-        fingerprint: ``Fingerprint.as_dict`` of the optimizer; empty where there is none.
+        fingerprint: ``Fingerprint.as_dict`` of the optimizer, in a file of its own, since earlier versions read
+            manifests without it; empty where there is none.
         files: By name, all files but this one.
     """
 
@@ -84,7 +87,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it to the disk, into a folder that has no manifest."""
-        body = {"format": FORMAT, **json.loads(json.dumps(asdict(self), default=str))}
+        body: dict[str, Any] = {"format": FORMAT, **json.loads(json.dumps(asdict(self), default=str))}
+        if fingerprint := body.pop("fingerprint"):
+            text = json.dumps(fingerprint, indent=1).encode()
+            (folder / FINGERPRINT).write_bytes(text)
+            body["files"][FINGERPRINT] = asdict(FileSum(len(text), zlib.crc32(text)))
+            sync(folder / FINGERPRINT)
         with (folder / MANIFEST).open("x") as file:
             json.dump({"checksum": _checksum(body), **body}, file, indent=1)
             file.flush()
@@ -92,7 +100,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read what a checkpoint says that it is; a ValueError if it is damaged, or of another format or folder."""
+        """Read what a checkpoint says that it is.
+
+        Raises:
+            ValueError: There is no manifest, it is damaged, of another format, or of another folder; names the file.
+        """
         path, name = folder / MANIFEST, folder.resolve().name
         if not path.exists():
             raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}")
@@ -110,7 +122,7 @@ class Manifest:
             raise ValueError(f"{path}: expected format {FORMAT}; load it with the version that wrote it")
         try:
             files = {name: FileSum(**known) for name, known in body.pop("files").items()}
-            manifest = cls(**body, files=files)
+            manifest = cls(**body, fingerprint=_read_fingerprint(folder) if FINGERPRINT in files else {}, files=files)
         except (TypeError, LookupError, AttributeError) as error:  # of entries that are not known here
             raise ValueError(f"{path}: {error}; load it with the version that wrote it") from error
         if step_of(Path(name)) not in (None, manifest.step):
@@ -121,7 +133,11 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path) -> Manifest:
-        """Read the manifest of a folder; one that says nothing where it has none, as those of others have not."""
+        """Read the manifest of a folder; one that says nothing where it has none, as those of others have not.
+
+        Raises:
+            ValueError: As in ``read``.
+        """
         return cls.read(folder) if (folder / MANIFEST).exists() else cls(0, 0, {}, [], [])
 
     def damage(self, folder: Path, part: slice = slice(None)) -> Iterator[str]:
@@ -132,8 +148,22 @@ class Manifest:
                 yield wrong
 
 
+def _read_fingerprint(folder: Path) -> dict[str, Any]:
+    """Return what a file says; nothing of one that is damaged, of which ``Manifest.damage`` tells."""
+    try:
+        size_of(folder / FINGERPRINT)  # or of a pipe, reading would never end
+        found = json.loads((folder / FINGERPRINT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def size_of(path: Path) -> int:
-    """Return the size of a file in bytes; a ValueError if it cannot be read, or is something else."""
+    """Return the size of a file in bytes.
+
+    Raises:
+        ValueError: It cannot be read, or is something else.
+    """
     try:
         found = path.stat()
     except OSError as error:
@@ -177,7 +207,11 @@ def root_within(path: Path) -> Path | None:
 
 
 def require_root(path: Path) -> None:
-    """Refuse, by a ValueError, what can hold no checkpoints of ours: all but an empty folder, or none."""
+    """Refuse what can hold no checkpoints of ours: they go into a folder that is empty, or is not there yet.
+
+    Raises:
+        ValueError: It is something else; says what.
+    """
     if not path.exists():
         return
     if not path.is_dir():
