@@ -140,7 +140,7 @@ def plain(group: Any, seed: int) -> Run:
 
 
 def in_groups(group: Any, seed: int, reordered: bool = False) -> Run:
-    """Two groups, and parameters without elements or dims; or all of it the other way round, cut elsewhere."""
+    """Two groups, and parameters without elements or dims; or these the other way round, cut elsewhere."""
     model = Model(seed, degenerate=True)
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -148,7 +148,7 @@ def in_groups(group: Any, seed: int, reordered: bool = False) -> Run:
         {"params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0, "lr": 1e-3},
     ]
     if reordered:
-        groups = [{**of_it, "params": of_it["params"][::-1]} for of_it in groups[::-1]]
+        groups = [{**of_it, "params": of_it["params"][::-1]} for of_it in groups]
     config = ShardingConfig(bucket_cap_mb=2e-3 if reordered else 1e-3)
     optimizer = ShardedDecoupledAdamW(groups, **LAW, amsgrad=True, process_group=group, config=config)
     assert all(bucket.layout.shard_numel % (128 if reordered else 64) == 0 for bucket in optimizer._shards.buckets)
@@ -268,7 +268,7 @@ CASES = [
     ("plain", 1, "ours in large buckets", 3),
     ("ours in large buckets", 2, "ours", 3),
     ("ours", 3, "HSDP", 4),
-    # Groups and parameters may come in another order, in other buckets, cut on other multiples.
+    # The parameters of a group may come in another order, in other buckets, cut on other multiples.
     ("in groups", 2, "in groups, reordered", 2),
     ("in groups", 1, "in groups, reordered", 3),
 ]

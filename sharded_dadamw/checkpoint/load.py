@@ -110,8 +110,8 @@ def load_checkpoint(
     Raises:
         ValueError: A file is damaged: names it, and the checkpoint before it. Or what was loaded has another
             fingerprint than what was saved: names the tensor. Or an entry is missing, left over, or of
-            another shape, or dtype that would be rounded: names it. Or groups have other parameters, or with a
-            scheduler come in another order; or weight decay means something else. Model and optimizer are as they were.
+            another shape, or dtype that would be rounded: names it. Or groups have other parameters or come in another
+            order; or weight decay means something else. Model and optimizer are as they were.
         OSError: A rank does not see the folder.
 
     Warns:
@@ -139,12 +139,7 @@ def load_checkpoint(
 
     def read() -> tuple[Match, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
         match = Match(saved, model, live[0], optimizer, live[1])
-        numbers, of_ranks = match.group_numbers, saved.under(run.RANKS)
-        if scheduler is not None and numbers != sorted(numbers):  # its lists have an entry for each group
-            raise ValueError(
-                f"scheduler: expected groups in the order of {saved.folder}, by which it knows them, got them in the "
-                f"order {numbers}; build the optimizer in that order, or pass scheduler=None"
-            )
+        of_ranks = saved.under(run.RANKS)
         match.entries.update(saved.wholes(of_ranks))
         saved.read(match.entries)
         ranks = [run.unpack(match.entries[of_ranks[str(rank)]]) for rank in range(len(of_ranks))]

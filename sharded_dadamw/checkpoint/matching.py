@@ -1,13 +1,13 @@
 """Whether what was saved fits a run, and what was read as the run takes it.
 
-Everything that is compared here is compared before anything is read, and raises by name. Parameters, and groups of
-them, are found by name, in whatever order they were saved; a main parameter changes its form where it has to.
+Everything that is compared here is compared before anything is read, and raises by name. Parameters are found by name,
+in whatever order their group has them; a main parameter changes its form where it has to.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Match:
 
     Attributes:
         entries: By flat name, what to read each entry into: host memory, or None for what is no tensor.
-        group_numbers: For each live group the number of the saved one.
         stored_names: By live name the one under which a weight is stored.
     """
 
@@ -57,7 +56,6 @@ class Match:
         A difference is a ValueError that names it.
         """
         self.entries: dict[str, Any] = {}
-        self.group_numbers: list[int] = []
         self._saved = saved
         self._weights = weights
         self._state = state
@@ -99,7 +97,7 @@ class Match:
                 raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
         weights = {live: nested(nodes[stored], entries) for live, stored in self.stored_names.items()}
         state, groups, wide = {}, [], {}
-        for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
+        for number, group in enumerate(self._state["param_groups"] if self._state else ()):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
             if IS_DECOUPLED.get(saved.manifest.optimizer):  # which tells what its weight decay means
                 kept["decoupled_weight_decay"] = FREE_OF_LR
@@ -148,25 +146,20 @@ class Match:
             self._twins += [(first, other) for other in others]
         self.stored_names = {live: self._first.get(name, name) for live, name in self.stored_names.items()}
 
-    def _match_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Find for every live group the saved one with the same parameters."""
-        saved, numbers = self._saved, self.group_numbers
-        ours = [{self.stored_names[name] for name in group["params"]} for group in groups]
-        theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
-        if len(ours) != len(theirs):
-            raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
-        left = list(range(len(theirs)))
-        for index, group in enumerate(ours):
-            number = max(left, key=lambda each: (theirs[each] == group, len(group & theirs[each]), each == index))
-            if differing := sorted(group ^ theirs[number]):
-                is_ours = differing[0] in group
+    def _match_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check that live groups have the parameters of the saved ones, in the same order of groups."""
+        saved, theirs = self._saved, self._saved.manifest.param_groups
+        if len(groups) != len(theirs):
+            raise ValueError(f"param_groups: expected {len(groups)}, got {len(theirs)} in {saved.folder}")
+        for index, (group, their) in enumerate(zip(groups, theirs, strict=True)):
+            ours = {self.stored_names[name] for name in group["params"]}
+            if differing := sorted(ours ^ {self._first.get(name, name) for name in their["params"]}):
+                is_ours = differing[0] in ours
                 raise ValueError(
                     f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
-                    f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
+                    f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one, in that order"
                 )
-            left.remove(number)
-            numbers.append(number)
-            self.entries.update(saved.wholes(saved.under("optimizer", "param_groups", number)))
+            self.entries.update(saved.wholes(saved.under("optimizer", "param_groups", index)))
 
     def _match_state(self, live: Mapping[str, Any]) -> None:
         saved, without_main = self._saved, []

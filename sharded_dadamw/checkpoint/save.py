@@ -9,7 +9,6 @@ load, begins.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import warnings
@@ -157,7 +156,7 @@ def save_checkpoint(
         warnings.warn(f"the checkpoint of step {step} gets no fingerprint: {error}", stacklevel=2)
         fingerprint = None
 
-    def take() -> tuple[dict[str, Any], Manifest, str]:
+    def take() -> tuple[dict[str, Any], Manifest]:
         weights, aliases = run.model_state(model)
         its, has_stepped = run.optimizer_state(model, optimizer)
         run.require_plain(weights, its["param_groups"])  # after whatever is collective above
@@ -177,15 +176,10 @@ def save_checkpoint(
         }
         if asynchronous:
             state = run.on_host(state)  # here, since memory may run out on one rank
-        return state, manifest, _begin(root, final) if collectives.rank == 0 else ""
+        return state, manifest
 
-    try:
-        state, manifest, name = on_all_or_none(collectives, take)
-    except Exception:
-        with contextlib.suppress(OSError):
-            if collectives.rank == 0:
-                clear(root)
-        raise
+    state, manifest = on_all_or_none(collectives, take)
+    name = on_all_or_none(collectives, lambda: _begin(root, final) if collectives.rank == 0 else "")
     folder = root / collectives.gather_texts(name)[0]
     write_all = partial(write, state, folder, final, manifest, writing, keep_last=keep_last)
     if asynchronous:
