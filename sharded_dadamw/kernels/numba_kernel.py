@@ -28,6 +28,7 @@ from numba import carray, cfunc, config, float32, float64, from_dtype, int64, nj
 from numba.extending import intrinsic
 from torch import Tensor
 
+from sharded_dadamw.kernels.exact_squares import UNIT
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands
 from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
@@ -434,3 +435,16 @@ def _compile(form: Form, *, divide: bool) -> Any:
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
     run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))
     return compile_kernel(run, _Call)
+
+
+@njit(nogil=True)
+def exact_sums(run: Any, scale: float) -> tuple[int, int]:
+    """As ``exact_squares``, of a 1-D fp32 array, which ``scale`` makes smaller than 2**13."""
+    upper_sum, lower_sum = int64(0), int64(0)
+    for index in range(run.size):
+        value = float64(run[index]) * scale
+        square = value * value
+        upper = np.floor(square)
+        upper_sum += int64(upper)
+        lower_sum += int64(np.rint((square - upper) * UNIT))
+    return upper_sum, lower_sum
