@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,12 @@ def arm(faults: list[dict[str, Any]]) -> None:
     Training.train_step = train_step  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    arm(json.loads(os.environ["FAULTS"]))
+def train(faults: list[dict[str, Any]], options: list[str]) -> None:
+    """Train as one rank, with faults."""
+    arm(faults)
+    sys.argv = ["train.py", *options]
     launch.train.main()
+
+
+if __name__ == "__main__":
+    train(json.loads(os.environ["FAULTS"]), sys.argv[1:])
