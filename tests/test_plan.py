@@ -143,18 +143,6 @@ def test_bytes_are_those_of_real_ranks(dtype: torch.dtype, settings: dict[str, A
         check(found, dtype, settings, amsgrad, num_ranks)
 
 
-def on_mesh(group: Any, shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    return hold_and_step(init_device_mesh("cpu", shape), dtype, settings, False)
-
-
-@pytest.mark.parametrize(
-    ("layout", "dtype"), [("full", BF16), ("gradients sharded", F32), ("narrow wire", F32)], ids=str
-)
-def test_bytes_on_a_mesh_are_those_of_real_ranks(layout: str, dtype: torch.dtype) -> None:
-    for found in on_ranks(4, on_mesh, (2, 2), dtype, LAYOUTS[layout]):
-        check(found, dtype, LAYOUTS[layout], False, 2, 2)
-
-
 def saved_bytes(group: Any, folder: str) -> int:
     """Bytes of the tensors of model and optimizer in a checkpoint, as `inspect` tells them."""
     model = nn.Module()
@@ -322,15 +310,6 @@ def test_megatron() -> None:
     numel, ranks = 64 * 64 * 1000, 8
     assert of_size(numel, ShardingConfig(), ranks, wide=True).total == numel * (6 + 12 / ranks)
     assert of_size(numel, ShardingConfig(), ranks, dtype=F32).total == numel * (8 + 8 / ranks)
-
-
-def test_deepspeed() -> None:
-    """docs/code-docs/source/memory.rst: t5-3b, 2,851 M parameters, stage 2 on 8 ranks: 15.93 GB of 2^30 bytes.
-
-    DeepSpeed counts whole bf16 gradients, and an fp32 copy of the gradients beside the fp32 main parameters.
-    """
-    held = of_size(2851e6, ShardingConfig(), 8)
-    assert f"{(held.total + held.main) / 2**30:.2f}" == "15.93"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
