@@ -28,8 +28,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 STACKS = {
     "torchrun_loop": "torch",
     "transformers_trainer": "transformers",
+    "transformers_fsdp2": "transformers",
     "lora_trainer": "peft",
     "accelerate_loop": "accelerate",
+    "accelerate_fsdp2": "accelerate",
     "lightning_trainer": "lightning",
     "fabric_loop": "lightning",
     "torchtitan_fsdp2": "torchtitan",

@@ -5,6 +5,7 @@ clip always bites, and the schedule warms up and falls: a wrong mean, clip or de
 """
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,18 @@ def options() -> Options:
     parser.add_argument("--micro-batches", type=int, default=2, help="a step's backwards on each rank")
     torch.set_num_threads(1)
     return Options(**vars(parser.parse_args()))
+
+
+def switch_on_fsdp2_for_cpus(**plugin: Any) -> None:
+    """Tell accelerate to train by FSDP2 on CPUs, which it can and does not; on GPUs ``fsdp_plugin=`` is enough.
+
+    Args:
+        plugin: Arguments of ``accelerate.FullyShardedDataParallelPlugin``.
+    """
+    accelerate = importlib.import_module("accelerate")
+    state = accelerate.Accelerator(cpu=True).state  # of which there is one in a process
+    accelerate.PartialState().distributed_type = state.distributed_type = accelerate.DistributedType.FSDP
+    state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(**plugin)
 
 
 def build() -> nn.Module:

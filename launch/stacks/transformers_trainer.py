@@ -3,9 +3,11 @@
 torchrun --nproc-per-node 2 -m launch.stacks.transformers_trainer
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from launch.stacks import common
 from sharded_dadamw import ShardingConfig
@@ -31,10 +33,9 @@ class InOrder(ShardedTrainer):
         return SequentialSampler(self.train_dataset if dataset is None else dataset)
 
 
-def main(model: nn.Module | None = None) -> None:
-    """Train."""
-    options = common.options()
-    args = TrainingArguments(
+def arguments(options: common.Options, **more: Any) -> TrainingArguments:
+    """What any script tells the Trainer."""
+    return TrainingArguments(
         output_dir=str(options.folder),
         max_steps=common.STEPS,
         per_device_train_batch_size=common.BATCH,
@@ -50,12 +51,25 @@ def main(model: nn.Module | None = None) -> None:
         logging_steps=1,
         report_to=[],
         use_cpu=True,
+        **more,
     )
+
+
+def main(model: nn.Module | None = None) -> None:
+    """Train."""
+    options = common.options()
+    args = arguments(options)
     under_ddp = (sharded, common.OURS | {"config": ShardingConfig(reduce_gradients=False)}) if options.ddp else None
     trainer = InOrder(
         model=model or build(), args=args, train_dataset=common.Items(), optimizer_cls_and_kwargs=under_ddp
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    train(trainer, options)
+
+
+def train(trainer: Trainer, options: common.Options) -> None:
+    """Train, from the first checkpoint if there should be one."""
+    half = str(options.folder / f"checkpoint-{common.SAVE_AT}")
+    trainer.train(resume_from_checkpoint=half if options.resume else None)
     common.keep(options.folder, trainer.model, [line["grad_norm"] for line in trainer.state.log_history[:-1]])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from sharded_dadamw.decoupled import DecoupledAdamW
 from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.sharded import ShardedDecoupledAdamW
 from sharded_dadamw.stacks.accelerate import take_over
@@ -18,21 +19,30 @@ def sharded() -> Callable[..., ShardedDecoupledAdamW]:
     The keyword arguments are those of ``ShardedDecoupledAdamW``; ``weight_decay`` is per step at the peak, and not that
     of ``TrainingArguments``. Biases and norms do not decay. ``params`` may be groups of your own.
     """
+    return partial(_build, ShardedDecoupledAdamW)
 
-    def build(model: nn.Module, params: Any = None, weight_decay: float = 1e-5, **kwargs: Any) -> ShardedDecoupledAdamW:
-        groups = weight_decay_groups(model, weight_decay) if params is None else params
-        return ShardedDecoupledAdamW(groups, weight_decay=weight_decay, **kwargs)
 
-    return build
+def decoupled() -> Callable[..., DecoupledAdamW]:
+    """The same for FSDP: a factory of ``DecoupledAdamW``.
+
+    The class itself in its place would take the ``weight_decay`` of ``TrainingArguments`` for its own.
+    """
+    return partial(_build, DecoupledAdamW)
+
+
+def _build(cls: Any, model: nn.Module, params: Any = None, weight_decay: float = 1e-5, **kwargs: Any) -> Any:
+    groups = weight_decay_groups(model, weight_decay) if params is None else params
+    return cls(groups, weight_decay=weight_decay, **kwargs)
 
 
 class ShardedTrainerMixin:
     """Stands before ``Trainer``, or a Trainer of your own, among the bases of a class.
 
-    Unless ``optimizer_cls_and_kwargs`` names another, the optimizer is ``ShardedDecoupledAdamW`` with what
-    ``TrainingArguments`` say: ``weight_decay`` there is torch's, so it is multiplied by ``learning_rate``, and training
-    is AdamW's. ``max_grad_norm``, accumulation, logged norms, and checkpoints that the Trainer saves and resumes from
-    are the Trainer's as they were. There is no DDP, unless the optimizer was given ``reduce_gradients=False``.
+    Unless ``optimizer_cls_and_kwargs`` names another, the optimizer is ``ShardedDecoupledAdamW``, and under FSDP
+    ``DecoupledAdamW``, with what ``TrainingArguments`` say: ``weight_decay`` there is torch's, so it is multiplied by
+    ``learning_rate``, and training is AdamW's. ``max_grad_norm``, accumulation, logged norms, and checkpoints that the
+    Trainer saves and resumes from are the Trainer's as they were. There is no DDP, unless the optimizer was given
+    ``reduce_gradients=False``.
     """
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Any:
@@ -50,7 +60,7 @@ class ShardedTrainerMixin:
                 "eps": args.adam_epsilon,
                 "weight_decay": weight_decay,
             }
-            self.optimizer_cls_and_kwargs = (sharded, kwargs)
+            self.optimizer_cls_and_kwargs = (decoupled if self.is_fsdp_enabled else sharded, kwargs)
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if isinstance(optimizer, ShardedDecoupledAdamW) and optimizer.config.reduce_gradients:
             take_over(self.accelerator, optimizer)
