@@ -53,12 +53,10 @@ MUTATIONS = {
         ("else next_key_high)", "else key_high)", "kernels"),
         ("min(first_tile + _CLAIM, call.tiles)", "min(first_tile + 1, call.tiles)", "kernels"),
         ("uint32(_canonical(value) + uint32(0x8000))", "_canonical(value)", "kernels"),
+        ("lower_sum += int64(np.rint((square - upper) * UNIT))", "lower_sum += 0", "same_run"),
     ],
     "kernels/fingerprint.py": [
         ("mul_(rows.stride - rows.length)", "mul_(rows.stride)", "fingerprint"),
-    ],
-    "kernels/numba_squares.py": [
-        ("lower_sum += int64(np.rint((square - upper) * UNIT))", "lower_sum += 0", "same_run"),
     ],
     "kernels/numba_fingerprint.py": [
         ("+ within + 1 - at)", "+ within + 1)", "fingerprint"),
@@ -184,11 +182,11 @@ MUTATIONS = {
         ("return 1.0 / self.coefficient", "return self.coefficient", "contract sharded"),
         ("self.coefficient * coefficient if", "coefficient if", "contract sharded"),
     ],
-    "norms/of_buckets.py": [
+    "norms/held.py": [
         ("if self.shards.adds_in_tree and", "if False and", "same_run"),  # added as it lies
+        ("owner[m.name, part] == ranks.rank", "True", "metrics layouts"),
     ],
     "norms/global_norm.py": [
-        ("owner[part.name, part.part] == here", "True", "metrics layouts"),
         ("norm = norm.nan_to_num(nan=math.inf", "norm = norm.nan_to_num(nan=0.0", "contract metrics sharded"),
     ],
     "norms/step_report.py": [

@@ -26,4 +26,4 @@ if [[ $tier != --quick ]]; then
 fi
 say "pytest"
 # Two files at a time: each has four ranks, of which mostly one computes.
-exec "$VENV_PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+exec "$VENV_PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

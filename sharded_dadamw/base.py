@@ -18,7 +18,8 @@ from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.norms.clipping import PendingClip, checked_max_grad_norm
 from sharded_dadamw.norms.composer import MetricFunctions, cannot_replace
-from sharded_dadamw.norms.norm_ranks import Held, NormRanks
+from sharded_dadamw.norms.held import Held
+from sharded_dadamw.norms.norm_ranks import NormRanks
 from sharded_dadamw.norms.step_report import StepReport, named_values
 from sharded_dadamw.state.fingerprint import Fingerprint, Fingerprints, parts_of
 from sharded_dadamw.update.adamw import Step
@@ -242,7 +243,7 @@ class DecoupledOptimizer(Optimizer):
         enter("metrics()", "with metrics_in_step=True one rank may call it alone")
         held = self._held()
         table, owners = self._norms.table(held), self._norms.owners(held)
-        return named_values(self._norms.report, owners, table, len(self.param_groups))
+        return named_values(self._norms.report, owners.names, table, len(self.param_groups))
 
     @torch.no_grad()
     def fingerprint(self, process_group: dist.ProcessGroup | DeviceMesh | None = None) -> Fingerprint:
@@ -299,6 +300,7 @@ class DecoupledOptimizer(Optimizer):
                 squares, row_of = self._norms.table(held).squares, self._norms.owners(held).row_of
                 places = {id(updated): row_of[id(updated)] for updated in report.updated}
             else:
+                held.make_measurable(report)
                 here, squares = report.squares_of(report.updated_here(), held.look, held.device)
                 places = {id(updated): place for place, updated in enumerate(here)}
             norms = squares.sqrt().to(torch.float32).unbind()

@@ -20,7 +20,7 @@ from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
-from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
+from sharded_dadamw.norms.held import HeldAsTheyLie
 from sharded_dadamw.state.in_place import drop_strangers, fill_in, without_mains
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
@@ -205,7 +205,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         for params, grads in to_update:
             for param, grad in zip(params, grads, strict=True):
                 if grad.layout != torch.strided:
-                    name = next(part.name for part in self._held().parts(0) if part.param is param)
+                    name = next(held.member.name for held in self._held().holdings() if held.member.param is param)
                     raise RuntimeError(f"gradient of {name}: expected a dense tensor, got layout {grad.layout}")
         return to_update
 

@@ -30,7 +30,7 @@ from torch.optim.optimizer import ParamsT
 from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
 from sharded_dadamw.buckets.shards import Shards, refuse_other_optimizers, with_lists
 from sharded_dadamw.config import ShardingConfig
-from sharded_dadamw.norms.of_buckets import HeldInBuckets
+from sharded_dadamw.norms.held import HeldInBuckets
 from sharded_dadamw.schedule.clock import StepClock, StepCost
 from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining

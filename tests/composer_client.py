@@ -1,10 +1,7 @@
 """Composer's Trainer as a client: what one rank does for `tests/test_composer.py`.
 
-    python -m tests.composer_client FOLDER                                    one rank
-    torchrun --nproc-per-node 2 -m tests.composer_client FOLDER               two
-
-does one run after the other and leaves in FOLDER, for each rank, what they logged. Composer makes the process group,
-from the environment, and reads that once per process; so this is a program, where other tests run functions.
+Composer makes the process group, from the environment, and reads that once per process; so each rank is a process that
+does one run after the other, and leaves in a folder what they logged.
 
 Two packages that Composer imports at its start are replaced by empty ones, because nothing here uses them:
 torchvision, of which not every torch has a build for CPUs, and mcli, the client of a cloud service.
@@ -12,12 +9,10 @@ torchvision, of which not every torch has a build for CPUs, and mcli, the client
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,20 +160,13 @@ def copy_of(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-@contextmanager
-def a_cpu_for_composer() -> Iterator[None]:
+the_device = torch.cuda.current_device
+
+
+def cpu_for_composer() -> Any:
     """Composer takes CUDA for granted when it wraps in FSDP1 and when its own optimizer reduces norms; no one else."""
-    original = torch.cuda.current_device
-
-    def current_device() -> Any:
-        asked_by = sys._getframe(1).f_globals["__name__"]
-        return torch.device("cpu") if asked_by.startswith("composer.") else original()
-
-    torch.cuda.current_device = current_device
-    try:
-        yield
-    finally:
-        torch.cuda.current_device = original
+    asked_by = sys._getframe(1).f_globals["__name__"]
+    return torch.device("cpu") if asked_by.startswith("composer.") else the_device()
 
 
 def train(
@@ -234,15 +222,10 @@ def train_in_parts(run: Run, folder: Path) -> dict[str, Any]:
     return {"whole": train(run, save_first=saves_first), "second half": train(run, load=half["saved"])}
 
 
-def take_over_from_composers_own(folder: Path) -> dict[str, Any]:
-    """Composer's own optimizer halfway, and ours from there on."""
-    theirs, ours = Run("composer", amsgrad=False), Run("decoupled", amsgrad=False)
-    half = train(theirs, until=NUM_STEPS // 2, save=folder / "theirs")
-    return {"second half": train(ours, load=half["saved"])}
-
-
-def do_all(folder: Path) -> dict[str, Any]:
+def do_all(folder: Path) -> None:
     """The results of every run, by its name and then by the part of it."""
+    torch.cuda.current_device = cpu_for_composer
+    folder /= f"{dist.get_world_size()} ranks"
     results: dict[str, Any] = {}
     for layout in LAYOUTS:
         grouped = layout != "fsdp1 flat"  # which takes one group, and no frozen parameter beside others
@@ -252,21 +235,12 @@ def do_all(folder: Path) -> dict[str, Any]:
             run = Run("composer", layout, grouped, amsgrad=False)
             results[run.name] = {"whole": train(run, until=NUM_STEPS if layout == "plain" else 1)}
     results["decoupled plain ungrouped"] = {"whole": train(Run("decoupled", grouped=False))}
-    results["composer plain"] |= take_over_from_composers_own(folder)
+    theirs = train(Run("composer", amsgrad=False), until=NUM_STEPS // 2, save=folder / "theirs")
+    results["composer plain"]["second half"] = train(Run("decoupled", amsgrad=False), load=theirs["saved"])
+    if dist.get_world_size() == 1:
+        train(Run("composer", grouped=False), until=NUM_STEPS // 2, save=folder / "to import")
+        results["composer plain ungrouped"] = {"whole": train(Run("composer", grouped=False))}
     results["sharded plain"] = train_in_parts(Run("sharded"), folder / "sharded")
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder / f"{dist.get_world_size()} ranks"
-    with a_cpu_for_composer():
-        results = do_all(folder)
     torch.save(results, folder / f"rank{dist.get_global_rank()}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,5 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tensors are tiny, and idle threads would spin on the cores that the ranks need
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what is dear: files are handed out in this order, and the last one is waited for."""
+    items.sort(key=lambda item: item.get_closest_marker("clients") is None)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     pool.close()

@@ -1,23 +1,17 @@
 """DeepSpeed as a client: makes the checkpoints that `tests/test_interchange.py` imports, with what they should hold.
 
-    python -m tests.deepspeed_client FOLDER        by a Python that has DeepSpeed
-
-leaves for every run of `RUNS` a folder `FOLDER/NAME`, as DeepSpeed saves it, and `FOLDER/NAME.pt`: the state and the
+`train_all` leaves for every run of `RUNS` a folder of its name, as DeepSpeed saves it, and a file: the state and the
 fp32 weights as DeepSpeed's own functions tell them, the averaged gradients of the next step, and the weights after it.
 With round robin these functions of DeepSpeed 0.19.8 tell those of other parameters; it should not change the results.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -126,24 +120,20 @@ def _copied(value: Any) -> Any:
     return value.detach().clone()
 
 
-def train_all(rank: int, ranks: int, folder: Path, meeting: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+def compile_nothing() -> None:
+    """DeepSpeed would compile what it sends by, for a minute."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled, for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def train_all(folder: Path) -> None:
+    """As one rank, all runs on as many ranks as there are."""
+    import deepspeed
+
+    compile_nothing()
     deepspeed.init_distributed("gloo")
     for name, run in RUNS.items():
-        if run.ranks == ranks:
-            train(name, rank, folder)
+        if run.ranks == torch.distributed.get_world_size():
+            train(name, torch.distributed.get_rank(), folder)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # which DeepSpeed reads, and nobody listens on
-    target = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in sorted({run.ranks for run in RUNS.values()}):
-            mp.spawn(train_all, (ranks, target, f"{folder}/{ranks}"), nprocs=ranks)

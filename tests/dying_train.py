@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import launch.train
 from launch.train import Training
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
-from sharded_dadamw.checkpoint import save_load
+from sharded_dadamw.checkpoint.save import wait_for_latest
 from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.schedule.reducer import Reducer
 
@@ -24,11 +25,6 @@ SMALL_DISK = 100_000  # bytes of a file: enough for metrics and too little for a
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_for_latest() -> None:
-    if save_load._latest is not None:
-        save_load._latest._written.exception()
 
 
 def die_alone() -> None:
@@ -120,6 +116,12 @@ def arm(faults: list[dict[str, Any]]) -> None:
     Training.train_step = train_step  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    arm(json.loads(os.environ["FAULTS"]))
+def train(faults: list[dict[str, Any]], options: list[str]) -> None:
+    """Train as one rank, with faults."""
+    arm(faults)
+    sys.argv = ["train.py", *options]
     launch.train.main()
+
+
+if __name__ == "__main__":
+    train(json.loads(os.environ["FAULTS"]), sys.argv[1:])

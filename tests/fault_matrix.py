@@ -1,23 +1,20 @@
 """What every rank says when one of them fails: real processes, a table of faults and of the points where they strike.
 
-    python -m tests.fault_matrix --ranks 4 --exchange RANK_ORDER
-
 Each cell is a short run of its own: two steps in which all is well, and then each call once. The last rank is the one
 that fails. A run ends well, or every rank that is left raises.
 """
 
-import argparse
+import contextlib
 import os
 import re
 import signal
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -79,34 +76,41 @@ class Run:
         self.fails = rank == num_ranks - 1
         self.seed = 0
         self.begun = 0.0  # the call that this rank is in
+        verbs = KIND_OF_VERBS[exchange]
+        self.places: dict[str, tuple[str, Any, Any, str]] = {  # in the middle of which call, and where it strikes
+            "backward": ("backward", before, Reducer, "deliver"),
+            "reduction": ("backward", after, verbs, "reduce_scatter_mean"),  # it has begun
+            "update": ("backward", after, Bucket, "update_"),  # of the first bucket; nobody else knows of it
+            "gather": ("backward", after, verbs, "all_gather_"),  # it has begun
+            "save": ("save", before, dcp._SummedFile, "write"),
+            "load": ("load", before, Entries, "read"),
+            "consolidate": ("consolidate", after, verbs, "all_gather_"),
+        }
 
     def does(self, fault: str, point: str) -> bool:
         """Whether this rank has this fault at this point."""
         return self.fails and (self.fault, self.point) == (fault, point)
 
-    def call(self, point: str, function: Callable[[], Any]) -> None:
+    def call(self, point: str, function: Callable[..., Any], *args: Any, **named: Any) -> None:
         """One call of the script, as often as this rank makes it."""
         self.begun = time.monotonic()
-        if self.fails and self.fault in ENDS and self.point == point:
-            end(self.fault)
+        if self.fails and self.fault in ENDS:
+            due, *place = self.places.get(self.point, ("",))
+            if due == point:
+                how, owner, name = place
+                how(owner, name, Once(lambda: end(self.fault), [0], 0))
+            elif point == self.point and not place:
+                end(self.fault)
         for _ in range(0 if self.does("skipped", point) else 2 if self.does("once more", point) else 1):
-            function()
+            function(*args, **named)
 
-    def arm(self) -> None:
-        """Have this rank end in the middle of something."""
-        verbs = KIND_OF_VERBS[self.exchange]
-        places: dict[str, tuple[Any, Any, str]] = {
-            "backward": (before, Reducer, "deliver"),
-            "reduction": (after, verbs, "reduce_scatter_mean"),  # it has begun
-            "update": (after, Bucket, "update_"),  # of the first bucket; nobody else knows of it
-            "gather": (after, verbs, "all_gather_"),  # it has begun
-            "save": (before, dcp._SummedFile, "write"),
-            "load": (before, Entries, "read"),
-            "consolidate": (after, verbs, "all_gather_"),
-        }
-        if self.fails and self.fault in ENDS and self.point in places:
-            how, owner, name = places[self.point]
-            how(owner, name, Once(lambda: end(self.fault), [0], 0))
+    def build(self) -> None:
+        self.model = model_of(17 if self.does("another model", "construction") else 16)
+        self.optimizer = ShardedDecoupledAdamW(
+            self.model.named_parameters(),
+            lr=2e-2 if self.does("another argument", "construction") else 1e-2,
+            config=ShardingConfig(exchange=self.exchange, bucket_cap_mb=0.0003),
+        )
 
     def backward(self) -> None:
         self.seed += 1
@@ -114,63 +118,33 @@ class Run:
         loss = self.model(x).square().mean()
         (loss * (float("nan") if self.does("nan", "backward") and self.seed == 3 else 1.0)).backward()
 
-    def script(self) -> None:
-        arm_before = {"backward": 2, "reduction": 2, "update": 2, "gather": 2, "save": 3, "load": 4, "consolidate": 5}
-        due = arm_before.get(self.point)
-
-        def stage(number: int) -> None:
-            if due == number:
-                self.arm()
-
-        def build() -> None:
-            self.model = model_of(17 if self.does("another model", "construction") else 16)
-            self.optimizer = ShardedDecoupledAdamW(
-                self.model.named_parameters(),
-                lr=2e-2 if self.does("another argument", "construction") else 1e-2,
-                config=ShardingConfig(exchange=self.exchange, bucket_cap_mb=0.0003),
-            )
-
-        self.call("construction", build)
-        for _ in range(2):
-            self.optimizer.zero_grad()
-            self.backward()
-            self.optimizer.step()
-        stage(2)
-        self.optimizer.zero_grad()
-        self.call("backward" if self.fault not in ENDS else "", self.backward)
-        max_norm = 2.0 if self.does("another argument", "between") else 1.0
-        self.call("between", lambda: self.optimizer.clip_grad_norm_(max_norm))
-        if self.does("another argument", "update"):
-            self.optimizer.param_groups[0]["lr"] = 3e-2
-        if self.does("clip where others step", "update"):
-            self.optimizer.clip_grad_norm_(1.0)
-        self.call("update" if self.fault not in ENDS else "", self.step)
-        self.call("state_dict", self.optimizer.state_dict)
-        stage(3)
-        other = model_of(17)
-        keep = 3 if self.does("another argument", "save") else None
-        root = self.folder / "checkpoints"
-        saved = other if self.does("another model", "save") else self.model
-        self.call(
-            "save" if self.fault not in ENDS else "",
-            lambda: save_checkpoint(root, step=3, model=saved, optimizer=self.optimizer, keep_last=keep),
-        )
-        stage(4)
-        loaded = other if self.does("another model", "load") else self.model
-        path = self.folder / "elsewhere" if self.does("another argument", "load") else root
-        self.call(
-            "load" if self.fault not in ENDS else "",
-            lambda: load_checkpoint(path, model=loaded, optimizer=self.optimizer),
-        )
-        stage(5)
-        self.call("consolidate" if self.fault not in ENDS else "", self.optimizer.consolidate_state_dict)
-        self.call("metrics", self.optimizer.metrics)
+    def train(self) -> None:
         self.optimizer.zero_grad()
         self.backward()
         self.optimizer.step()
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def script(self) -> None:
+        other, root = model_of(17), self.folder / "checkpoints"
+        self.call("construction", self.build)
+        self.train()
+        self.train()
+        self.optimizer.zero_grad()
+        self.call("backward", self.backward)
+        self.call("between", self.optimizer.clip_grad_norm_, 2.0 if self.does("another argument", "between") else 1.0)
+        if self.does("another argument", "update"):
+            self.optimizer.param_groups[0]["lr"] = 3e-2
+        if self.does("clip where others step", "update"):
+            self.optimizer.clip_grad_norm_(1.0)
+        self.call("update", self.optimizer.step)
+        self.call("state_dict", self.optimizer.state_dict)
+        saved, loaded = (other if self.does("another model", point) else self.model for point in ("save", "load"))
+        keep = 3 if self.does("another argument", "save") else None
+        self.call("save", save_checkpoint, root, step=3, model=saved, optimizer=self.optimizer, keep_last=keep)
+        path = self.folder / "elsewhere" if self.does("another argument", "load") else root
+        self.call("load", load_checkpoint, path, model=loaded, optimizer=self.optimizer)
+        self.call("consolidate", self.optimizer.consolidate_state_dict)
+        self.call("metrics", self.optimizer.metrics)
+        self.train()
 
 
 def warm_up() -> None:
@@ -230,38 +204,25 @@ def run_cell(num_ranks: int, cell: tuple[str, str], exchange: Exchange) -> list[
     with tempfile.TemporaryDirectory() as folder:
         store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # as torchrun serves it
         pipes = [FORKS.Pipe(duplex=False) for _ in range(num_ranks)]
+        of_all = num_ranks, store.port, cell, exchange, Path(folder)
         processes = [
-            FORKS.Process(
-                target=run_rank, args=(rank, num_ranks, store.port, cell, exchange, Path(folder), pipes[rank][1])
-            )
-            for rank in range(num_ranks)
+            FORKS.Process(target=run_rank, args=(rank, *of_all, theirs)) for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
             theirs.close()
-        said: dict[int, list[Any]] = {rank: [] for rank in range(num_ranks)}
-        open_pipes = {ours: rank for rank, (ours, _) in enumerate(pipes)}
-        waited_for = set(range(num_ranks - 1 if cell[0] == "SIGSTOP" else num_ranks))
         deadline = time.monotonic() + 90
-        while waited_for & set(open_pipes.values()):
-            ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for pipe in ready:
-                try:
-                    said[open_pipes[pipe]].append(pipe.recv())
-                except EOFError:
-                    del open_pipes[pipe]
-        for rank in waited_for:
-            processes[rank].join(1.0)
-        codes = [process.exitcode for process in processes]
+        results = []
+        for rank, (process, (ours, _)) in enumerate(zip(processes, pipes, strict=True)):
+            stopped = cell[0] == "SIGSTOP" and rank == num_ranks - 1
+            process.join(0.0 if stopped else max(1.0, deadline - time.monotonic()))
+            last = None
+            with contextlib.suppress(EOFError):
+                last = ours.recv() if ours.poll() else None
+            results.append(Ended(last and last[:2], process.exitcode, last[2] if last else 0.0))
         for process in processes:
             process.kill()
             process.join()
-        results = []
-        for rank in range(num_ranks):
-            last = said[rank][0] if said[rank] else None
-            results.append(Ended(last and last[:2], codes[rank], last[2] if last else 0.0))
         return results
 
 
@@ -287,34 +248,3 @@ def faults_of(cell: tuple[str, str], ended: list[Ended], limit_s: float) -> list
         if each.seconds > limit_s:
             wrong.append(f"rank {rank} took {each.seconds:.1f} s")
     return wrong
-
-
-def summary(ended: list[Ended]) -> str:
-    """What the first rank says, in short."""
-    said = ended[0].said
-    return "all go on" if said is None else re.split("; ", said[1])[0].replace("|", "/")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--exchange", choices=[each.name for each in Exchange], default="FASTEST")
-    parser.add_argument("--at-once", type=int, default=4, help="how many runs at a time")
-    parser.add_argument("--only", default="", help="cells whose fault and point have this in them")
-    parser.add_argument("--whole", action="store_true", help="print all that ranks say")
-    arguments = parser.parse_args()
-    exchange = Exchange[arguments.exchange]
-    cells = [cell for cell in CELLS if arguments.only in " @ ".join(cell)]
-    with ThreadPoolExecutor(arguments.at_once) as pool:
-        results = pool.map(lambda cell: run_cell(arguments.ranks, cell, exchange), cells)
-        for cell, ended in zip(cells, results, strict=True):
-            slowest = max(each.seconds for each in ended)
-            print(f"| {cell[0]} | {cell[1]} | {slowest:.1f} s | {summary(ended)} |", flush=True)
-            if arguments.whole:
-                print(*(f"    rank {rank}: {each.said}" for rank, each in enumerate(ended)), sep="\n", flush=True)
-            for wrong in faults_of(cell, ended, TIMEOUT_S + SLACK_S):
-                print(f"    WRONG: {wrong}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributed import device_mesh
 from torch.distributed import distributed_c10d as c10d
 
-from sharded_dadamw.checkpoint import save_load
+from sharded_dadamw.checkpoint import save
 from sharded_dadamw.schedule import in_flight
 from tests.pool import CASE_TIMEOUT_S, Outcome, RankHang, describe_hang, run_case, values_of
 
@@ -65,7 +65,7 @@ _OF_A_PROCESS: tuple[tuple[Any, str], ...] = (
     (device_mesh, "threading"),
     (in_flight, "_in_flight"),
     (in_flight, "_lock"),
-    (save_load, "_latest"),
+    (save, "_latest"),
 )
 
 

@@ -2,14 +2,11 @@
 
 import copy
 import errno
-import io
 import os
 import pickle
 import random
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +26,7 @@ from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
 from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.interchange import Source, read_state
 from tests import pool
-from tests.harm import Calls, archive, nested
+from tests.harm import Calls, nested
 from tests.harness import ranks
 from tests.test_checkpoint import build, differences, fit, run, whole
 
@@ -104,19 +101,6 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_training_and_saving_go_on(
     fit(*parts, 1)
     save().wait()
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
-
-
-def test_a_disk_that_fills_up_at_the_metadata_or_the_manifest_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts, _ = saved(tmp_path, 1)
-    before = contents(tmp_path)
-    for target, name in ((checkpoint_dcp._SummedFiles, "rename"), (Manifest, "write")):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, lambda *_: no_space(0))
-            with pytest.raises(OSError, match=r"step_00000002 was not written.*No space left"):
-                save_checkpoint(tmp_path, step=2, **run(None, *parts))
-        assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
 
 
 # --- files that are not as they were ---------------------------------------------------------------------------------
@@ -219,13 +203,6 @@ def test_what_is_damaged_is_named_and_the_one_before_it_offered(kind: str, tmp_p
     assert resumed is not None and resumed.step == 1 and differences(whole(*parts[:2]), then[1]) == []
 
 
-def test_without_one_before_it_the_refusal_says_so(tmp_path: Path) -> None:
-    parts, _ = saved(tmp_path, 1)
-    flip_last_bit(tmp_path / "step_00000001" / ".metadata")
-    with pytest.raises(ValueError, match="there is no complete one before it"):
-        load_checkpoint(tmp_path, **run(None, *parts), fall_back=True)
-
-
 def test_a_file_is_no_folder_for_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(
@@ -234,18 +211,12 @@ def test_a_file_is_no_folder_for_checkpoints(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", step=1, **run(None, *build("DecoupledAdamW", None)))
 
 
-@pytest.mark.parametrize("name", ["a file/run", "read only"])
 @ranks(2)
-def test_a_folder_that_cannot_be_written_is_named_on_every_rank(group: Any, name: str, tmp_path: Path) -> None:
-    if name == "read only" and os.geteuid() == 0:
-        return  # root may write anywhere
-    if dist.get_rank(group) == 0:
-        (tmp_path / "a file").touch()
-        (tmp_path / "read only").mkdir(mode=0o500)
-    dist.barrier(group)
+def test_a_folder_that_cannot_be_made_is_named_on_every_rank(group: Any, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
     with pytest.raises(OSError) as refusal:
-        save_checkpoint(tmp_path / name, step=1, **run(group, *build("ours", group)))
-    assert f"{tmp_path / name} cannot be written: " in str(refusal.value)
+        save_checkpoint(tmp_path / "a file" / "run", step=1, **run(group, *build("ours", group)))
+    assert f"{tmp_path}/a file/run cannot be written: " in str(refusal.value)
     assert str(refusal.value).endswith("give a folder in which this user may make others")
 
 
@@ -412,6 +383,9 @@ def sign(folder: Path) -> None:
     replace(manifest, files=sums).write(folder)
 
 
+ENDLESS = nested(lambda value: (value, value))
+
+
 def fake_metadata(kind: str, folder: Path) -> None:
     """Metadata that hold data alone, and not what torch would have written."""
     path = folder / ".metadata"
@@ -444,6 +418,12 @@ def fake_metadata(kind: str, folder: Path) -> None:
         next(iter(metadata.storage_data.values())).offset = -5
     elif kind == "no shape":
         known.size = "x"
+    elif kind == "a shape without end":
+        known.size = ENDLESS
+    elif kind == "a path without end":
+        metadata.planner_data[entry] = ENDLESS
+    elif kind == "a file without end":
+        next(iter(metadata.storage_data.values())).relative_path = ENDLESS
     path.write_bytes(pickle.dumps(metadata))
 
 
@@ -459,6 +439,9 @@ FAKES = {
     "no path": "keys that lead",
     "no place": "a place in a file",
     "no shape": "expected a shape",
+    "a shape without end": r"\.metadata: .*expected",
+    "a path without end": r"\.metadata: .*expected",
+    "a file without end": r"\.metadata: .*expected",
 }
 
 
@@ -519,75 +502,6 @@ def test_metadata_made_up_to_harm_are_refused_at_once(kind: str, tmp_path: Path)
         load_checkpoint(tmp_path, **run(None, *parts))
 
 
-@pytest.mark.parametrize("where", ["a path", "a path of nothing", "a file", "a shape"])
-def test_metadata_with_values_that_have_no_end_are_refused_at_once(where: str, tmp_path: Path) -> None:
-    parts, then = saved(tmp_path, 1)
-    folder, endless = tmp_path / "step_00000001", nested(lambda value: (value, value))
-    metadata: Any = dcp.FileSystemReader(folder).read_metadata()
-    if where.startswith("a path"):
-        metadata.planner_data["nothing" if where.endswith("nothing") else "model.embedding.weight"] = endless
-    elif where == "a file":
-        next(iter(metadata.storage_data.values())).relative_path = endless
-    else:
-        metadata.state_dict_metadata["model.embedding.weight"].size = endless
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    sign(folder)
-    if where == "a path of nothing":
-        load_checkpoint(tmp_path, **run(None, *parts))
-        assert differences(whole(*parts[:2]), then[1]) == []
-    else:
-        with pytest.raises(ValueError, match=r"\.metadata: .*expected"):
-            load_checkpoint(tmp_path, **run(None, *parts))
-
-
-def test_files_of_torch_in_a_checkpoint_with_keys_whose_hash_would_never_end_are_refused_at_once(
-    tmp_path: Path,
-) -> None:
-    """In a process of its own: torch's reader would not come back, and nothing in this one could end it."""
-    endless = archive(b"\x80\x02}" + TUPLES + b"K\x00s.").getvalue()
-    packed = io.BytesIO()
-    torch.save(torch.frombuffer(bytearray(endless), dtype=torch.uint8), packed)
-    replaced = {
-        "model.embedding.weight": endless,
-        "optimizer.param_groups.0.lr": endless,
-        "ranks.0": packed.getvalue(),
-    }
-    for entry, data in replaced.items():
-        saved(tmp_path / entry, 1)
-        folder = tmp_path / entry / "step_00000001"
-        metadata: Any = dcp.FileSystemReader(folder).read_metadata()
-        if entry == "ranks.0":
-            known = metadata.state_dict_metadata[entry]
-            known.size = known.chunks[0].sizes = torch.Size([len(endless)])
-        info = next(info for index, info in metadata.storage_data.items() if index.fqn == entry)
-        with (folder / info.relative_path).open("ab") as file:
-            info.offset, info.length = file.tell(), len(data)
-            file.write(data)
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        sign(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING, *(str(tmp_path / entry) for entry in replaced)],
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    refusals = done.stdout.splitlines()
-    assert len(refusals) == 3 and all("tuples of tuples" in refusal for refusal in refusals), done
-
-
-LOADING = """
-import sys
-from sharded_dadamw.checkpoint import load_checkpoint
-from tests.test_checkpoint import build, run
-for root in sys.argv[1:]:
-    try:
-        load_checkpoint(root, **run(None, *build("DecoupledAdamW", None)))
-    except ValueError as refusal:
-        print(refusal)
-"""
-
-
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
         later.setattr("sharded_dadamw.checkpoint.folder.FORMAT", 2)
@@ -614,15 +528,6 @@ def test_a_checkpoint_gets_its_name_after_all_of_it_is_on_the_disk(
     assert {"__0_0.distcp", ".metadata", "manifest.json"} < names
     assert any(name.startswith(".step_00000001") for name in names)
     assert synced[-1] == (str(tmp_path), True)
-
-
-def test_links_to_checkpoints_go_alone(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    parts, _ = saved(tmp_path / "elsewhere", 1)
-    (tmp_path / "run" / "step_00000001").symlink_to(tmp_path / "elsewhere" / "step_00000001")
-    save_checkpoint(tmp_path / "run", step=2, **run(None, *parts), keep_last=1)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000002"]
-    assert checkpoints(tmp_path / "elsewhere")
 
 
 def harm(kind: str, folder: Path, mark: Path) -> None:

@@ -5,22 +5,28 @@ moved on already. The Trainer clips and saves, and rebuilds the optimizer's grou
 and on two (DistributedDataParallel, FSDP1, FSDP2) every norm must be logged that Composer's own optimizer logs, each
 with the value of a single process; and that is checked against the law, from what a callback saw of the training.
 
-The launches, of one rank and of two, make all their runs in one go, and the tests look at what they left. A single
-process takes each batch in two microbatches of the samples that two ranks would take: it adds up the same gradients.
+The ranks make all their runs in one go, and the tests look at what they left. A single process takes each batch in two
+microbatches of the samples that two ranks would take: it adds up the same gradients.
 """
 
+import copy
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.interchange import Source, from_composer, read_state
+from tests import forked, test_resharding
+from tests.simulated import on_ranks
+from tests.test_interchange import assert_goes_on, assert_same_state
 
 if importlib.util.find_spec("composer") is None:
     pytest.skip(
@@ -31,47 +37,41 @@ if importlib.util.find_spec("composer") is None:
 
 pytestmark = pytest.mark.clients
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 BETA1, BETA2, EPS = 0.9, 0.6, 1e-8
 MAX_NORM = 0.5
 NUM_STEPS = 6
+HALF = NUM_STEPS // 2
 KINDS = ("grad", "moment", "param", "update")
-LAYOUTS = ("plain", "fsdp1", "fsdp2")  # and "fsdp1 flat", whose parameters are other ones
-OURS = [*(f"decoupled {layout}" for layout in LAYOUTS), "sharded plain"]
+LIKE_ONE = ["decoupled plain", "decoupled fsdp1", "decoupled fsdp2", "sharded plain"]
+OURS = [*LIKE_ONE, "decoupled fsdp1 flat"]
+"""The last one's parameters are other ones."""
 RANKS = (1, 2)
 
 Results = dict[int, list[dict[str, Any]]]
 Norms = dict[str, list[float]]
 
 
-def launched(num_ranks: int, folder: Path) -> "subprocess.Popen[str]":
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] * (num_ranks > 1)
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", "tests.composer_client", str(folder)],
-        cwd=CHECKOUT,
-        env=kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def composer() -> Iterator[forked.Importer]:
+    with forked.importer() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
-    """By number of ranks, and then by rank: what `tests.composer_client.do_all` returned."""
+def folder(composer: forked.Importer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tests.composer_client.do_all` has been, on each number of ranks."""
     folder = tmp_path_factory.mktemp("composer")
-    launches = {num_ranks: launched(num_ranks, folder) for num_ranks in RANKS}
-    try:
-        for num_ranks, process in launches.items():
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, f"on {num_ranks} ranks:\n{output}"
-    finally:
-        for process in launches.values():
-            process.terminate()  # of which torchrun tells its ranks
-            process.wait(60)
-    yield {n: [torch.load(folder / f"{n} ranks" / f"rank{rank}.pt") for rank in range(n)] for n in RANKS}
+    alone = {"NODE_RANK": "0"}
+    names = [alone, *forked.names_for(2, **alone)]
+    ended = composer.run(["tests.composer_client"], "tests.composer_client:do_all", (folder,), names, folder / "logs")
+    assert ended.codes == [0] * len(names), ended.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    """By number of ranks, and then by rank."""
+    return {n: [torch.load(folder / f"{n} ranks" / f"rank{rank}.pt") for rank in range(n)] for n in RANKS}
 
 
 def without_wrappers(norms: Norms) -> Norms:
@@ -85,40 +85,39 @@ def without_wrappers(norms: Norms) -> Norms:
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", [*OURS, "decoupled fsdp1 flat"])
-def test_every_norm_is_logged_that_composers_own_optimizer_logs(results: Results, name: str, num_ranks: int) -> None:
+@pytest.mark.parametrize("name", OURS)
+def test_all_ranks_log_all_norms_of_clipped_gradients_and_a_resumed_run_goes_on_bit_for_bit(
+    results: Results, name: str, num_ranks: int
+) -> None:
+    """On two ranks the whole run was saved ahead of its first step too, for which torch steps with zeros at lr 0."""
     _, layout = name.split(" ", 1)
     # Composer's own fails to reduce norms of FSDP2's parameters over two ranks; they are called the same on one.
     theirs = results[1 if layout == "fsdp2" else num_ranks][0][f"composer {layout}"]["whole"]["norms"]
+    first = results[num_ranks][0][name]["whole"]
     for rank in results[num_ranks]:
-        ours = rank[name]["whole"]["norms"]
-        assert ours.keys() == theirs.keys()
-        assert {len(values) for values in ours.values()} == {NUM_STEPS}
+        whole, part = rank[name]["whole"], rank[name]["second half"]
+        assert whole["norms"] == first["norms"] and whole["losses"] == first["losses"]
+        assert whole["norms"].keys() == theirs.keys()
+        assert {len(values) for values in whole["norms"].values()} == {NUM_STEPS}
+        assert whole["norms"]["l2_norm/grad/global"] == pytest.approx([MAX_NORM] * NUM_STEPS, rel=1e-5)
+        assert part["losses"] == whole["losses"][HALF:]
+        assert part["norms"] == {key: values[HALF:] for key, values in whole["norms"].items()}
 
 
-@pytest.mark.parametrize("name", [*OURS, "decoupled fsdp1 flat"])
-def test_every_rank_logs_the_same(results: Results, name: str) -> None:
-    first, second = (rank[name]["whole"] for rank in results[2])
-    assert first["norms"] == second["norms"]
-    assert first["losses"] == second["losses"]
-
-
-@pytest.mark.parametrize("name, num_ranks", [("decoupled plain", 2)] + [(name, n) for name in OURS[1:] for n in RANKS])
+@pytest.mark.parametrize(
+    "name, num_ranks", [("decoupled plain", 2)] + [(name, n) for name in OURS[1:-1] for n in RANKS]
+)
 def test_every_norm_is_the_single_processes(results: Results, name: str, num_ranks: int) -> None:
-    expected = without_wrappers(results[1][0]["decoupled plain"]["whole"]["norms"])
-    got = without_wrappers(results[num_ranks][0][name]["whole"]["norms"])
+    """Under DDP bit for bit: neither the order of two halves of a batch nor dividing by two rounds."""
+    alone, run = results[1][0]["decoupled plain"]["whole"], results[num_ranks][0][name]["whole"]
+    expected, got = without_wrappers(alone["norms"]), without_wrappers(run["norms"])
     assert got.keys() == expected.keys()
     for key, values in expected.items():
         assert got[key] == pytest.approx(values, rel=1e-6), key
-
-
-def test_under_ddp_the_numbers_are_bitwise_the_single_processes(results: Results) -> None:
-    """Two halves of a batch give two gradients, and neither their order nor dividing by two rounds."""
-    alone, together = (results[num_ranks][0]["decoupled plain"]["whole"] for num_ranks in RANKS)
-    assert without_wrappers(together["norms"]) == without_wrappers(alone["norms"])
-    for before, after in zip(alone["steps"], together["steps"], strict=True):
-        for name, param in before.items():
-            assert torch.equal(param["after"], after[f"module.{name}"]["after"]), name
+    if name == "decoupled plain":
+        assert got == expected
+        for before, after in zip(alone["steps"], run["steps"], strict=True):
+            assert all(torch.equal(seen["after"], after[f"module.{key}"]["after"]) for key, seen in before.items())
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
@@ -130,80 +129,97 @@ def test_the_norms_of_fsdp1s_flat_parameters_are_those_of_what_they_are_made_of(
     contents = {"_flat_param": ("0.", "2.", "5."), "3._flat_param": ("3.",)}
     for kind in KINDS:
         for flat, prefixes in contents.items():
-            parts = [
-                values for key, values in expected.items() if key.startswith(tuple(f"{kind} {p}" for p in prefixes))
-            ]
+            of_it = tuple(f"{kind} {prefix}" for prefix in prefixes)
+            parts = [values for key, values in expected.items() if key.startswith(of_it)]
             norms = [math.hypot(*step) for step in zip(*parts, strict=True)]
             assert got[f"{kind} {flat}"] == pytest.approx(norms, rel=1e-6), (kind, flat)
 
 
-def norms_by_the_law(steps: list[dict[str, dict[str, Any]]]) -> Norms:
-    """The norms of every step in fp64, from the gradients and parameters that went into it."""
-    found: Norms = {}
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("name", ["decoupled plain", "sharded plain"])
+def test_every_norm_is_that_of_the_law_and_parameters_lose_what_it_says(
+    results: Results, name: str, num_ranks: int
+) -> None:
+    """In fp64, from the gradients and parameters that went into each step."""
+    run = results[num_ranks][0][name]["whole"]
+    found: Norms = {"l2_norm/grad/global": [MAX_NORM] * NUM_STEPS}
     state: dict[str, list[Tensor]] = {}
     num_maxima = 0
-    for number, step in enumerate(steps, start=1):
-        for name, seen in step.items():
+    for number, step in enumerate(run["steps"], start=1):
+        for param, seen in step.items():
             grad, before = seen["grad"].double(), seen["before"].double()
-            exp_avg, exp_avg_sq, maximum = state.get(name, [torch.zeros_like(grad)] * 3)
+            exp_avg, exp_avg_sq, maximum = state.get(param, [torch.zeros_like(grad)] * 3)
             exp_avg = BETA1 * exp_avg + (1 - BETA1) * grad
             exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * grad * grad
             maximum = torch.maximum(maximum, exp_avg_sq)
-            state[name] = [exp_avg, exp_avg_sq, maximum]
+            state[param] = [exp_avg, exp_avg_sq, maximum]
             num_maxima += int((maximum > exp_avg_sq).sum())
             decay = seen["weight_decay"] * seen["lr"] / seen["initial_lr"]
             denom = maximum.sqrt() / math.sqrt(1 - BETA2**number) + EPS
             update = decay * before + seen["lr"] / (1 - BETA1**number) * exp_avg / denom
             for kind, tensor in zip(KINDS, (grad, exp_avg, before - update, update), strict=True):
-                found.setdefault(f"l2_norm/{kind}/{name}", []).append(tensor.norm().item())
-    assert num_maxima > 100  # else nothing shows that amsgrad is honoured
-    return found
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", ["decoupled plain", "sharded plain"])
-def test_every_norm_is_that_of_the_law(results: Results, name: str, num_ranks: int) -> None:
-    run = results[num_ranks][0][name]["whole"]
-    expected = norms_by_the_law(run["steps"])
-    assert expected.keys() | {"l2_norm/grad/global"} == run["norms"].keys()
-    for key, values in expected.items():
-        assert run["norms"][key] == pytest.approx(values, rel=1e-6), key
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", ["decoupled plain", "sharded plain"])
-def test_the_update_that_is_logged_is_what_parameters_lost(results: Results, name: str, num_ranks: int) -> None:
-    run = results[num_ranks][0][name]["whole"]
-    for number, step in enumerate(run["steps"]):
-        for param, seen in step.items():
-            lost = seen["before"].double() - seen["after"].double()
+                found.setdefault(f"l2_norm/{kind}/{param}", []).append(tensor.norm().item())
             # The parameter is rounded to fp32, here up to 1e-5 of what it lost.
-            assert run["norms"][f"l2_norm/update/{param}"][number] == pytest.approx(lost.norm().item(), rel=2e-5), param
-
-
-@pytest.mark.parametrize("name", [*OURS, "decoupled fsdp1 flat"])
-def test_the_gradients_that_are_logged_are_clipped(results: Results, name: str) -> None:
-    for num_ranks in RANKS:
-        norms = results[num_ranks][0][name]["whole"]["norms"]["l2_norm/grad/global"]
-        assert norms == pytest.approx([MAX_NORM] * NUM_STEPS, rel=1e-5)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", [*OURS, "decoupled fsdp1 flat"])
-def test_training_that_is_saved_and_resumed_goes_on_bit_for_bit(results: Results, name: str, num_ranks: int) -> None:
-    """On two ranks the whole run was saved ahead of its first step too, for which torch steps with zeros at lr 0."""
-    for rank in results[num_ranks]:
-        part, whole = rank[name]["second half"], rank[name]["whole"]
-        assert part["losses"] == whole["losses"][NUM_STEPS // 2 :]
-        assert part["norms"] == {key: values[NUM_STEPS // 2 :] for key, values in whole["norms"].items()}
+            lost = before - seen["after"].double()
+            assert lost.norm().item() == pytest.approx(update.norm().item(), rel=2e-5), param
+    assert num_maxima > 100  # else nothing shows that amsgrad is honoured
+    assert run["norms"].keys() == found.keys()
+    for key, values in found.items():
+        assert run["norms"][key] == pytest.approx(values, rel=1e-6 if "global" not in key else 1e-5), key
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_a_checkpoint_of_composers_own_optimizer_goes_on_with_ours(results: Results, num_ranks: int) -> None:
     """By the same law, rounded otherwise. The norms of updates differ: theirs have the sign of the decay wrong."""
-    run = results[num_ranks][0]["composer plain"]
-    theirs, ours, half = run["whole"], run["second half"], NUM_STEPS // 2
-    assert ours["losses"] == pytest.approx(theirs["losses"][half:], rel=1e-5)
+    theirs, ours = (results[num_ranks][0]["composer plain"][part] for part in ("whole", "second half"))
+    assert ours["losses"] == pytest.approx(theirs["losses"][HALF:], rel=1e-5)
     for key, values in theirs["norms"].items():
         if "/update/" not in key:
-            assert ours["norms"][key] == pytest.approx(values[half:], rel=1e-5), key
+            assert ours["norms"][key] == pytest.approx(values[HALF:], rel=1e-5), key
+
+
+def test_a_checkpoint_of_composers_trainer_is_imported(folder: Path, results: Results) -> None:
+    path = folder / "1 ranks" / "to import"
+    state, weights = read_state(path, Source.COMPOSER)
+    next_step = results[1][0]["composer plain ungrouped"]["whole"]["steps"][HALF]
+    seen = {canonical_name(name): of_it for name, of_it in next_step.items()}
+    saved = torch.load(path, weights_only=False)["state"]["optimizers"]["DecoupledAdamW"]
+    for name, entries in saved["state"].items():
+        assert all(torch.equal(state["state"][canonical_name(name)][key], value) for key, value in entries.items())
+    group = state["param_groups"][0]
+    assert (group["weight_decay"], group["initial_lr"]) == (1e-3, 1e-2) and group["lr"] < 1e-2
+    assert weights.keys() == seen.keys() and all(torch.equal(weights[name], seen[name]["before"]) for name in seen)
+    layers = nn.Sequential(nn.Linear(7, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3))
+    grads, after = ({name: of_it[key] for name, of_it in seen.items()} for key in ("grad", "after"))
+    assert_goes_on(state, weights, grads, after, layers)
+    assert_same_state(from_composer(saved), state)
+
+
+def load_ours_and_go_on(path: Path) -> None:
+    """Load what ours has saved into Composer's optimizer, compare, and save that."""
+    model = test_resharding.Model(2)
+    theirs = importlib.import_module("composer.optim").DecoupledAdamW
+    optimizer = theirs(list(model.named_parameters()), **test_resharding.LAW, amsgrad=True)
+    run = test_resharding.Run(model, optimizer, None)
+    test_resharding.fit(run, range(1))
+    state = test_resharding.state_of(run)
+    dcp.load(state, checkpoint_id=path / "ours", no_dist=True)
+    set_model_state_dict(run.model, state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    test_resharding.assert_same(test_resharding.whole(run)[0]["state"], torch.load(path / "expected.pt"))
+    test_resharding.fit(run, range(4, 6))
+    dcp.save(test_resharding.state_of(run), checkpoint_id=path / "theirs", no_dist=True)
+    torch.save(copy.deepcopy(test_resharding.whole(run)[0]["state"]), path / "further.pt")
+
+
+@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+def test_composers_optimizer_loads_ours_and_we_load_theirs(composer: forked.Importer, tmp_path: Path) -> None:
+    (state, *_), _ = on_ranks(3, test_resharding.save_at, "ours", str(tmp_path / "ours"))[0]
+    torch.save(state, tmp_path / "expected.pt")
+    ended = composer.run(
+        ["tests.composer_client"], f"{__name__}:load_ours_and_go_on", (tmp_path,), [{}], tmp_path / "logs"
+    )
+    assert ended.codes == [0], ended.output
+    further = torch.load(tmp_path / "further.pt")
+    for (loaded, *_), _ in on_ranks(2, test_resharding.load_at, "ours", str(tmp_path / "theirs")):
+        test_resharding.assert_same(loaded, further)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests.harness import FULL, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
+from tests.models import reduce_for_control
 from tests.simulated import on_ranks
 
 either_residency = pytest.mark.parametrize("residency", [FULL, SHARDED])
@@ -343,6 +344,36 @@ def test_what_is_assigned_or_dropped_before_the_last_backward_counts_as_in_torch
         optimizer.step()
         found.append(values_of(model))
     assert_equal(*found)
+
+
+@ranks(2)
+def test_local_gradients_may_be_changed_at_will(group: Any) -> None:
+    model, optimizer = small(group, overlap=False)
+    twin = copy.deepcopy(model)
+    control = DecoupledAdamW(twin.named_parameters(), lr=1e-2)
+    loss_of(model, group.rank()).backward()
+    model[0].weight.grad.neg_()
+    model[2].weight.grad = None
+    kept = [(p.grad, c) for p, c in zip(model.parameters(), twin.parameters(), strict=True) if p.grad is not None]
+    for mean, (_, param) in zip(reduce_for_control(group, [grad for grad, _ in kept]), kept, strict=True):
+        param.grad = mean
+    optimizer.step()
+    control.step()
+    assert_equal(values_of(model), values_of(twin))
+
+
+@pytest.mark.parametrize("buckets", [{}, {"bucket_cap_mb": 1.0}])
+@ranks(2)
+def test_used_gradients_that_are_multiplied_and_not_cleared_are_an_error(group: Any, buckets: dict[str, Any]) -> None:
+    model, optimizer = small(group, **buckets)
+    train_on(model, optimizer, group.rank(), 0)
+    loss_of(model, group.rank()).backward()
+    optimizer.step()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"call optimizer\.zero_grad\(\) between a step and the next backward"):
+        loss_of(model, group.rank()).backward()
 
 
 # --- gradients that stay from another loss, or that something else makes, too ---

@@ -17,9 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
@@ -74,18 +72,6 @@ def placed(group: Any, kind: str) -> tuple[nn.Module, DecoupledAdamW]:
 
 
 # --- groups and names ---
-
-
-@both
-def test_generators_inside_groups_train(kind: str) -> None:
-    model = Net()
-    groups = [{"params": model.body.parameters(), "lr": 1e-2}, {"params": iter(list(model.head.parameters()))}]
-    optimizer = build(kind, groups)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
-    before = copies(model)
-    backward(model)
-    optimizer.step()
-    assert all(moved(model, before))
 
 
 @both
@@ -150,19 +136,6 @@ def test_a_copy_of_a_stages_optimizer_says_that_it_has_lost_the_others(group: An
         for ask in (lambda twin=twin: twin.clip_grad_norm_(1.0), twin.metrics):
             with pytest.raises(ValueError, match="expected norm_group, which this copy of an optimizer"):
                 ask()
-
-
-@ranks(2)
-def test_one_stage_may_freeze_a_parameter(group: Any) -> Any:
-    model, params = stage(group)
-    optimizer = DecoupledAdamW(params, norm_group=group)
-    seen = [step_of_stage(model, optimizer)]
-    if group.rank() == 0:
-        params[1][1].requires_grad_(False)
-        params[1][1].grad = None
-    seen.append(step_of_stage(model, optimizer))
-    assert [norm for norm, _ in seen] == pytest.approx([math.sqrt(40), math.sqrt(36)])
-    return seen
 
 
 @both
@@ -233,34 +206,16 @@ def under_fsdp1(group: Any) -> nn.Module:
 
 
 @ranks(2)
-def test_under_fsdp1_with_its_scaler_an_inf_on_one_rank_skips_the_step_and_halves_the_scale_on_all(group: Any) -> None:
-    model = under_fsdp1(group)
-    optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2, norm_group=group)
-    scaler = ShardedGradScaler("cpu", init_scale=16.0, process_group=group)
-    for step in range(2):
-        optimizer.zero_grad()
-        scaler.scale(model(torch.linspace(-1.0, 2.0, 8))).backward()
-        if step == 0 and group.rank() == 1:
-            next(p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()).view(-1)[0] = math.inf
-        before = [p.detach().clone() for p in model.parameters()]
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 8.0
-        assert all(map(torch.equal, model.parameters(), before)) == (step == 0)
-    alone = Net()
-    backward(alone)
-    assert float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm_of_gradients(alone), rel=1e-5)
-
-
-@ranks(2)
 def test_norms_under_fsdp1_need_to_be_told_the_group(group: Any) -> None:
     model = under_fsdp1(group)
     optimizer = DecoupledAdamW(model.named_parameters())
     backward(model)
     optimizer.step()
-    for ask in (optimizer.metrics, lambda: optimizer.clip_grad_norm_(1.0)):
-        with pytest.raises(ValueError, match=r"^expected norm_group, since FSDP1's parameters"):
-            ask()
+    for _ in range(2):
+        for ask in (optimizer.metrics, lambda: optimizer.clip_grad_norm_(1.0)):
+            with pytest.raises(ValueError, match=r"^expected norm_group, since FSDP1's parameters"):
+                ask()
+        optimizer.pre_reduce_metrics({})  # for which Composer's default group will do
 
 
 def under_a_scaler(group: Any, bad_step: int | None, enabled: bool = True) -> list[Tensor]:
@@ -300,30 +255,6 @@ def test_under_a_grad_scaler_all_ranks_step_or_none_does(bad_step: int | None) -
         assert all(map(torch.equal, params, alone))
 
 
-@ranks(2)
-def test_a_warm_up_that_begins_at_lr_0_counts_its_first_step(group: Any) -> None:
-    """The second rank's part of every gradient happens to be zeros."""
-    model, optimizer = placed(group, "unsharded")
-    optimizer.param_groups[0]["lr"] = 0.0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-        if group.rank() == 0:
-            local(p.grad).fill_(1.0)
-    optimizer.step()
-    assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
-
-
-@both
-def test_a_loss_scaler_may_step_before_anything_has_a_gradient(kind: str) -> None:
-    model = Net()
-    optimizer = build(kind, model.named_parameters())
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.ones(()))
-    before = copies(model)
-    scaler.step(optimizer)
-    assert not any(moved(model, before))
-
-
 def a_scaler_on_one_rank_without_gradients(group: Any, exchange: Exchange) -> None:
     """The other one's scaler reads p.grad, and waits until this rank has had its part of it."""
     model = Net()
@@ -340,19 +271,6 @@ def a_scaler_on_one_rank_without_gradients(group: Any, exchange: Exchange) -> No
 def test_a_loss_scaler_on_a_rank_without_gradients_is_an_error_on_all(exchange: Exchange) -> None:
     for outcome in outcomes(2, a_scaler_on_one_rank_without_gradients, exchange):
         assert outcome.error == "RuntimeError" and "ranks disagree about this step" in outcome.message
-
-
-def test_in_a_skipped_step_nothing_decays() -> None:
-    model = Net()
-    optimizer = DecoupledAdamW(model.named_parameters())
-    scaler = torch.amp.GradScaler("cpu")
-    for factor in (math.inf, 1.0):
-        optimizer.zero_grad()
-        scaler.scale(factor * model(torch.ones(8))).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        decay = float(optimizer.metrics()["effective_decay/group_0"])
-        assert decay == (0.0 if factor == math.inf else pytest.approx(1e-5))
 
 
 @pytest.mark.parametrize("earlier", ["an empty state was loaded", "a step without gradients", "a copy"])
@@ -372,16 +290,6 @@ def test_saving_before_the_first_update_counts_no_step_whatever_happened_before(
     backward(model)
     optimizer.step()
     assert all(state["step"] == 1 for state in optimizer.state.values()) and all(moved(model, before))
-
-
-def test_a_parameter_that_is_unfrozen_before_a_save_has_state_in_it() -> None:
-    model = Net().requires_grad_(False)
-    optimizer = DecoupledAdamW(model.named_parameters(), lr=0.0)
-    assert not optimizer.state and not optimizer.state_dict()["state"]
-    model.requires_grad_()
-    assert len(optimizer.metrics()) == 4 * 5 + 2
-    saved = optimizer.state_dict()["state"]
-    assert [float(saved[index]["step"]) for index in range(4)] == [0.0] * 4
 
 
 # --- clipping ---
@@ -410,22 +318,6 @@ def test_under_fsdp_a_clip_is_for_the_gradients_that_there_were(group: Any, kind
     optimizer.step()
     norm = norm_of_gradients(model)
     assert norm > 0.2 and float(optimizer.metrics()["l2_norm/grad/global"]) == pytest.approx(norm, rel=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:gradients have changed since clip_grad_norm_")  # which is right here
-@both
-def test_gradients_that_the_model_has_cleared_in_place_may_be_clipped_again(kind: str) -> None:
-    model, twin = Net(), Net()
-    optimizer, of_twin = (build(kind, each.named_parameters()) for each in (model, twin))
-    backward(model)
-    optimizer.clip_grad_norm_(0.1)
-    model.zero_grad(set_to_none=False)
-    for each, of_each in ((model, optimizer), (twin, of_twin)):
-        backward(each, 2.0)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in each.parameters()])
-        assert of_each.clip_grad_norm_(0.1).item() == pytest.approx(norm.item(), rel=1e-6)
-        of_each.step()
-    assert not any(moved(model, copies(twin)))
 
 
 # --- HSDP ---
@@ -476,35 +368,6 @@ def test_a_plain_parameter_beside_hsdp_whose_gradient_nobody_averages_is_refused
         ShardedDecoupledAdamW(model.named_parameters(), process_group=mesh["replicate"])
 
 
-@ranks(4)
-def test_under_hsdp_metrics_before_the_first_step_see_weights_as_they_are(group: Any) -> None:
-    model, optimizer = placed(group, "sharded")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(1.0)
-    assert float(optimizer.metrics()["l2_norm/param/body.weight"]) == pytest.approx(math.sqrt(48))
-
-
-@ranks(4)
-def test_hsdp_of_one_replica_trains_as_fsdp2_does(_: Any) -> None:
-    """Two runs side by side on two ranks each, as HSDP of one replica and as FSDP2."""
-    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("run", "replicate", "shard"))
-    model = fully_shard(Net(), mesh=mesh["replicate", "shard"])
-    twin = fully_shard(Net(), mesh=mesh["shard"])
-    before = copies(model)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2)
-    of_twin = DecoupledAdamW(twin.named_parameters(), lr=1e-2)
-    for step in range(3):
-        for each, of_each in ((model, optimizer), (twin, of_twin)):
-            backward(each, 1.0 + step)
-            of_each.clip_grad_norm_(0.5)
-            of_each.step()
-        assert numbers(optimizer.metrics()) == pytest.approx(numbers(of_twin.metrics()), rel=1e-6)
-        optimizer.zero_grad()
-        of_twin.zero_grad()
-    assert all(moved(model, before)) and not any(moved(model, copies(twin)))
-
-
 @ranks(2)
 def test_metrics_that_need_a_gradient_that_is_gone_are_an_error_on_all_ranks(group: Any) -> None:
     """In fp64 no kernel measures, and the second rank holds no element."""
@@ -534,18 +397,3 @@ def test_parameters_that_were_replaced_are_freed_at_once() -> None:
     optimizer.state.clear()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     assert [reference() for reference in old] == [None] * 4
-
-
-@ranks(4)
-def test_under_hsdp_gradients_are_freed_when_the_model_drops_them(group: Any) -> None:
-    """After a clip alone, and after a step and its metrics."""
-    model, optimizer = placed(group, "sharded")
-    for finishes in (False, True):
-        backward(model)
-        optimizer.clip_grad_norm_(1.0)
-        if finishes:
-            optimizer.step()
-            optimizer.metrics()
-        references = [ref(p.grad) for p in model.parameters()] + [ref(p.grad.to_local()) for p in model.parameters()]
-        model.zero_grad()
-        assert not any(reference() is not None for reference in references)

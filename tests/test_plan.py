@@ -30,8 +30,7 @@ from sharded_dadamw.comm import collectives, connect
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.interchange import inspect
 from sharded_dadamw.plan import plan
-from sharded_dadamw.plan.memory import Bytes, at_rest, checkpoint_bytes, fully_sharded, phases, sent
-from sharded_dadamw.plan.model import Model
+from sharded_dadamw.plan.memory import Bytes, Model, fully_sharded
 from sharded_dadamw.plan.models import parameters_of
 from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Protocol, Schedule, axes_of, transfer
 from tests.models import BF16, F32
@@ -120,14 +119,14 @@ def check(found: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: boo
     """The planner's figures are those of the optimizer, to the byte."""
     config = ShardingConfig(bucket_cap_mb=0.05, **settings)
     model = Model.of(make_params(dtype, "meta"), config, *mesh, amsgrad=amsgrad)
-    rest = at_rest(model)
+    rest = model.at_rest()
     held, state_bytes, wire_bytes = found
     both = rest.device + rest.host
     if not config.reduce_gradients:  # p.grad is not the optimizer's, and its own copy is in transit
         both = Bytes(both.parameters, both.staging, both.main, both.moments)
     assert held == {kind: getattr(both, kind) for kind in held}
     assert state_bytes == both.main + both.moments
-    assert wire_bytes == sent(model).total
+    assert wire_bytes == model.sent().total
 
 
 @pytest.mark.parametrize(
@@ -142,18 +141,6 @@ def test_bytes_are_those_of_real_ranks(dtype: torch.dtype, settings: dict[str, A
     amsgrad = num_ranks != 3
     for found in on_ranks(num_ranks, hold_and_step, dtype, settings, amsgrad):
         check(found, dtype, settings, amsgrad, num_ranks)
-
-
-def on_mesh(group: Any, shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    return hold_and_step(init_device_mesh("cpu", shape), dtype, settings, False)
-
-
-@pytest.mark.parametrize(
-    ("layout", "dtype"), [("full", BF16), ("gradients sharded", F32), ("narrow wire", F32)], ids=str
-)
-def test_bytes_on_a_mesh_are_those_of_real_ranks(layout: str, dtype: torch.dtype) -> None:
-    for found in on_ranks(4, on_mesh, (2, 2), dtype, LAYOUTS[layout]):
-        check(found, dtype, LAYOUTS[layout], False, 2, 2)
 
 
 def saved_bytes(group: Any, folder: str) -> int:
@@ -171,7 +158,7 @@ def saved_bytes(group: Any, folder: str) -> int:
 
 def test_bytes_of_a_checkpoint_are_those_that_are_saved(tmp_path: Path) -> None:
     config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
-    expected = checkpoint_bytes(Model.of(make_params(BF16, "meta"), config, 3))
+    expected = Model.of(make_params(BF16, "meta"), config, 3).checkpoint_bytes()
     assert on_ranks(3, saved_bytes, str(tmp_path)) == [expected] * 3
 
 
@@ -291,7 +278,7 @@ def test_peaks_are_those_of_many_ranks(
     with fake_ranks(math.prod(shape)):
         found = peaks(dtype, config, init_device_mesh("cpu", shape))
     model = Model.of(make_params(dtype, "meta"), config, *reversed(shape))
-    planned = {name: phase.device.total + phase.host.total for name, phase in phases(model).items()}
+    planned = {name: phase.device.total + phase.host.total for name, phase in model.phases().items()}
     if config.state_residency is HOST:  # where this test cannot tell one memory from the other
         del found["construct"]
     assert found == {phase: planned[phase] for phase in found}
@@ -306,7 +293,7 @@ def of_size(
     """What a rank holds of one large parameter."""
     param = nn.Parameter(torch.empty(int(num_elements), dtype=dtype, device="meta"))
     param.grad_dtype = F32 if wide else dtype
-    return at_rest(Model.of({"weight": param}, config, ranks)).device
+    return Model.of({"weight": param}, config, ranks).at_rest().device
 
 
 def test_zero_paper() -> None:
@@ -323,15 +310,6 @@ def test_megatron() -> None:
     numel, ranks = 64 * 64 * 1000, 8
     assert of_size(numel, ShardingConfig(), ranks, wide=True).total == numel * (6 + 12 / ranks)
     assert of_size(numel, ShardingConfig(), ranks, dtype=F32).total == numel * (8 + 8 / ranks)
-
-
-def test_deepspeed() -> None:
-    """docs/code-docs/source/memory.rst: t5-3b, 2,851 M parameters, stage 2 on 8 ranks: 15.93 GB of 2^30 bytes.
-
-    DeepSpeed counts whole bf16 gradients, and an fp32 copy of the gradients beside the fp32 main parameters.
-    """
-    held = of_size(2851e6, ShardingConfig(), 8)
-    assert f"{(held.total + held.main) / 2**30:.2f}" == "15.93"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
@@ -49,6 +51,7 @@ from sharded_dadamw import (
 )
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.update.precision import weight_of
+from tests import pool
 from tests.models import BF16, F32, draw_gradient, mean_in_rank_order, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -344,6 +347,7 @@ class _Ours(_Both):
                     self.zero_grad(True)
                     self.backward(key + number, "")
                     self.step()
+        self.zero_grad(True)  # to scale the zeros that ranks without data have is to clear them
 
     def drop(self, name: str) -> None:
         self.params[name].grad = None
@@ -372,9 +376,10 @@ class _Ours(_Both):
 def run_rank(
     group: Any, setup: Setup, start: Start, calls: Sequence[Call], how: str, folder: str
 ) -> tuple[list[Outcome], Start | None]:
-    warnings.simplefilter("ignore")
-    ours = _Ours(group, setup, start)
-    outcomes = [ours.run(call) for call in calls]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = _Ours(group, setup, start)
+        outcomes = [ours.run(call) for call in calls]
     ours.zero_grad(True)
     outcomes.append(ours.run(Call("read")))
     if any(ours.params[name] not in ours.optimizer.state for name in ours.used("")):  # unfrozen since the last step
@@ -601,6 +606,7 @@ class _Oracle(_Both):
                         self.local[rank][name].zero_()
             self.end_round()
             self.step()
+        self.zero_grad(True)
 
     def drop(self, name: str) -> None:
         if self.setup.config.reduce_gradients:
@@ -779,12 +785,8 @@ def segments(num_ranks: int, calls: Sequence[Call]) -> Iterator[tuple[int, list[
     yield num_ranks, part, ""
 
 
-@seed(SEED)
-@settings(max_examples=NUM_SEQUENCES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(setups(), st.lists(CALLS, min_size=10, max_size=40))
-def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors(
-    setup: Setup, calls: list[Call]
-) -> None:
+def check(run: Callable[..., Any], setup: Setup, calls: Sequence[Call]) -> None:
+    """Have ranks make these calls, as ``run`` runs them, beside the oracle."""
     note(f"RANDOM_CALLS_SEED={SEED}")
     weights = {name: draw_gradient(torch.empty(shape), 1, ord(name)) for name, shape in SHAPES.items()}
     weights |= {name: weights[name].to(BF16) for name in setup.narrow}
@@ -798,10 +800,35 @@ def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors
                 for value in oracle.optimizer.state[oracle.params[name]].values():
                     value.zero_()
             folder = f"{root}/{number}" if how in ("checkpoint", "dcp") else ""
-            results = on_ranks(num_ranks, run_rank, setup, start, part, how, folder, seed=setup.interleaving)
+            results = run(num_ranks, run_rank, setup, start, part, how, folder)
             for place, each in enumerate([*part, Call("zero_grad", (True,))]):
                 oracle.follow(each, [outcomes[place] for outcomes, _ in results])
             start = results[0][1]
             oracle.compare_state(start.state)
             if start.folder:
                 start.state = None
+
+
+SEQUENCES = st.lists(CALLS, min_size=10, max_size=40)
+IN_TURN = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@seed(SEED)
+@settings(IN_TURN, max_examples=NUM_SEQUENCES)
+@given(setups(), SEQUENCES)
+def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors(
+    setup: Setup, calls: list[Call]
+) -> None:
+    check(partial(on_ranks, seed=setup.interleaving), setup, calls)
+
+
+@pytest.mark.clients
+@seed(SEED)
+@settings(IN_TURN, max_examples=NUM_SEQUENCES, phases=[Phase.generate])  # a hang takes long, and is not shrunk
+@given(setups(), SEQUENCES)
+def test_so_does_every_sequence_over_gloo(setup: Setup, calls: list[Call]) -> None:
+    if setup.config.exchange is Exchange.BACKEND and 3 in (
+        num_ranks for num_ranks, *_ in segments(setup.num_ranks, calls)
+    ):
+        setup = replace(setup, config=replace(setup.config, exchange=Exchange.RANK_ORDER))  # gloo adds in its own order
+    check(pool.on_ranks, setup, calls)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import sharded_dadamw.checkpoint
 import sharded_dadamw.interchange
-from tests.pool import RankFailure, on_ranks
+from tests.pool import on_ranks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,10 +77,6 @@ def run_blocks_on_a_rank(_: Any, text: str, file: str, folder: str) -> list[int]
             del os.environ[name]
 
 
-def test_the_readme_has_python_blocks() -> None:
-    assert python_blocks(PAGES[0].read_text()), "README.md shows no python"
-
-
 @every_page
 def test_blocks_run_on_one_rank(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
@@ -111,42 +107,3 @@ def test_the_site_builds_and_its_reference_finds_every_public_name(tmp_path: Pat
     reference = (tmp_path / "api.html").read_text()
     public = [*sharded_dadamw.__all__, *sharded_dadamw.checkpoint.__all__, *sharded_dadamw.interchange.__all__]
     assert [name for name in public if not re.search(rf'id="sharded_dadamw[\w.]*\.{name}"', reference)] == []
-
-
-# --- the extraction itself ---
-
-SAMPLE = """# Title
-
-```python
-import torch.distributed as dist
-dist.init_process_group("gloo")
-x = 1
-```
-
-```bash
-exit 1
-```
-
-```python
-assert x == 1 and __name__ == "__main__"
-y = dist.get_world_size()
-dist.destroy_process_group()
-```
-"""
-
-
-def test_blocks_share_a_namespace_and_other_languages_are_left_out() -> None:
-    with environment_of_one_rank():
-        assert run_blocks(SAMPLE, "sample") == [4, 14]
-    assert not dist.is_initialized()
-
-
-def test_blocks_may_start_and_end_their_own_process_group_on_several_ranks(tmp_path: Path) -> None:
-    assert on_ranks(4, run_blocks_on_a_rank, SAMPLE, "sample", str(tmp_path)) == [[4, 14]] * 4
-    assert on_ranks(4, run_blocks_on_a_rank, SAMPLE, "sample", str(tmp_path)) == [[4, 14]] * 4
-
-
-def test_a_block_that_fails_is_reported_at_its_line_of_the_file(tmp_path: Path) -> None:
-    broken = SAMPLE.replace("assert x == 1", "assert x == 2")
-    with pytest.raises(RankFailure, match=r'File "sample", line 14'):
-        on_ranks(4, run_blocks_on_a_rank, broken, "sample", str(tmp_path))

@@ -5,6 +5,7 @@ through the models of the released schemas.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -14,14 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from scripts.bench.hosts import Host, hosts
-from tests import forked_train
+from scripts.bench.hosts import hosts
+from tests import forked
 from tests.test_faults import curve
 from tests.test_launch import CHECKOUT, TEXT, environment
 
@@ -43,7 +45,7 @@ PATIENCE_S = 200
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     """What two ranks of one host draw."""
     folder = tmp_path_factory.mktemp("recipes") / "undisturbed"
-    ended = forked_train.train(folder, *OPTIONS, "--no-checkpoint", ranks=2)
+    ended = forked.train(folder, *OPTIONS, "--no-checkpoint", ranks=2)
     assert ended.codes == [0, 0], ended.output
     return curve(folder)
 
@@ -65,88 +67,30 @@ def wait_for_lines(run: Path, processes: list[subprocess.Popen[bytes]]) -> None:
 # --- torchrun on several hosts ---
 
 
-class Cluster:
-    """Hosts on which torchrun.sh is run."""
-
-    def __init__(self, made: list[Host], folder: Path, **names: str) -> None:
-        self.hosts, self.folder, self.run = made, folder, folder / "run"
-        self.names = with_commands(RANKS="1", HEAD=made[0].address, RUN_DIR=str(self.run), **names)
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, index: int, **names: str) -> None:
-        command = self.hosts[index].command(["bash", str(RECIPES / "torchrun.sh"), *OPTIONS])
-        with (self.folder / f"host {index}.log").open("ab") as log:
-            process = subprocess.Popen(command, cwd=CHECKOUT, env=self.names | names, stdout=log, stderr=log)
-        self.processes.append(process)
-
-    def kill(self) -> None:
-        """End all processes of the host that was started last."""
-        process = self.processes.pop()
-        process.kill()
-        process.wait()
-
-    def end(self) -> None:
-        while self.processes:
-            self.kill()
-
-    def wait(self) -> None:
-        codes = [process.wait(PATIENCE_S) for process in self.processes]
-        assert codes == [0] * len(codes), self.logs
-
-    @property
-    def logs(self) -> str:
-        return "".join(path.read_text() for path in self.folder.glob("*.log"))
-
-    @property
-    def world_sizes(self) -> list[int]:
-        """Of each start."""
-        config = json.loads((self.run / "config.json").read_text())
-        return [start["world_size"] for start in (config, *config["resumed"])]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def test_three_hosts_go_on_as_two_when_one_is_killed(tmp_path: Path) -> None:
+    quick = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"  # on a busy machine, not less
+    run, log = tmp_path / "run", tmp_path / "log"
     with contextlib.ExitStack() as stack:
-
-        def made(number: int, **names: str) -> Cluster:
-            try:
-                started = Cluster(stack.enter_context(hosts(number)), tmp_path, **names)
-            except OSError as error:
-                pytest.skip(f"no namespaces to be hosts: {error}")
-            stack.callback(started.end)
-            return started
-
-        yield made
-
-
-def test_two_hosts_draw_the_curve_of_one_though_one_is_killed_and_comes_back(
-    cluster: Callable[..., Cluster], undisturbed: list[tuple[Any, ...]]
-) -> None:
-    two = cluster(2, NODES="2")
-    for rank in range(2):
-        two.start(rank, NODE_RANK=str(rank))
-    wait_for_lines(two.run, two.processes)
-    two.kill()
-    two.start(1, NODE_RANK="1")
-    two.wait()
-    assert two.world_sizes == [2, 2]
-    assert "resumed from" in two.logs
-    assert curve(two.run) == undisturbed
-
-
-def test_three_hosts_go_on_as_two_when_one_is_killed(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
-    quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # on a busy machine, not less
-    three = cluster(3, NODES="2:3", PET_RDZV_CONF=quick)
-    for index in range(3):
-        three.start(index)
-    wait_for_lines(three.run, three.processes)
-    three.kill()
-    shutil.copytree(three.run, tmp_path / "as it was")
-    three.wait()
-    assert three.world_sizes == [3, 2]
-    ended = forked_train.train(tmp_path / "as it was", "--resume", ranks=2)
+        try:
+            made = stack.enter_context(hosts(3))
+        except OSError as error:
+            pytest.skip(f"no namespaces to be hosts: {error}")
+        names = with_commands(RANKS="1", HEAD=made[0].address, RUN_DIR=str(run), NODES="2:3", PET_RDZV_CONF=quick)
+        output = stack.enter_context(log.open("a"))
+        processes = []
+        for host in made:
+            command = host.command(["bash", str(RECIPES / "torchrun.sh"), *OPTIONS])
+            processes.append(subprocess.Popen(command, cwd=CHECKOUT, env=names, stdout=output, stderr=output))
+            stack.callback(processes[-1].kill)
+        wait_for_lines(run, processes)
+        processes.pop().kill()  # and all processes of that host with it
+        shutil.copytree(run, tmp_path / "as it was")
+        assert [process.wait(PATIENCE_S) for process in processes] == [0, 0], log.read_text()
+    config = json.loads((run / "config.json").read_text())
+    assert [start["world_size"] for start in (config, *config["resumed"])] == [3, 2]
+    ended = forked.train(tmp_path / "as it was", "--resume", ranks=2)
     assert ended.codes == [0, 0] and "resumed from" in ended.output, ended.output
-    assert curve(three.run) == curve(tmp_path / "as it was")
+    assert curve(run) == curve(tmp_path / "as it was")
 
 
 # --- Slurm ---
@@ -289,18 +233,22 @@ def test_torchx_would_submit_what_the_page_shows(tmp_path: Path) -> None:
     assert len(lines) > 5
 
 
-def test_ray_train_draws_the_curve_of_two_ranks(tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+def train_as_a_ray_worker(options: list[str]) -> None:
+    """What Ray does: it makes the process group, and calls what its trainer has been given."""
+    recipe = importlib.import_module("launch.recipes.ray_train")
+    dist.init_process_group("gloo")
+    recipe.get_device = lambda: torch.device("cpu")
+    recipe.TorchTrainer.fit = lambda trainer: trainer.train_loop_per_worker(trainer.train_loop_config)
+    recipe.main(options)
+    dist.destroy_process_group()
+
+
+def test_ray_trains_two_workers_to_the_curve_of_two_ranks(tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    """Without the processes of Ray, which compute for a minute."""
     pytest.importorskip("ray.train", reason="pip install 'ray[train]'")
-    command = [sys.executable, "-m", "launch.recipes.ray_train", "--cpu", "--workers", "2"]
-    names = with_commands(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_V2_ENABLED="1")
-    trained = subprocess.run(
-        [*command, "--run-dir", str(tmp_path / "run"), *OPTIONS],
-        cwd=CHECKOUT,
-        env=names,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    options = ["--cpu", "--workers", "2", "--run-dir", str(tmp_path / "run"), *OPTIONS]
+    with forked.importer() as importer:
+        function = f"{__name__}:{train_as_a_ray_worker.__name__}"
+        ended = importer.run(["launch.recipes.ray_train"], function, (options,), forked.names_for(2), tmp_path / "logs")
+    assert ended.codes == [0, 0], ended.output
     assert curve(tmp_path / "run") == undisturbed

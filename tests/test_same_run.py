@@ -29,7 +29,7 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
 from sharded_dadamw.kernels import exact_squares
-from sharded_dadamw.norms import of_buckets
+from sharded_dadamw.norms import held
 from sharded_dadamw.norms.global_norm import exact_norm
 from tests import pool
 from tests.layouts import grid
@@ -252,7 +252,7 @@ def test_a_norm_has_the_same_bits_however_it_is_cut(scale: float) -> None:
 
 
 def test_the_norm_that_clips_a_step_is_the_exact_one() -> None:
-    with mock.patch.object(of_buckets, "global_norm", None):  # whose last bit an order of addition seldom changes
+    with mock.patch.object(held, "global_norm", None):  # whose last bit an order of addition seldom changes
         assert trained(None, 2, 1) and trained(None, 2, 1, clip="before it")
 
 

@@ -4,7 +4,6 @@ Each form is loaded before and after the weights, at more ranks and at fewer, in
 """
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -167,22 +166,6 @@ def test_it_is_the_unsharded_optimizers_state_on_every_rank() -> None:
             assert all(torch.equal(saved["state"][index][key], value) for key, value in entries.items())
 
 
-def test_the_unsharded_optimizer_and_ours_load_each_others() -> None:
-    saved, weights, expected = on_ranks(2, saved_on, "odd sizes", {})[0]
-    groups = make_groups("odd sizes", 1)
-    params = named(groups)
-    control = DecoupledAdamW(groups, **LAW)
-    control.load_state_dict(saved)
-    with torch.no_grad():
-        for p, weight in zip(params.values(), weights, strict=True):
-            p.copy_(weight)
-    state = copy.deepcopy(control.state_dict())
-    train(control, params, range(NUM_STEPS, 2 * NUM_STEPS))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(params.values(), expected, strict=True))
-    for resumed in on_ranks(3, resumed_on, "odd sizes", {}, state, weights, "weights"):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
-
-
 def test_the_unsharded_optimizer_leaves_main_parameters_out_and_what_it_saves_then_loads_again() -> None:
     settings = dict(main_parameter=MainParameter.REMAINDER)
     saved, _, _ = on_ranks(2, saved_on, "bf16", settings)[0]
@@ -208,16 +191,6 @@ def test_the_state_of_torchs_adamw_loads() -> None:
         assert torch.equal(optimizer.state[mine]["exp_avg"], control.state[theirs]["exp_avg"].flatten())
         assert optimizer.state[mine]["step"] == NUM_STEPS
     assert optimizer.param_groups[0]["initial_lr"] == LAW["lr"]
-
-
-def test_steps_that_were_counted_in_integers_load() -> None:
-    params, optimizer = build(None, "odd sizes")
-    train(optimizer, params, range(NUM_STEPS))
-    saved = copy.deepcopy(optimizer.state_dict())
-    for entries, count in zip(saved["state"].values(), itertools.cycle([5, torch.tensor(5)])):
-        entries["step"] = count
-    optimizer.load_state_dict(saved)
-    assert all(entries["step"] == 5 for entries in optimizer.state.values())
 
 
 def test_a_state_that_never_stepped_starts_from_scratch() -> None:

@@ -117,7 +117,7 @@ class FullGradients(HookedGradients):
         if self.stage is not Stage.LOCAL:
             return factors
         known = factors.nan_to_num(nan=0.0, posinf=torch.inf).amax(), factors.nan_to_num(nan=torch.inf).amin()
-        is_one = known[0] <= known[1] * (1 + 4 * torch.finfo(self._dtype).eps)
+        is_one = known[0].isfinite() & (known[0] <= known[1] * (1 + 4 * torch.finfo(self._dtype).eps))
         return torch.where(is_one, factors, torch.nan)
 
     @property
@@ -188,16 +188,19 @@ class FullGradients(HookedGradients):
             # Those that were cleared are means times zero, and to look would be to wait for the device.
             return not any(is_kept)
         # Clearing in place changes every gradient and leaves zeros. The one into which backward has just added cannot
-        # show its zeros any more, but has changed once more. Views share one count of changes with their buffer.
+        # show its zeros any more, but has changed once more; alone, it shows nothing, and may have been multiplied.
+        # Views share one count of changes with their buffer.
         filled = [slot for slot in compress(range(len(is_kept)), is_kept) if self._views[slot].numel()]
         num_changes = max(1, len(filled) + (arriving in filled))  # one also where all are empty, and show no zeros
-        return self.buffer._version - self._version >= num_changes and not any(
-            self._views[slot].any() for slot in filled if slot != arriving
+        return (
+            filled != [arriving]
+            and self.buffer._version - self._version >= num_changes
+            and not any(self._views[slot].any() for slot in filled if slot != arriving)
         )
 
 
 def _uncleared(name: str) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {name} is one that the last step() has used, or refused; it has been averaged in place, so "
-        "call optimizer.zero_grad() between a step and the next backward"
+        "call optimizer.zero_grad() between a step and the next backward; to model.zero_grad() leave set_to_none=True"
     )

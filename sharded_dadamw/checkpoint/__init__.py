@@ -6,13 +6,14 @@
     names      what parameters and optimizers are called
     run        what there is to save of a run
     matching   whether what was saved fits a run
-    save_load  the calls, which sequence the rest on all ranks
+    save, load the calls, which sequence the rest on all ranks
 
 This room knows optimizers by their class and their state dicts, and of other people's files torch's alone: the rest are
 `interchange`'s.
 """
 
 from sharded_dadamw.checkpoint.folder import checkpoints
-from sharded_dadamw.checkpoint.save_load import Resumed, Saving, load_checkpoint, save_checkpoint
+from sharded_dadamw.checkpoint.load import Resumed, load_checkpoint
+from sharded_dadamw.checkpoint.save import Saving, save_checkpoint
 
 __all__ = ["Resumed", "Saving", "checkpoints", "load_checkpoint", "save_checkpoint"]

@@ -145,11 +145,8 @@ def write(
     """Write nested state into ``folder``, which is called ``final`` once everything is on the disk. Collective.
 
     The folder is empty, and seen by every rank; it is gone, or has become the checkpoint, when this returns.
-    ``manifest`` has all but the files. ``keep_last`` checkpoints are left, this one included; None leaves all.
-
-    Raises:
-        OSError: It could not be written; on every rank.
-        RuntimeError: It failed otherwise; on every rank.
+    ``manifest`` has all but the files. ``keep_last`` checkpoints are left, this one included; None leaves all. Raises
+    an OSError if it could not be written and a RuntimeError if it failed otherwise, on every rank.
     """
     enter("save_checkpoint()")  # here, too, in the thread that writes
     group = ranks.group if isinstance(ranks, BackendVerbs) and ranks.num_ranks > 1 else None

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_read_items
+from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from sharded_dadamw.checkpoint.folder import Manifest, size_of
 from sharded_dadamw.checkpoint.metadata import read_metadata
@@ -38,12 +35,7 @@ class Entries:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Read the metadata of a folder.
-
-        Raises:
-            ValueError: They are damaged or hold more than data, an entry stands where another one does, or below it, or
-                a file is missing.
-        """
+        """Read the metadata of a folder; a ValueError if they are damaged, hold more than data, or miss a file."""
         self.folder, self.manifest = folder, manifest
         self.metadata = read_metadata(folder, manifest)
         names = {info.relative_path for info in self.metadata.storage_data.values()}
@@ -102,64 +94,38 @@ class Entries:
         Args:
             into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the
                 entry is no tensor, replaced.
-            placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not an error.
-
-        Raises:
-            ValueError: An entry cannot be read, or holds more than data.
+            placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not a ValueError, as is
+                what cannot be read.
         """
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            _load_state_dict(into, _Reader(self, into, placeholders), no_dist=True, planner=planner)
-        except CheckpointException as error:
-            (failure, _), *_ = error.failures.values()
-            raise ValueError(f"{self.folder}: an entry cannot be read: {failure}") from error
-
-
-class _Reader(FileSystemReader):
-    """Reads entries by metadata that are known to be sound."""
-
-    def __init__(self, entries: Entries, into: dict[str, Any], placeholders: bool) -> None:
-        super().__init__(entries.folder)
-        self._entries, self._into, self._placeholders = entries, into, placeholders
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return what was read before, so that no rank can fail here and go its own way."""
-        return self._entries.metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read chunks and values, each of which is a small file of `torch.save` inside of a file."""
         by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            if item.storage_index not in self.storage_data:
-                name = item.storage_index.fqn
-                raise ValueError(f"{name}: expected to be told in which file it lies, got nothing")
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for entry, target in into.items():
+            for item in _create_read_items(entry, self.metadata.state_dict_metadata[entry], target):
+                if item.storage_index not in self.metadata.storage_data:
+                    raise ValueError(f"{self.folder}: {entry}: expected to be told in which file it lies, got nothing")
+                by_file.setdefault(self.metadata.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
-            with (self._entries.folder / name).open("rb") as file:
+            with (self.folder / name).open("rb") as file:
                 for item in items:
-                    self._read(item, file, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+                    self._read(item, file, into, placeholders)
 
-    def _read(self, item: ReadItem, file: IO[bytes], planner: LoadPlanner) -> None:
+    def _read(self, item: ReadItem, file: IO[bytes], into: dict[str, Any], placeholders: bool) -> None:
+        """Read a chunk of a tensor, or a value, each of which is a small file of `torch.save` inside of a file."""
         index = item.storage_index
-        info = self.storage_data[index]
-        where = f"{index.fqn} in {info.relative_path}"
+        info, known = self.metadata.storage_data[index], self.metadata.state_dict_metadata[index.fqn]
+        where = f"{self.folder}: an entry cannot be read: {index.fqn} in {info.relative_path}"
         try:
-            value = load_torch(_part_of(file, info.offset, info.length), placeholders=self._placeholders)
-        except ValueError as error:
+            value = load_torch(_part_of(file, info.offset, info.length), placeholders=placeholders)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
-        known = self._entries.metadata.state_dict_metadata[index.fqn]
         if not isinstance(known, TensorStorageMetadata):
-            self._into[item.dest_index.fqn] = value
+            into[index.fqn] = value
             return
         sizes = known.chunks[index.index or 0].sizes
         if not isinstance(value, Tensor) or value.shape != sizes or value.dtype != known.properties.dtype:
             raise ValueError(f"{where}: expected a tensor of {list(sizes)} in a chunk, got another")
-        target = planner.resolve_tensor(item).detach()
-        target.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
-        planner.commit_tensor(item, target)
+        target = find_state_dict_object(into, item.dest_index).detach()
+        part = narrow_tensor_by_index(target, item.dest_offsets, item.lengths)
+        part.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
 
 
 def _part_of(file: IO[bytes], start: int, length: int) -> IO[bytes]:

@@ -1,13 +1,13 @@
 """Whether what was saved fits a run, and what was read as the run takes it.
 
-Everything that is compared here is compared before anything is read, and raises by name. Parameters, and groups of
-them, are found by name, in whatever order they were saved; a main parameter changes its form where it has to.
+Everything that is compared here is compared before anything is read, and raises by name. Parameters are found by name,
+in whatever order their group has them; a main parameter changes its form where it has to.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from sharded_dadamw.checkpoint.names import IS_DECOUPLED, canonical_name, name_o
 from sharded_dadamw.checkpoint.run import holds_nothing
 from sharded_dadamw.comm.dtensors import like_parameter
 from sharded_dadamw.layout.placement import local
-from sharded_dadamw.state.fingerprint import TENSORS, Fingerprint
+from sharded_dadamw.state.fingerprint import Fingerprint
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR
 from sharded_dadamw.update.precision import join, remainder_of
+from sharded_dadamw.update.storage import MAINS
 
-_OTHER_FORM = {"main_param": ("main_remainder", torch.float32), "main_remainder": ("main_param", torch.int16)}
-"""The forms of a main parameter: which one is the other, and the dtype of this one."""
+_OTHER_FORM = dict(zip(MAINS, reversed(MAINS), strict=True))
+"""The forms of a main parameter: which one is the other."""
 
 _DECAYS = {None: "", True: " (which does not scale with lr)", False: " (which scales with lr)"}
 
@@ -39,7 +40,6 @@ class Match:
 
     Attributes:
         entries: By flat name, what to read each entry into: host memory, or None for what is no tensor.
-        group_numbers: For each live group the number of the saved one.
         stored_names: By live name the one under which a weight is stored.
     """
 
@@ -53,12 +53,9 @@ class Match:
     ) -> None:
         """Compare what was saved with ``weights`` and ``state``, the live ones, by name; ``model`` has their ties.
 
-        Raises:
-            ValueError: A name is missing or left over, a tensor does not fit or would be rounded, groups or the entries
-                of a parameter differ, or weight decay means something else; names it.
+        A difference is a ValueError that names it.
         """
         self.entries: dict[str, Any] = {}
-        self.group_numbers: list[int] = []
         self._saved = saved
         self._weights = weights
         self._state = state
@@ -75,40 +72,24 @@ class Match:
     def wrong(self, loaded: Fingerprint) -> str | None:
         """Return which tensor is not what was saved, by the fingerprint of what was loaded by its stored names.
 
-        Of each parameter are compared the tensors that both have in one form: what was saved of a main parameter is the
-        weight where there is none now.
+        Of each parameter are compared the tensors that have the form and the dtype in which they were saved.
         """
         saved = Fingerprint.of_dict(self._saved.manifest.fingerprint)
         for live, name in self.stored_names.items():
-            (known, own), weight = self._state_of(live), self._weights[live]
-            theirs, ours = dict(saved.tensors.get(name, {})), loaded.tensors.get(name, {})
-            if "main" in theirs and known.keys() & _OTHER_FORM.keys() != own.keys() & _OTHER_FORM.keys():
-                main = theirs.pop("main")  # of whose other form the last bit may be rounded, as of weights by others
-                if "main" not in ours and weight.dtype is torch.float32:
-                    theirs["param"] = main
-            widened = self._widened(live, known, own)
-            for key in TENSORS:
-                if key in theirs and key in ours and key not in widened and theirs[key] != ours[key]:
+            known, own = self._state_of(live)
+            theirs, ours = saved.tensors.get(name, {}), loaded.tensors.get(name, {})
+            values = {"param": self._weights[live], **own}
+            for kind, entry in {"param": self._saved.under("model")[name], **known}.items():
+                key, value = "main" if kind in MAINS else kind, values.get(kind)
+                is_same = isinstance(value, Tensor) and value.dtype is self._saved.dtype(entry)
+                if is_same and key in theirs and key in ours and theirs[key] != ours[key]:
                     return f"{key} of {live}"
         return None
-
-    def _widened(self, live: str, known: Mapping[str, str], own: Mapping[str, Any]) -> set[str]:
-        """Return the tensors of a parameter that are fp64 now and were not: a fingerprint is of another width."""
-        pairs = [(key, entry, own.get(key)) for key, entry in known.items()]
-        pairs.append(("param", self._saved.under("model")[self.stored_names[live]], self._weights[live]))
-        return {
-            key
-            for key, entry, value in pairs
-            if isinstance(value, Tensor)
-            and value.dtype is torch.float64
-            and self._saved.dtype(entry) is not torch.float64
-        }
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been read as the run takes it: the model's state dict, and the optimizer's by names.
 
-        Raises:
-            ValueError: Weights that are tied here are different there; names them.
+        Weights that are tied here and differ there are a ValueError that names them.
         """
         saved, entries, nodes = self._saved, self.entries, self._saved.under("model")
         for one, other in self._twins:
@@ -116,7 +97,7 @@ class Match:
                 raise ValueError(f"model: {one} and {other} are tied, and two different weights in {saved.folder}")
         weights = {live: nested(nodes[stored], entries) for live, stored in self.stored_names.items()}
         state, groups, wide = {}, [], {}
-        for number, group in zip(self.group_numbers, self._state["param_groups"] if self._state else (), strict=True):
+        for number, group in enumerate(self._state["param_groups"] if self._state else ()):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
             if IS_DECOUPLED.get(saved.manifest.optimizer):  # which tells what its weight decay means
                 kept["decoupled_weight_decay"] = FREE_OF_LR
@@ -127,7 +108,7 @@ class Match:
                     continue
                 read = {key: entries[entry] for key, entry in known.items() if entry in entries}
                 weight = entries[nodes[self.stored_names[name]]]
-                for key, (other, _) in _OTHER_FORM.items():
+                for key, other in _OTHER_FORM.items():
                     if key in own and key not in read:
                         read[key] = _in_own_form(own[key], read.pop(other, None), weight)
                     elif key in read and not own.keys() & _OTHER_FORM.keys():
@@ -165,25 +146,20 @@ class Match:
             self._twins += [(first, other) for other in others]
         self.stored_names = {live: self._first.get(name, name) for live, name in self.stored_names.items()}
 
-    def _match_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Find for every live group the saved one with the same parameters."""
-        saved, numbers = self._saved, self.group_numbers
-        ours = [{self.stored_names[name] for name in group["params"]} for group in groups]
-        theirs = [{self._first.get(name, name) for name in group["params"]} for group in saved.manifest.param_groups]
-        if len(ours) != len(theirs):
-            raise ValueError(f"param_groups: expected {len(ours)}, got {len(theirs)} in {saved.folder}")
-        left = list(range(len(theirs)))
-        for index, group in enumerate(ours):
-            number = max(left, key=lambda each: (theirs[each] == group, len(group & theirs[each]), each == index))
-            if differing := sorted(group ^ theirs[number]):
-                is_ours = differing[0] in group
+    def _match_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check that live groups have the parameters of the saved ones, in the same order of groups."""
+        saved, theirs = self._saved, self._saved.manifest.param_groups
+        if len(groups) != len(theirs):
+            raise ValueError(f"param_groups: expected {len(groups)}, got {len(theirs)} in {saved.folder}")
+        for index, (group, their) in enumerate(zip(groups, theirs, strict=True)):
+            ours = {self.stored_names[name] for name in group["params"]}
+            if differing := sorted(ours ^ {self._first.get(name, name) for name in their["params"]}):
+                is_ours = differing[0] in ours
                 raise ValueError(
                     f"param_groups[{index}]: {differing[0]} is {'not ' * is_ours}in this group in {saved.folder}, and "
-                    f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one"
+                    f"{'not ' * (not is_ours)}here; build the optimizer with the groups of the saved one, in that order"
                 )
-            left.remove(number)
-            numbers.append(number)
-            self.entries.update(saved.wholes(saved.under("optimizer", "param_groups", number)))
+            self.entries.update(saved.wholes(saved.under("optimizer", "param_groups", index)))
 
     def _match_state(self, live: Mapping[str, Any]) -> None:
         saved, without_main = self._saved, []
@@ -198,13 +174,12 @@ class Match:
             for key, entry in known.items():
                 value = own.get(key)
                 if value is None and key in mains:
-                    other, dtype = _OTHER_FORM[key]
                     is_wide = weight.dtype is torch.float32 and not isinstance(weight, ShardedTensor)
-                    like = own.get(other, weight if is_wide else None)
+                    like = own.get(_OTHER_FORM[key], weight if is_wide else None)
                     if like is None:
                         without_main.append(name)
                         continue
-                    value = _like(like, torch.empty_like(_part_of(like), dtype=dtype, device="cpu"))
+                    value = _like(like, torch.empty_like(_part_of(like), dtype=MAINS[key], device="cpu"))
                 elif value is None and isinstance(empty := saved.whole(entry), Tensor):
                     is_like = empty.shape == weight.size() and not isinstance(weight, ShardedTensor)
                     value = torch.empty_like(weight, dtype=empty.dtype) if is_like else empty

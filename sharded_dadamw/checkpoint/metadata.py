@@ -61,9 +61,8 @@ _FILLS: dict[type, Any] = {
 def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     """Read which entries a folder of torch.distributed.checkpoint has: names, shapes and dtypes, and where they lie.
 
-    Raises:
-        ValueError: The file is damaged, holds more than data, or points outside of the folder or, where the manifest
-            has files, to others; names the file.
+    It is a ValueError if the file is damaged, holds more than data, or points to files outside of the folder or, where
+    the manifest has files, to others.
     """
     path = folder / METADATA
     size_of(path)  # or of a pipe, reading would never end
@@ -78,11 +77,7 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
 
 
 def _sound(metadata: object, manifest: Manifest) -> Metadata:
-    """Return metadata as they are, if torch could have made them.
-
-    Raises:
-        ValueError, TypeError, AttributeError: It could not.
-    """
+    """Return metadata as they are, if torch could have made them, or raise one of three errors."""
     if not isinstance(metadata, Metadata):
         raise ValueError(f"expected the metadata of a checkpoint, got {type(metadata).__name__}")
     if not manifest.files and metadata.planner_data is None:  # of planners that do not flatten

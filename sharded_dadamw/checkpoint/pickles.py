@@ -73,11 +73,7 @@ _MOST_PARTS = 1000
 
 
 def _hashed(keys: Any) -> Any:
-    """Return what is about to be hashed, if that ends soon: of tuples nested 60 deep a hash can take 2**60 steps.
-
-    Raises:
-        UnpicklingError: It does not.
-    """
+    """Return what is about to be hashed, if that ends soon: of tuples nested 60 deep a hash can take 2**60 steps."""
     for key in keys:
         waiting, num_parts = [key], 0
         while waiting:
@@ -140,16 +136,13 @@ _PythonsUnpickler: Any = pickle._Unpickler  # the one in C cannot be asked about
 
 
 class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
-    """Reads a pickle, in a time that its size bounds.
+    """Reads a pickle, in a time that its size bounds; what is damaged or made up to harm ends in any exception.
 
     Args:
         table: What the names in it stand for. Nothing here hashes what it is given, or puts it into a message.
         fills: By class, what sets up an instance of it, with the state that the pickle has for it.
         placeholders: Whether another name that describes and does not act is a class of placeholders.
         num_bytes: Of each record in the file around it, by name.
-
-    Raises:
-        Exception: Any, if the pickle is damaged or made up to harm.
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonsUnpickler.dispatch)

@@ -16,8 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -25,12 +27,20 @@ from sharded_dadamw.base import DecoupledOptimizer
 from sharded_dadamw.checkpoint.names import tied
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 RANKS = "ranks"
 """The entry of a checkpoint under which every rank's own state is, by rank."""
 
 _MASK = (1 << 63) - 1
+
+
+def ranks_of(model: nn.Module, process_group: dist.ProcessGroup | DeviceMesh | None) -> Collectives:
+    """Return the verbs between the ranks that hold a model, on its device; by default all."""
+    params = model.parameters() if isinstance(model, nn.Module) else iter(())  # what is none is refused on all ranks
+    device = next((p.device for p in params), torch.device("cpu"))
+    return connect(process_group, device, exchange=None)
 
 
 def refuse_parts(model: nn.Module, optimizers: Iterable[Optimizer]) -> Exception | None:
@@ -81,10 +91,8 @@ def fingerprint_of(
 ) -> Fingerprint | None:
     """Return an optimizer's fingerprint by names of the bare model, or by what they are ``called``. Collective.
 
-    None where it cannot have one: it is none of ours, or FSDP1 has flattened its parameters.
-
-    Raises:
-        RuntimeError: Replicas differ; as ``fingerprint`` of the optimizers.
+    None where it cannot have one: it is none of ours, or FSDP1 has flattened its parameters. Replicas that differ are a
+    RuntimeError.
     """
     if not isinstance(optimizer, DecoupledOptimizer):
         return None
@@ -96,11 +104,7 @@ def fingerprint_of(
 
 
 def require_plain(weights: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check that what is saved beside tensors could be read back.
-
-    Raises:
-        ValueError: It could not, without running code; names it.
-    """
+    """Check that what is saved beside tensors could be read back without running code; a ValueError names what not."""
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             pack(f"model, {name}", value)
@@ -147,8 +151,7 @@ def _with_own_numbers(value: Any) -> Any:
 def pack(label: str, value: Any) -> Tensor:
     """Serialise numbers, NumPy's too, texts, None, tensors, and containers of them into [n] uint8.
 
-    Raises:
-        ValueError: It is not plain data, so that reading it back could run code; calls it ``label``.
+    Anything else is a ValueError, which calls it ``label``, since reading it back could run code.
     """
     file = io.BytesIO()
     try:

@@ -36,8 +36,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a file to write beside `path`, whose name it gets once it is on the disk.
 
-    Raises:
-        OSError: If it cannot be written. What had the name is then as it was.
+    If it cannot be written, that is an OSError, and what had the name is as it was.
     """
     final = Path(path).resolve()  # of a link, what it leads to
     beside = hidden(final)

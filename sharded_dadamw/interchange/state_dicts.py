@@ -209,10 +209,8 @@ def imported_group(
 ) -> State:
     """Convert one parameter group of another optimizer, whose parameters have these canonical ``names``.
 
-    ``coupled`` says that its decay is multiplied by the learning rate; an error calls it ``where``.
-
-    Raises:
-        ValueError: It asks for another update rule than AdamW's, or the peak cannot be told.
+    ``coupled`` says that its decay is multiplied by the learning rate. A ValueError, which calls it ``where``, says
+    that it asks for another update rule than AdamW's, or that the peak cannot be told.
     """
     missing = [key for key in _NEEDED if key not in group]
     if missing:
@@ -252,11 +250,7 @@ def imported_group(
 
 
 def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dict[str, Tensor]:
-    """Return one parameter's state with `step` as a 0-d fp32 tensor on the CPU, if it is AdamW's.
-
-    Raises:
-        ValueError: An entry is missing, unknown, not floating point, or of another shape; names the parameter.
-    """
+    """Return one parameter's state with `step` as a 0-d fp32 tensor on the CPU; a ValueError if it is not AdamW's."""
     if not isinstance(entries, Mapping):
         raise ValueError(f"state of {name}: expected a dict of tensors, got {type(entries).__name__}")
     needed = {"step", *moments_of(amsgrad)}

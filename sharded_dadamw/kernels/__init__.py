@@ -3,7 +3,7 @@
 ``operands`` says what an update reads and writes, and ``tiles`` cuts it up. ``choose`` takes ``numba_kernel`` on a CPU,
 ``triton_kernel`` on CUDA, and ``torch_kernel``, which makes several passes, where those are missing or do not fit.
 ``ready`` keeps prepared updates from step to step. ``fingerprint`` and ``exact_squares`` add up numbers that have no
-order of addition, on a CPU in ``numba_fingerprint`` and ``numba_squares``.
+order of addition.
 
 A kernel knows fragments of tensors and the scalars of a step. It does not know which rank it runs on, or why.
 """

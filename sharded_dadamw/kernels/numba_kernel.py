@@ -28,6 +28,7 @@ from numba import carray, cfunc, config, float32, float64, from_dtype, int64, nj
 from numba.extending import intrinsic
 from torch import Tensor
 
+from sharded_dadamw.kernels.exact_squares import UNIT
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands
 from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
@@ -35,9 +36,7 @@ from sharded_dadamw.update.adamw import Step
 _TILE = 4096
 """Elements whose squares are summed in fp32."""
 _BLOCK = 96
-"""Elements computed between two prefetches: few lines, as a processor keeps track of no more than a dozen or so."""
-_AHEAD = 512
-"""How many elements ahead lines are prefetched."""
+"""Elements whose squares are summed at once in the lanes of a vector."""
 _CLAIM = 16
 """Tiles that a thread takes at a time."""
 _GRAIN = 1 << 16
@@ -46,7 +45,7 @@ _TILE_OVERHEAD = 64
 """What a tile costs beside its elements, in elements."""
 
 # The columns of the table of fragments; the first seven as in Operands.addresses.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT, _REACH = range(10)
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT = range(9)
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 
@@ -91,12 +90,8 @@ class Update:
 
     def __init__(self, operands: Sequence[Operands]) -> None:
         self._form = operands[0].form
-        rows = [(*each.addresses(), each.param.numel(), each.first_element or 0, 0) for each in operands]
-        self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _REACH + 1)
-        # Where fragments lie end to end, the first lines of each are prefetched in the one before.
-        ends = self._table[:, _PARAM] + self._table[:, _NUMEL] * self._form.param.itemsize
-        goes_on = np.append(ends[:-1] == self._table[1:, _PARAM], False)
-        self._table[:, _REACH] = self._table[:, _NUMEL] + goes_on * _AHEAD
+        rows = [(*each.addresses(), each.param.numel(), each.first_element or 0) for each in operands]
+        self._table = np.array(rows, dtype=np.int64).reshape(len(rows), _FIRST_ELEMENT + 1)
         tiles = plan_tiles(tuple(self._table[:, _NUMEL].tolist()), _TILE)
         self._tile_fragments, self._tile_starts, offsets = (column.numpy() for column in tiles)
         self._num_tiles = len(self._tile_starts)
@@ -227,20 +222,6 @@ def _keep_apart(builder: Any, access: Any, column: int) -> None:
 
 
 @intrinsic
-def _prefetch_line(typing: Any, address: Any) -> Any:
-    """Begin to read the cache line at ``address``, which need not be valid."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
-        read, keep, data = number(0), number(3), number(1)
-        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), read, keep, data])
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def pointer_at(typing: Any, address: Any) -> Any:
     """``address`` as a pointer."""
     pointer = ir.IntType(8).as_pointer()
@@ -285,14 +266,6 @@ def _add(typing: Any, total: Any, term: Any) -> Any:
         return builder.fadd(*arguments, flags=("reassoc", "nsz"))
 
     return types.float32(types.float32, types.float32), generate
-
-
-@njit(forceinline=True)
-def _prefetch(address: int, storage: int, block: int) -> None:
-    """Begin to read a block of an array."""
-    itemsize = 4 if storage == _FP32 else 2
-    for line in range(0, _BLOCK * itemsize, 64):
-        _prefetch_line(address + block * itemsize + line)
 
 
 @njit(forceinline=True)
@@ -366,7 +339,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
 
     def run(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
-        table = carray(pointer_at(call.table), (call.fragments, _REACH + 1), np.int64)
+        table = carray(pointer_at(call.table), (call.fragments, _FIRST_ELEMENT + 1), np.int64)
         tile_fragments = carray(pointer_at(call.tile_fragments), call.tiles, np.int32)
         tile_starts = carray(pointer_at(call.tile_starts), call.tiles, np.int64)
         squares = carray(pointer_at(call.squares), (call.tiles, 4), np.float64)
@@ -402,16 +375,6 @@ def _compile(form: Form, *, divide: bool) -> Any:
                     key0 = _mix(_mix(uint32(int64(step) + 0x9E3779B9)))
                     key1 = _mix(uint32(key0 + uint32(0x85EBCA6B)))
                 for block in range(start, stop, _BLOCK):
-                    ahead = block + _AHEAD
-                    if ahead < row[_REACH]:
-                        _prefetch(param_at, param_as, ahead)
-                        _prefetch(grad_at, grad_as, ahead)
-                        _prefetch(exp_avg_at, moments_as, ahead)
-                        _prefetch(exp_avg_sq_at, moments_as, ahead)
-                        if amsgrad:
-                            _prefetch(maximum_at, moments_as, ahead)
-                        if main_as != _NONE:
-                            _prefetch(main_at, main_as, ahead)
                     first_element = row[_FIRST_ELEMENT] + block
                     first_low = uint32(first_element)
                     key_high = uint32(uint32(first_element >> 32) * uint32(0xC2B2AE35))
@@ -472,3 +435,16 @@ def _compile(form: Form, *, divide: bool) -> Any:
     # A file of its own: processes that write kernels to one cache file at once can mix them up.
     run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))
     return compile_kernel(run, _Call)
+
+
+@njit(nogil=True)
+def exact_sums(run: Any, scale: float) -> tuple[int, int]:
+    """As ``exact_squares``, of a 1-D fp32 array, which ``scale`` makes smaller than 2**13."""
+    upper_sum, lower_sum = int64(0), int64(0)
+    for index in range(run.size):
+        value = float64(run[index]) * scale
+        square = value * value
+        upper = np.floor(square)
+        upper_sum += int64(upper)
+        lower_sum += int64(np.rint((square - upper) * UNIT))
+    return upper_sum, lower_sum

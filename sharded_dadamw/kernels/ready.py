@@ -66,10 +66,8 @@ class ReadyUpdate:
     def __init__(self, columns: Columns, captured: list[Update]) -> None:
         """Make ready what a compiled kernel can update where it lies; the rest is made ready in every step.
 
-        While a CUDA graph is captured, ``captured`` gets what its replays read.
-
-        Raises:
-            ValueError: Tensors of one fragment differ in shape; a kernel would write past the end of the smaller ones.
+        While a CUDA graph is captured, ``captured`` gets what its replays read. Tensors of one fragment that differ in
+        shape are a ValueError: a kernel would write past the end of the smaller ones.
         """
         operands = columns.operands()
         self._tensors = columns.kept()

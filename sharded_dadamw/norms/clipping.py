@@ -13,11 +13,7 @@ from sharded_dadamw.buckets.gradients import version_of, warn_of_forgotten_clip
 
 
 def checked_max_grad_norm(max_grad_norm: float | None) -> float | None:
-    """Return the norm to which every step clips, as a float; None means that it does not.
-
-    Raises:
-        ValueError: It is not above 0.
-    """
+    """Return the norm to which every step clips, a float, or None for none; a ValueError if it is not above 0."""
     if max_grad_norm is not None and not max_grad_norm > 0.0:
         raise ValueError(f"max_grad_norm: expected a number > 0, or None for no clipping, got {max_grad_norm}")
     return None if max_grad_norm is None else float(max_grad_norm)
@@ -55,10 +51,8 @@ class PendingClip:
         """Clip gradients that may have been clipped before, without touching them.
 
         ``norm`` is that of the gradients as they are, 0-d fp32, of order ``norm_type``. With ``error_if_nonfinite``
-        this waits for it. Returns, 0-d fp32, the norm before this clip and after earlier ones.
-
-        Raises:
-            RuntimeError: That is nan or infinite, and ``error_if_nonfinite`` is set.
+        this waits for it, and raises a RuntimeError if it is nan or infinite. Returns, 0-d fp32, the norm before this
+        clip and after earlier ones.
         """
         before = norm * self.coefficient if self._waits else norm
         if error_if_nonfinite and not torch.isfinite(before):

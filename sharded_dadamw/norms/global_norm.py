@@ -1,19 +1,12 @@
-"""Norms of what is spread over ranks: each element counted exactly once, one all-reduce, nothing read on the host.
+"""Norms of what is spread over ranks: one all-reduce, nothing read on the host.
 
-Every rank squares what it holds. Of the ranks that hold the same part of a parameter the first one counts; the others
-add zero. So the sum over ranks, and the norm, is that of the whole, in every layout.
-
-    rank 0    weight, part 0 of 2: counts        bias: counts
-    rank 1    weight, part 1 of 2: counts        bias: held by rank 0 as well
+Every rank squares what it counts, of which ``held`` sees to it that no other rank does.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,72 +15,6 @@ from torch import Tensor
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.kernels.exact_squares import UNIT, exact_squares
 from sharded_dadamw.kernels.tiles import chunk_size
-from sharded_dadamw.layout.placement import shape_of
-
-
-class Part(NamedTuple):
-    """What one rank holds of a parameter: equal names mean one parameter, equal parts the same elements of it.
-
-    One is reported which is trainable, or has state because it was.
-    """
-
-    param: Tensor
-    name: str
-    part: str
-    is_reported: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NormOwners:
-    """Which rank counts what, of all parameters of a group of ranks: of equal parts the first one's.
-
-    Attributes:
-        names: Of the parameters of all ranks, each once, in the same order on every rank.
-        reported: Per name whether any rank reported it when names were exchanged.
-        row_of: The row in ``names`` of each parameter of this rank, by its id.
-        counted: The ids of the parameters of which this rank counts its part.
-        first_here: The ids of the parameters of which no rank before this one holds any part.
-    """
-
-    collectives: Collectives
-    names: tuple[str, ...]
-    reported: tuple[bool, ...]
-    row_of: Mapping[int, int]
-    counted: frozenset[int]
-    first_here: frozenset[int]
-
-
-def find_norm_owners(collectives: Collectives, parts: Sequence[Part]) -> NormOwners:
-    """Exchange what every rank holds. Collective, and host-blocking.
-
-    Raises:
-        ValueError: Two ranks have parameters of one name and different shapes. On every rank.
-    """
-    held = [(part.name, part.part, part.is_reported, shape_of(part.param)) for part in parts]
-    owner: dict[tuple[str, str], int] = {}
-    first: dict[str, int] = {}
-    reported: dict[str, bool] = {}
-    shapes: dict[str, list[int]] = {}
-    for rank, text in enumerate(collectives.gather_texts(json.dumps(held))):
-        for name, part, is_reported, shape in json.loads(text):
-            if shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    f"{name}: expected one parameter of this name, got {shapes[name]} on rank {first[name]} and "
-                    f"{shape} on rank {rank}; give parameters names that tell the stages of a pipeline apart"
-                )
-            owner.setdefault((name, part), rank)
-            first.setdefault(name, rank)
-            reported[name] = is_reported or reported.get(name, False)
-    rows = {name: row for row, name in enumerate(first)}
-    here = collectives.rank
-    return NormOwners(
-        collectives,
-        names=tuple(first),
-        reported=tuple(reported[name] for name in first),
-        row_of={id(part.param): rows[part.name] for part in parts},
-        counted=frozenset(id(part.param) for part in parts if owner[part.name, part.part] == here),
-        first_here=frozenset(id(part.param) for part in parts if first[part.name] == here),
-    )
 
 
 def global_norm(runs: Sequence[Tensor], norm_type: float, *, collectives: Collectives, device: torch.device) -> Tensor:

@@ -15,12 +15,8 @@ from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.layout.placement import is_of_fsdp1
 from sharded_dadamw.norms.composer import ComposerProtocol
-from sharded_dadamw.norms.global_norm import NormOwners, find_norm_owners
-from sharded_dadamw.norms.of_buckets import HeldInBuckets
-from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
+from sharded_dadamw.norms.held import Held, NormOwners
 from sharded_dadamw.norms.step_report import StepReport, Table
-
-Held = HeldAsTheyLie | HeldInBuckets
 
 
 class NormRanks:
@@ -47,6 +43,7 @@ class NormRanks:
         self._ranks: Collectives | None = None
         self._owners: NormOwners | None = None
         self._ranked: Sequence[Tensor] = []
+        self._is_guess = False
 
     def connect(self, norm_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device) -> None:
         """Add up over these ranks, unless they are None."""
@@ -60,19 +57,29 @@ class NormRanks:
         self._ranks, self._owners, self._ranked = None, None, []
 
     def ranks(self, held: Held, *, for_composer: bool = False) -> Collectives:
-        """Return the ranks over which norms are added up, found anew where parameters have changed."""
+        """Return the ranks over which norms are added up, found anew where parameters have changed.
+
+        FSDP1's do not tell; ``for_composer`` they are all ranks, over which Composer's own optimizer adds up.
+        """
         params = held.params()
         if len(params) != len(self._ranked) or not all(map(is_, params, self._ranked)):
             self._ranks, self._owners, self._ranked = None, None, params
         if self._ranks is None:
-            self._ranks = self._find_ranks(held, for_composer=for_composer)
+            self._is_guess = self.given is None and any(map(is_of_fsdp1, params))
+            self._ranks = self._find_ranks(held)
+        if self._is_guess and not for_composer:
+            raise ValueError(
+                "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
+                "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 "
+                "(fully_shard)"
+            )
         return self._ranks
 
     def owners(self, held: Held, *, for_composer: bool = False) -> NormOwners:
         """Return who counts what. Collective where parameters have changed."""
         ranks = self.ranks(held, for_composer=for_composer)
         if self._owners is None:
-            self._owners = find_norm_owners(ranks, held.parts(ranks.rank))
+            self._owners = held.find_owners(ranks)
         return self._owners
 
     def end_step(self, held: Held) -> None:
@@ -105,18 +112,12 @@ class NormRanks:
         owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
         return Table(squares, sorted(rows))
 
-    def _find_ranks(self, held: Held, *, for_composer: bool) -> Collectives:
+    def _find_ranks(self, held: Held) -> Collectives:
         if self.given is None:
             if self.needs_names:
                 raise ValueError("expected norm_group, which this copy of an optimizer lost; build a new one with it")
-            if any(map(is_of_fsdp1, held.params())):
-                if for_composer:
-                    return connect(None, held.device, exchange=None)  # over which Composer's own adds up
-                raise ValueError(
-                    "expected norm_group, since FSDP1's parameters do not tell over which ranks they are sharded; pass "
-                    "DecoupledAdamW(model.named_parameters(), norm_group=model.process_group), or use FSDP2 "
-                    "(fully_shard)"
-                )
+            if self._is_guess:
+                return connect(None, held.device, exchange=None)
             return connect_over(held.spread_over(), held.device, also=held.axis)
         axis = None if held.axis is None else held.axis.everyone
         spread = [*held.spread_over(), *([axis.group] if isinstance(axis, BackendVerbs) else [])]

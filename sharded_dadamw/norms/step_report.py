@@ -22,28 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_dadamw.kernels.operands import NORMS
-from sharded_dadamw.norms.global_norm import NormOwners, sums_of_squares
-from sharded_dadamw.update.adamw import Step, applied_update
+from sharded_dadamw.kernels.operands import NORMS, Operands
+from sharded_dadamw.norms.global_norm import sums_of_squares
+from sharded_dadamw.update.adamw import Step, applied_update, value_of
 from sharded_dadamw.update.hyperparameters import Hyperparameters
 
 METRICS = {f"l2_norm/{norm}": NORMS.index(norm) for norm in ("moment", "param", "update", "grad")}
 """Every metric of a parameter, in the order of reporting, and where in NORMS it is."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """This rank's part of a parameter as it is now; all of one shape, on one device.
-
-    Without state there are only ``value``, which the update rule acts on, fp32 or wider, and perhaps ``grad``.
-    """
-
-    value: Tensor
-    exp_avg: Tensor | None = None
-    exp_avg_sq: Tensor | None = None
-    max_exp_avg_sq: Tensor | None = None
-    count: Tensor | None = None
-    grad: Tensor | None = None
 
 
 _NO_STEP = Step(())
@@ -62,6 +47,7 @@ class StepReport:
         table: Norms of all parameters of all ranks, where the step has added them up.
         values: Per updated parameter, by its id, fp32 [4] in the order of NORMS, once they were asked for.
         names: What somebody called the parameters that were reported to him; their ids.
+        unmeasured: The parameters of which this rank has updated parts without squaring them, and by what scalars.
     """
 
     step: Step = _NO_STEP
@@ -71,8 +57,8 @@ class StepReport:
     table: Table | None = None
     values: Mapping[int, Tensor] | None = None
     names: dict[str, int] = field(default_factory=dict)
+    unmeasured: list[tuple[Tensor, Hyperparameters]] = field(default_factory=list)
     _measured: list[tuple[Sequence[Tensor], Tensor]] = field(default_factory=list)
-    _unmeasured: list[tuple[Tensor, Hyperparameters]] = field(default_factory=list)
 
     def next(self, step: Step, clip: tuple[Tensor, Tensor] | None = None) -> StepReport:
         """Begin the report of the step after this one, given what is known of it at once."""
@@ -89,25 +75,22 @@ class StepReport:
         none.
         """
         if squares is None:
-            self._unmeasured += [(param, hyper) for param in params]
+            self.unmeasured += [(param, hyper) for param in params]
         elif params:
             self._measured.append((params, squares))
 
     def updated_here(self) -> list[Tensor]:
         """The parameters of which this rank has updated parts."""
         of_measured = [param for params, _ in self._measured for param in params]
-        return of_measured + [param for param, _ in self._unmeasured]
+        return of_measured + [param for param, _ in self.unmeasured]
 
     def squares_of(
-        self, params: Sequence[Tensor], look: Callable[[Tensor], Snapshot], device: torch.device
+        self, params: Sequence[Tensor], look: Callable[[Tensor], Operands], device: torch.device
     ) -> tuple[list[Tensor], Tensor]:
         """Square and sum this rank's parts of parameters, where the update has not done so.
 
-        ``look`` shows those that no update has measured. Returns the parameters in another order, and fp64 [num_params,
-        4] on ``device`` in the order of NORMS.
-
-        Raises:
-            RuntimeError: A gradient that has to be measured is gone.
+        ``look`` shows those that no update has measured, see ``Held``. Returns the parameters in another order, and
+        fp64 [num_params, 4] on ``device`` in the order of NORMS.
         """
         left = {id(param): param for param in params}
         found: list[Tensor] = []
@@ -116,29 +99,25 @@ class StepReport:
             rows = [row for row, param in enumerate(measured) if left.pop(id(param), None) is not None]
             found += [measured[row] for row in rows]
             chunks.append((squares if len(rows) == len(measured) else squares[rows]).to(device, non_blocking=True))
-        hypers = {id(param): hyper for param, hyper in self._unmeasured}
+        hypers = {id(param): hyper for param, hyper in self.unmeasured}
         for key, param in left.items():
             found.append(param)
             chunks.append(self._measure(look(param), hypers.get(key))[None].to(device, non_blocking=True))
         return found, torch.cat(chunks)
 
-    def _measure(self, now: Snapshot, hyper: Hyperparameters | None) -> Tensor:
+    def _measure(self, now: Operands, hyper: Hyperparameters | None) -> Tensor:
         """The squares of a part, fp64 [4] in the order of NORMS; without ``hyper`` the step has not updated it."""
-        tensors = {"param": now.value}
-        if now.exp_avg is not None:
-            tensors["moment"] = now.exp_avg
+        value = value_of(now.param, now.main)
+        tensors = {"param": value, "moment": now.exp_avg}
         if hyper is not None:
-            if now.grad is None:
-                raise gone()
             second_moment = now.max_exp_avg_sq if hyper.amsgrad else now.exp_avg_sq
-            assert now.exp_avg is not None and second_moment is not None and now.count is not None
+            assert second_moment is not None
             grad = now.grad.to(torch.promote_types(now.grad.dtype, torch.float32))
             tensors["grad"] = grad if self.step.divisor is None else grad / self.step.divisor.to(grad.device)
-            hyper = hyper.on(now.value.device)
-            update = applied_update(now.value, now.exp_avg, second_moment, now.count, hyper=hyper)
+            update = applied_update(value, now.exp_avg, second_moment, now.count, hyper=hyper.on(value.device))
             tensors["update"] = self.unless_skipped(update)
         sums = dict(zip(tensors, sums_of_squares(list(tensors.values())).unbind(), strict=True))
-        zero = torch.zeros((), dtype=torch.float64, device=now.value.device)
+        zero = torch.zeros((), dtype=torch.float64, device=value.device)
         return torch.stack([sums.get(norm, zero) for norm in NORMS])
 
     def unless_skipped(self, values: Tensor) -> Tensor:
@@ -159,11 +138,11 @@ class Table(NamedTuple):
     rows: list[int]
 
 
-def named_values(report: StepReport, owners: NormOwners, table: Table, num_groups: int) -> dict[str, Tensor]:
+def named_values(report: StepReport, names: Sequence[str], table: Table, num_groups: int) -> dict[str, Tensor]:
     """Name everything that is known of the last step; see ``DecoupledAdamW.metrics``."""
     device = table.squares.device
     norms = [row.unbind() for row in table.squares.sqrt().to(torch.float32).unbind()]
-    found = {f"{key}/{owners.names[row]}": norms[row][column] for row in table.rows for key, column in METRICS.items()}
+    found = {f"{key}/{names[row]}": norms[row][column] for row in table.rows for key, column in METRICS.items()}
     totals = table.squares.sum(0).sqrt().to(torch.float32)
     found.update({f"{key}/global": totals[column] for key, column in METRICS.items()})
     decays = [hyper.decay for hyper in report.step.hypers] or [0.0] * num_groups

@@ -20,15 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.kernels.fingerprint import Span, signed, sums_of
 from sharded_dadamw.layout.indices import rows_of
-from sharded_dadamw.layout.parameters import NamedParameter, has_plain_memory, named_parameters
-from sharded_dadamw.layout.placement import is_of_fsdp1, local
-from sharded_dadamw.norms.of_buckets import HeldInBuckets
-from sharded_dadamw.norms.of_parameters import HeldAsTheyLie
+from sharded_dadamw.layout.parameters import NamedParameter, has_plain_memory
+from sharded_dadamw.layout.placement import is_of_fsdp1
+from sharded_dadamw.norms.held import Held
 from sharded_dadamw.update.storage import MAINS
 
 TENSORS = ("param", "main", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
@@ -116,8 +114,7 @@ class Fingerprints:
     ) -> Fingerprint:
         """Add up over ranks. Collective: one all-reduce, and an exchange of names where they are new.
 
-        Raises:
-            RuntimeError: Ranks that should have the same values have others; names rank, parameter and tensor.
+        Ranks that should have the same values and have others are a RuntimeError; it names rank, parameter and tensor.
         """
         if not isinstance(ranks, Collectives):
             if self._asked() is not ranks:
@@ -200,76 +197,34 @@ def _ranks(ranks: Sequence[int]) -> str:
 # --- what there is on this rank --------------------------------------------------------------------------------------
 
 
-def parts_of(held: HeldInBuckets | HeldAsTheyLie, names: Mapping[int, str] | None = None) -> Iterator[Part]:
+def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Part]:
     """Yield this rank's parts of an optimizer's tensors.
 
-    ``names`` are those of parameters by their ids, if they are to be called otherwise.
-
-    Raises:
-        ValueError: Of a parameter is not known which elements of it lie where, as FSDP1 or a quantised one.
+    ``names`` are those of parameters by their ids, if they are to be called otherwise. What FSDP1 has flattened, or
+    quantisation has wrapped, is a ValueError.
     """
-    return _in_buckets(held.shards, names) if isinstance(held, HeldInBuckets) else _as_they_lie(held, names)
-
-
-def _in_buckets(shards: Shards, names: Mapping[int, str] | None) -> Iterator[Part]:
-    of_members: dict[int, list[Part]] = {}
-    for bucket in shards.buckets:
-        bucket.weights.refresh_()
-        for slot, member in enumerate(bucket.members):
-            name, fragment = _name_of(member, names), bucket.layout.fragment(slot, bucket.rank)
-            state = bucket.state_of(slot)
-            param = None if fragment.numel == 0 else bucket.current_param(fragment.in_shard)
-            of_members[member.index] = [
-                _whole(member, name),
-                *_parts(member, name, state, param, fragment.param_start, fragment.numel),
-            ]
-    for member in shards.frozen:
-        of_members[member.index] = [] if member.is_left_alone else [_whole(member, _name_of(member, names))]
-    for _, parts in sorted(of_members.items()):
-        yield from parts
-
-
-def _as_they_lie(held: HeldAsTheyLie, names: Mapping[int, str] | None) -> Iterator[Part]:
-    for member in named_parameters(held.groups):
+    for member, start, stop, state in held.holdings():
         if member.is_left_alone:
             continue
-        name = _name_of(member, names)
+        name = member.name if names is None else names[id(member.param)]
         if is_of_fsdp1(member.param) or not has_plain_memory(member.local):
             raise ValueError(
                 f"{name}: expected a parameter of which is known which of its elements lie where, got one that FSDP1 "
                 "has flattened, or one that wraps others; for a fingerprint use FSDP2 (fully_shard), and plain ones"
             )
-        yield _whole(member, name)
-        state = {key: local(value).reshape(-1) for key, value in held.state.get(member.param, {}).items()}
-        yield from _parts(member, name, state, None, 0, member.placement.local_numel)
-
-
-def _name_of(member: NamedParameter, names: Mapping[int, str] | None) -> str:
-    return member.name if names is None else names[id(member.param)]
-
-
-def _whole(member: NamedParameter, name: str) -> Part:
-    """All that this rank holds of a parameter."""
-    spans = _spans(member, member.local.reshape(-1), None, 0)
-    return Part(name, "param", member.placement.part, spans)
-
-
-def _parts(
-    member: NamedParameter, name: str, state: Mapping[str, Tensor], param: Tensor | None, start: int, numel: int
-) -> Iterator[Part]:
-    """The parts of the state, 1-D, of elements that begin at ``start`` of this rank's part of a parameter."""
-    part = f"{member.placement.part}[{start}:{start + numel}]"
-    for key in TENSORS[1:]:
-        if key == "step" and "step" in state:
-            (rows,) = rows_of((1,), (0,), (1,), 0, 1)
-            yield Part(name, key, "", [Span(state["step"].reshape(1).float(), None, rows)])
-        elif key == "main" and (main := next((state[each] for each in MAINS if each in state), None)) is not None:
-            if main.dtype is torch.int16:
-                yield Part(name, key, part, [] if param is None else _spans(member, param, main, start))
-            else:
-                yield Part(name, key, part, _spans(member, main, None, start))
-        elif key in state:
-            yield Part(name, key, part, _spans(member, state[key], None, start))
+        whole, where = member.local.reshape(-1), member.placement.part
+        yield Part(name, "param", where, _spans(member, whole, None, 0))
+        flat = {"main" if key in MAINS else key: value.reshape(-1) for key, value in state.items()}
+        for key in TENSORS[1:]:
+            if key == "step" and key in flat:
+                yield Part(
+                    name, key, "", [Span(flat[key].float(), None, rows) for rows in rows_of((1,), (0,), (1,), 0, 1)]
+                )
+            elif key in flat:
+                values, remainder = flat[key], None
+                if values.dtype is torch.int16:
+                    values, remainder = whole[start:stop].to(values.device), values
+                yield Part(name, key, f"{where}[{start}:{stop}]", _spans(member, values, remainder, start))
 
 
 def _spans(member: NamedParameter, values: Tensor, remainder: Tensor | None, start: int) -> list[Span]:

@@ -63,9 +63,6 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
     Returns:
         Per parameter index ``step`` [] and, in the parameter's shape, the other state: copies in host memory; DTensors
         where the parameter is one. Empty on the other ranks.
-
-    Raises:
-        ValueError: There is no such rank.
     """
     enter("consolidate_state_dict()")
     if not 0 <= to < collectives.num_ranks:
@@ -98,13 +95,8 @@ def load_into(
     The state dict may be what ``state_dict()`` returned, and perhaps ``torch.distributed.checkpoint`` has loaded since:
     this rank's fragments; or whole tensors, from any number of ranks, from ``DecoupledAdamW``, torch's AdamW or
     Composer's optimizer. Fragments that were left out of a partial load stay as they are, but for main parameters:
-    where nothing was saved of one, it is taken from the weight.
-
-    Raises:
-        ValueError: The saved state does not fit; names the first difference.
-
-    Warns:
-        UserWarning: There is state of ``frozen`` parameters, which have no bucket.
+    where nothing was saved of one, it is taken from the weight. A ValueError names the first difference; a warning says
+    that there is state of ``frozen`` parameters, which have no bucket.
     """
     saved_groups = state_dict["param_groups"]
     sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved_groups))

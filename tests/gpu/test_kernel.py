@@ -119,22 +119,6 @@ def test_the_kernel_obeys_the_law_within_fp32s_rounding(kind: Kind, hyper: Hyper
             assert_obeys(fragment, one, kind)
 
 
-@every_kind
-@pytest.mark.parametrize("initial_lr", [0.0, 6e-3])
-def test_a_learning_rate_of_zero_decays_fully_without_a_reference_and_not_at_all_with_one(
-    kind: Kind, initial_lr: float
-) -> None:
-    hyper = replace(HYPER, lr=0.0, initial_lr=initial_lr, weight_decay=0.25)
-    fragments = on_device(kind, (100, 1, 1024), hyper)
-    expected = [law_of(fragment, hyper, 1.0) for fragment in fragments]
-    before = copied(fragments)
-    run(fragments, hyper)
-    for fragment, one, old in zip(fragments, expected, before, strict=True):
-        assert_obeys(fragment, one, kind)
-        if initial_lr:
-            assert torch.equal(value_of(fragment), value_of(old))
-
-
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]
 
 
@@ -230,47 +214,6 @@ def test_a_cut_anywhere_changes_no_bit(kind: Kind, hyper: Hyperparameters) -> No
         pieces = copied(start)
         run(cut(pieces[0], *at), hyper, divisor=1.7)
         assert same_bits(pieces, whole), f"cut at {at}"
-
-
-@every_kind
-def test_where_memory_begins_changes_no_bit(kind: Kind) -> None:
-    (control,) = on_device(kind, [2500], HYPER_AMSGRAD)
-    start = copied([control])[0]
-    run([control], HYPER_AMSGRAD)
-    for offset in (1, 2, 3, 5, 8):
-        (shifted,) = on_device(kind, [2500], HYPER_AMSGRAD, offset=offset)
-        for tensor, source in zip(shifted.tensors, start.tensors, strict=True):
-            if tensor is not None and source is not None:
-                tensor.copy_(source)
-        shifted = replace(shifted, first_element=start.first_element)
-        run([shifted], HYPER_AMSGRAD)
-        assert same_bits([shifted], [control]), f"{offset} elements off"
-
-
-@pytest.mark.parametrize("label", ["fp32", "bf16, remainder, bf16 moments"])
-@every_amsgrad
-def test_what_is_not_asked_for_changes_no_bit(label: str, hyper: Hyperparameters) -> None:
-    """A divisor of 1 and a flag that is not set may as well be left out."""
-    kind = KINDS[label]
-    start = on_device(kind, ODD_SIZES, hyper)
-    asked = copied(start)
-    norms = run(asked, hyper)
-    for told in (Step([hyper]), Step([hyper], scalar(1.0)), Step([hyper], void=scalar(0.0))):
-        plain = copied(start)
-        result = prepared(plain)(told, 0)
-        assert same_bits(plain, asked), told
-        assert result is not None and torch.equal(result, norms)
-
-
-@pytest.mark.parametrize("label", ["fp32", "bf16, remainder"])
-def test_a_learning_rate_on_the_device_gives_the_bits_of_a_number(label: str) -> None:
-    kind = KINDS[label]
-    for lr in (0.0, 2.0**-9, 3e-3):
-        numbers = on_device(kind, ODD_SIZES, HYPER)
-        tensors = copied(numbers)
-        run(numbers, replace(HYPER, lr=lr))
-        run(tensors, replace(HYPER, lr=scalar(lr)))
-        assert same_bits(tensors, numbers), lr
 
 
 @every_amsgrad

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sharded_dadamw import MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
-from sharded_dadamw.update.adamw import Step, adamw_
-from sharded_dadamw.update.hyperparameters import Hyperparameters
-from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S, on_gpu
+from sharded_dadamw import MainParameter, ShardedDecoupledAdamW
+from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S
 from tests.harness import (
     ALL_IN_ONE,
     AS_UNSHARDED,
@@ -24,14 +22,11 @@ from tests.harness import (
     Scenario,
     assert_state_is_the_controls,
     nccl_group,
-    on_cpu,
     scenario,
     train_beside_control,
 )
-from tests.models import BF16, F32, draw_gradient, make_groups, named
+from tests.models import BF16, F32
 from tests.pool import on_ranks
-
-LR = 3e-3
 
 
 def on_device(parameters: str = "odd sizes", **settings: Any) -> Scenario:
@@ -109,60 +104,3 @@ def test_two_ranks_hold_half_of_the_state_each(dtype: torch.dtype) -> None:
 
 
 # --- stochastic moments ---
-
-
-def train_with_bf16_moments(group: Any, over_nccl: bool, config: ShardingConfig) -> dict[str, Tensor]:
-    """Parameters, and this rank's fragments of the moments, after a few steps on gradients equal on all ranks."""
-    groups = on_gpu(make_groups("bf16", seed=0))
-    params = named(groups)
-    process_group = nccl_group() if over_nccl else group
-    optimizer = ShardedDecoupledAdamW(groups, lr=LR, amsgrad=True, process_group=process_group, config=config)
-    for step in range(5):
-        for index, p in enumerate(params.values()):
-            p.grad = draw_gradient(p.detach().cpu(), step, index).to(DEVICE)
-        optimizer.step()
-        optimizer.zero_grad()
-    report = on_cpu(params)
-    for name, p in params.items():
-        report.update(on_cpu({f"{name}.{key}": value for key, value in optimizer.state[p].items()}))
-    return report
-
-
-@pytest.mark.parametrize("main_parameter", [MainParameter.FP32, MainParameter.REMAINDER])
-@pytest.mark.parametrize("cap", [ONE_EACH, ALL_IN_ONE], ids=["one bucket each", "one bucket"])
-def test_stochastic_rounding_draws_the_same_bits_on_one_rank_on_two_and_on_a_cpu(
-    cap: float, main_parameter: MainParameter
-) -> None:
-    """Moments depend on gradients alone, by arithmetic that rounds the same everywhere; so a CPU gets their very bits.
-
-    Parameters are compared between numbers of ranks only: the reference divides where the kernel multiplies.
-    """
-    config = ShardingConfig(bucket_cap_mb=cap, main_parameter=main_parameter, moments=Moments.BF16)
-    (alone,) = on_ranks(1, train_with_bf16_moments, True, config, timeout_s=FIRST_CASE_TIMEOUT_S)
-    first, second = on_ranks(2, train_with_bf16_moments, False, config, timeout_s=FIRST_CASE_TIMEOUT_S)
-    for key, whole in alone.items():
-        _, _, kind = key.partition(".")
-        if kind in ("", "step"):
-            assert torch.equal(first[key], whole) and torch.equal(second[key], whole), key
-        else:
-            assert torch.equal(torch.cat([first[key], second[key]]), whole), key
-
-    params = named(make_groups("bf16", seed=0))
-    hyper = Hyperparameters(LR, LR, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=1e-5, amsgrad=True)
-    first_element = 0
-    for index, (name, p) in enumerate(params.items()):
-        moments = [torch.zeros(p.shape, dtype=BF16) for _ in range(3)]
-        for step in range(5):
-            adamw_(
-                p.detach().float(),
-                draw_gradient(p.detach(), step, index),
-                moments[0],
-                moments[1],
-                moments[2],
-                torch.tensor(step + 1.0),
-                Step([hyper]),
-                first_element=first_element,
-            )
-        first_element += p.numel()
-        for key, moment in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=True):
-            assert torch.equal(alone[f"{name}.{key}"], moment.flatten()), f"{name}.{key}"
