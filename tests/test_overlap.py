@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -111,6 +112,19 @@ def test_a_profiler_sees_reductions_begin_while_backward_runs(group: Any) -> Non
         assert len(reductions) >= 6 and sum(event.time_range.start < left for event in reductions) >= 3
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)], ids=str)
+@ranks(4, pool.on_ranks)
+def test_a_profiler_sees_replicas_exchange_means_while_backward_runs(group: Any, shape: tuple[int, int]) -> None:
+    """In backward nothing but a mean on its way through its column gathers."""
+    model, optimizer = small(init_device_mesh("cpu", shape))
+    warm_up(group, model, optimizer)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss_of(model, group.rank()).backward()
+    events = profiler.events() or ()
+    left = max(e.time_range.end for e in events if e.name.endswith("evaluate_function: AddmmBackward0"))
+    assert any(event.name == "sharded_dadamw::all_gather" and event.time_range.end < left for event in events)
 
 
 @ranks(2, pool.on_ranks)

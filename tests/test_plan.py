@@ -30,7 +30,8 @@ from sharded_dadamw.comm import collectives, connect
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.interchange import inspect
 from sharded_dadamw.plan import plan
-from sharded_dadamw.plan.memory import Bytes, Model, fully_sharded
+from sharded_dadamw.plan.memory import Bytes, at_rest, checkpoint_bytes, fully_sharded, phases, sent
+from sharded_dadamw.plan.model import Model
 from sharded_dadamw.plan.models import parameters_of
 from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Protocol, Schedule, axes_of, transfer
 from tests.models import BF16, F32
@@ -119,14 +120,14 @@ def check(found: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: boo
     """The planner's figures are those of the optimizer, to the byte."""
     config = ShardingConfig(bucket_cap_mb=0.05, **settings)
     model = Model.of(make_params(dtype, "meta"), config, *mesh, amsgrad=amsgrad)
-    rest = model.at_rest()
+    rest = at_rest(model)
     held, state_bytes, wire_bytes = found
     both = rest.device + rest.host
     if not config.reduce_gradients:  # p.grad is not the optimizer's, and its own copy is in transit
         both = Bytes(both.parameters, both.staging, both.main, both.moments)
     assert held == {kind: getattr(both, kind) for kind in held}
     assert state_bytes == both.main + both.moments
-    assert wire_bytes == model.sent().total
+    assert wire_bytes == sent(model).total
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def saved_bytes(group: Any, folder: str) -> int:
 
 def test_bytes_of_a_checkpoint_are_those_that_are_saved(tmp_path: Path) -> None:
     config = ShardingConfig(main_parameter=MainParameter.REMAINDER)
-    expected = Model.of(make_params(BF16, "meta"), config, 3).checkpoint_bytes()
+    expected = checkpoint_bytes(Model.of(make_params(BF16, "meta"), config, 3))
     assert on_ranks(3, saved_bytes, str(tmp_path)) == [expected] * 3
 
 
@@ -278,7 +279,7 @@ def test_peaks_are_those_of_many_ranks(
     with fake_ranks(math.prod(shape)):
         found = peaks(dtype, config, init_device_mesh("cpu", shape))
     model = Model.of(make_params(dtype, "meta"), config, *reversed(shape))
-    planned = {name: phase.device.total + phase.host.total for name, phase in model.phases().items()}
+    planned = {name: phase.device.total + phase.host.total for name, phase in phases(model).items()}
     if config.state_residency is HOST:  # where this test cannot tell one memory from the other
         del found["construct"]
     assert found == {phase: planned[phase] for phase in found}
@@ -293,7 +294,7 @@ def of_size(
     """What a rank holds of one large parameter."""
     param = nn.Parameter(torch.empty(int(num_elements), dtype=dtype, device="meta"))
     param.grad_dtype = F32 if wide else dtype
-    return Model.of({"weight": param}, config, ranks).at_rest().device
+    return at_rest(Model.of({"weight": param}, config, ranks)).device
 
 
 def test_zero_paper() -> None:

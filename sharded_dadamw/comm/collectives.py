@@ -84,9 +84,11 @@ class Collectives:
             through memory that they share. What ranks agree on and the broadcast at construction are not in it.
         gathers_by_itself: Whether an all-gather goes on while this rank does something else. Where it does not, others
             may have to wait until this rank finishes it.
+        reductions_ahead: How many means to begin before one is waited for, so that no link has to idle.
     """
 
     gathers_by_itself = True
+    reductions_ahead = 1
     _divisor: int | None = None
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:

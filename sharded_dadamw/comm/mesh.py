@@ -26,7 +26,13 @@ class MeshVerbs(BackendVerbs):
     """The row's verbs and then the column's; what ranks agree on concerns all of them.
 
     ``rank`` and ``num_ranks`` are those of the row, and ``group`` has all ranks of the mesh.
+
+    A mean goes over the row, is reduced over the column, and gathered there; it gets one further each time that another
+    one begins. So none of it has to wait for the end of backward, on all ranks it happens in one order, and on an
+    accelerator the host waits for nothing.
     """
+
+    reductions_ahead = 3
 
     def __init__(self, row: Collectives, column: Collectives, everyone: BackendVerbs) -> None:
         """Cut buffers among the ranks of the row; those of the column have the same slice."""
@@ -77,24 +83,40 @@ class MeshVerbs(BackendVerbs):
             wide = sum_dtype(sent_dtype(buffer.dtype, wire_dtype), out.dtype)
             if self._divisor is not None:  # which rounds each node to the gradients' dtype
                 wide = buffer.dtype
-            of_row = self._column.new_buffer(padded, wide, buffer.device)
-            first = self._row.reduce_scatter_mean(buffer, of_row[: out.numel()], wire_dtype=wire_dtype)
+            of_row = [self._column.new_buffer(padded, wide, buffer.device)]
+            under_way = self._row.reduce_scatter_mean(buffer, of_row[0][: out.numel()], wire_dtype=wire_dtype)
+            self._count()
+        of_all: Tensor
+
+        def reduce_over_replicas() -> None:
+            nonlocal under_way, of_all
+            under_way.wait()
+            of_all = self._column.new_buffer(padded, out.dtype, buffer.device)
+            own = of_all[self._column.rank * piece :][:piece]
+            under_way = self._column.reduce_scatter_mean(of_row[0], own, wire_dtype=wire_dtype)
+            self._count()
+
+        def gather_from_replicas() -> None:
+            nonlocal under_way
+            under_way.wait()
+            of_row.clear()  # until now others may have read it
+            under_way = self._column.all_gather_(of_all)
             self._count()
 
         def finish() -> None:
-            first.wait()
-            of_all = self._column.new_buffer(padded, out.dtype, buffer.device)
-            own = of_all[self._column.rank * piece :][:piece]
-            self._column.reduce_scatter_mean(of_row, own, wire_dtype=wire_dtype).wait()
-            self._column.all_gather_(of_all).wait()
-            self._count()
+            under_way.wait()
             if add:
                 out.add_(of_all[: out.numel()])
             else:
                 out.copy_(of_all[: out.numel()])
 
-        # Ranks start the column's verbs as they finish the row's, and have to do so in one order.
-        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way)
+        # Ranks start the column's verbs in one order: a mean goes on only when all before it have gone further.
+        if len(self._under_way) == self.reductions_ahead:
+            self._under_way[0].finish()
+        for earlier in self._under_way:
+            earlier.go_on()
+        parts = (reduce_over_replicas, gather_from_replicas)
+        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, before=parts)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from torch.profiler import record_function
@@ -24,6 +24,7 @@ class Pending:
         explaining: Callable[[], AbstractContextManager[None]],
         queue: deque[Pending] | None = None,
         release: Callable[[], object] | None = None,
+        before: Iterable[Callable[[], object]] = (),
     ) -> None:
         """Put a verb that has been started behind all others of a queue.
 
@@ -33,9 +34,12 @@ class Pending:
             explaining: A context for ``finish`` and ``release``, which may replace what is raised.
             queue: Verbs to finish before this one; None where the order does not matter.
             release: What is then to be waited for until the buffers may be written again.
+            before: What comes before ``finish``, in parts, each of which begins what the next one waits for.
         """
         self._name = name
-        self._finish = finish
+        self._left = deque(before)
+        if finish is not None:
+            self._left.append(finish)
         self._release = release
         self._explaining = explaining
         self._failure: Exception | None = None
@@ -58,20 +62,25 @@ class Pending:
 
     def finish(self) -> None:
         """For the verbs' own use: do what is left for the result; ``wait`` will say if that failed."""
-        while self._finish is not None:
-            self._queue[0]._run()
+        while self._left:
+            first = self._queue[0]
+            while first._left:
+                first.go_on()
             self._queue.popleft()  # and not before: what was interrupted is still to be done
 
-    def _run(self) -> None:
-        if self._finish is None:
+    def go_on(self) -> None:
+        """For the verbs' own use: do the next part of what is left for the result, if there is any."""
+        if not self._left:
             return
         with record_function(self._name):
             try:
                 with self._explaining():
-                    self._finish()
+                    self._left[0]()
             except Exception as error:  # who waits for this verb hears of it, not who waits for a later one
                 self._failure = error
-        self._finish = None
+                self._left.clear()
+                return
+        self._left.popleft()
 
 
 DONE = Pending("", None, nullcontext)

@@ -1,7 +1,7 @@
 """What training will need, before anything is rented: bytes of each rank and phase, bytes on each link, and time.
 
-``models`` lists parameters, ``memory`` counts bytes and ``time`` milliseconds, ``report`` puts both together, ``text``
-and ``picture`` show it.
+``models`` lists parameters, ``model`` cuts them into buckets and says what a step does with these in which order,
+``memory`` counts bytes and ``time`` milliseconds, ``report`` puts both together, ``text`` and ``picture`` show it.
 
 It asks ``layout`` and ``buckets`` where every element will lie, and follows the order in which ``schedule`` holds and
 sends buckets. It touches no device and no process group.

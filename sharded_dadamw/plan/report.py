@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sharded_dadamw.config import (
-    Exchange,
     GradientResidency,
     MainParameter,
     Moments,
     ShardingConfig,
     StateResidency,
 )
-from sharded_dadamw.plan.memory import Bytes, Model, Phase, Sent, fully_sharded
+from sharded_dadamw.plan.memory import Bytes, Phase, Sent, at_rest, checkpoint_bytes, fully_sharded, phases, sent
+from sharded_dadamw.plan.model import Model
 from sharded_dadamw.plan.models import parameters_of
 from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Schedule, Time, axes_of, on_links
 
@@ -164,15 +164,15 @@ def plan(
     cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
     if compute is None and tokens is not None and mfu is not None:
         compute = 6 * cut.num_elements * tokens / (device.flops * mfu)  # operations per parameter and token
-    phases, time = cut.phases(), Schedule(cut, device, row, column).time(compute, attached=attached)
+    held, time = phases(cut), Schedule(cut, device, row, column).time(compute, attached=attached)
     available = int(memory or device.memory)
 
     def smallest() -> int | None:
-        room, at_rest = available - int(activations), cut.at_rest().device
+        room, rest = available - int(activations), at_rest(cut).device
         sharded = config.gradient_residency is GradientResidency.SHARDED
-        if at_rest.parameters + (0 if sharded else at_rest.gradients) > room:  # which no number of ranks changes
+        if rest.parameters + (0 if sharded else rest.gradients) > room:  # which no number of ranks changes
             return None
-        return _smallest(lambda shards: _peak(cut.over(shards).phases()) <= room, per_host)
+        return _smallest(lambda shards: _peak(phases(cut.over(shards))) <= room, per_host)
 
     def figures(held: Mapping[str, Phase], time: Time) -> tuple[int, int, float | None]:
         return _peak(held), max(each.host.total for each in held.values()), time.step
@@ -182,8 +182,8 @@ def plan(
             with suppress(ValueError):  # it is not for these parameters
                 other = changed()
                 axes = axes_of(other.num_ranks, per_host, (other.replicas, other.shards))
-                theirs = figures(other.phases(), Schedule(other, device, *axes).time(compute, attached=attached))
-                if theirs != figures(phases, time):
+                theirs = figures(phases(other), Schedule(other, device, *axes).time(compute, attached=attached))
+                if theirs != figures(held, time):
                     yield Alternative(setting, *theirs)
 
     return Plan(
@@ -195,14 +195,14 @@ def plan(
         gpu=name,
         settings=_settings(cut),
         num_buckets=len(cut.buckets),
-        phases=phases,
-        by_ranks={shards: cut.over(shards).at_rest().device for shards in _steps(ranks, per_host)},
+        phases=held,
+        by_ranks={shards: at_rest(cut.over(shards)).device for shards in _steps(ranks, per_host)},
         activations=int(activations),
         memory=available,
         smallest=smallest(),
-        sent=cut.sent(),
+        sent=sent(cut),
         links=_links(cut, row, column),
-        checkpoint=cut.checkpoint_bytes(),
+        checkpoint=checkpoint_bytes(cut),
         time=time,
         alternatives=tuple(sorted(alternatives(), key=lambda each: each.peak)),
         fsdp2=fully_sharded(cut.members, ranks),
@@ -269,12 +269,12 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 def _links(model: Model, row: Axis, column: Axis) -> dict[str, float]:
     """Bytes that a rank sends in a step, by the link that carries them."""
-    sent, direct = model.sent(), model.config.exchange is Exchange.RANK_ORDER
+    total, direct = sent(model), model.is_direct
     found = {"intra": 0.0, "inter": 0.0}
     for num_bytes, axis, is_direct in (
-        (sent.reduce, row, direct),
-        (sent.gather, row, False),
-        (sent.replicas, column, direct),
+        (total.reduce, row, direct),
+        (total.gather, row, False),
+        (total.replicas, column, direct),
     ):
         whole = num_bytes * axis.ranks / max(1, axis.ranks - 1)
         for link, share in zip(found, on_links(whole, axis, direct=is_direct), strict=True):

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from sharded_dadamw.buckets.build import Arrangement
-from sharded_dadamw.comm.collectives import sent_dtype, sum_dtype
-from sharded_dadamw.config import Exchange, StateResidency
-from sharded_dadamw.plan.memory import Model, once
+from sharded_dadamw.config import StateResidency
+from sharded_dadamw.plan.model import Event, Model, once
 
 _OF_A_COPY = 0.95
 """Of the speed of a plain copy, what one update reaches: docs/benchmarks.md has 92 to 99 %."""
@@ -160,10 +160,9 @@ def transfer(num_bytes: float, axis: Axis, gpu: Gpu, *, direct: bool = False) ->
 
 
 class _Seconds(NamedTuple):
-    """What one bucket takes."""
+    """What one bucket takes; ``reduce`` has a number for each part of its mean."""
 
-    reduce: float
-    replicas: float
+    reduce: tuple[float, ...]
     update: float
     gather: float
 
@@ -177,22 +176,25 @@ class Schedule:
         self._gpu = gpu
         self._row, self._column = row, column
         self._seconds = list(map(once(self._seconds_of), model.buckets))
+        self._numel = sum(bucket.layout.used for bucket in model.buckets)
         self._now = 0.0
         self._free = {"wire": 0.0, "between replicas": 0.0}
         self._waited = {"reduce": 0.0, "gather": 0.0}
+        self._arrivals: dict[int, float] = {}
+        self._parts: dict[int, deque[float]] = {}
         self._spans: list[Span] = []
 
     def _seconds_of(self, bucket: Arrangement) -> _Seconds:
-        layout, dtype, config = bucket.layout, bucket.members[0].gradient_dtype, self._model.config
-        direct, sent = config.exchange is Exchange.RANK_ORDER, sent_dtype(dtype, config.wire_dtype)
-        reduce = replicas = 0.0
-        if bucket.reduces:
-            wide = sent_dtype(sum_dtype(sent, dtype), config.wire_dtype)
-            reduce = transfer(layout.numel * sent.itemsize, self._row, self._gpu, direct=direct)
-            replicas = transfer(layout.shard_numel * wide.itemsize, self._column, self._gpu, direct=direct)
-            replicas += transfer(layout.shard_numel * dtype.itemsize, self._column, self._gpu)
-        gather = transfer(layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
-        return _Seconds(reduce, replicas, self._update_of(bucket), gather)
+        gather = transfer(bucket.layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
+        if not bucket.reduces:
+            return _Seconds((0.0,), self._update_of(bucket), gather)
+        parts = []
+        for mean, axis in zip(self._model.means_of(bucket), (self._row, self._column), strict=True):
+            numel = mean.ranks * mean.numel
+            parts.append(transfer(numel * mean.sent.itemsize, axis, self._gpu, direct=self._model.is_direct))
+            if axis is self._column:
+                parts.append(transfer(numel * mean.out.itemsize, axis, self._gpu))
+        return _Seconds(tuple(parts[: 1 if self._model.replicas == 1 else 3]), self._update_of(bucket), gather)
 
     def _update_of(self, bucket: Arrangement) -> float:
         """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
@@ -210,16 +212,34 @@ class Schedule:
             compute: Seconds of forward and backward, of which backward takes two thirds; None for not known.
             attached: Whether gathers are left in flight behind the next forward.
         """
-        reduce, replicas, update, gather = map(sum, zip(*self._seconds, strict=True))
-        busy = reduce + replicas, update, gather
+        reduce = sum(part for each in self._seconds for part in each.reduce)
+        update, gather = (sum(map(attrgetter(name), self._seconds)) for name in ("update", "gather"))
         if compute is None:
-            return Time(*busy)
-        order = self._backward(compute * 2 / 3)
-        self._step(order, attached)
+            return Time(reduce, update, gather)
+        self._play(self._model.backward(), compute * 2 / 3)
+        self._play(self._model.step(attached=attached))
         if not attached:
             self._wait(self._free["wire"], "gather")
         self._forward(compute / 3)
-        return Time(*busy, compute, self._waited["reduce"], self._waited["gather"], self._now, tuple(self._spans))
+        exposed = self._waited["reduce"], self._waited["gather"]
+        return Time(reduce, update, gather, compute, *exposed, self._now, tuple(self._spans))
+
+    def _play(self, events: Iterable[Event], backward: float = 0.0) -> None:
+        """Follow events; backward takes so many seconds in all, each parameter its share."""
+        for what, number, member in events:
+            if what == "gradient" and member is not None:
+                self._work(f"backward {member.name}", backward * member.placement.local_numel / self._numel)
+            elif what == "begin":
+                self._parts[number] = deque(self._seconds[number].reduce)
+                self._arrivals[number] = self._send(f"reduce {number}", self._parts[number].popleft())
+            elif what == "go on":
+                self._wait(self._arrivals[number], "reduce")
+                if self._parts[number]:
+                    seconds = self._parts[number].popleft()
+                    self._arrivals[number] = self._send(f"reduce {number}", seconds, "between replicas")
+            elif what == "update":
+                self._work(f"update {number}", self._seconds[number].update)
+                self._arrivals[number] = self._send(f"gather {number}", self._seconds[number].gather)
 
     def _work(self, what: str, seconds: float) -> None:
         self._spans.append(Span("compute", what, self._now, self._now + seconds))
@@ -236,66 +256,14 @@ class Schedule:
         self._waited[what] += max(0.0, arrival - self._now)
         self._now = max(self._now, arrival)
 
-    def _finish(self, under_way: deque[tuple[int, float]]) -> int:
-        """Wait for the oldest reduction; one over replicas begins only then."""
-        number, arrival = under_way.popleft()
-        self._wait(arrival, "reduce")
-        if self._seconds[number].replicas:
-            self._wait(self._send(f"reduce {number}", self._seconds[number].replicas, "between replicas"), "reduce")
-        return number
-
-    def _launch(self, number: int, under_way: deque[tuple[int, float]]) -> None:
-        under_way.append((number, self._send(f"reduce {number}", self._seconds[number].reduce)))
-
-    def _backward(self, seconds: float) -> list[int]:
-        """Play backward; returns the buckets in the order in which they were complete."""
-        model, order = self._model, list[int]()
-        total = sum(bucket.layout.used for bucket in model.buckets)
-        under_way: deque[tuple[int, float]] = deque()
-        for member, leaving, _ in model.backward():
-            if member is not None:
-                self._work(f"backward {member.name}", seconds * member.placement.local_numel / total)
-            order += leaving
-            for number in leaving if model.reduces_in_backward else ():
-                self._launch(number, under_way)
-                while len(under_way) > model.most_under_way:
-                    self._finish(under_way)
-        while under_way:
-            self._finish(under_way)
-        return order
-
-    def _step(self, order: Sequence[int], attached: bool) -> None:
-        in_step = self._model.reduces_in_step
-        rest, under_way = deque(order if in_step else ()), deque[tuple[int, float]]()
-        self._arrivals: dict[int, float] = {}
-
-        def reduced() -> int:
-            while rest and len(under_way) < 2:
-                self._launch(rest.popleft(), under_way)
-            number = self._finish(under_way)
-            if rest:
-                self._launch(rest.popleft(), under_way)
-            return number
-
-        if attached:
-            for _ in order if in_step else ():
-                reduced()
-        for number in reversed(order) if attached else order:
-            if in_step and not attached:
-                reduced()
-            self._work(f"update {number}", self._seconds[number].update)
-            self._arrivals[number] = self._send(f"gather {number}", self._seconds[number].gather)
-
     def _forward(self, seconds: float) -> None:
         """Play forward, in which each module waits for the buckets of its own parameters."""
         home = self._model.homes
-        trainable = [member for member in self._model.members if member.index in home]
-        total = sum(member.placement.local_numel for member in trainable)
-        for module, of_module in groupby(trainable, key=lambda member: member.name.rpartition(".")[0]):
+        for module, of_module in groupby(self._model.trainable, key=lambda member: member.name.rpartition(".")[0]):
             members = list(of_module)
             self._wait(max(self._arrivals[home[member.index]] for member in members), "gather")
             numel = sum(member.placement.local_numel for member in members)
-            self._work(f"forward {module}", seconds * numel / total)
+            self._work(f"forward {module}", seconds * numel / self._numel)
 
 
 def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Axis, Axis]:

@@ -40,9 +40,6 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.update.adamw import Step
 
-_BUCKETS_AHEAD = 1
-"""Reductions kept under way while the caller works on a finished one; with sharded gradients, while backward does."""
-
 
 class Reducer:
     """Collects local gradients and reduces them bucket by bucket.
@@ -61,8 +58,8 @@ class Reducer:
         self.keeps_shards = False
         self.num_rounds = 0
         self._collectives = collectives
-        self.knows_source = collectives.num_ranks == 1
-        self._overlap = config.overlap and collectives.num_ranks > 1  # one rank has nothing to wait for
+        self.knows_source = collectives.everyone.num_ranks == 1
+        self._overlap = config.overlap and not self.knows_source  # one rank has nothing to wait for
         self._is_overlapping = False  # in the first step we look at gradients first
         self._remembers = not self.knows_source
         self._hooked: list[Bucket] = []
@@ -298,14 +295,14 @@ class Reducer:
         self._launch(bucket)
         self._launched.add(bucket)
         if self.keeps_shards:  # what is under way holds a buffer
-            self._finish_all_but(_BUCKETS_AHEAD if self._overlap else 0)
+            self._finish_all_but(self._collectives.reductions_ahead if self._overlap else 0)
 
     def _finish_all_but(self, num_ahead: int) -> None:
         while len(self._under_way) > num_ahead:
             self._finish_oldest()
 
     def _launch_ahead(self, rest: deque[Bucket]) -> None:
-        while rest and len(self._under_way) <= _BUCKETS_AHEAD:
+        while rest and len(self._under_way) <= self._collectives.reductions_ahead:
             self._launch(rest.popleft())
 
     def _finish_each(self, rest: deque[Bucket]) -> Iterator[Bucket]:
@@ -332,7 +329,7 @@ class Reducer:
             self._launch_complete()
             for bucket in self._hooked[len(self._launched) :]:
                 self._launch_in_backward(bucket)
-                self._finish_all_but(_BUCKETS_AHEAD)
+                self._finish_all_but(self._collectives.reductions_ahead)
             self._finish_all()
             self._is_begun = False
             self._launched.clear()
