@@ -208,6 +208,21 @@ class Attention(nn.Module):
         return (self.readout(self.layer(features)).float() - 1).square().mean()
 
 
+class InOrder(nn.Module):
+    """Layers that are read in another order than they were registered in; those that are left out are never used."""
+
+    def __init__(self, num_layers: int, order: Sequence[int], width: int, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias) for _ in range(num_layers))
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.layers[index](x)
+        return x
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"tied language model": TiedLanguageModel, "attention": Attention}
 
 
