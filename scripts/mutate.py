@@ -38,7 +38,7 @@ MUTATIONS = {
     "update/precision.py": [
         ("+ 0x8000) >> 16", "+ 0x7FFF) >> 16", "precision law kernels"),
         ("low.clamp(min=0), low)", "low, low)", "precision kernels"),
-        (".eps <= 2  #", ".eps <= 4  #", "checkpoint state_dict precision"),
+        (".eps <= 2  #", ".eps <= 1  #", "precision"),
     ],
     "update/storage.py": [
         ("self.moments.itemsize < 4 and", "self.moments.itemsize < 2 and", "precision contract"),
@@ -160,10 +160,10 @@ MUTATIONS = {
         ("for bucket in self._hooked[len(self._launched) :]:", "for bucket in []:", "overlap"),
         ("bucket.gradients.consume()\n        self.num_rounds", "self.num_rounds", "overlap contract"),
         ("self._overlap = False", "pass", "sharded overlap"),
-        ("bucket.gradients.look()", "pass", "overlap contract"),
+        ("bucket.gradients.look()", "pass", "other_hands"),
     ],
     "schedule/gatherer.py": [
-        ("or bucket.is_borrowed:", "or False:", "gatherer layouts"),
+        ("type(member.param) is Parameter and", "True and", "gatherer layouts"),
         ("self._own if module.training else self._below", "self._own", "gatherer"),
     ],
     "schedule/in_flight.py": [

@@ -79,9 +79,9 @@ class Gatherer:
     def _may_stay(self, bucket: Bucket) -> bool:
         # Where gathers need the host, a rank that reads would wait for others, who may be waiting for it elsewhere.
         goes_on = self._collectives.num_ranks > 1 and self._collectives.gathers_by_itself
-        if not (self._attachments and goes_on) or bucket.is_borrowed:
+        if not (self._attachments and goes_on):
             return False
-        return all(
+        return all(  # of what others lend, parameters are DTensors
             type(member.param) is Parameter and any(id(member.param) in attached.ids for attached in self._attachments)
             for member in bucket.members
         )
