@@ -137,7 +137,7 @@ MUTATIONS = {
     ],
     "buckets/sharded_gradients.py": [
         ("add, self._holds_a_mean = self._holds_a_mean, True", "add, self._holds_a_mean = False, True", "overlap"),
-        ("view.zero_()", "pass", "overlap sharded"),
+        ("view.zero_()", "pass", "overlap"),
     ],
     "buckets/offload.py": [
         ("if self._takes_edits or not self._absorbs_edits:", "if not self._absorbs_edits:", "state_residency"),
@@ -159,7 +159,7 @@ MUTATIONS = {
         ("self._collectives.broadcast_(agreed)", "pass", "overlap"),
         ("for bucket in self._hooked[len(self._launched) :]:", "for bucket in []:", "overlap"),
         ("bucket.gradients.consume()\n        self.num_rounds", "self.num_rounds", "overlap contract"),
-        ("self._overlap = False", "pass", "sharded overlap"),
+        ("self._overlap = False", "pass", "other_hands"),
         ("bucket.gradients.look()", "pass", "other_hands"),
     ],
     "schedule/gatherer.py": [

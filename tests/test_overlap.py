@@ -317,7 +317,7 @@ def test_sharded_gradients_may_be_reduced_first_and_left_local_later(group: Any)
     """What stays local after a mean is there is added to it in the step; not every pass uses every layer."""
     results = []
     for residency in (FULL, SHARDED):
-        model, optimizer = small(group, gradient_residency=residency)
+        model, optimizer = small(group, gradient_residency=residency, bucket_cap_mb=ALL_IN_ONE)
         for step in range(2):
             if residency is SHARDED:
                 loss_of(model, group.rank(), step).backward()
@@ -608,6 +608,7 @@ CHANGES: dict[str, tuple[Callable[[list[Tensor]], object], bool]] = {
     "clipped by each rank's norm": (lambda grads: clip_by_own_norm(grads, 1e-2), False),
     "clipped by each rank's norm in a loop": (lambda grads: clip_by_own_norm(grads, 1e-2, foreach=False), False),
     "clipped by value": (lambda grads: [grad.clamp_(-1e-3, 1e-3) for grad in grads], False),
+    "two are doubled, by all ranks alike": (lambda grads: [grad.mul_(2.0) for grad in grads[:2]], False),
     "one is multiplied by the rank": (lambda grads: grads[2].mul_(2 + dist.get_rank()), False),
 }
 
