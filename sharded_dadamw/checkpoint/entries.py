@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import _create_read_items
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from sharded_dadamw.checkpoint.folder import Manifest, size_of
@@ -98,11 +98,11 @@ class Entries:
                 what cannot be read.
         """
         by_file: dict[str, list[ReadItem]] = {}
-        for entry, target in into.items():
-            for item in _create_read_items(entry, self.metadata.state_dict_metadata[entry], target):
-                if item.storage_index not in self.metadata.storage_data:
-                    raise ValueError(f"{self.folder}: {entry}: expected to be told in which file it lies, got nothing")
-                by_file.setdefault(self.metadata.storage_data[item.storage_index].relative_path, []).append(item)
+        for item in create_default_local_load_plan(into, self.metadata).items:
+            index = item.storage_index
+            if index not in self.metadata.storage_data:
+                raise ValueError(f"{self.folder}: {index.fqn}: expected to be told in which file it lies, got nothing")
+            by_file.setdefault(self.metadata.storage_data[index].relative_path, []).append(item)
         for name, items in by_file.items():
             with (self.folder / name).open("rb") as file:
                 for item in items:
