@@ -188,7 +188,7 @@ def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong(group: A
     silence, expected = steps_under(group, True, False, "")
     said, found = steps_under(group, True, True, "")
     assert "DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)" in said and not silence
-    assert_equal(expected, found)
+    torch.testing.assert_close(expected, found, rtol=1e-6, atol=1e-7)  # a mean of three equal numbers is rounded
 
 
 @ranks(2)
