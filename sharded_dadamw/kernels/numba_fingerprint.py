@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, uint64
+from numba import carray, njit, uint32, uint64
 from torch import Tensor
 
-from sharded_dadamw.kernels.fingerprint import OF_BITS, OF_INDEX, OF_SUM, Span
+from sharded_dadamw.kernels.fingerprint import BLOCK, FIRST, SECOND, STEP, Span, keys
 from sharded_dadamw.kernels.numba_kernel import (
     STORAGES,
     claim,
@@ -26,9 +26,10 @@ from sharded_dadamw.kernels.numba_kernel import (
 
 _TILE = 1 << 16
 """Elements that a thread takes at a time."""
-_FP32, _BF16, _INT16 = (STORAGES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.int16))
-_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_WITH_REMAINDER = 3
+_FP32, _BF16, _FP16, _INT16 = map(STORAGES.get, (torch.float32, torch.bfloat16, torch.float16, torch.int16))
+_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_WITH_REMAINDER = 4
+_KEYS = keys(torch.arange(BLOCK)).numpy().view(np.uint64)
 
 
 class _Call(ctypes.Structure):
@@ -40,8 +41,7 @@ class _Call(ctypes.Structure):
 def sums_of(spans: Sequence[Span]) -> Tensor:
     """Return the sum of each of these, int64 [num_spans]."""
     table, owners = [], []
-    of_spans = [span.values if span.values.dtype in _FORMS else span.values.float() for span in spans]
-    for owner, ((_, remainder, rows), values) in enumerate(zip(spans, of_spans, strict=True)):
+    for owner, (values, remainder, rows) in enumerate(spans):
         at, left = values.data_ptr(), 0 if remainder is None else remainder.data_ptr()
         form = _FORMS[values.dtype] if remainder is None else _WITH_REMAINDER
         for first in range(0, values.numel(), _TILE):
@@ -60,11 +60,61 @@ def sums_of(spans: Sequence[Span]) -> Tensor:
 
 
 @njit(forceinline=True)
-def _mix(bits: Any, number: Any) -> Any:
-    """As ``sharded_dadamw.kernels.fingerprint``; ``number`` is (index + 1) times its constant."""
-    mixed = uint64(bits) * uint64(OF_BITS) + number
-    mixed = uint64(mixed ^ (mixed >> uint64(32))) * uint64(OF_SUM)
-    return uint64(mixed ^ (mixed >> uint64(29)))
+def _word(bits: Any) -> Any:
+    return uint64(uint32(bits ^ (bits >> uint32(16))))
+
+
+@njit(forceinline=True)
+def _of_fp32(values: Any, remainder: Any, i: Any) -> Any:
+    return _word(pattern_of(load(values, 0, _FP32, i)))
+
+
+@njit(forceinline=True)
+def _of_bf16(values: Any, remainder: Any, i: Any) -> Any:
+    return uint64(pattern_of(load(values, 0, _BF16, i)) >> uint32(16))
+
+
+@njit(forceinline=True)
+def _of_fp16(values: Any, remainder: Any, i: Any) -> Any:
+    return _word(pattern_of(load(values, 0, _FP16, i)))
+
+
+@njit(forceinline=True)
+def _of_fp64(values: Any, remainder: Any, i: Any) -> Any:
+    bits = carray(pointer_at(values), i + 1, np.uint64)[i]
+    return uint64(bits ^ (bits >> uint64(32)))
+
+
+@njit(forceinline=True)
+def _of_both(values: Any, remainder: Any, i: Any) -> Any:
+    return _word(pattern_of(join(load(values, 0, _BF16, i), load(remainder, 1, _INT16, i))))
+
+
+@njit(forceinline=True)
+def _key(number: Any) -> Any:
+    mixed = uint64(number + 1) * uint64(STEP)
+    mixed = uint64(mixed ^ (mixed >> uint64(30))) * uint64(FIRST)
+    mixed = uint64(mixed ^ (mixed >> uint64(27))) * uint64(SECOND)
+    return uint64(mixed ^ (mixed >> uint64(31))) | uint64(1)
+
+
+@njit(forceinline=True)
+def _sum(word_at: Any, values: Any, remainder: Any, at: Any, stop: Any, index: Any) -> Any:
+    """The sum over elements [at, stop), the first of which has this index."""
+    total = uint64(0)
+    while at < stop:
+        of_block, place = uint64(0), index % BLOCK
+        count = min(BLOCK - place, stop - at)
+        if count == BLOCK:  # of which the compiler knows the length
+            for i in range(BLOCK):
+                of_block += word_at(values, remainder, at + i) * _KEYS[i]
+        else:
+            for i in range(count):
+                of_block += word_at(values, remainder, at + i) * _KEYS[place + i]
+        total += of_block * _key(BLOCK + index // BLOCK)
+        at += count
+        index += count
+    return total
 
 
 @cache
@@ -83,23 +133,18 @@ def _compile() -> Any:
             while at < numel:
                 within = element % length
                 stop = min(numel, at + length - within)
-                number = uint64(base + element // length * stride + within + 1 - at) * uint64(OF_INDEX)
+                index = base + element // length * stride + within
                 if form == 0:
-                    for i in range(at, stop):
-                        bits = pattern_of(load(values, 0, _FP32, i))
-                        total += _mix(bits, number + uint64(i) * uint64(OF_INDEX))
+                    total += _sum(_of_fp32, values, remainder, at, stop, index)
                 elif form == 1:
-                    for i in range(at, stop):
-                        bits = pattern_of(load(values, 0, _BF16, i))
-                        total += _mix(bits, number + uint64(i) * uint64(OF_INDEX))
+                    # As fp32 the lower half is 0, so the word has the same 16 bits twice.
+                    total += uint64(0x10001) * _sum(_of_bf16, values, remainder, at, stop, index)
                 elif form == 2:
-                    words = carray(pointer_at(values), numel, np.uint64)
-                    for i in range(at, stop):
-                        total += _mix(words[i], number + uint64(i) * uint64(OF_INDEX))
+                    total += _sum(_of_fp16, values, remainder, at, stop, index)
+                elif form == 3:
+                    total += _sum(_of_fp64, values, remainder, at, stop, index)
                 else:
-                    for i in range(at, stop):
-                        bits = pattern_of(join(load(values, 0, _BF16, i), load(remainder, 1, _INT16, i)))
-                        total += _mix(bits, number + uint64(i) * uint64(OF_INDEX))
+                    total += _sum(_of_both, values, remainder, at, stop, index)
                 element += stop - at
                 at = stop
             sums[tile] = total
