@@ -39,7 +39,7 @@ class GradientResidency(_Choice):
     """What becomes of a bucket's gradients once they are averaged."""
 
     FULL = "they stay where they are: p.grad can be read until zero_grad (ZeRO stage 1)"
-    SHARDED = "only this rank's shard of the mean is kept, and p.grad is None from then on (ZeRO stage 2)"
+    SHARDED = "only this rank's shard of the mean is kept, and p.grad is None or zeros from then on (ZeRO 2)"
 
 
 class StateResidency(_Choice):

@@ -55,7 +55,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     A parameter whose ``grad`` is None on all ranks stays as it is. Gradients are averaged in place by the end of
     backward: call it once per step outside ``no_sync``, and ``zero_grad`` before the next. Averages may be multiplied
     by one number that all ranks share, and not be changed otherwise. With ``GradientResidency.SHARDED`` only this
-    rank's shard of the mean is kept, ``p.grad`` is None once it is reduced, and means of several backwards add up.
+    rank's shard of the mean is kept, ``p.grad`` is None or zeros once it is reduced, and means of several backwards add
+    up.
 
     ``micro_batches`` are the numbers, a range, of this rank's backward passes of a step, counted over all ranks.
 

@@ -55,7 +55,8 @@ def test_parameters_that_were_moved_are_taken_back_with_the_values_they_have(
                 move(model)
             train_on(model, optimizer, group.rank(), step)
         loss_of(model, group.rank()).backward()
-        assert all((p.grad is None) == (residency is SHARDED) for p in model.parameters()), "hooks were left behind"
+        gone = [p.grad is None or not p.grad.any() for p in model.parameters()]
+        assert gone == [residency is SHARDED] * len(gone), "hooks were left behind"
         optimizer.synchronize()
         results.append(values_of(model))
     assert_equal(*results)
@@ -181,6 +182,44 @@ def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(group: Any, h
     said, found = steps_under(group, False, True, how)
     assert "use optimizer.clip_grad_norm_() in place of torch's" in said
     assert_equal(values_of(small(group)[0]), found)  # in the first step already
+
+
+def clip(model: nn.Module) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def divide(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.div_(7.0)
+
+
+@pytest.mark.parametrize("buckets", [{}, {"bucket_cap_mb": 16.0}])
+@pytest.mark.parametrize("touch", [clip, divide, nn.Module.zero_grad])
+@ranks(2)
+def test_what_others_do_to_sharded_gradients_is_an_error(
+    group: Any, touch: Callable[[nn.Module], None], buckets: dict[str, Any]
+) -> None:
+    (model, optimizer), (control, alone) = (small(group, gradient_residency=SHARDED, **buckets) for _ in range(2))
+    for step in range(2):
+        for micro in range(2):  # whose means add up
+            loss_of(model, group.rank(), 10 * step + micro).backward()
+        touch(model)
+        with pytest.raises(RuntimeError, match=r"after backward.*optimizer\.clip_grad_norm_\(\) or max_grad_norm="):
+            optimizer.step()
+        optimizer.zero_grad()
+        train_on(model, optimizer, group.rank(), step)
+        train_on(control, alone, group.rank(), step)
+        assert_equal(values_of(model), values_of(control))
+
+
+@ranks(2)
+def test_means_that_model_zero_grad_was_to_drop_are_an_error_in_the_next_backward(group: Any) -> None:
+    model, _ = small(group, gradient_residency=SHARDED)
+    loss_of(model, group.rank()).backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"after backward.*drop by optimizer\.zero_grad\(\)"):
+        loss_of(model, group.rank()).backward()
 
 
 @ranks(3)

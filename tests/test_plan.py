@@ -46,7 +46,7 @@ SHAPES = {
         for layer in "abc"
         for name, shape in {"up": (64, 99), "norm": (257,), "down": (99, 64)}.items()
     },
-    "bias": (33,),
+    "bias": (133,),
     "head": (300, 64),
 }
 

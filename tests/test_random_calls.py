@@ -434,7 +434,7 @@ class _Oracle(_Both):
         if call.name in ("step", "clip"):
             return self.is_touched or (self.is_used and self.setup.is_full and config.reduce_gradients)
         if call.name in ("backward", "accumulate") and config.reduce_gradients:
-            return self.is_used or self.is_averaged or self.factor is not None
+            return self.is_used or self.is_averaged or self.factor is not None or (self.is_touched and bool(self.means))
         return call.name == "metrics" and (self.setup.metrics_in_step or self.is_gone)
 
     is_fresh = is_gone = False
@@ -579,7 +579,7 @@ class _Oracle(_Both):
         self.assigned.add(name)
 
     def scale(self, factor: float) -> None:
-        self.is_touched = self.is_touched or self.factor is not None
+        self.is_touched = self.is_touched or self.factor is not None or bool(self.means)
         for here in self.local:
             for name in here:
                 here[name] = here[name] * factor
@@ -611,6 +611,7 @@ class _Oracle(_Both):
     def drop(self, name: str) -> None:
         if self.setup.config.reduce_gradients:
             self.is_touched = self.is_touched or (self.factor is not None and any(name in here for here in self.local))
+        self.is_touched = self.is_touched or name in self.means
         self.assigned.discard(name)
         for here in self.local:
             here.pop(name, None)

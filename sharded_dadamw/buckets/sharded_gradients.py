@@ -1,4 +1,8 @@
-"""Gradients of which only this rank's shard of the mean is kept, and ``p.grad`` is None from then on (ZeRO stage 2)."""
+"""Gradients of which only this rank's shard of the mean is kept, and ``p.grad`` is None from then on (ZeRO stage 2).
+
+The smallest parameter of a bucket has zeros in ``p.grad`` instead, a witness: whoever clips, scales or drops what
+backward has left writes into it, or drops it. torch's ``clip_grad_norm_`` finds no gradient, and says nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,15 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.update.storage import Allocate
+
+_LARGEST_WITNESS = 2**16
+"""Elements. What is larger has None in ``p.grad``, too."""
+
+
+def witness_of(members: Sequence[NamedParameter]) -> int | None:
+    """The slot of a bucket's witness, if it has one."""
+    smallest = min(range(len(members)), key=lambda slot: members[slot].param.numel())
+    return smallest if members[smallest].param.numel() <= _LARGEST_WITNESS else None
 
 
 class SpareBuffers:
@@ -61,6 +74,9 @@ class ShardedGradients(HookedGradients):
         self._leaving: Tensor | None = None
         self._holds_a_mean = False
         self._is_cleared = True
+        self._witness_slot = witness_of(members)
+        self._witness: Tensor | None = None
+        self._version = 0  # of the witness, as we left it
 
     @property
     def present(self) -> tuple[bool, ...]:
@@ -70,6 +86,7 @@ class ShardedGradients(HookedGradients):
 
     def _reset(self) -> None:
         super()._reset()
+        self._dismiss_witness()
         if self._buffer is not None:
             for member, view in zip(self._members, self._views, strict=True):
                 if member.param.grad is view:
@@ -81,6 +98,7 @@ class ShardedGradients(HookedGradients):
 
     def consume(self) -> None:
         super().consume()
+        self._dismiss_witness()
         self._is_cleared = False
 
     def drop(self) -> None:
@@ -94,15 +112,15 @@ class ShardedGradients(HookedGradients):
         self._require_reduced()
         self._require_all_passes()
         for slot, member in enumerate(self._members):
-            if member.param.grad is not None:
+            grad = member.param.grad
+            if self._witness is not None and slot == self._witness_slot:
+                if grad is not self._witness or grad._version != self._version:
+                    raise self._touched(slot)
+            elif grad is not None:
                 if self.stage is Stage.READ:
                     raise self.changed()
-                if self._has_grad[slot] and not (self._buffer is not None and member.param.grad is self._views[slot]):
-                    raise RuntimeError(
-                        f"the gradient of {member.name} is there again, after backward has delivered one; if something "
-                        "else averages gradients, such as DistributedDataParallel, pass "
-                        "ShardingConfig(reduce_gradients=False); otherwise assign none beside those of backward"
-                    )
+                if self._has_grad[slot] and not (self._buffer is not None and grad is self._views[slot]):
+                    raise self._touched(slot)
                 self._adopt(slot)
 
     def reduce(self, collectives: Collectives) -> None:
@@ -111,11 +129,15 @@ class ShardedGradients(HookedGradients):
             self._reset()
         buffer = self._filling()
         for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
-            if param.grad is not view:  # none came since the last reduction, or it was dropped or assigned
+            is_as_delivered = param.grad is view
+            if not is_as_delivered and param.grad is not self._witness:  # it was assigned
                 with suppress(RuntimeError, ValueError):  # which the agreement raises, where other ranks hear of it
                     self._adopt(slot)
             if param.grad is view:
                 self._has_grad[slot], param.grad = True, None
+                if slot == self._witness_slot and is_as_delivered:  # else DistributedDataParallel wants its own view
+                    param.grad = self._witness = torch.zeros(param.shape, dtype=self._dtype, device=self._device)
+                    self._version = self._witness._version
             else:
                 view.zero_()
         self._buffer, self._views, self._leaving = None, [], buffer
@@ -135,13 +157,31 @@ class ShardedGradients(HookedGradients):
             self._leaving = None
 
     def is_taken(self, slot: int) -> bool:
-        return self._has_grad[slot] and self._params[slot].grad is None
+        grad = self._params[slot].grad
+        return self._has_grad[slot] and (grad is None or grad is self._witness)
+
+    def _dismiss_witness(self) -> None:
+        witness, self._witness = self._witness, None
+        if self._witness_slot is not None and self._params[self._witness_slot].grad is witness:
+            self._params[self._witness_slot].grad = None
+
+    def _touched(self, slot: int) -> RuntimeError:
+        return RuntimeError(
+            f"the gradient of {self._members[slot].name} was changed, dropped or made anew after backward, which with "
+            "GradientResidency.SHARDED leaves nothing but this rank's shard of the mean; clip by "
+            "optimizer.clip_grad_norm_() or max_grad_norm=, and drop by optimizer.zero_grad(). If something else "
+            "averages gradients, such as DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)"
+        )
 
     def _make_room(self, slot: int) -> None:
         if self.stage is Stage.CONSUMED:
             self._reset()
         if self.stage is Stage.READ or (self._passes is not None and self._holds_a_mean):
             raise self._too_late(slot)
+        if self._witness is not None and slot == self._witness_slot:
+            if self._witness._version == self._version:  # backward has found another one, or none
+                raise self._touched(slot)
+            self._witness = None
         if self._holds_a_mean and not self._is_cleared:  # model.zero_grad(), which finds p.grad at None, drops no mean
             raise RuntimeError(
                 f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks, and it "

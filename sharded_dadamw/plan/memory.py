@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.buckets.build import Arrangement
-from sharded_dadamw.buckets.sharded_gradients import SpareBuffers
+from sharded_dadamw.buckets.sharded_gradients import SpareBuffers, witness_of
 from sharded_dadamw.comm.collectives import sum_dtype
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.layout.parameters import NamedParameter
@@ -100,8 +100,10 @@ def at_rest(model: Model) -> Phase:
 def phases(model: Model) -> dict[str, Phase]:
     """What a rank holds at most in each phase."""
     rest, counted = at_rest(model), _Counted(model)
-    counted.play(model.backward())  # what is left over from one pass serves the next
-    counted.play(model.backward())
+    witnesses = sum(map(partial(_witness, model), model.buckets))
+    for _ in range(2):  # what is left over from one pass serves the next
+        counted.play(model.backward())
+        counted.now -= witnesses  # in step
     in_backward, kept = counted.most, counted.now
     counted.most = 0
     counted.play(model.step(attached=True))
@@ -111,7 +113,7 @@ def phases(model: Model) -> dict[str, Phase]:
         "construct": Phase(_constructing(model), rest.host),
         "forward": Phase(held, rest.host),
         "backward peak": Phase(replace(held, in_flight=in_backward), rest.host),
-        "step": Phase(replace(held, in_flight=max(kept, counted.most)), rest.host),
+        "step": Phase(replace(held, in_flight=max(kept + witnesses, counted.most)), rest.host),
         "gather": Phase(held, rest.host),
         "save": Phase(held, rest.host + share),
     }
@@ -175,6 +177,12 @@ def _resident(model: Model, bucket: Arrangement) -> Phase:
     return Phase(held, state + Bytes(staging=shard * (bucket.storage.param.itemsize + dtype.itemsize)))
 
 
+def _witness(model: Model, bucket: Arrangement) -> int:
+    """The zeros in ``p.grad`` that stand for a bucket's sharded gradients, until ``step``."""
+    slot = witness_of(bucket.members) if model.keeps_shards and bucket.reduces else None
+    return 0 if slot is None else bucket.members[slot].param.numel() * bucket.members[slot].gradient_dtype.itemsize
+
+
 def _constructing(model: Model) -> Bytes:
     """What the device holds at most while buckets are built, each beside the parameters that move into it."""
     held = Bytes(parameters=sum(member.placement.local_numel * member.param.itemsize for member in model.members))
@@ -215,7 +223,7 @@ class _Counted:
                 self._add(-num_bytes)
             elif what == "begin":
                 self._part[number] = 0
-                self._add(scratch[0][0])
+                self._add(scratch[0][0] + _witness(self._model, self._model.buckets[number]))
             elif what == "go on":
                 part = self._part[number]
                 self._part[number] += 1
