@@ -300,11 +300,9 @@ def fsdp2_over(mesh: DeviceMesh, model: Model) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def under_fsdp2(group: Any, hyper: Hyper, with_norm_group: bool = False) -> Placed:
-    mesh = line(group)
-    model = fsdp2_over(mesh, Model())
-    options: dict[str, Any] = {"norm_group": mesh} if with_norm_group else {}
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper, **options), group.rank(), group.size())
+def under_fsdp2(group: Any, hyper: Hyper) -> Placed:
+    model = fsdp2_over(line(group), Model())
+    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
 
 
 def fsdp2_and_plain(group: Any, hyper: Hyper) -> Placed:
@@ -384,7 +382,6 @@ class Layout:
 LAYOUTS = {
     "single process": Layout(1, alone, exact=True),
     "DDP": Layout(2, under_ddp, exact=True),
-    "sharded on 1": Layout(1, sharded, exact=True),
     "sharded on 2": Layout(2, sharded, exact=True),
     "sharded on 3": Layout(3, sharded),
     "sharded on 4": Layout(4, sharded),
@@ -392,13 +389,10 @@ LAYOUTS = {
     "FSDP1": Layout(2, fsdp1("FULL_SHARD", True), exact=True),
     "FSDP1 on 3": Layout(3, fsdp1("FULL_SHARD", True)),
     "FSDP1 flat": Layout(2, fsdp1("FULL_SHARD", False), exact=True, flat=True),
-    "FSDP1 NO_SHARD": Layout(2, fsdp1("NO_SHARD", True), exact=True),
     "FSDP1 NO_SHARD flat": Layout(2, fsdp1("NO_SHARD", False), exact=True, flat=True),
     "FSDP1 HYBRID_SHARD 2x2": Layout(4, fsdp1("HYBRID_SHARD", True), exact=True),
-    "FSDP1 HYBRID_SHARD 2x2 flat": Layout(4, fsdp1("HYBRID_SHARD", False), exact=True, flat=True),
     "FSDP2": Layout(2, under_fsdp2, exact=True),
     "FSDP2 on 3": Layout(3, under_fsdp2),
-    "FSDP2 with norm_group": Layout(2, partial(under_fsdp2, with_norm_group=True), exact=True),
     "FSDP2 and plain parameters": Layout(2, fsdp2_and_plain, exact=True),
     "HSDP 2x2": Layout(4, under_hsdp, exact=True),
     "HSDP 2x2, sharded": Layout(4, sharded_under_hsdp, exact=True),

@@ -3,6 +3,7 @@
 Remainders and random bits are proved for all patterns; training shows that they are used, in pairs of settings.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ def test_a_remainder_fits_a_parameter_that_others_have_rounded_and_is_0_once_tha
         assert restored[~finite].isnan().all()
     value = torch.randn(1000)
     changed = split(value)[0] * 1.5
+    changed[:4] = torch.tensor([0.0, -0.0, 0.0, -0.0])  # where minus something, added to the pattern, would be nan
     assert torch.equal(join(changed, remainder_of(value, changed)), changed.float())
 
 
@@ -218,21 +220,13 @@ SIZES = (1000, 7, 4096, 64, 513)
 REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "num_steps", "moments", "amsgrad"),
-    [
-        (1, 1000, Moments.BF16, True),
-        (3, 30, Moments.FP32, False),
-    ],
-)
+@pytest.mark.parametrize(("num_ranks", "moments", "amsgrad"), [(1, Moments.BF16, True), (3, Moments.FP32, False)])
 def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
-    num_ranks: int, num_steps: int, moments: Moments, amsgrad: bool
+    num_ranks: int, moments: Moments, amsgrad: bool
 ) -> None:
     """The parameters too, so that the model sees the same."""
-    rest = (dict(amsgrad=amsgrad),)
-    with_main = on_ranks(num_ranks, train, BF16, (65, 1, 200), num_steps, dict(moments=moments), *rest)
-    settings = dict(moments=moments, **REMAINDER)
-    with_remainder = on_ranks(num_ranks, train, BF16, (65, 1, 200), num_steps, settings, *rest)
+    run: Any = partial(on_ranks, num_ranks, train, BF16, (65, 1, 200), 1000 if num_ranks == 1 else 30)
+    with_main, with_remainder = (run(dict(moments=moments, **kept), dict(amsgrad=amsgrad)) for kept in ({}, REMAINDER))
     for name, param in with_main[0][1].items():
         assert torch.equal(with_remainder[0][1][name], param)
         remainder = whole(with_remainder, name, "main_remainder")
@@ -322,11 +316,10 @@ def test_the_unsharded_optimizer_warns_of_moments_that_would_freeze(caplog: pyte
         assert len([r for r in caplog.records if "never falls again" in r.getMessage()]) == num_warnings
 
 
-@pytest.mark.parametrize("main", [MainParameter.FP32, MainParameter.REMAINDER], ids=str)
-def test_small_decays_of_bf16_weights_add_up(main: MainParameter) -> None:
+def test_small_decays_of_bf16_weights_add_up() -> None:
     """1e-4 per step for 300 steps; a bf16 weight alone would stay where it is."""
     weights = {}
-    for kept in (main, MainParameter.NONE):
+    for kept in (MainParameter.REMAINDER, MainParameter.NONE):
         param = nn.Parameter(torch.linspace(0.5, 2.0, 512).to(BF16))
         start = param.detach().float()
         optimizer = ShardedDecoupledAdamW(
@@ -337,26 +330,11 @@ def test_small_decays_of_bf16_weights_add_up(main: MainParameter) -> None:
             optimizer.step()
             optimizer.zero_grad()
         weights[kept] = param.detach().float() / start
-    expected = (1 - 1e-4) ** 300
-    assert abs(weights[main].mean().item() - expected) < 2e-4, "each weight is the nearest of 256 per octave"
-    assert (weights[main] / expected - 1).abs().max() < 2**-7
+    # Each weight is the nearest of 256 per octave.
+    torch.testing.assert_close(
+        weights[MainParameter.REMAINDER].mean(), torch.tensor((1 - 1e-4) ** 300), rtol=0, atol=2e-4
+    )
     assert (weights[MainParameter.NONE] == 1).all()
-
-
-@pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_a_weight_that_is_set_to_zero_starts_again_from_zero(zero: float) -> None:
-    """Whatever its remainder was: minus something, added to the pattern of zero, would be nan."""
-    param = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(BF16))
-    optimizer = ShardedDecoupledAdamW([param], lr=1e-2, config=ShardingConfig(**REMAINDER))
-    for _ in range(4):
-        param.grad = torch.randn(64).to(BF16)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (optimizer.state[param]["main_remainder"] < 0).any()
-    param.data.fill_(zero)
-    param.grad = torch.ones(64, dtype=BF16)
-    optimizer.step()
-    assert param.isfinite().all() and (param.abs() < 0.1).all()
 
 
 def test_a_remainder_for_fp16_is_refused() -> None:

@@ -1,7 +1,6 @@
 """A step has the same bits on any number of ranks: `ShardingConfig(micro_batches=K)`."""
 
 import math
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from sharded_dadamw import (
 )
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.difference import difference
-from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
 from sharded_dadamw.kernels import exact_squares
 from sharded_dadamw.norms import held
 from sharded_dadamw.norms.global_norm import exact_norm
 from tests import pool
+from tests.harness import ranks
 from tests.layouts import grid
 from tests.simulated import on_ranks
 
@@ -70,9 +69,13 @@ def trained(
     attach: bool = False,
     clip: str = "in step",
     wide_gradients: bool = False,
+    root: Path | None = None,
     **config: Any,
 ) -> list[str]:
-    """The fingerprints after each step, and the norms to which gradients were clipped, on this rank."""
+    """The fingerprints after each step, and the norms to which gradients were clipped, on this rank.
+
+    With `root` the run goes on from its newest checkpoint, and is saved in the end.
+    """
     model: nn.Module = Model().to(dtype)
     if wide_gradients:
         for param in model.parameters():
@@ -86,8 +89,9 @@ def trained(
     )
     if attach:
         optimizer.attach(model)
+    resumed = None if root is None else load_checkpoint(root, model=model, optimizer=optimizer)
     found = []
-    for step in range(num_steps):
+    for step in range(resumed.step if resumed else 0, num_steps):
         for number in optimizer.micro_batches:
             loss_of(model, step, number).backward()
         norm = optimizer.clip_grad_norm_(0.5) if clip == "before it" else None
@@ -95,6 +99,8 @@ def trained(
         norm = optimizer.metrics()["grad_norm"] if clip == "in step" else norm
         optimizer.zero_grad()
         found.append(f"{optimizer.fingerprint()} {'' if norm is None else float(norm).hex()}")
+    if root is not None:
+        save_checkpoint(root, step=num_steps, model=model, optimizer=optimizer)
     return found
 
 
@@ -193,8 +199,9 @@ def test_ranks_that_are_processes_have_the_same_bits(exchange: Exchange) -> None
                 assert found == expected, num_ranks
 
 
-def by_hand(group: Any) -> list[Tensor]:
-    """Two steps of DecoupledAdamW with the mean of four gradients, added in pairs."""
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_step_is_the_mean_over_micro_batches(num_ranks: int) -> None:
+    """As two steps of DecoupledAdamW with the mean of four gradients, added in pairs."""
     model = Model()
     optimizer = DecoupledAdamW(model.named_parameters(), lr=1e-2)
     for step in range(2):
@@ -206,26 +213,8 @@ def by_hand(group: Any) -> list[Tensor]:
         for param, (a, b, c, d) in zip(model.parameters(), zip(*gradients, strict=True), strict=True):
             param.grad = None if a is None else ((a + b) + (c + d)) / 4
         optimizer.step()
-    return [param.detach() for param in model.parameters()]
-
-
-def with_micro_batches(group: Any) -> list[Tensor]:
-    model = Model()
-    config = ShardingConfig(micro_batches=4)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    for step in range(2):
-        for number in optimizer.micro_batches:
-            loss_of(model, step, number).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [param.detach().clone() for param in model.parameters()]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_step_is_the_mean_over_micro_batches(num_ranks: int) -> None:
-    (expected,) = on_ranks(1, by_hand)
-    for found in on_ranks(num_ranks, with_micro_batches):
-        assert all(map(torch.equal, found, expected))
+    for found in on_ranks(num_ranks, partial(trained, clip="no"), 4, 2):
+        assert found[-1].strip() == str(optimizer.fingerprint())
 
 
 # --- the norm --------------------------------------------------------------------------------------------------------
@@ -245,19 +234,15 @@ def test_a_norm_has_the_same_bits_however_it_is_cut(scale: float) -> None:
         for num_ranks, order in ((1, 1), (2, 7), (3, 1000))
         for norm in on_ranks(num_ranks, norm_of, deal(whole, num_ranks, order))
     }
+    with mock.patch.object(exact_squares, "compiled_kernel", lambda _: None):
+        found.update(on_ranks(2, norm_of, deal(whole, 2, 7)))
     assert len(found) == 1
     assert found.pop() == pytest.approx(expected, rel=2**-23, abs=1e-45)
-    with mock.patch.object(exact_squares, "compiled_kernel", lambda _: None):
-        assert norm_of_whole(whole) == norm_of_whole(whole[:0], whole) == pytest.approx(expected, rel=2**-23, abs=1e-45)
 
 
 def test_the_norm_that_clips_a_step_is_the_exact_one() -> None:
     with mock.patch.object(held, "global_norm", None):  # whose last bit an order of addition seldom changes
         assert trained(None, 2, 1) and trained(None, 2, 1, clip="before it")
-
-
-def norm_of_whole(*runs: Tensor) -> float:
-    return float(exact_norm(runs, collectives=Collectives(), device=torch.device("cpu")))
 
 
 def deal(whole: Tensor, num_ranks: int, size: int) -> list[list[Tensor]]:
@@ -275,37 +260,12 @@ def test_a_norm_of_what_is_not_finite_is_not_either(odd: float, expected: float)
 # --- resumed elsewhere -----------------------------------------------------------------------------------------------
 
 
-def leg(group: Any, root: Path, first: int, last: int) -> str:
-    """Steps of a run that goes on from its newest checkpoint."""
-    model = Model().bfloat16()
-    settings = {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16}
-    optimizer = ShardedDecoupledAdamW(
-        model.named_parameters(),
-        lr=1e-2,
-        process_group=group,
-        config=ShardingConfig(micro_batches=12, **settings),
-        max_grad_norm=0.5,
-    )
-    resumed = load_checkpoint(root, model=model, optimizer=optimizer)
-    assert (resumed.step if resumed else 0) == first
-    for step in range(first, last):
-        for number in optimizer.micro_batches:
-            loss_of(model, step, number).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    save_checkpoint(root, step=last, model=model, optimizer=optimizer)
-    return str(optimizer.fingerprint())
-
-
 def test_a_run_that_goes_on_with_other_numbers_of_ranks_ends_as_one_that_nothing_happened_to(tmp_path: Path) -> None:
-    (expected,) = on_ranks(1, leg, tmp_path / "undisturbed", 0, 6)
-    draw = random.Random(5)
-    step = 0
-    while step < 6:
-        num_ranks, last = draw.choice([1, 3, 6]), min(6, step + draw.randint(1, 2))
-        found = on_ranks(num_ranks, leg, tmp_path / "elsewhere", step, last)
-        step = last
-    assert set(found) == {expected}
+    run = partial(trained, dtype=torch.bfloat16, main_parameter=MainParameter.REMAINDER, moments=Moments.BF16)
+    (expected,) = on_ranks(1, partial(run, root=tmp_path / "undisturbed"), 12, 6)
+    for num_ranks, last in ((3, 1), (6, 3), (1, 4), (6, 6)):
+        for found in on_ranks(num_ranks, partial(run, root=tmp_path / "elsewhere"), 12, last):
+            assert found == expected[last - len(found) : last]
     assert difference(tmp_path / "undisturbed", tmp_path / "elsewhere") is None
 
 
@@ -385,7 +345,8 @@ def test_gradients_that_no_micro_batch_has_brought_are_refused(residency: Gradie
         assert fingerprint == found[0][-1]
 
 
-def warned_of_ddp(group: Any) -> None:
+@ranks(2)
+def test_a_model_whose_gradients_ddp_averages_is_warned_of(group: Any) -> None:
     model = Model()
     del model.unused
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
@@ -397,21 +358,11 @@ def warned_of_ddp(group: Any) -> None:
         optimizer.step()
 
 
-def test_a_model_whose_gradients_ddp_averages_is_warned_of() -> None:
-    on_ranks(2, warned_of_ddp)
-
-
-def refused_rows(group: Any) -> str:
+@ranks(6)
+def test_rows_of_a_mesh_whose_sums_are_no_nodes_of_the_tree_are_refused(_: Any) -> None:
     mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replicate", "shard"))
-    with pytest.raises(
-        ValueError, match=r"expected rows of a 2-D mesh to have 1, 2, 4, 8 \.\.\. ranks, got 3"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"expected rows of a 2-D mesh to have 1, 2, 4, 8 \.\.\. ranks, got 3"):
         ShardedDecoupledAdamW(Model().parameters(), process_group=mesh, config=ShardingConfig(micro_batches=6))
-    return str(caught.value)
-
-
-def test_rows_of_a_mesh_whose_sums_are_no_nodes_of_the_tree_are_refused() -> None:
-    on_ranks(6, refused_rows)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ tests/test_layout.py proves for all; schedules, dtypes and clipping know nothing
 few numbers of ranks on which it runs. Ranks are simulated, but where DDP, a process's memory or its wire is tested.
 """
 
-import gc
 import math
 import os
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharded_dadamw import Exchange, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
@@ -42,7 +41,6 @@ ALIGNMENT = 64  # elements
     ("odd sizes, one bucket each", scenario(bucket_cap_mb=ONE_EACH), (3,)),
     ("odd sizes, a few per bucket", scenario(bucket_cap_mb=SOME_EACH), (4,)),
     ("a bias smaller than the rank count", scenario("tiny"), (3, 4)),
-    ("a bias smaller than the rank count in a bucket of its own", scenario("tiny", bucket_cap_mb=ONE_EACH), (2, 4)),
     ("nothing but a scalar and an empty parameter", scenario("empty and scalar", num_steps=3), (1, 3)),
     ("the same, one bucket each", scenario("empty and scalar", num_steps=3, bucket_cap_mb=ONE_EACH), (2,)),
     ("more than is exchanged at once", scenario("large", num_steps=2), (3,)),
@@ -50,7 +48,6 @@ ALIGNMENT = 64  # elements
     ("aligned sizes", scenario("aligned", num_steps=4), (4,)),
     # dtypes, groups and schedules
     ("mixed dtypes with fp32 main parameters", scenario("mixed dtypes"), (2, 3)),
-    ("mixed dtypes without main parameters", scenario("mixed dtypes", bucket_cap_mb=ONE_EACH, **AS_UNSHARDED), (3,)),
     ("bf16 with fp32 main parameters and amsgrad", scenario("bf16", amsgrad=True), (3,)),
     ("bf16 without main parameters and amsgrad", scenario("bf16", amsgrad=True, **AS_UNSHARDED), (2,)),
     ("fp16 with fp32 main parameters", scenario("fp16"), (2,)),
@@ -62,9 +59,7 @@ ALIGNMENT = 64  # elements
     # who has no gradient is untouched, decay included
     ("frozen parameters", scenario("frozen"), (3,)),
     ("frozen columns", scenario("frozen columns", num_steps=2), (2,)),
-    ("frozen parameters, one bucket each", scenario("frozen", bucket_cap_mb=ONE_EACH), (2,)),
     ("unused ones alternating", scenario(without_gradient="alternating"), (2,)),
-    ("unused ones, one bucket each", scenario(without_gradient="alternating", bucket_cap_mb=ONE_EACH), (4,)),
     ("unused ones, bf16, amsgrad", scenario("bf16", without_gradient="alternating", amsgrad=True), (3,)),
     ("unused ones, assigned by hand", scenario(without_gradient="alternating", assign=True), (2,)),
     ("unused ones in several dtypes and groups", scenario("mixed dtypes", without_gradient="alternating"), (3,)),
@@ -83,9 +78,7 @@ ALIGNMENT = 64  # elements
     ("three passes assigned by hand", scenario(num_passes=3, assign=True), (1, 2)),
     # clips are by the true norm
     ("clipped", scenario(clip=(0.5, 2.0)), (1, 3)),
-    ("clipped, one bucket each", scenario(clip=(0.5, 2.0), bucket_cap_mb=ONE_EACH), (4,)),
     ("clipped by the inf-norm", scenario(clip=(0.01, math.inf)), (3,)),
-    ("clipped by more than there is", scenario(clip=(1e6, 2.0)), (2,)),
     ("clipped, bf16 with main parameters", scenario("bf16", clip=(0.1, 2.0)), (2,)),
     (
         "clipped, several groups, amsgrad, scheduled",
@@ -101,7 +94,6 @@ ALIGNMENT = 64  # elements
     ("clipped, reduced by others", scenario(clip=(0.1, 2.0), reduce_gradients=False), (3,)),
     # gradients that others reduce are only read
     ("reduced by others", scenario(reduce_gradients=False), (1, 3)),
-    ("reduced by others, one bucket each", scenario(reduce_gradients=False, bucket_cap_mb=ONE_EACH), (4,)),
     ("reduced by others, mixed dtypes", scenario("mixed dtypes", reduce_gradients=False, assign=True), (2,)),
     # a loss scale, of powers of two, leaves no trace, and a step with an infinity changes no byte on any rank
     ("scaled", scenario(loss_scale=2.0**10), (1, 2)),
@@ -111,11 +103,6 @@ ALIGNMENT = 64  # elements
         "scaled, an infinity on the third rank, bf16, amsgrad",
         scenario("bf16", loss_scale=2.0**10, overflows={2: 2}, amsgrad=True, bucket_cap_mb=SOME_EACH),
         (3,),
-    ),
-    (
-        "scaled, an infinity, clipped, on ranks",
-        scenario(loss_scale=2.0**10, overflows={2: 0}, clip=(1e6, 2.0), bucket_cap_mb=SOME_EACH),
-        (2,),
     ),
     (
         "scaled, an infinity in means of others",
@@ -132,11 +119,6 @@ ALIGNMENT = 64  # elements
     ),
     ("tied language model, bf16", scenario("tied language model", dtype=BF16), (2,)),
     ("attention", scenario("attention", num_steps=4), (3,)),
-    (
-        "attention, two passes, clipped",
-        scenario("attention", num_steps=4, bucket_cap_mb=SOME_EACH, num_passes=2, clip=(0.1, 2.0)),
-        (2,),
-    ),
     ("attention, bf16", scenario("attention", num_steps=4, dtype=BF16), (4,)),
 )
 def test_sharded_equals_unsharded(case: Scenario, num_ranks: int) -> None:
@@ -250,60 +232,6 @@ def test_odd_sizes_cost_at_most_one_alignment_unit_of_state_per_bucket(
         assert reported <= bytes_per_param * (numel / num_ranks + num_buckets * ALIGNMENT)
         assert held <= reported, "more is held than reported"
     assert sum(reported for reported, _, _ in results) >= bytes_per_param * results[0][2]
-
-
-def tensor_bytes(skip: set[int]) -> dict[int, int]:
-    """Every storage that some tensor in this process keeps alive, by address, but for those in `skip`."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
-            storage = thing.untyped_storage()
-            start = storage.data_ptr()
-            storages[start] = max(storage.nbytes(), storages.get(start, 0))
-    end, sizes = 0, {}
-    for start, size in sorted(storages.items()):
-        if start not in skip:
-            sizes[start] = max(0, start + size - max(start, end))  # a parameter's storage is a part of its bucket's
-            end = max(end, start + size)
-    return sizes
-
-
-def everything_held(group: Any, reduce_gradients: bool, num_rows: int) -> list[int]:
-    """Bytes alive after construction, and after steps and zero_grad."""
-    before = set(tensor_bytes(set()))
-    params = [nn.Parameter(torch.zeros(n * num_rows, 256)) for n in (128, 64, 1)]
-    config = ShardingConfig(reduce_gradients=reduce_gradients, bucket_cap_mb=0.5)
-    optimizer = ShardedDecoupledAdamW(params, process_group=group, config=config)
-    held = [sum(tensor_bytes(before).values())]
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-    del p
-    held.append(sum(tensor_bytes(before).values()))
-    return held
-
-
-def all_held(group: Any, reduce_gradients: bool) -> list[list[int]]:
-    return [everything_held(group, reduce_gradients, num_rows) for num_rows in (4, 8)]
-
-
-@pytest.mark.parametrize("reduce_gradients", [True, False], ids=["reduced here", "reduced by others"])
-def test_nothing_is_held_but_parameters_gradients_and_the_shards_of_the_state(reduce_gradients: bool) -> None:
-    """Where gradients are reduced here the whole flat gradient buffer; else a copy of this rank's shard of them."""
-
-    def expected(num_rows: int) -> int:
-        numel = (128 + 64 + 1) * num_rows * 256
-        return 4 * (numel + (numel if reduce_gradients else numel // 2) + 2 * numel // 2)
-
-    slack = 16 * 1024  # step counts, flags
-    for (small_at_first, small_later), (large_at_first, large_later) in pool.on_ranks(2, all_held, reduce_gradients):
-        assert expected(4) <= small_at_first <= expected(4) + slack
-        assert expected(8) <= large_at_first <= expected(8) + slack
-        # Scratch memory for the exchange appears with the first step. Its size does not depend on the model's.
-        assert abs((large_later - small_later) - (expected(8) - expected(4))) <= slack
 
 
 def wire_bytes(
