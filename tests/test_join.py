@@ -1,7 +1,6 @@
 """Ranks with uneven data under torch.distributed.algorithms.Join bring zeros, or an error comes on all."""
 
 from contextlib import nullcontext
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from tests.harness import ranks
 from tests.pool import on_ranks, outcomes
 
 FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
@@ -102,29 +102,27 @@ def test_the_first_step_may_find_a_rank_without_data() -> None:
     assert torch.equal(joined[1], control[0])
 
 
-def go_on_after_an_error(group: Any) -> tuple[str, Tensor]:
+@ranks(2, on_ranks)
+def test_after_an_error_within_join_training_goes_on(group: Any) -> Any:
     """Rank 0's second step has another lr than what rank 1, without data, repeats."""
     model = Model()
     config = ShardingConfig(gradient_residency=SHARDED)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    with pytest.raises(RuntimeError, match="ranks disagree about this step") as caught, Join([optimizer]):
-        for number in range(2 - dist.get_rank(group)):
+
+    def step() -> None:
+        model(torch.ones(1, 8) + group.rank()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(RuntimeError, match=r"ranks disagree about this step.*lr") as caught, Join([optimizer]):
+        for number in range(2 - group.rank()):
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
-            model(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
     optimizer.param_groups[0]["lr"] = 1e-2
     optimizer.zero_grad()
     for _ in range(2):
-        model(torch.ones(1, 8) + dist.get_rank(group)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return str(caught.value), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def test_after_an_error_within_join_training_goes_on() -> None:
-    (said, values), (too, others) = on_ranks(2, go_on_after_an_error)
-    assert said == too and "lr" in said and torch.equal(values, others)
+        step()
+    return str(caught.value), [p.tolist() for p in model.parameters()]
 
 
 def test_the_optimizer_is_joinable() -> None:
@@ -163,28 +161,3 @@ def joined_wrongly(group: Any, case: str, num_mine: int) -> None:
 def test_what_zeros_cannot_make_right_is_an_error_on_every_rank(case: str, num_mine: int, said: str) -> None:
     for outcome in outcomes(2, joined_wrongly, case, num_mine):
         assert outcome.error == "RuntimeError" and said in outcome.message, outcome
-
-
-def step_under_joined_ddp(_: Any) -> str:
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    said = ""
-    if dist.get_rank() < 2:
-        model = DistributedDataParallel(Model().layers, process_group=group)
-        config = ShardingConfig(reduce_gradients=False)
-        optimizer = ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
-        try:
-            with model.join():
-                for step in range(1 + dist.get_rank()):
-                    optimizer.zero_grad()
-                    model(torch.full((2, 8), step + 1.0)).square().mean().backward()
-                    optimizer.step()
-        except RuntimeError as error:  # torch's own on the rank without data
-            said = f"{type(error).__name__}: {error}"
-    dist.barrier()
-    return said
-
-
-def test_a_step_under_ddps_own_join_says_who_is_missing() -> None:
-    without_data, with_data, *_ = on_ranks(4, step_under_joined_ddp)
-    assert with_data.startswith("RankError: rank 0 did not come to") and "Join" in with_data
-    assert without_data

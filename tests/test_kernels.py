@@ -23,7 +23,6 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, 
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels import numba_kernel, torch_kernel, triton_kernel
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands
-from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import Hyperparameters
 from tests.forms import (
@@ -223,21 +222,6 @@ def test_a_cut_anywhere_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
         assert same_bits(sliced, whole), f"cut at {at}"
 
 
-@every_kernel_and_kind_but_few_of_tritons
-def test_where_memory_begins_changes_no_bit(kernel: ModuleType, kind: Kind) -> None:
-    control = make_operands(kind, [333], amsgrad=True)
-    start = copied(control)[0]
-    run(kernel, control, HYPER_AMSGRAD, divisor=DIVISOR)
-    for offset in (1, 3, 8):
-        (shifted,) = make_operands(kind, [333], amsgrad=True, offset=offset)
-        for tensor, source in zip(shifted.tensors, start.tensors, strict=True):
-            if tensor is not None and source is not None:
-                tensor.copy_(source)
-        shifted = replace(shifted, first_element=control[0].first_element)
-        run(kernel, [shifted], HYPER_AMSGRAD, divisor=DIVISOR)
-        assert same_bits([shifted], control), f"{offset} elements off"
-
-
 @pytest.mark.parametrize("label", ["fp32", "bf16, remainder, bf16 moments"])
 def test_the_number_of_threads_changes_no_bit_on_a_cpu(label: str) -> None:
     results = []
@@ -377,19 +361,6 @@ def test_a_prepared_update_keeps_no_tensor_alive(kernel: ModuleType) -> None:
     gc.collect()
     assert watched() is None
     assert update.keeps_tensors is False
-
-
-def test_tiles_cover_every_element_once_and_never_two_fragments() -> None:
-    numels = (0, 5, 4096, 4097, 0, 1)
-    fragment, start, offsets = plan_tiles(numels, 2048)
-    covered = [0] * len(numels)
-    for index, first in zip(fragment.tolist(), start.tolist(), strict=True):
-        assert first == covered[index], "tiles of a fragment lie in order, without gaps"
-        covered[index] += min(2048, numels[index] - first)
-    assert tuple(covered) == numels
-    assert fragment.tolist() == sorted(fragment.tolist())
-    assert [fragment.tolist().index(i) for i in (1, 2, 3, 5)] == [offsets[i] for i in (1, 2, 3, 5)]
-    assert offsets[-1] == len(fragment)
 
 
 def test_an_update_of_nothing_is_nothing() -> None:
