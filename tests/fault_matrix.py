@@ -5,6 +5,7 @@ that fails. A run ends well, or every rank that is left raises.
 """
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import Exchange, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.checkpoint import dcp, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.entries import Entries
@@ -147,13 +148,6 @@ class Run:
         self.train()
 
 
-def warm_up() -> None:
-    """Load what the first step on a machine loads, which may take longer than the timeout."""
-    param = nn.Parameter(torch.ones(4))
-    param.grad = torch.ones(4)
-    DecoupledAdamW([param]).step()
-
-
 def run_rank(
     rank: int,
     num_ranks: int,
@@ -168,7 +162,7 @@ def run_rank(
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    warm_up()
+    importlib.import_module("tests.preloaded")  # which may take longer than the timeout
     timeout = timedelta(seconds=TIMEOUT_S)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     store.add("ready", 1)

@@ -47,8 +47,8 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=150)  # longer than a case, so that a han
 
 # Where there is a GPU, ranks are fresh interpreters: whatever has asked for CUDA must not be forked any more.
 FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-"""Starts processes that have imported already what takes seconds: all of training, and what optimizers import late."""
-FORKS.set_forkserver_preload(["tests.forked", "tests.harness", "torch._dynamo", "sharded_dadamw.kernels.numba_kernel"])
+"""Starts processes that have imported and compiled already what takes seconds."""
+FORKS.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailure(AssertionError):

@@ -3,10 +3,8 @@
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from launch.cluster import join, name_of_start
 from launch.data import Corpus, share
 from launch.model import GPT
-from launch.options import PRESETS, Choice, Precision, Preset, Settings, read_settings
+from launch.options import PRESETS, Preset, Settings, read_settings
 from launch.train import Training
 from sharded_dadamw.checkpoint import load_checkpoint
 from sharded_dadamw.checkpoint.difference import difference
@@ -163,16 +161,6 @@ def test_a_wrong_option_is_one_clear_error(options: str, message: str, capsys: p
     assert ended.value.code == 2 and said.out == "" and message in said.err
 
 
-def test_a_run_is_never_written_over_another(two_ranks: Run) -> None:
-    ended = call(str(CHECKOUT / "launch" / "options.py"), "--run-dir", str(two_ranks.folder))
-    assert ended.returncode == 2
-    assert (
-        ended.stderr
-        == f"error: expected --run-dir to hold no earlier run, got {two_ranks.folder}; name another folder, or go "
-        "on with that run by --resume\n"
-    )
-
-
 @pytest.mark.parametrize("place", ["a file", "run"])
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(place: str, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
@@ -196,32 +184,24 @@ def test_a_run_is_resumed_with_the_options_it_began_with(two_ranks: Run) -> None
     assert settings_for(folder, "--resume", *OPTIONS) == replace(began, run_dir=two_ranks.folder, resume=True)
 
 
-def test_a_difference_that_matters_is_named(two_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        settings_for(
-            str(two_ranks.folder), "--resume", "--lr", "1", "--optimizer", "decoupled", "--no-plot", "--amsgrad"
-        )
-    expected = "--optimizer sharded, got decoupled; --lr 0.005, got 1.0; --amsgrad False, got True; leave out"
-    assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--optimizer", "torch-zero"], "--optimizer torch-zero cannot resume"),
-        ([], "expected a run to resume, got none in"),
-    ],
-)
-def test_what_cannot_be_resumed_says_so(
-    options: list[str], said: str, tmp_path: Path, two_ranks: Run, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_resumed_or_written_over_says_so(
+    tmp_path: Path, two_ranks: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if options:
-        config = json.loads((two_ranks.folder / "config.json").read_text())
-        config["settings"]["optimizer"] = options[-1]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
-        settings_for(str(tmp_path), "--resume", *options)
-    assert said in capsys.readouterr().err
+    folder = str(two_ranks.folder)
+    config = json.loads((two_ranks.folder / "config.json").read_text())
+    config["settings"]["optimizer"] = "torch-zero"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    others = ["--lr", "1", "--optimizer", "decoupled", "--no-plot", "--amsgrad"]
+    differ = "--optimizer sharded, got decoupled; --lr 0.005, got 1.0; --amsgrad False, got True; leave out"
+    for options, said in (
+        ([folder], f"expected --run-dir to hold no earlier run, got {folder}; name another folder, or go on with that"),
+        ([folder, "--resume", *others], differ),
+        ([str(tmp_path), "--resume", "--optimizer", "torch-zero"], "--optimizer torch-zero cannot resume"),
+        ([str(tmp_path / "none"), "--resume"], "expected a run to resume, got none in"),
+    ):
+        with pytest.raises(SystemExit):
+            settings_for(*options)
+        assert said in capsys.readouterr().err
 
 
 def test_without_a_folder_the_latest_run_is_resumed(
@@ -278,19 +258,6 @@ def part_of_a_run(_: Any, settings: Settings, stop: int | None = None) -> list[t
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
 
 
-def in_parts(group: Any, whole: Settings) -> tuple[list[Any], list[Any], str]:
-    """The metrics of a run, and of one that was stopped and resumed, at first without a checkpoint."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    said = io.StringIO()
-    parts = replace(whole, run_dir=whole.run_dir.with_name("parts"))  # type: ignore[union-attr]
-    with contextlib.redirect_stdout(said):
-        expected = part_of_a_run(group, whole)
-        for stop in (3, 10, None, None):
-            found = part_of_a_run(group, parts, stop)
-            parts = replace(parts, resume=True)
-    return expected, found, said.getvalue()
-
-
 def test_a_run_that_goes_on_with_fewer_ranks_has_the_weights_of_one_that_nothing_happened_to(tmp_path: Path) -> None:
     whole = Settings(
         preset=Preset.TINY,
@@ -316,52 +283,6 @@ def test_a_run_that_goes_on_with_fewer_ranks_has_the_weights_of_one_that_nothing
         assert difference(tmp_path / "whole" / name, tmp_path / "parts" / name) is None
 
 
-OF_HOSTS = {"precision": Precision.BF16, "shard_within_host": True}
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "options"),
-    [(Choice.SHARDED, {}), (Choice.SHARDED, OF_HOSTS), (Choice.DDP_ADAMW, {})],
-)
-def test_a_run_in_parts_is_the_same_run(optimizer: Choice, options: dict[str, Any], tmp_path: Path) -> None:
-    settings = Settings(
-        ranks=4,
-        optimizer=optimizer,
-        preset=Preset.TINY,
-        steps=12,
-        warmup=4,
-        lr=5e-3,
-        data=TEXT,
-        micro_batches=8,
-        global_batch=18,  # which neither ranks nor micro-batches divide
-        amsgrad=True,
-        log_every=2,
-        sample_bytes=0,
-        run_dir=tmp_path / "whole",
-        checkpoint_every=4,
-        **options,
-    )
-    whole, parts, said = on_ranks(4, in_parts, settings)[0]
-    # DDP takes a process's first step with other buckets than the later ones, and four ranks sum them in another order.
-    rounding = 0.0 if optimizer is Choice.SHARDED else ROUNDING
-    assert [step for step, *_ in whole] == [step for step, *_ in parts] == [1, 3, 5, 7, 9, 11]
-    for (_, loss, norm, lr), (_, its_loss, its_norm, its_lr) in zip(parts, whole, strict=True):
-        assert lr == its_lr and loss == pytest.approx(its_loss, rel=0, abs=rounding)
-        assert norm == pytest.approx(its_norm, rel=20 * rounding, abs=0)
-    assert "no complete checkpoint" in said and "step_00000008, after 8 of 12 steps" in said
-    assert "all 12 steps were done" in said
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
-    assert summaries[0]["held_out_before"] == summaries[1]["held_out_before"]
-    # Of 4 ranks in all; 3 moments of 4 bytes, and 2 bytes beside bf16 on hosts of 2 ranks.
-    if optimizer is Choice.SHARDED:
-        expected = (14 / 2 if options else 12 / 4) * summaries[0]["num_parameters"]
-        assert expected <= summaries[0]["state_bytes"] <= 1.1 * expected
-    after = [summary["held_out_after"] for summary in summaries]
-    assert after[0] == pytest.approx(after[1], rel=0, abs=rounding)
-    config = json.loads((tmp_path / "parts" / "config.json").read_text())
-    assert [start["world_size"] for start in config["resumed"]] == [4, 4, 4]
-
-
 def read_on_hosts_of_two(_: Any, source: Path) -> tuple[int, list[str], str]:
     """How often this rank read the text, what there is of it, and how it was refused for a model that is too large."""
     rank, refusal, held = dist.get_rank(), "", []
@@ -383,24 +304,6 @@ def test_the_first_rank_of_each_host_reads_the_text_for_all_of_them() -> None:
     assert reads == (1, 0, 1, 0)
     assert held[0] == held[1] == held[2] == held[3]
     assert all(refusal.startswith("expected at least 20,000,000,020 bytes") for refusal in refusals)
-
-
-def said_of_ranks(_: Any, settings: Settings, threads: int) -> str:
-    torch.set_num_threads(threads if dist.get_rank() == 1 else 1)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        Training(settings, Corpus.read(TEXT, 64), torch.device("cpu"))
-    torch.set_num_threads(1)
-    return said.getvalue()
-
-
-@pytest.mark.parametrize(("threads", "lines"), [(1, 0), (2, 4)])
-def test_ranks_have_a_line_each_where_they_differ_and_nowhere_else(threads: int, lines: int, tmp_path: Path) -> None:
-    settings = Settings(ranks=4, preset=Preset.TINY, run_dir=tmp_path / "run")
-    said = on_ranks(4, said_of_ranks, settings, threads)
-    assert len(re.findall("^rank .*threads", said[0], re.MULTILINE)) == lines
-    assert ("rank 1: " in said[0]) == (threads == 2) == (", 2 threads, torch" in said[0])
-    assert said[1:] == [""] * 3
 
 
 def test_ranks_agree_on_a_name_of_their_start_whatever_earlier_ones_left_in_the_store() -> None:
@@ -440,10 +343,3 @@ def test_the_global_batch_does_not_depend_on_how_many_ranks_share_it(num_ranks: 
     shares = [corpus.batch(0, 7, mine, 6, 64, torch.device("cpu"))[0] for mine in rows]
     assert torch.equal(torch.cat(shares), whole)
     assert not torch.equal(corpus.batch(0, 8, range(6), 6, 64, torch.device("cpu"))[0], whole)
-
-
-def test_the_standard_librarys_sources_are_there_to_train_on() -> None:
-    corpus = Corpus.read(None, context=64)
-    assert corpus.num_files > 300
-    assert len(corpus.training) > 3_000_000
-    assert bytes(corpus.training.numpy()).count(b"\ndef ") > 1000

@@ -209,12 +209,6 @@ def test_every_recipe_starts_train_py_in_a_way_that_can_be_started_again() -> No
             assert "--requeue" in command and "--run-dir" in command, recipe.name
 
 
-def test_skypilot_takes_its_recipe() -> None:
-    sky = pytest.importorskip("sky", reason="pip install skypilot")
-    task = sky.Task.from_yaml(str(RECIPES / "skypilot.yaml"))
-    assert task.num_nodes == 2
-
-
 # --- torchx and Ray ---
 
 
