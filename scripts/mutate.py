@@ -109,7 +109,7 @@ MUTATIONS = {
         ("smallest * (1 + tolerance)", "smallest * (2 + tolerance)", "refusals contract overlap"),
     ],
     "comm/connect.py": [
-        ("if column.num_ranks > 1 else row", "if False else row", "collectives layouts"),
+        ("if column.num_ranks > 1 else row", "if False else row", "sharded layouts"),
     ],
     "buckets/bucket.py": [
         ("prepared.counted * (1 - step.void)", "prepared.counted", "contract sharded"),
@@ -168,7 +168,7 @@ MUTATIONS = {
     ],
     "schedule/in_flight.py": [
         ("not in _METADATA and wait_for_all()", "not in _METADATA and True", "gatherer"),
-        ("self._weights.accept_(self._buffer)", "pass", "gatherer layouts"),
+        ("self._weights.accept_(self._buffer)", "pass", "placement layouts"),
         ("self._give_back(LostParameter)", "self._give_back(Parameter)", "gatherer"),
     ],
     "schedule/step_agreement.py": [
@@ -242,7 +242,7 @@ MUTATIONS = {
         ("self._clip.require_unchanged(grads, to_clip=not for_step)", "pass", "contract"),
     ],
     "sharded.py": [
-        ("self._consolidated.clear()\n        return loss", "return loss", "state_dict sharded"),
+        ("self._consolidated.clear()\n        return loss", "return loss", "resharding"),
         ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
     ],
     "base.py": [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scripts.bench import harness
 from scripts.bench.harness import Benchmark, Clock, Device, Report, Spread
-from scripts.bench.peers import BLOCK_8BIT, HYPER, LAW, STEP, Peer, peers_of_an_update
+from scripts.bench.peers import HYPER, LAW, STEP, Peer, peers_of_an_update
 from sharded_dadamw.kernels import choose
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
@@ -26,7 +26,6 @@ CRUMBS, CRUMB = 10_000, 13  # a case of its own: so many parameters of so few el
 MAX_PLACES = 64  # parts of the arena that take turns, at most
 MAX_FRAGMENTS = 50_000  # of all places together: making more of them ready takes longer than timing them
 BYTES_PER_ELEMENT = 44  # 32 in the arena, and 12 for what peers keep and compute in between
-MAX_8BIT_ON_CPU = 4_000_000  # elements: quantising more of them takes longer than everything else
 SAMPLE_S, MAX_CALLS = 0.01, 16  # what a sample should last, if no more calls are needed for that
 HEAD_START_CYCLES = 4_000_000  # about 2 ms of a GPU's time, in which the host can hand over a whole sample
 
@@ -107,7 +106,7 @@ class Kernel(Benchmark):
 
         sizes = [CRUMBS * CRUMB]
         for size in (self.numel or ("1,64,256,1000" if on_gpu else "1,16,50")).split(","):
-            numel = max(1, round(float(size) * 1e6 / BLOCK_8BIT)) * BLOCK_8BIT
+            numel = max(1, round(float(size) * 1e6 / ALIGNMENT)) * ALIGNMENT
             if (needed := BYTES_PER_ELEMENT * numel * num_places(numel)) <= 0.9 * free:
                 sizes.append(numel)
             else:
@@ -263,17 +262,12 @@ class Case:
 
     def _add_peer(self, peer: Peer) -> None:
         """An update of fp32 parameters, if it is installed."""
-        in_8_bits = peer.moments < 2
-        if in_8_bits and self._arena.device.type == "cpu" and self.numel > MAX_8BIT_ON_CPU:
-            self.remarks.append(f"{peer.title}, {millions(self.numel)}: left out, since torchao takes seconds on a CPU")
-            return
         try:
             calls = [peer.build(fragments[0]) for fragments in self._places(FP32)]
         except ImportError:
             self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
         else:
-            size = 3 * 4 + 2 * 2 * peer.moments
-            self.rows[peer.title] = Row(OTHERS, calls, size, fused=FUSED_FP32, in_other_dtypes=in_8_bits)
+            self.rows[peer.title] = Row(OTHERS, calls, 7 * 4, fused=FUSED_FP32)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
         # Equal pieces, on multiples of ALIGNMENT if they are that large.

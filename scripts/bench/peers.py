@@ -320,8 +320,6 @@ LAW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-
 HYPER = Hyperparameters(**LAW, initial_lr=1e-5, amsgrad=False)
 BETAS = (HYPER.beta1, HYPER.beta2)
 STEP = 10.0
-BLOCK_8BIT = 256
-"""torchao's moments in 8 bits come in blocks of so many: each a code, and a share of the scale of its block."""
 
 
 class Peer(NamedTuple):
@@ -330,25 +328,22 @@ class Peer(NamedTuple):
     Attributes:
         build: Makes it ready to be called, for a place.
         package: What to install where that raises ImportError.
-        moments: Bytes of a moment per element.
     """
 
     title: str
     build: Callable[[Operands], Callable[[], object]]
     package: str = "torch"
-    moments: float = torch.float32.itemsize
 
 
 def peers_of_an_update() -> list[Peer]:
     """Those that may be installed."""
     optimi = partial(installed, "optimi", "AdamW", decouple_lr=True)
-    torchao, torchao_8bit = (partial(installed, "torchao.optim", name) for name in ("_AdamW", "AdamW8bit"))
+    torchao = partial(installed, "torchao.optim", "_AdamW")
     return [
         Peer("torch.optim.AdamW(foreach=True), fp32", torch_foreach),
         Peer("Composer's loop, transcribed, fp32", lambda at: partial(transcribed_adamw, at)),
         Peer("optimi.AdamW(decouple_lr=True), fp32", optimi, "torch-optimi"),
         Peer("torchao.optim._AdamW, fp32", torchao, "torchao"),
-        Peer("torchao.optim.AdamW8bit, fp32", torchao_8bit, "torchao", 1 + 4 / BLOCK_8BIT),
     ]
 
 

@@ -1,6 +1,5 @@
 """One training step of the sharded optimizer beside that of its peers."""
 
-import gc
 import os
 import socket
 import struct
@@ -44,7 +43,6 @@ class Step(Contest):
 
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 2
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 3
-    at_once: Annotated[int, typer.Option(min=0, help="Contenders in memory at a time; 0 is all of them.")] = 0
     clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 0.0
     device: Annotated[Device | None, typer.Option(help="By default a GPU per rank, if there are so many.")] = None
 
@@ -59,27 +57,11 @@ class Step(Contest):
         """Whom the others are compared with."""
         return Name.DDP_ADAMW if Name.DDP_ADAMW in self.names else self.names[0]
 
-    @property
-    def groups(self) -> list[tuple[Name, ...]]:
-        """The contenders that are measured, and in memory, at the same time; the baseline is in each group."""
-        others = [name for name in self.names if name is not self.baseline]
-        size = max(1, self.at_once - 1 if self.at_once else len(others))
-        return [(self.baseline, *others[at : at + size]) for at in range(0, max(1, len(others)), size)]
-
     def measure(self) -> Report:
-        found: dict[Name, dict[str, Any]] = {}
-        missing: dict[Name, str] = {}
-        for names in self.groups:
-            measured, absent = self.together(names)
-            found, missing = measured | found, missing | absent  # the baseline's of the first group
-            gc.collect()  # models and their hooks refer to each other
-        return self.report(found, missing)
-
-    def together(self, names: tuple[Name, ...]) -> tuple[dict[Name, dict[str, Any]], dict[Name, str]]:
-        """What is found of these contenders, and why others could not be built. Collective."""
         device = self.torch_device(int(os.environ["LOCAL_RANK"]))
-        trials, missing = [], {}
-        for name in names:
+        trials: list[Trial] = []
+        missing: dict[Name, str] = {}
+        for name in self.names:
             try:
                 trials.append(Trial(name, self, device))
             except ImportError as error:
@@ -90,20 +72,21 @@ class Step(Contest):
         dist.all_reduce(losses)
         losses = losses.cpu() / self.ranks
         found = {}
+        base = [trial.name for trial in trials].index(self.baseline)
         for number, trial in enumerate(trials):
             rounds = dict(zip(COLUMNS, samples[:, number].T.tolist(), strict=True))
-            difference = (losses[number] - losses[0]).abs() / losses[0].abs()
+            difference = (losses[number] - losses[base]).abs() / losses[base].abs()
             at_sockets = samples[:, number, COLUMNS.index("wire_bytes")].median().item()
             found[trial.name] = {
                 "description": KINDS[trial.name].description,
-                "ratio": asdict(Spread.of(samples[:, number, 0] / samples[:, 0, 0])),
+                "ratio": asdict(Spread.of(samples[:, number, 0] / samples[:, base, 0])),
                 "state_bytes": largest_over_ranks(trial.contender.state_bytes, device),
                 "sent": trial.sent(at_sockets),
                 "loss_difference": difference.max().item(),
                 "losses": losses[number].tolist(),
                 "rounds": rounds,
             }
-        return found, missing
+        return self.report(found, missing)
 
     def report(self, found: dict[Name, dict[str, Any]], missing: dict[Name, str]) -> Report:
         """One row per contender asked for."""
@@ -145,8 +128,6 @@ class Step(Contest):
             lines.append(f"Main parameters of ours: {self.main_parameter}; others have none.")
         if self.clip:
             lines.append(f"Gradients are clipped to a global norm of {self.clip:g}, within the optimizer's time.")
-        if self.at_once:
-            lines.append(f"{self.at_once} contenders in memory at a time, the baseline among them.")
         if on_gpu:
             lines.append("Host: until clipping and step() have returned. Other times are between events on the GPU.")
         return Report(titles, rows, lines, {"baseline": self.baseline, "contenders": found, "not_installed": missing})
