@@ -91,18 +91,6 @@ def test_inspect_tells_what_a_checkpoint_holds(files: dict[str, Path]) -> None:
     assert told["damage"] == []
 
 
-def test_inspect_shows_it_to_people(files: dict[str, Path]) -> None:
-    shown = run("inspect", files["sharded_dadamw"])
-    for part in (
-        "step 1",
-        "4 with 103 elements",
-        "exp_avg_sq float32 4 412",
-        "0.weight (10, 6) 724",
-        "weight_decay 0.0001",
-    ):
-        assert part in shown, part
-
-
 def test_inspect_of_what_is_not_ours_says_so(files: dict[str, Path], tmp_path: Path) -> None:
     for path in (files["torch.distributed.checkpoint"], files["torch.save"], tmp_path / "gone"):
         said = run("inspect", path, code=1)
@@ -163,10 +151,6 @@ def test_convert_takes_the_state_of_tied_weights_once(run_folder: Path) -> None:
     said = run("convert", run_folder, run_folder / "x.pt", "--from", "sharded-dadamw")
     assert "state of 4 parameters" in said
     assert len(read_state(run_folder / "x.pt", Source.TORCH)[0]["state"]) == 4
-
-
-def test_convert_asks_who_wrote_it(files: dict[str, Path], tmp_path: Path) -> None:
-    assert "--from" in run("convert", files["torch.save"], tmp_path / "out", code=2)
 
 
 @pytest.mark.parametrize("target", ["out", "out.pt", "out.safetensors"])

@@ -18,7 +18,6 @@ from torch.optim import AdamW
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import join
-from tests.harness import ranks
 from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
 from tests.simulated import on_ranks
 
@@ -250,29 +249,6 @@ class Model(nn.Module):
 def whole(tensor: Any) -> Tensor:
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
     return full.clone()
-
-
-@ranks(4)
-def test_main_parameters_of_borrowed_weights_are_taken_from_what_those_are_now(_: Any) -> None:
-    """Of HSDP, which writes into weights that are copied for an update only."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = fully_shard(Model().bfloat16(), mesh=mesh)
-    unsharded, ours = (kind(model.named_parameters(), **LAW) for kind in (DecoupledAdamW, ShardedDecoupledAdamW))
-
-    def step(optimizer: Any, seed: int) -> None:
-        model(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)).bfloat16()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for seed in range(4):
-        step(unsharded, seed)
-        step(ours, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    ours.load_state_dict(unsharded.state_dict())
-    state = ours.state_dict()["state"]
-    assert all(torch.equal(whole(state[i]["main_param"]), whole(p).float()) for i, p in enumerate(model.parameters()))
 
 
 def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor]:

@@ -255,29 +255,19 @@ def test_what_stands_in_itself_many_times_takes_no_time(tmp_path: Path) -> None:
     """Following every way down would take 2 ** 60 steps, and a message with all of it as much memory."""
     dicts, lists, tuples = (nested(pair) for pair in (lambda x: {"a": x, "b": x}, lambda x: [x, x], lambda x: (x, x)))
     dicts["itself"] = dicts
-    torch.save(dicts, tmp_path / "dicts.pt")
-    with pytest.raises(ValueError, match="one optimizer's state dict, got none"):
-        read_state(tmp_path / "dicts.pt", Source.TORCH)
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "params": [0], "param_names": ["a"]}
+    entries = {"step": 1, "exp_avg": lists, "exp_avg_sq": torch.ones(1)}
+    for contents in (
+        dicts,
+        {"state": {0: entries}, "param_groups": [group]},
+        *({"state": {}, "param_groups": [{**group, key: tuples}]} for key in group),
+    ):
+        torch.save(contents, tmp_path / "x.pt")
+        with pytest.raises(ValueError) as error:
+            read_state(tmp_path / "x.pt", Source.TORCH)
+        assert len(str(error.value)) < 1000
     with pytest.raises(ValueError, match="not callable"):
         load(pickle.dumps(lists, 2)[:-1] + b")R.")
-    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "params": [0], "param_names": ["a"]}
-    for spoilt in ("step", "exp_avg"):
-        entries = {"step": 1, "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1), spoilt: lists}
-        torch.save({"state": {0: entries}, "param_groups": [group]}, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=r"state of a.*expected a"):
-            read_state(tmp_path / "x.pt", Source.TORCH)
-    for spoilt in group:
-        for never_ends in (lists, [tuples], tuples):
-            torch.save({"state": {}, "param_groups": [{**group, spoilt: never_ends}]}, tmp_path / "x.pt")
-            with pytest.raises(ValueError) as error:
-                read_state(tmp_path / "x.pt", Source.TORCH)
-            assert len(str(error.value)) < 1000
-            flat = {f"param_groups.{name}.{key}": value for name in "ab" for key, value in group.items()}
-            torch.save({**flat, f"param_groups.a.{spoilt}": never_ends}, tmp_path / "x.pt")
-            try:
-                read_state(tmp_path / "x.pt", Source.TORCH)
-            except ValueError as refused:
-                assert len(str(refused)) < 1000
 
 
 DOUBLED = b"K\x01" + b"q\x00h\x00\x86" * 60  # 1 in tuples of two that are the same: 2**60 of it, in 60 objects

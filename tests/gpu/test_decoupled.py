@@ -297,17 +297,3 @@ def test_a_captured_training_step_replays_to_the_bits_of_eager_steps_while_the_l
     filler = fill_free_memory()
     pair.advance(NUM_STEPS, graph.replay)  # does what it did, whatever was stepped on in between
     del filler
-
-
-def test_several_graphs_of_one_optimizer_do_not_disturb_each_other() -> None:
-    """One for each shape of batch, say."""
-    pair = Pair(SCHEDULES["LambdaLR"], F32, False)
-    pair.advance(3, on_a_side_stream(pair.captured.step))
-    graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
-    for graph in graphs:
-        with torch.cuda.graph(graph):
-            pair.captured.step()
-    filler = fill_free_memory()
-    for graph in (*graphs, *graphs):
-        pair.advance(2, graph.replay)
-    del filler
