@@ -100,7 +100,7 @@ def inspect(
 
 @app.command()
 def diff(
-    one: Annotated[Path, typer.Argument(help="A checkpoint, a folder of them, or a metrics.jsonl.")],
+    one: Annotated[Path, typer.Argument(help="A checkpoint, a folder of them, a run's folder, or a metrics.jsonl.")],
     other: Annotated[Path, typer.Argument(help="Another one, written on any number of ranks.")],
 ) -> None:
     """Tell at which step and in which tensor two runs first differ, by their fingerprints; exit code 1 if so."""

@@ -291,8 +291,9 @@ def saved_with_drift(group: Any, root: Path) -> None:
 
 def test_diff_tells_the_first_step_and_tensor_that_differ(tmp_path: Path) -> None:
     on_ranks(1, saved, "FP32", tmp_path / "one")
-    on_ranks(2, saved, "REMAINDER", tmp_path / "two", 3)
-    assert difference(tmp_path / "one", tmp_path / "two") is None
+    on_ranks(2, saved, "REMAINDER", tmp_path / "run" / "two", 3)
+    assert difference(tmp_path / "one", tmp_path / "run") is None
+    (tmp_path / "two").symlink_to(tmp_path / "run" / "two")
     one, two = (saved_fingerprints(tmp_path / name) for name in ("one", "two"))
     lines = [{"step": 0, "loss": 1.0}, *({"step": step, "fingerprint": its.as_dict()} for step, its in two.items())]
     changed = json.loads(json.dumps(lines))

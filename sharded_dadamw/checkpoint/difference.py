@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from sharded_dadamw.checkpoint.folder import FINGERPRINT, MANIFEST, Manifest, folders
+from sharded_dadamw.checkpoint.folder import FINGERPRINT, MANIFEST, Manifest, folders, root_within
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 
@@ -16,7 +16,8 @@ def difference(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> st
     World sizes, layouts and forms of main parameters make no difference; only steps that both have are compared.
 
     Args:
-        one: A checkpoint, a folder of them, or a file of lines of JSON that have a ``step`` and a ``fingerprint``.
+        one: A checkpoint, a folder of them, that of a run which has such a folder, or a file of lines of JSON that have
+            a ``step`` and a ``fingerprint``.
         other: Another one.
 
     Returns:
@@ -63,7 +64,7 @@ def fingerprints(path: str | os.PathLike[str]) -> dict[int, Fingerprint]:
 
 def _of_checkpoints(path: Path) -> dict[int, Fingerprint]:
     found = {}
-    for folder in [path] if (path / MANIFEST).exists() else folders(path):
+    for folder in [path] if (path / MANIFEST).exists() else folders(path) or folders(root_within(path) or path):
         known = Manifest.read(folder)
         if FINGERPRINT in known.files:
             if (wrong := known.files[FINGERPRINT].wrong(folder / FINGERPRINT, read=True)) is not None:
