@@ -144,6 +144,9 @@ def plan(
     bucket_cap_mb: Annotated[float, typer.Option(help="MiB of parameters that share a bucket.")] = 16.0,
     overlap: Annotated[bool, typer.Option(help="Average behind backward.")] = True,
     attach: Annotated[bool, typer.Option(help="Gather behind the next forward.")] = True,
+    micro_batches: Annotated[
+        int | None, typer.Option(help="Of all ranks in a step, added in one order on any number of ranks.")
+    ] = None,
     activations: Annotated[float, typer.Option(help="GB of activations that a backward begins with.", min=0)] = 0.0,
     compute: Annotated[float | None, typer.Option(help="Seconds of forward and backward in a step.", min=0)] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of one rank in a step, with --mfu.", min=1)] = None,
@@ -168,6 +171,7 @@ def plan(
                 wire_dtype=None if wire is None else _chosen(_DTYPES, "--wire", wire),
                 main_parameter=_chosen(MainParameter.__members__, "--main", main_parameter),
                 moments=_chosen(Moments.__members__, "--moments", moments),
+                micro_batches=micro_batches,
             ),
             dtype=None if precision is None else _chosen(_DTYPES, "--precision", precision),
             gradient_dtype=None if gradient_dtype is None else _chosen(_DTYPES, "--gradient-dtype", gradient_dtype),

@@ -24,6 +24,7 @@ from launch.options import PRESETS as LAUNCH
 from launch.options import Preset
 from sharded_dadamw import Exchange, GradientResidency, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.buckets.bucket import Bucket
+from sharded_dadamw.buckets.gradients import HookedGradients
 from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.cli import app
 from sharded_dadamw.comm import collectives, connect
@@ -50,7 +51,7 @@ SHAPES = {
     "head": (300, 64),
 }
 
-SHARDED, HOST = GradientResidency.SHARDED, StateResidency.HOST
+FULL, SHARDED, HOST = GradientResidency.FULL, GradientResidency.SHARDED, StateResidency.HOST
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (F32, {}),
     "fp32, bf16 moments": (F32, {"moments": Moments.BF16}),
@@ -70,7 +71,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no overlap": {"overlap": False, "wire_dtype": BF16},
     "no overlap, sharded": {"overlap": False, "gradient_residency": SHARDED, "wire_dtype": BF16},
     "rank order": {"exchange": Exchange.RANK_ORDER},
-    "rank order, sharded": {"exchange": Exchange.RANK_ORDER, "gradient_residency": SHARDED},
+    "rank order, sharded": {"exchange": Exchange.RANK_ORDER, "gradient_residency": SHARDED, "wire_dtype": BF16},
 }
 
 
@@ -97,6 +98,8 @@ def held_by(optimizer: ShardedDecoupledAdamW, params: dict[str, nn.Parameter]) -
     for bucket in buckets:
         found["parameters"] += bucket.weights.buffer.nbytes
         found["gradients"] += getattr(bucket.gradients, "buffer", bucket.gradients.shard).nbytes
+        if isinstance(bucket.gradients, HookedGradients) and bucket.gradients._passes is not None:
+            found["gradients"] += sum(views[0].untyped_storage().nbytes() for views in bucket.gradients._passes._levels)
         for name, tensor in bucket.state_shards.items():
             found["main" if name.startswith("main") else "moments"] += tensor.nbytes
         if bucket.param is not bucket.weights.shard:
@@ -110,7 +113,8 @@ def hold_and_step(group: Any, dtype: torch.dtype, settings: dict[str, Any], amsg
     config = ShardingConfig(bucket_cap_mb=0.05, **settings)
     optimizer = ShardedDecoupledAdamW(params.items(), amsgrad=amsgrad, process_group=group, config=config)
     for _ in range(3):
-        train_once(params)
+        for _ in optimizer.micro_batches:
+            train_once(params)
         optimizer.step()
         optimizer.zero_grad()
     return held_by(optimizer, params), optimizer.state_bytes, optimizer.last_step.wire_bytes
@@ -135,6 +139,9 @@ def check(found: Any, dtype: torch.dtype, settings: dict[str, Any], amsgrad: boo
     [
         *((*precision, n) for precision, n in zip(PRECISIONS.values(), cycle([3, 2, 1, 4]))),
         *((F32, layout, 3) for layout in LAYOUTS.values()),
+        *((F32, {"micro_batches": 4}, n) for n in (1, 2, 4)),
+        *((BF16, {"micro_batches": 4, "gradient_residency": SHARDED}, n) for n in (1, 2, 4)),
+        (BF16, {"micro_batches": 12}, 3),
     ],
     ids=str,
 )
@@ -236,7 +243,8 @@ def peaks(dtype: torch.dtype, config: ShardingConfig, mesh: DeviceMesh | None) -
         optimizer._reducer.knows_source = True  # fake ranks have the same gradients, which looks as if they were means
         for _ in range(3):
             allocated.most = allocated.now
-            train_once(params)
+            for _ in optimizer.micro_batches:
+                train_once(params)
             found["backward peak"] = allocated.most
             allocated.most = allocated.now
             optimizer.step()
@@ -244,6 +252,18 @@ def peaks(dtype: torch.dtype, config: ShardingConfig, mesh: DeviceMesh | None) -
             optimizer.zero_grad()
             found["forward"] = allocated.now
     return found
+
+
+IN_TREE: list[dict[str, Any]] = [
+    {"micro_batches": 8 * passes, "exchange": Exchange.RANK_ORDER, **settings}
+    for passes, settings in (
+        (4, {}),
+        (2, {"gradient_residency": SHARDED}),
+        (8, {"gradient_residency": SHARDED}),
+        (1, {"overlap": False}),
+        (8, {"gradient_residency": SHARDED, "overlap": False}),
+    )
+]
 
 
 class Keeping:
@@ -262,19 +282,19 @@ class Keeping:
     [
         (layout, *rest)
         for layout, rest in zip(
-            [name for name in LAYOUTS if name != "of others"],
+            [*(LAYOUTS[name] for name in LAYOUTS if name != "of others"), *IN_TREE],
             cycle([(BF16, (8,)), (F32, (2, 4)), (BF16, (2, 4)), (F32, (8,))]),
         )
     ],
     ids=str,
 )
 def test_peaks_are_those_of_many_ranks(
-    layout: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    layout: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for verb, module in (("_reduce_scatter", collectives), ("all_to_all_single", dist)):
         start = getattr(module, verb)
         monkeypatch.setattr(module, verb, lambda *a, start=start, **k: Keeping(start(*a, **k), a[1]))
-    settings = {"exchange": Exchange.BACKEND, **LAYOUTS[layout]}  # on a GPU, Exchange.FASTEST is that
+    settings = {"exchange": Exchange.BACKEND, **layout}  # on a GPU, Exchange.FASTEST is that
     config = ShardingConfig(bucket_cap_mb=0.05, **settings)
     with fake_ranks(math.prod(shape)):
         found = peaks(dtype, config, init_device_mesh("cpu", shape))
@@ -374,6 +394,7 @@ def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
         ("llama3-8b --ranks 60", "expected a multiple of the 8 ranks per host, or fewer, got 60"),
         ("llama3-8b --ranks 64 --mesh 8x4", "expected replicas x shards = 64 ranks, got 8 x 4"),
         ("llama3-8b --ranks 60 --per-host 12 --mesh 6x10", "expected rows that fill hosts of 12 ranks or divide them"),
+        ("llama3-8b --ranks 64 --micro-batches 96", "expected 96 to be shared out among 1, 3, 6, 12, 24, 48, 96 ranks"),
         ("llama3-8b --ranks 64 --mesh 8by8", "expected REPLICASxSHARDS, such as 8x8, got 8by8"),
         ("llama3-8b --ranks 64 --gpu v100", "expected one of a100-40, a100, h100, h200, b200, got v100"),
         ("llama3-8b --ranks 64 --gradients none", "--gradients: expected one of full, sharded, got none"),
@@ -415,6 +436,23 @@ def test_the_fewest_ranks_are_the_fewest() -> None:
     assert not plan("llama3-70b", ranks=smallest - 8, config=config, memory=190e9).fits
     assert plan("llama3-70b", ranks=8, config=config, memory=140e9).smallest is None
     assert plan("llama3-8b", ranks=8, config=config).smallest == 1
+
+
+def test_with_micro_batches_only_ranks_that_can_share_them_are_told() -> None:
+    """12 of them: on 1, 3, 6 and 12 ranks."""
+    told: dict[str, Any] = dict(per_host=3, tokens=4096, mfu=0.4)
+    config = ShardingConfig(micro_batches=12)
+    on_three = plan("125m", ranks=3, config=config, **told)
+    planned = plan("125m", ranks=6, config=config, memory=on_three.peak, **told)
+    assert list(planned.by_ranks) == [1, 3, 6, 12] and planned.smallest == 3
+    assert "twice the ranks" in {other.setting for other in planned.alternatives}
+    alone = plan("125m", ranks=6, config=ShardingConfig(exchange=Exchange.RANK_ORDER), **told)
+    for of_tree, num_buffers in ((planned, 2), (on_three, 3)):
+        gradients = alone.phases["forward"].device.gradients
+        assert of_tree.phases["forward"].device.gradients == pytest.approx(num_buffers * gradients, rel=1e-3)  # padding
+    assert planned.sent == alone.sent
+    assert alone.time.step is not None and planned.time.step is not None
+    assert planned.time.step > alone.time.step, "means hide behind the last backward only"
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -522,9 +560,9 @@ def seconds_of_a_step(
 @pytest.mark.parametrize(
     ("residency", "overlap", "shape", "attached"),
     [
-        (GradientResidency.FULL, False, (4,), True),
-        (GradientResidency.FULL, True, (4,), False),
-        (GradientResidency.FULL, True, (2, 4), True),
+        (FULL, False, (4,), True),
+        (FULL, True, (4,), False),
+        (FULL, True, (2, 4), True),
         (SHARDED, True, (4,), True),
         (SHARDED, True, (2, 4), False),
         (SHARDED, False, (2, 4), True),

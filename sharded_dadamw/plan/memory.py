@@ -94,6 +94,10 @@ def at_rest(model: Model) -> Phase:
     for bucket in model.buckets:
         more = resident(bucket)
         device, host = device + more.device, host + more.host
+    if not model.keeps_shards:  # which give back the buffer of each level of the tree
+        waiting = (model.passes - 1).bit_length()
+        sizes = (each.layout.numel * each.members[0].gradient_dtype.itemsize for each in model.buckets)
+        device += Bytes(gradients=waiting * sum(sizes))
     return Phase(device, host)
 
 
@@ -101,7 +105,8 @@ def phases(model: Model) -> dict[str, Phase]:
     """What a rank holds at most in each phase."""
     rest, counted = at_rest(model), _Counted(model)
     witnesses = sum(map(partial(_witness, model), model.buckets))
-    for _ in range(2):  # what is left over from one pass serves the next
+    for _ in range(2):  # what is left over from one step serves the next
+        counted.wait_in_tree()
         counted.play(model.backward())
         counted.now -= witnesses  # in step
     in_backward, kept = counted.most, counted.now
@@ -208,8 +213,24 @@ class _Counted:
         self._model = model
         self._scratch = list(map(once(partial(_scratch, model)), model.buckets))
         self._part: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}
         self._spares = SpareBuffers(self._allocate)
         self._buffers: dict[int, Tensor] = {}
+
+    def wait_in_tree(self) -> None:
+        """Follow the passes before the last one, whose gradients wait as in ``buckets.passes``."""
+        passes = self._model.passes
+        for index in sorted({passes - 2, *(2**level - 1 for level in range((passes - 1).bit_length()))} - {-1}):
+            for member in reversed(self._model.trainable):  # others than these passes need no more
+                number = self._model.homes[member.index]
+                num_bytes = member.placement.local_numel * member.gradient_dtype.itemsize
+                self._add(num_bytes)
+                if self._model.keeps_shards:
+                    waiting = (index + 1).bit_length() * self._model.buckets[number].layout.numel
+                    more = waiting * member.gradient_dtype.itemsize - self._waiting.get(number, 0)
+                    self._waiting[number] = self._waiting.get(number, 0) + max(0, more)
+                    self._add(max(0, more))
+                self._add(-num_bytes)
 
     def play(self, events: Iterable[Event]) -> None:
         """Follow a backward pass, or a step."""
@@ -223,7 +244,9 @@ class _Counted:
                 self._add(-num_bytes)
             elif what == "begin":
                 self._part[number] = 0
-                self._add(scratch[0][0] + _witness(self._model, self._model.buckets[number]))
+                self._add(_witness(self._model, self._model.buckets[number]))
+                self._add(-self._waiting.pop(number, 0))
+                self._add(scratch[0][0])
             elif what == "go on":
                 part = self._part[number]
                 self._part[number] += 1
@@ -255,10 +278,11 @@ class _Counted:
 
 def _scratch(model: Model, bucket: Arrangement) -> list[tuple[int, int]]:
     """What each part of a mean holds while it is under way, and what more while it ends, by the backend's verbs."""
-    if model.num_ranks == 1:
-        return [(0, 0)]
     of_row, of_column = model.means_of(bucket)
-    first, second = (_scratch_of(mean, is_direct=model.is_direct) for mean in (of_row, of_column))
+    in_tree = model.config.micro_batches is not None
+    if model.num_ranks == 1:
+        return [(0, _in_tree(of_row) if in_tree else 0)]
+    first, second = (_scratch_of(mean, is_direct=model.is_direct, in_tree=in_tree) for mean in (of_row, of_column))
     if model.replicas == 1:
         return [first]
     padded = of_column.ranks * of_column.numel
@@ -266,12 +290,30 @@ def _scratch(model: Model, bucket: Arrangement) -> list[tuple[int, int]]:
     return [(sums + first[0], first[1]), (sums + means + second[0], second[1]), (means, 0)]
 
 
-def _scratch_of(mean: Mean, *, is_direct: bool) -> tuple[int, int]:
+def _scratch_of(mean: Mean, *, is_direct: bool, in_tree: bool) -> tuple[int, int]:
     """The same of one reduce-scatter. A backend keeps what it sends until it is waited for, and so a narrowed copy."""
     copied = mean.ranks * mean.numel * mean.sent.itemsize if mean.sent != mean.dtype else 0
     if is_direct:
         arriving = mean.ranks * mean.numel * mean.sent.itemsize
-        return copied + arriving, mean.numel * sum_dtype(mean.sent, mean.out).itemsize
+        total = mean.numel * sum_dtype(mean.sent, mean.out).itemsize
+        return copied + arriving, total + (_in_tree(mean) if in_tree else 0)
     if mean.sent == mean.out:
         return copied, 0
     return copied + mean.numel * mean.sent.itemsize, max(0, mean.numel * mean.out.itemsize - copied)
+
+
+def _in_tree(mean: Mean) -> int:
+    """What ``comm.tree.mean_in_tree`` allocates at most: sums, and then the quotient in fp32 or wider."""
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    divided = wide.itemsize * (1 if wide == mean.dtype else 2)
+    sums, held = _sums_of(mean.ranks)
+    return mean.numel * max(sums * mean.dtype.itemsize, held * mean.dtype.itemsize + divided)
+
+
+def _sums_of(parts: int) -> tuple[int, int]:
+    """Buffers for the sum of so many: at most, and in the end."""
+    if parts == 1:
+        return 0, 0
+    half = 1 << (parts - 1).bit_length() - 1
+    (most, left), (of_right, right) = _sums_of(half), _sums_of(parts - half)
+    return max(most, left + of_right, left + right, 1), 1

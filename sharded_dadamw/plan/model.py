@@ -17,6 +17,7 @@ from torch import Tensor
 from sharded_dadamw.buckets.build import Arrangement, Bucketing
 from sharded_dadamw.comm.collectives import Collectives, sent_dtype, sum_dtype
 from sharded_dadamw.comm.mesh import MeshVerbs
+from sharded_dadamw.comm.tree import check_ranks
 from sharded_dadamw.config import Exchange, GradientResidency, ShardingConfig
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
@@ -78,18 +79,23 @@ class Model:
         group = {"params": list(params.values()), "param_names": list(params)}
         return cls(tuple(named_parameters([group])), amsgrad, config, shards, replicas, ()).under(config)
 
+    def __post_init__(self) -> None:
+        """Refuse ranks that cannot share the micro-batches."""
+        if self.config.micro_batches is not None:
+            check_ranks(self.config.micro_batches, self.num_ranks, self.shards)
+
     def under(self, config: ShardingConfig) -> Model:
         """The same parameters, sharded in another way.
 
         Raises:
-            ValueError: A setting is not for a parameter's dtype.
+            ValueError: A setting is not for a parameter's dtype, or micro-batches cannot be shared out.
         """
         trainable = [member for member in self.members if member.param.requires_grad]
         buckets = Bucketing(Collectives(0, self.shards), config).arrange(trainable)
         return replace(self, config=config, buckets=tuple(buckets))
 
     def over(self, shards: int, replicas: int = 1) -> Model:
-        """The same buckets, cut for other ranks."""
+        """The same buckets, cut for other ranks; raises as ``under``."""
         layouts = {numels: BucketLayout(numels, shards) for numels in {bucket.layout.numels for bucket in self.buckets}}
         buckets = tuple(replace(bucket, layout=layouts[bucket.layout.numels]) for bucket in self.buckets)
         return replace(self, shards=shards, replicas=replicas, buckets=buckets)
@@ -98,7 +104,7 @@ class Model:
         """How gradients of a bucket are averaged over a row of shards, and then over a column of replicas."""
         shard, dtype, wire = bucket.layout.shard_numel, bucket.members[0].gradient_dtype, self.config.wire_dtype
         narrow = sent_dtype(dtype, wire)
-        wide = dtype if self.replicas == 1 else sum_dtype(narrow, dtype)
+        wide = dtype if self.replicas == 1 or self.config.micro_batches else sum_dtype(narrow, dtype)
         of_column = Mean(-(-shard // self.replicas), self.replicas, wide, sent_dtype(wide, wire), dtype)
         return Mean(shard, self.shards, dtype, narrow, wide), of_column
 
@@ -115,7 +121,12 @@ class Model:
     @property
     def is_direct(self) -> bool:
         """Whether slices of gradients go straight to their owners, who add."""
-        return self.config.exchange is Exchange.RANK_ORDER
+        return self.config.exchange is Exchange.RANK_ORDER or self.config.micro_batches is not None
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of a rank in each step, whose gradients are added in a tree: one but with micro-batches."""
+        return (self.config.micro_batches or self.num_ranks) // self.num_ranks
 
     @property
     def keeps_shards(self) -> bool:
@@ -146,7 +157,7 @@ class Model:
         return list(dict.fromkeys(self.homes[member.index] for member in self.trainable))[::-1]
 
     def backward(self) -> Iterator[Event]:
-        """A backward pass as it is from the third step on.
+        """The last backward pass of a step, as it is from the third step on.
 
         A complete bucket goes out when the next gradient comes, and the last ones at the end, where none comes.
         """

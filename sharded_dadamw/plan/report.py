@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_dadamw.comm.tree import fitting
 from sharded_dadamw.config import (
     GradientResidency,
     MainParameter,
@@ -153,8 +155,6 @@ def plan(
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu}")
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"mfu: expected a number above 0 and up to 1, got {mfu}")
-    if config is not None and config.micro_batches is not None:
-        raise ValueError("config: expected one without micro_batches, whose buffers are not planned yet")
     name, device = (gpu, GPUS[gpu]) if isinstance(gpu, str) else ("as given", gpu)
     config = config or ShardingConfig()
     row, column = axes_of(ranks, per_host, mesh)
@@ -172,7 +172,9 @@ def plan(
         sharded = config.gradient_residency is GradientResidency.SHARDED
         if rest.parameters + (0 if sharded else rest.gradients) > room:  # which no number of ranks changes
             return None
-        return _smallest(lambda shards: _peak(phases(cut.over(shards))) <= room, per_host)
+        candidates = _numbers(config, per_host)
+        place = bisect_left(candidates, True, key=lambda shards: _peak(phases(cut.over(shards))) <= room)
+        return candidates[place] if place < len(candidates) else None
 
     def figures(held: Mapping[str, Phase], time: Time) -> tuple[int, int, float | None]:
         return _peak(held), max(each.host.total for each in held.values()), time.step
@@ -196,7 +198,7 @@ def plan(
         settings=_settings(cut),
         num_buckets=len(cut.buckets),
         phases=held,
-        by_ranks={shards: at_rest(cut.over(shards)).device for shards in _steps(ranks, per_host)},
+        by_ranks={shards: at_rest(cut.over(shards)).device for shards in _steps(ranks, per_host, config)},
         activations=int(activations),
         memory=available,
         smallest=smallest(),
@@ -214,41 +216,36 @@ def _peak(phases: Mapping[str, Phase]) -> int:
     return max(phase.device.total for phase in phases.values())
 
 
-def _steps(ranks: int, per_host: int) -> list[int]:
-    """Numbers of ranks from one on, four times as many each beyond a host, up to twice as many as there are."""
+def _numbers(config: ShardingConfig, per_host: int) -> list[int]:
+    """Numbers of ranks, whole hosts where they take more than one, that can share the micro-batches."""
+    fit = [*range(1, per_host), *range(per_host, _MOST_RANKS + 1, per_host)]
+    return fit if config.micro_batches is None else sorted({*fit} & {*fitting(config.micro_batches)})
+
+
+def _steps(ranks: int, per_host: int, config: ShardingConfig) -> list[int]:
+    """Some of these from one on, four times as many each beyond a host, up to twice as many as there are."""
     host = min(per_host, ranks)
     beyond = takewhile(lambda more: more <= 2 * ranks, (host * 4**power for power in count()))
-    return sorted({1, ranks, *beyond})
-
-
-def _smallest(fits: Callable[[int], bool], per_host: int) -> int | None:
-    """Return the fewest ranks that fit, whole hosts where it takes more than one; more ranks are taken to fit, too."""
-    too_few, ranks = 0, 1
-    while not fits(ranks):
-        if ranks >= _MOST_RANKS:
-            return None
-        too_few, ranks = ranks, min(2 * ranks, per_host) if ranks < per_host else 2 * ranks
-    step = per_host if ranks > per_host else 1
-    while ranks - too_few > step:
-        between = (too_few + ranks) // (2 * step) * step
-        too_few, ranks = (too_few, between) if fits(between) else (between, ranks)
-    return ranks
+    return sorted({1, ranks, *beyond} & {ranks, *_numbers(config, host)})
 
 
 def _others(model: Model) -> dict[str, Callable[[], Model]]:
     """The same model in another setting each, by what to set."""
-    config = model.config
-    others = {
-        "gradients sharded": replace(config, gradient_residency=GradientResidency.SHARDED),
-        "main remainder": replace(config, main_parameter=MainParameter.REMAINDER),
-        "moments bf16": replace(config, moments=Moments.BF16),
-        "state on the host": replace(config, state_residency=StateResidency.HOST),
-        "wire bf16": replace(config, wire_dtype=torch.bfloat16),
-        "overlap": replace(config, overlap=True),
-        "buckets 4 times as large": replace(config, bucket_cap_mb=4 * config.bucket_cap_mb),
+    others: dict[str, dict[str, Any]] = {
+        "gradients sharded": {"gradient_residency": GradientResidency.SHARDED},
+        "main remainder": {"main_parameter": MainParameter.REMAINDER},
+        "moments bf16": {"moments": Moments.BF16},
+        "state on the host": {"state_residency": StateResidency.HOST},
+        "wire bf16": {"wire_dtype": torch.bfloat16},
+        "overlap": {"overlap": True},
+        "buckets 4 times as large": {"bucket_cap_mb": 4 * model.config.bucket_cap_mb},
     }
-    changed = {setting: partial(model.under, other) for setting, other in others.items() if other != config}
+    changed = {setting: partial(_under, model, other) for setting, other in others.items()}
     return {**changed, "twice the ranks": partial(model.over, 2 * model.shards, model.replicas)}
+
+
+def _under(model: Model, changes: Mapping[str, Any]) -> Model:
+    return model.under(replace(model.config, **changes))
 
 
 def _settings(model: Model) -> dict[str, str]:
@@ -289,7 +286,8 @@ def _unknown(model: Model, activations: float, compute: float | None) -> Iterato
     if compute is None:
         yield "what overlap hides: neither the compute time of a step was told, nor tokens and MFU"
     yield "other parameter groups, each of which has buckets of its own; buffers of the model"
-    yield "accumulation: one backward per step is planned; in no_sync(), sharded gradients take whole buffers"
+    if model.config.micro_batches is None:
+        yield "accumulation: one backward per step is planned; in no_sync(), sharded gradients take whole buffers"
     if model.config.state_residency is StateResidency.HOST:
         yield "pinned memory, which torch rounds up to a power of two, and how fast the host updates (25 GB/s assumed)"
     if not model.config.reduce_gradients:

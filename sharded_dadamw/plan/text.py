@@ -27,6 +27,8 @@ def lines_of(plan: Plan) -> Iterator[str]:
     replicas, shards = plan.mesh
     on = f"{plan.ranks:,} ranks, {plan.per_host} per host"
     on += f", {replicas} replicas of {shards} shards" if replicas > 1 else ""
+    if plan.settings["micro_batches"] != "None":
+        on += f", {plan.settings['micro_batches']} micro-batches per step"
     yield f"{plan.model}: {plan.num_parameters:,} parameters in {plan.settings['parameters']}, on {on}, {plan.gpu}"
     yield f"  {', '.join(_SETTINGS[name].format(plan.settings[name]) for name in _SETTINGS)}"
     yield ""

@@ -216,11 +216,13 @@ class Schedule:
         update, gather = (sum(map(attrgetter(name), self._seconds)) for name in ("update", "gather"))
         if compute is None:
             return Time(reduce, update, gather)
-        self._play(self._model.backward(), compute * 2 / 3)
+        self._play(self._model.backward(), compute * 2 / 3 / self._model.passes)
         self._play(self._model.step(attached=attached))
         if not attached:
             self._wait(self._free["wire"], "gather")
-        self._forward(compute / 3)
+        self._forward(compute / 3 / self._model.passes)
+        if self._model.passes > 1:
+            self._work("backward and forward, all but the last", compute * (1 - 1 / self._model.passes))
         exposed = self._waited["reduce"], self._waited["gather"]
         return Time(reduce, update, gather, compute, *exposed, self._now, tuple(self._spans))
 
