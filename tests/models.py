@@ -9,52 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Groups = list[dict[str, Any]]  # parameter groups of (name, parameter) pairs, as torch.optim takes them
-Make = Callable[[tuple[int, ...], torch.dtype], nn.Parameter]
+Make = Callable[..., nn.Parameter]
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
-
-
-def _odd(make: Make) -> Groups:
-    """0-d, zero-size, one-element and odd parameters; every small one is smaller than four ranks."""
-    shapes = [(7,), (13, 3), (1,), (), (0,), (65,), (3, 5, 7), (2, 0, 3), (2,), (128, 3), (3,)]
-    return [{"params": [(f"p{i}", make(shape, F32)) for i, shape in enumerate(shapes)]}]
-
-
-def _tiny_bias(make: Make) -> Groups:
-    """All of it together is smaller than one alignment unit, and the bias than the number of ranks."""
-    return [{"params": [("weight", make((3, 5), F32)), ("bias", make((1,), F32))]}]
-
-
-def _only_empty_and_scalar(make: Make) -> Groups:
-    return [{"params": [("empty", make((0, 4), F32)), ("scalar", make((), F32))]}]
-
-
-def _grouped(make: Make) -> Groups:
-    return [
-        {"params": [("a", make((31, 9), F32)), ("b", make((31,), F32))], "lr": 1e-2, "weight_decay": 3e-4},
-        {"params": [("c", make((5,), F32))], "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.0},
-        {"params": [("d", make((64, 4), F32)), ("e", make((17, 3), F32)), ("f", make((), F32))], "amsgrad": True},
-    ]
-
-
-def _mixed(make: Make) -> Groups:
-    return [
-        {"params": [("a32", make((19, 7), F32)), ("b16", make((33, 5), BF16)), ("c64", make((11, 3), F64))]},
-        {"params": [("d16", make((5,), BF16)), ("e32", make((130,), F32)), ("f16", make((), BF16))], "lr": 4e-3},
-    ]
-
-
-def _bf16(make: Make) -> Groups:
-    return [{"params": [("weight", make((37, 5), BF16)), ("bias", make((3,), BF16)), ("scale", make((), BF16))]}]
-
-
-def _fp16(make: Make) -> Groups:
-    return [{"params": [("weight", make((21, 5), F16)), ("bias", make((3,), F16)), ("wide", make((70,), F32))]}]
-
-
-def _large(make: Make) -> Groups:
-    """More than any exchange moves at once, and not a multiple of anything."""
-    return [{"params": [("huge", make((701, 997), F32)), ("bias", make((997,), F32))]}]
 
 
 def _transposed(make: Make) -> Groups:
@@ -86,24 +43,33 @@ def _frozen_columns(make: Make) -> Groups:
     return [{"params": [("trained", make((5, 3), F32)), ("columns", columns)]}]
 
 
-def _aligned(make: Make) -> Groups:
-    """Sizes that divide evenly by any rank count up to four times the alignment unit: no padding anywhere."""
-    return [{"params": [("a", make((64, 12), F32)), ("b", make((3 * 4 * 64, 2), F32)), ("c", make((768,), F32))]}]
+ODD_SIZES = [(7,), (13, 3), (1,), (), (0,), (65,), (3, 5, 7), (2, 0, 3), (2,), (128, 3), (3,)]
 
-
-PARAMETERS: dict[str, Callable[[Make], Groups]] = {
-    "odd sizes": _odd,
-    "tiny": _tiny_bias,
-    "empty and scalar": _only_empty_and_scalar,
-    "several groups": _grouped,
-    "mixed dtypes": _mixed,
-    "bf16": _bf16,
-    "fp16": _fp16,
-    "large": _large,
+# Of each group what it has of its own, and its parameters: shapes, and dtypes where they are not fp32.
+PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]] | Callable[[Make], Groups]] = {
+    # 0-d, zero-size, one-element and odd parameters; every small one is smaller than four ranks.
+    "odd sizes": [({}, {f"p{i}": shape for i, shape in enumerate(ODD_SIZES)})],
+    # All of it together is smaller than one alignment unit, and the bias than the number of ranks.
+    "tiny": [({}, {"weight": (3, 5), "bias": (1,)})],
+    "empty and scalar": [({}, {"empty": (0, 4), "scalar": ()})],
+    "several groups": [
+        ({"lr": 1e-2, "weight_decay": 3e-4}, {"a": (31, 9), "b": (31,)}),
+        ({"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.0}, {"c": (5,)}),
+        ({"amsgrad": True}, {"d": (64, 4), "e": (17, 3), "f": ()}),
+    ],
+    "mixed dtypes": [
+        ({}, {"a32": (19, 7), "b16": ((33, 5), BF16), "c64": ((11, 3), F64)}),
+        ({"lr": 4e-3}, {"d16": ((5,), BF16), "e32": (130,), "f16": ((), BF16)}),
+    ],
+    "bf16": [({}, {"weight": ((37, 5), BF16), "bias": ((3,), BF16), "scale": ((), BF16)})],
+    "fp16": [({}, {"weight": ((21, 5), F16), "bias": ((3,), F16), "wide": (70,)})],
+    # More than any exchange moves at once, and not a multiple of anything.
+    "large": [({}, {"huge": (701, 997), "bias": (997,)})],
     "non-contiguous": _transposed,
     "frozen": _frozen,
     "frozen columns": _frozen_columns,
-    "aligned": _aligned,
+    # Sizes that divide evenly by any rank count up to four times the alignment unit: no padding anywhere.
+    "aligned": [({}, {"a": (64, 12), "b": (3 * 4 * 64, 2), "c": (768,)})],
 }
 
 
@@ -111,10 +77,16 @@ def make_groups(name: str, seed: int) -> Groups:
     """The parameter groups of `PARAMETERS[name]`, drawn from `seed`."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    def make(shape: tuple[int, ...], dtype: torch.dtype = F32) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=generator, dtype=F64).to(dtype))
 
-    return PARAMETERS[name](make)
+    def made(spec: Any) -> nn.Parameter:
+        return make(*spec) if spec and isinstance(spec[-1], torch.dtype) else make(spec)
+
+    groups = PARAMETERS[name]
+    if callable(groups):
+        return groups(make)
+    return [{"params": [(name, made(spec)) for name, spec in params.items()], **own} for own, params in groups]
 
 
 def named(groups: Groups) -> dict[str, nn.Parameter]:

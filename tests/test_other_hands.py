@@ -126,23 +126,16 @@ def test_each_parameter_has_a_storage_of_its_own() -> None:
 # --- memory that is not row-major ---
 
 
-class Transposed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(16, 8).t())
-        self.v = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v(torch.tanh(x @ self.w))
-
-
 @ranks(2)
 def test_strides_by_which_ddp_would_go_are_refused_with_what_works(group: Any) -> None:
-    model, config = Transposed(), ShardingConfig(reduce_gradients=False)
-    with pytest.raises(ValueError, match=r"(?s)w: expected a row-major parameter where reduce_gradients=False") as said:
+    model, config = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), ShardingConfig(reduce_gradients=False)
+    model[0].weight.data = torch.randn(8, 16).t()
+    with pytest.raises(
+        ValueError, match=r"(?s)0\.weight: expected a row-major parameter where reduce_gradients=False"
+    ) as said:
         ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
     assert "contiguous_format" in str(said.value)
-    model.w.data = model.w.data.contiguous()
+    model[0].weight.data = model[0].weight.data.contiguous()  # type: ignore[operator]
     control = copy.deepcopy(model).double()
     ddp = DistributedDataParallel(model, process_group=group)
     ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)

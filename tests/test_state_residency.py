@@ -132,30 +132,22 @@ def both_residencies(group: Any, dtype: torch.dtype, law: dict[str, Any], settin
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_ranks"),
-    [*zip(PRECISIONS, itertools.cycle([2, 3, 1])), ("bf16, remainder", 2)],
+    ("precision", "num_ranks", "more"),
+    [
+        *((precision, num_ranks, {}) for precision, num_ranks in zip(PRECISIONS, itertools.cycle([2, 3, 1]))),
+        ("bf16, remainder", 2, dict(gradient_residency=GradientResidency.SHARDED)),
+        ("bf16, fp32 main", 2, dict(overlap=False)),
+        ("bf16, fp32 main", 2, dict(reduce_gradients=False)),
+        ("bf16, fp32 main", 2, dict(bucket_cap_mb=16.0)),
+        ("bf16, fp32 main", 2, dict(bucket_cap_mb=1e-6)),
+    ],
 )
 def test_parameters_state_and_metrics_have_the_same_bits_with_state_in_host_memory(
-    precision: str, num_ranks: int
+    precision: str, num_ranks: int, more: dict[str, Any]
 ) -> None:
     """Clipped steps, a skipped one, gradients that are missing and weights that were edited among them."""
     dtype, settings = PRECISIONS[precision]
-    on_ranks(num_ranks, both_residencies, dtype, dict(amsgrad=num_ranks == 2), settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(gradient_residency=GradientResidency.SHARDED),
-        dict(overlap=False),
-        dict(reduce_gradients=False),
-        dict(bucket_cap_mb=16.0),
-        dict(bucket_cap_mb=1e-6),
-    ],
-    ids=["sharded gradients", "without overlap", "averaged by others", "one bucket", "a bucket each"],
-)
-def test_wherever_gradients_are_the_bits_are_the_same(settings: dict[str, Any]) -> None:
-    on_ranks(2, both_residencies, BF16, {}, settings)
+    on_ranks(num_ranks, both_residencies, dtype, dict(amsgrad=num_ranks == 2), settings | more)
 
 
 @ranks(4)
@@ -199,13 +191,6 @@ def test_what_was_saved_with_one_residency_goes_on_with_the_other(group: Any, wh
         ends.append({name: p.detach().clone() for name, p in params.items()})
     for end in ends[1:]:
         assert_equal(end, ends[0])
-
-
-def test_on_a_cpu_updates_work_on_copies_all_the_same() -> None:
-    config = ShardingConfig(state_residency=StateResidency.HOST)
-    (bucket,) = ShardedDecoupledAdamW(make_params(BF16).items(), config=config)._shards.buckets
-    at_work, at_rest = (bucket.param, bucket.grad), (bucket.weights.shard, bucket.gradients.shard)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in (*at_work, *at_rest)}) == 4
 
 
 # --- the right places ---
