@@ -63,8 +63,9 @@ def test_a_remainder_fits_a_parameter_that_others_have_rounded_and_is_0_once_tha
         assert restored[~finite].isnan().all()
     value = torch.randn(1000)
     changed = split(value)[0] * 1.5
-    changed[:4] = torch.tensor([0.0, -0.0, 0.0, -0.0])  # where minus something, added to the pattern, would be nan
     assert torch.equal(join(changed, remainder_of(value, changed)), changed.float())
+    zeros, stale = torch.tensor([0.0, -0.0], dtype=BF16), torch.tensor([-5, -5], dtype=torch.int16)
+    assert not join(zeros, stale).any(), "set to zero by others, it starts again from there, where below is nan"
 
 
 def test_the_parameter_is_the_nearest_bf16_value_and_ties_go_away_from_zero() -> None:
