@@ -378,6 +378,23 @@ def test_local_gradients_may_be_changed_at_will(group: Any) -> None:
     assert_equal(values_of(model), values_of(twin))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@ranks(2)
+def test_gradients_may_be_multiplied_beside_a_layer_that_has_none(group: Any, overlap: bool) -> None:
+    found = []
+    for factor in (1.0, 0.5):
+        model, optimizer = small(group, overlap=overlap)
+        for step in range(3):
+            (loss_of(model[:4], group.rank(), step) * (0.5 / factor)).backward()
+            for p in model[:4].parameters():
+                assert p.grad is not None
+                p.grad.mul_(factor)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(values_of(model))
+    assert_equal(*found)
+
+
 @pytest.mark.parametrize("buckets", [{}, {"bucket_cap_mb": 1.0}])
 @ranks(2)
 def test_used_gradients_that_are_multiplied_and_not_cleared_are_an_error(group: Any, buckets: dict[str, Any]) -> None:

@@ -214,16 +214,18 @@ class Reducer:
     def changes(self, *, is_unscaled: bool) -> dict[Bucket, Tensor]:
         """By what factors gradients were multiplied, as ``Gradients.change`` says; empty where nobody did that.
 
-        Where somebody did, the buckets that nobody touched are there with a factor of 1.
+        Where somebody did, the buckets that nobody touched are there with a factor of 1, or nan without a gradient.
         """
         unused = [bucket for bucket in self._hooked if bucket.gradients.stage is not Stage.CONSUMED]
         factors = {bucket: bucket.gradients.change(is_unscaled=is_unscaled) for bucket in unused}
         if all(factor is None for factor in factors.values()):
             return {}
-        return {
-            bucket: bucket.gradients.shard.new_ones(1, dtype=torch.float64) if factor is None else factor
-            for bucket, factor in factors.items()
-        }
+        found = {}
+        for bucket, factor in factors.items():
+            untouched = 1.0 if any(bucket.gradients.present) else torch.nan
+            like = bucket.gradients.shard
+            found[bucket] = like.new_full((1,), untouched, dtype=torch.float64) if factor is None else factor
+        return found
 
     def buckets(self) -> list[Bucket]:
         """All that are watched, in the order in which they are reduced."""
