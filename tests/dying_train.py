@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import launch.train
@@ -32,25 +33,21 @@ def die_alone() -> None:
     die()
 
 
-def before(owner: Any, name: str, strike: Callable[[], None]) -> None:
+def before(owner: Any, name: str, strike: Callable[[], None], then: bool = False) -> None:
     original = getattr(owner, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
-        strike()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, struck)
-
-
-def after(owner: Any, name: str, strike: Callable[[], None]) -> None:
-    original = getattr(owner, name)
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
+        if not then:
+            strike()
         result = original(*args, **kwargs)
-        strike()
+        if then:
+            strike()
         return result
 
     setattr(owner, name, struck)
+
+
+after = partial(before, then=True)
 
 
 def ask(name: str) -> Callable[[], None]:

@@ -1,12 +1,9 @@
 """The python blocks of README and docs run as they stand: in order, a namespace a page, on one rank and on several."""
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch.distributed as dist
 
 import sharded_dadamw.checkpoint
 import sharded_dadamw.interchange
+from tests.forked import names_for
 from tests.pool import on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -40,26 +38,6 @@ def run_blocks(text: str, file: str) -> list[int]:
     return [line for line, _ in blocks]
 
 
-@contextlib.contextmanager
-def environment_of_one_rank() -> Iterator[None]:
-    """What torchrun would set, so that a block may call init_process_group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 def run_blocks_on_a_rank(_: Any, text: str, file: str, folder: str) -> list[int]:
     """Here the default group exists already: starting and ending it is the pool's business, not the README's."""
     init, destroy, cwd = dist.init_process_group, dist.destroy_process_group, os.getcwd()
@@ -81,8 +59,13 @@ def run_blocks_on_a_rank(_: Any, text: str, file: str, folder: str) -> list[int]
 def test_blocks_run_on_one_rank(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
     monkeypatch.chdir(tmp_path)
-    with environment_of_one_rank():
+    for name, value in names_for(1)[0].items():  # so that a block may call init_process_group
+        monkeypatch.setenv(name, value)
+    try:
         ran = run_blocks(text, str(page))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     assert len(ran) == text.count("\n```python") + text.startswith("```python"), "a block was not recognised"
 
 
