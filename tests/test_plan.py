@@ -457,7 +457,8 @@ def test_with_micro_batches_only_ranks_that_can_share_them_are_told() -> None:
 
 # --- time ------------------------------------------------------------------------------------------------------------
 
-LINKED = Gpu(memory=1e9, flops=1e12, copy=2e9, intra=1e8, inter=1e8, protocols=(Protocol(0.0, 0.0, 0.0, 1.0),))
+AT_ONCE = (Protocol(0.0, 0.0, 0.0, 1.0),)
+LINKED = Gpu(memory=1e9, flops=1e12, copy=2e9, intra=1e8, inter=1e8, protocols=AT_ONCE, slowdown=0.0)
 COMPUTE = 0.030  # seconds of forward and backward
 
 
@@ -638,7 +639,7 @@ def relative_speeds(
         return schedule.time(compute, attached=True).step or 0.0
 
     compute = first_step
-    for _ in range(9):
+    for _ in range(5):
         compute -= step(ranks[0], compute) - first_step
     return [first_step / step(num_ranks, compute) for num_ranks in ranks]
 
@@ -650,6 +651,37 @@ def test_scaling_is_that_of_torchtitan(row: str) -> None:
     ranks, first = list(speeds), next(iter(speeds.values()))
     planned = relative_speeds(parameters_of("llama3-8b"), 218_112_000, gpu, 2 * 8192 / first, ranks)
     assert planned == pytest.approx([speed / first for speed in speeds.values()], rel=0.10)
+
+
+FOUNDRY = {  # width, layers and sequences of 2,048 tokens per rank; tokens per second and GPU by ranks, on H100s
+    "1b": (2048, 24, 12, {128: 44_123, 256: 42_555, 512: 39_837}),
+    "3b": (2560, 32, 8, {128: 23_422, 256: 22_772, 512: 21_664}),
+    "7b": (4096, 32, 6, {128: 10_475, 256: 10_119, 512: 9_670}),
+    "13b": (5120, 40, 16, {128: 5_080, 256: 4_989, 512: 4_952}),
+    "30b": (7168, 48, 8, {128: 2_199, 256: 2_148, 512: 2_115}),
+    "70b": (8192, 88, 8, {128: 1_058, 256: 1_035, 512: 1_007}),
+}
+
+
+@pytest.mark.parametrize("row", FOUNDRY)
+def test_scaling_is_that_of_llm_foundry(row: str, tmp_path: Path) -> None:
+    """mosaicml/llm-foundry, scripts/train/benchmarking/README.md, within 10 %."""
+    width, layers, sequences, speeds = FOUNDRY[row]
+    config = {"model_type": "gpt2", "vocab_size": 50_368, "n_positions": 2048, "n_embd": width, "n_layer": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    params, first = parameters_of(str(tmp_path / "config.json")), speeds[128]
+    planned = relative_speeds(params, 12 * width**2, "h100", sequences * 2048 / first, list(speeds))
+    assert planned == pytest.approx([speed / first for speed in speeds.values()], rel=0.10)
+
+
+def test_computing_takes_longer_while_something_is_sent() -> None:
+    """The first of two modules computes 1.5 s, and in so long as the other one's gather takes only two thirds of it."""
+    params = {name: nn.Parameter(torch.empty(1_000_000, device="meta")) for name in ("one.weight", "other.weight")}
+    model = Model.of(params, ShardingConfig(bucket_cap_mb=4), 2)
+    time = Schedule(model, replace(LINKED, slowdown=0.5), *axes_of(2, 8, None)).time(9.0, attached=True)
+    taken = {span.what: span.end - span.start for span in time.spans}
+    assert taken["forward one"] == pytest.approx(1.5 + time.gather / 2 / 3)
+    assert taken["forward other"] == pytest.approx(1.5)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

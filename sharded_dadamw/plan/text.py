@@ -80,7 +80,9 @@ def _times(plan: Plan, unit: str) -> Iterator[str]:
     links = f"{in_unit(plan.links['intra'])} {unit} within a host, {in_unit(plan.links['inter'])} {unit} between hosts"
     yield f"  by link: {links}; {plan.num_buckets:,} buckets"
     if time.step is not None and time.compute is not None:
-        of_it = f"{1e3 * time.compute:,.1f} of it forward and backward ({time.compute / time.step:.1%})"
+        slower = time.step - time.compute - sum(filter(None, (time.update, time.exposed_reduce, time.exposed_gather)))
+        of_it = f"{1e3 * time.compute:,.1f} of it forward and backward ({time.compute / time.step:.1%}), "
+        of_it += f"{1e3 * slower:,.1f} since these are slower while something is sent"
         yield f"  a step: {1e3 * time.step:,.1f} ms, {of_it}"
 
 

@@ -59,6 +59,8 @@ class Gpu:
         intra: Bytes per second and direction to ranks of the same host.
         inter: Bytes per second and direction through the device's own network adapter.
         protocols: How it sends.
+        slowdown: How much longer it computes while it sends, too, by what it takes alone: both need multiprocessors and
+            memory. Source: Lee et al., arXiv:2507.03114, the mean over A100, H100, MI210 and MI250.
     """
 
     memory: float
@@ -67,6 +69,7 @@ class Gpu:
     intra: float
     inter: float
     protocols: tuple[Protocol, ...] = NCCL
+    slowdown: float = 0.189
 
 
 GPUS = {
@@ -244,6 +247,9 @@ class Schedule:
                 self._arrivals[number] = self._send(f"gather {number}", self._seconds[number].gather)
 
     def _work(self, what: str, seconds: float) -> None:
+        """Compute for so many seconds, and longer while something is sent."""
+        slowdown, sending = self._gpu.slowdown, max(0.0, *self._free.values()) - self._now
+        seconds += slowdown * max(0.0, min(seconds, sending / (1 + slowdown)))
         self._spans.append(Span("compute", what, self._now, self._now + seconds))
         self._now += seconds
 
