@@ -31,7 +31,7 @@ from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, StepLR
 
 from sharded_dadamw import (
     DecoupledAdamW,
@@ -56,6 +56,7 @@ same_gradients = pytest.mark.filterwarnings("ignore:gradients are the same on al
 
 SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 1.0 / (1 + step)),
+    "CyclicLR": lambda o: CyclicLR(o, 1e-4, 3e-3, step_size_up=2),
     "LinearLR": lambda o: LinearLR(o, start_factor=0.2, total_iters=6),
     "OneCycleLR": lambda o: OneCycleLR(o, max_lr=[g["lr"] for g in o.param_groups], total_steps=30),
     "StepLR": lambda o: StepLR(o, step_size=3, gamma=0.5),

@@ -297,32 +297,6 @@ def test_a_clip_is_for_the_gradients_there_are(group: Any, reduces: bool, what: 
     pair.step()
 
 
-@either_class
-def test_clips_add_up_for_one_step_and_the_tighter_of_two_wins(cls: Any) -> None:
-    for max_grad_norm, by_hand, expected in (
-        (0.5, (0.25,), 0.25),
-        (0.5, (2.0,), 0.5),
-        (0.5, (), 0.5),
-        (None, (0.5, 0.2), 0.2),
-        (None, (1e9,), 4.0),
-    ):
-        weight = nn.Parameter(torch.zeros(4))
-        optimizer = cls([weight], max_grad_norm=max_grad_norm)
-        for clips, told in ((by_hand, expected), ((), max_grad_norm or 4.0)):  # the second step knows of no clip
-            weight.grad = torch.full((4,), 2.0)
-            left = 4.0
-            for max_norm in clips:
-                assert optimizer.clip_grad_norm_(max_norm).item() == pytest.approx(left, rel=1e-5)
-                left = min(left, max_norm)
-            optimizer.step()
-            metrics = optimizer.metrics()
-            assert metrics["l2_norm/grad/global"] == pytest.approx(told, rel=1e-5)
-            if max_grad_norm is not None:
-                assert metrics["grad_norm"] == pytest.approx(left, rel=1e-5)
-                assert metrics["clip_coefficient"] == pytest.approx(told / 4.0, rel=1e-5)
-            optimizer.zero_grad()
-
-
 # --- groups, freezing ---
 
 
@@ -365,48 +339,6 @@ def test_a_parameter_that_is_unfrozen_later_is_trained_from_then_on(group: Any, 
         pair.step()
     assert pair.optimizer.state[pair.params["p1"]]["step"].item() == 4
     return norms
-
-
-_LR = lr_scheduler
-
-
-# --- schedulers ---
-
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda o: _LR.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "MultiplicativeLR": lambda o: _LR.MultiplicativeLR(o, lambda epoch: 0.9),
-    "StepLR": lambda o: _LR.StepLR(o, 2),
-    "MultiStepLR": lambda o: _LR.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: _LR.ConstantLR(o, total_iters=3),
-    "LinearLR": lambda o: _LR.LinearLR(o, total_iters=4),
-    "ExponentialLR": lambda o: _LR.ExponentialLR(o, 0.8),
-    "PolynomialLR": lambda o: _LR.PolynomialLR(o, total_iters=5),
-    "CosineAnnealingLR": lambda o: _LR.CosineAnnealingLR(o, 4),
-    "CosineAnnealingWarmRestarts": lambda o: _LR.CosineAnnealingWarmRestarts(o, 3),
-    "CyclicLR": lambda o: _LR.CyclicLR(o, 1e-4, 3e-3, step_size_up=2),
-    "OneCycleLR": lambda o: _LR.OneCycleLR(o, 3e-3, total_steps=10),
-    "ReduceLROnPlateau": lambda o: _LR.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: _LR.SequentialLR(o, [_LR.LinearLR(o), _LR.ExponentialLR(o, 0.5)], milestones=[2]),
-    "ChainedScheduler": lambda o: _LR.ChainedScheduler([_LR.LinearLR(o, total_iters=2), _LR.ExponentialLR(o, 0.5)]),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-4, anneal_epochs=3),
-}
-
-
-@pytest.mark.filterwarnings("error:.*lr_scheduler.step.*:UserWarning")  # where they think that step was not called
-@pytest.mark.parametrize("name", sorted({*SCHEDULERS, *lr_scheduler.__all__} - {"LRScheduler"}))
-def test_every_scheduler_drives_it_as_it_drives_the_unsharded_optimizer(name: str) -> None:
-    pair = Pair()
-    schedulers = [SCHEDULERS[name](optimizer) for _, optimizer in pair.sides]
-    lrs = set()
-    for step in range(5):
-        pair.train(step)
-        for scheduler in schedulers:
-            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-        ours, theirs = (optimizer.param_groups[0] for _, optimizer in pair.sides)
-        assert all(ours.get(key) == theirs.get(key) for key in ("lr", "betas", "initial_lr", "max_lr"))
-        lrs.add(ours["lr"])
-    assert len(lrs) > 1, "the schedule never changed the lr, so this proves nothing"
 
 
 # --- hooks ---
@@ -601,23 +533,6 @@ def test_gradients_edited_in_place_count_or_are_refused(group: Any, when: str) -
             return
 
 
-def test_no_sync_nests_ends_with_an_exception_and_belongs_to_whoever_reduces() -> None:
-    pair = Pair()
-    give_gradients(pair.params, 0)
-    with pair.optimizer.no_sync():
-        with pair.optimizer.no_sync():
-            pass
-        for verb in (pair.optimizer.step, lambda: pair.optimizer.clip_grad_norm_(1.0)):
-            with pytest.raises(RuntimeError, match="no_sync"):
-                verb()
-    with pytest.raises(KeyError), pair.optimizer.no_sync():
-        raise KeyError
-    pair.train(0)
-    optimizer = ShardedDecoupledAdamW(make().items(), config=ShardingConfig(reduce_gradients=False))
-    with pytest.raises(RuntimeError, match="reduce_gradients"), optimizer.no_sync():
-        pass
-
-
 EDITS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "copy_ under no_grad": lambda p, new: p.copy_(new),
     "p.data.copy_": lambda p, new: p.data.copy_(new),
@@ -660,7 +575,55 @@ def test_weights_edited_in_place_between_steps_are_the_ones_trained_on(group: An
 # --- no_sync ---
 
 
+def test_no_sync_nests_ends_with_an_exception_and_belongs_to_whoever_reduces() -> None:
+    pair = Pair()
+    give_gradients(pair.params, 0)
+    with pair.optimizer.no_sync():
+        with pair.optimizer.no_sync():
+            pass
+        for verb in (pair.optimizer.step, lambda: pair.optimizer.clip_grad_norm_(1.0)):
+            with pytest.raises(RuntimeError, match="no_sync"):
+                verb()
+    with pytest.raises(KeyError), pair.optimizer.no_sync():
+        raise KeyError
+    pair.train(0)
+    optimizer = ShardedDecoupledAdamW(make().items(), config=ShardingConfig(reduce_gradients=False))
+    with pytest.raises(RuntimeError, match="reduce_gradients"), optimizer.no_sync():
+        pass
+
+
 # --- lifetime ---
+
+
+@pytest.mark.parametrize("reduces", [True, False], ids=["reduced here", "reduced by others"])
+def test_deleting_the_optimizer_leaves_a_plain_model_and_deleting_both_frees_everything(reduces: bool) -> None:
+    model, twin = TiedLanguageModel(), TiedLanguageModel()
+    config = ShardingConfig(reduce_gradients=reduces, bucket_cap_mb=1e-3)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), config=config)
+    scheduler = lr_scheduler.LinearLR(optimizer)
+    for step in range(2):
+        model.loss(step).backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    objects = [weakref.ref(thing) for thing in (optimizer, model, model.norm.weight)]
+    tensors = [v for entries in optimizer.state.values() for v in entries.values()]
+    storages = [StorageWeakRef(t.untyped_storage()) for t in tensors if t.numel()]
+    del optimizer, scheduler, tensors
+    gc.collect()
+    assert objects[0]() is None and all(storage.expired() for storage in storages)
+    twin.load_state_dict(model.state_dict())
+    for m in (model, twin):
+        m.loss(1).backward()
+        m.loss(2).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+        storages += [StorageWeakRef(t.untyped_storage()) for t in (p, p.grad) if t is not None]
+    del model, m, p
+    gc.collect()
+    assert [ref() for ref in objects] == [None] * 3
+    assert all(storage.expired() for storage in storages)
 
 
 def test_a_model_trained_here_deep_copies_and_pickles_like_any_other() -> None:
@@ -742,6 +705,32 @@ def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(g
 
 
 # --- max_grad_norm ---
+
+
+@either_class
+def test_clips_add_up_for_one_step_and_the_tighter_of_two_wins(cls: Any) -> None:
+    for max_grad_norm, by_hand, expected in (
+        (0.5, (0.25,), 0.25),
+        (0.5, (2.0,), 0.5),
+        (0.5, (), 0.5),
+        (None, (0.5, 0.2), 0.2),
+        (None, (1e9,), 4.0),
+    ):
+        weight = nn.Parameter(torch.zeros(4))
+        optimizer = cls([weight], max_grad_norm=max_grad_norm)
+        for clips, told in ((by_hand, expected), ((), max_grad_norm or 4.0)):  # the second step knows of no clip
+            weight.grad = torch.full((4,), 2.0)
+            left = 4.0
+            for max_norm in clips:
+                assert optimizer.clip_grad_norm_(max_norm).item() == pytest.approx(left, rel=1e-5)
+                left = min(left, max_norm)
+            optimizer.step()
+            metrics = optimizer.metrics()
+            assert metrics["l2_norm/grad/global"] == pytest.approx(told, rel=1e-5)
+            if max_grad_norm is not None:
+                assert metrics["grad_norm"] == pytest.approx(left, rel=1e-5)
+                assert metrics["clip_coefficient"] == pytest.approx(told / 4.0, rel=1e-5)
+            optimizer.zero_grad()
 
 
 def clipped(group: Any, cls: Any, within: bool, settings: dict[str, Any], wrap: bool) -> tuple[Params, list[Any]]:
@@ -878,34 +867,3 @@ class Proxy:
 
     def step(self, closure: Any = None) -> Any:
         return self._optimizer.step(closure)
-
-
-@pytest.mark.parametrize("reduces", [True, False], ids=["reduced here", "reduced by others"])
-def test_deleting_the_optimizer_leaves_a_plain_model_and_deleting_both_frees_everything(reduces: bool) -> None:
-    model, twin = TiedLanguageModel(), TiedLanguageModel()
-    config = ShardingConfig(reduce_gradients=reduces, bucket_cap_mb=1e-3)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), config=config)
-    scheduler = lr_scheduler.LinearLR(optimizer)
-    for step in range(2):
-        model.loss(step).backward()
-        optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    objects = [weakref.ref(thing) for thing in (optimizer, model, model.norm.weight)]
-    tensors = [v for entries in optimizer.state.values() for v in entries.values()]
-    storages = [StorageWeakRef(t.untyped_storage()) for t in tensors if t.numel()]
-    del optimizer, scheduler, tensors
-    gc.collect()
-    assert objects[0]() is None and all(storage.expired() for storage in storages)
-    twin.load_state_dict(model.state_dict())
-    for m in (model, twin):
-        m.loss(1).backward()
-        m.loss(2).backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-        storages += [StorageWeakRef(t.untyped_storage()) for t in (p, p.grad) if t is not None]
-    del model, m, p
-    gc.collect()
-    assert [ref() for ref in objects] == [None] * 3
-    assert all(storage.expired() for storage in storages)

@@ -54,6 +54,7 @@ ALIGNMENT = 64  # elements
     ("fp16 without main parameters", scenario("fp16", **AS_UNSHARDED), (3,)),
     ("amsgrad", scenario(amsgrad=True), (1, 4)),
     ("several groups, LinearLR", scenario("several groups", schedule="LinearLR"), (2,)),
+    ("several groups, CyclicLR", scenario("several groups", schedule="CyclicLR"), (3,)),
     ("several groups, OneCycleLR", scenario("several groups", schedule="OneCycleLR", num_steps=20), (3,)),
     ("gradients assigned by hand", scenario("mixed dtypes", assign=True), (2, 3)),
     # who has no gradient is untouched, decay included
