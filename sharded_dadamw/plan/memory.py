@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from operator import add
+from operator import add, attrgetter
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Bytes:
 
     def __iter__(self) -> Iterator[int]:
         """The bytes of each of ``KINDS``."""
-        return (getattr(self, kind) for kind in KINDS)
+        return iter(_BY_KIND(self))
 
     def __add__(self, other: Bytes) -> Bytes:
         """The sum, kind by kind."""
@@ -58,6 +58,7 @@ class Bytes:
 
 
 KINDS = tuple(field.name for field in fields(Bytes))
+_BY_KIND = attrgetter(*KINDS)
 
 
 @dataclass(frozen=True, slots=True)

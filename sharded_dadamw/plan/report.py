@@ -168,11 +168,7 @@ def plan(
     available = int(memory or device.memory)
 
     def smallest() -> int | None:
-        room, rest = available - int(activations), at_rest(cut).device
-        sharded = config.gradient_residency is GradientResidency.SHARDED
-        if rest.parameters + (0 if sharded else rest.gradients) > room:  # which no number of ranks changes
-            return None
-        candidates = _numbers(config, per_host)
+        candidates, room = _numbers(config, per_host), available - int(activations)
         place = bisect_left(candidates, True, key=lambda shards: _peak(phases(cut.over(shards))) <= room)
         return candidates[place] if place < len(candidates) else None
 
