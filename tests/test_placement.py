@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.layout.placement import placements_of
 from tests.harness import ranks
 from tests.layouts import grid, line, root_sum_square
 from tests.simulated import on_ranks, outcomes
@@ -313,6 +314,14 @@ def test_under_fsdp_a_clip_is_for_the_gradients_that_there_were(group: Any, kind
 
 
 # --- HSDP ---
+
+
+@ranks(4)
+def test_parts_of_a_parameter_that_is_cut_along_two_axes_count_their_elements_apart(group: Any) -> None:
+    """Or stochastic rounding would draw the same bits for two of them."""
+    parts = distribute_tensor(torch.ones(8, 4), grid("rows", "columns"), [Shard(0), Shard(1)])
+    [placement] = placements_of([nn.Parameter(parts)])
+    assert placement.first_element == 8 * group.rank()
 
 
 @pytest.mark.parametrize(
