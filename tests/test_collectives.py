@@ -262,16 +262,22 @@ def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     return mesh["replicate", "shard"] if len(shape) == 3 else mesh
 
 
+SHARDS_OF_A_MESH = (77, 80, 77)
+"""Elements of them, which replicas can share out evenly or not."""
+
+
 def reduce_over_both_axes(_: Any, shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool) -> Any:
     dtype, out_dtype, wire = dtypes
     ours = connect(mesh_of(shape), CPU, exchange=choice)
-    numel, shard_numel = 77 * ours.num_ranks, 77
     outs, buffers = [], []
-    for k in range(3):
+    for k, shard_numel in enumerate(SHARDS_OF_A_MESH):
+        numel = shard_numel * ours.num_ranks
         buffer = ours.new_buffer(numel, dtype, CPU).copy_(local_gradient(dist.get_rank() + 10 * k, numel, dtype))
         in_place = out_dtype == dtype and not add
         outs.append(
-            buffer[ours.rank * shard_numel :][:shard_numel] if in_place else torch.full((77,), 0.1, dtype=out_dtype)
+            buffer[ours.rank * shard_numel :][:shard_numel]
+            if in_place
+            else torch.full((shard_numel,), 0.1, dtype=out_dtype)
         )
         buffers.append(buffer)
     handles = [
@@ -309,21 +315,21 @@ def test_a_mesh_averages_over_shards_and_then_over_replicas(
         assert shard == rank % num_shards
         assert num_texts == num_replicas * num_shards
         first = rank - rank % num_texts
-        for k, out in enumerate(outs):
-            mean = torch.zeros(77)
+        for k, (out, numel) in enumerate(zip(outs, SHARDS_OF_A_MESH, strict=True)):
+            mean = torch.zeros(numel)
             for replica in range(num_replicas):
                 ranks = range(first + replica * num_shards, first + (replica + 1) * num_shards)
-                parts = [local_gradient(r + 10 * k, 77 * num_shards, dtype).to(sent).float() for r in ranks]
+                parts = [local_gradient(r + 10 * k, numel * num_shards, dtype).to(sent).float() for r in ranks]
                 of_shards = sum(parts[1:], start=parts[0]) / num_shards
-                mean = mean + of_shards.to(sent if num_replicas > 1 and wire else F32)[77 * shard :][:77]
+                mean = mean + of_shards.to(sent if num_replicas > 1 and wire else F32)[numel * shard :][:numel]
             expected = (mean / num_replicas).to(out_dtype)
             assert torch.equal(out, torch.full_like(expected, 0.1) + expected if add else expected)
         if not add and dtype == out_dtype:
             row = results[rank - shard : rank - shard + num_shards]
             assert torch.equal(gathered, torch.cat([other[1][0] for other in row]))
-        padded = -(-77 // num_replicas)
-        within = (num_shards - 1) * 77 * (3 * sent.itemsize + dtype.itemsize)
-        between = 3 * (num_replicas - 1) * padded * ((wire or F32).itemsize + out_dtype.itemsize)
+        within = (num_shards - 1) * (sum(SHARDS_OF_A_MESH) * sent.itemsize + SHARDS_OF_A_MESH[0] * dtype.itemsize)
+        pieces = sum(-(-numel // num_replicas) for numel in SHARDS_OF_A_MESH)
+        between = (num_replicas - 1) * pieces * ((wire or F32).itemsize + out_dtype.itemsize)
         assert num_bytes == within + between
 
 

@@ -79,11 +79,18 @@ class MeshVerbs(BackendVerbs):
         """
         piece = -(-out.numel() // self._column.num_ranks)
         padded = piece * self._column.num_ranks
+        is_in_place = not add and padded == out.numel()  # new memory costs a page fault for every 4 KiB
+
+        def of_column(dtype: torch.dtype) -> Tensor:
+            if is_in_place and dtype == out.dtype:
+                return out
+            return self._column.new_buffer(padded, dtype, buffer.device)
+
         with self._beginning(REDUCE_SCATTER):
             wide = sum_dtype(sent_dtype(buffer.dtype, wire_dtype), out.dtype)
             if self._divisor is not None:  # which rounds each node to the gradients' dtype
                 wide = buffer.dtype
-            of_row = [self._column.new_buffer(padded, wide, buffer.device)]
+            of_row = [of_column(wide)]
             under_way = self._row.reduce_scatter_mean(buffer, of_row[0][: out.numel()], wire_dtype=wire_dtype)
             self._count()
         of_all: Tensor
@@ -91,7 +98,7 @@ class MeshVerbs(BackendVerbs):
         def reduce_over_replicas() -> None:
             nonlocal under_way, of_all
             under_way.wait()
-            of_all = self._column.new_buffer(padded, out.dtype, buffer.device)
+            of_all = of_column(out.dtype)
             own = of_all[self._column.rank * piece :][:piece]
             under_way = self._column.reduce_scatter_mean(of_row[0], own, wire_dtype=wire_dtype)
             self._count()
@@ -107,7 +114,7 @@ class MeshVerbs(BackendVerbs):
             under_way.wait()
             if add:
                 out.add_(of_all[: out.numel()])
-            else:
+            elif of_all is not out:
                 out.copy_(of_all[: out.numel()])
 
         # Ranks start the column's verbs in one order: a mean goes on only when all before it have gone further.

@@ -287,7 +287,9 @@ def _scratch(model: Model, bucket: Arrangement) -> list[tuple[int, int]]:
     if model.replicas == 1:
         return [first]
     padded = of_column.ranks * of_column.numel
-    sums, means = padded * of_row.out.itemsize, padded * of_column.out.itemsize
+    are_in_place = padded == of_row.numel
+    sums = 0 if are_in_place and of_row.out == of_column.out else padded * of_row.out.itemsize
+    means = 0 if are_in_place else padded * of_column.out.itemsize
     return [(sums + first[0], first[1]), (sums + means + second[0], second[1]), (means, 0)]
 
 
