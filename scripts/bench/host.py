@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -93,6 +94,8 @@ class Contender:
         generator = torch.Generator().manual_seed(0)
         size = elements // count
         self.params = [nn.Parameter(torch.randn(size, generator=generator)) for _ in range(count)]
+        # Those of every rank are its own: where they are equal, ours takes them for averages, and does not overlap.
+        generator.manual_seed(1 + dist.get_rank())
         self.grads = torch.randn(elements, generator=generator).split(size)
         self.optimizer = make(self.params)
 

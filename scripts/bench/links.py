@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -68,15 +69,18 @@ class Links(OverLinks):
             for turn in (transfer, *(partial(self.take_steps, contender) for contender in contenders))
         ]
         samples = harness.interleave(turns, self.rounds, self.warmup)
-        seconds = samples.unflatten(1, (len(speeds), 1 + len(contenders)))[..., 0]  # [rounds, speeds, turns]
+        # [rounds, speeds, turns] each
+        seconds, cpu, sent = samples.unflatten(1, (len(speeds), 1 + len(contenders))).unbind(-1)
         rates = TRANSFER.nbytes / seconds[:, :, 0].median(0).values / 1e9
-        rows = [["a plain transfer", *(f"{rate:.2f} GB/s" for rate in rates.tolist())]]
+        rows = [["a plain transfer", *(f"{rate:.2f} GB/s" for rate in rates.tolist()), "-", "-"]]
         first = seconds[:, :, 1]
         for column, name in enumerate(self.names, 1):
             cells = [f"{1e3 * float(row.median()):.0f}" for row in seconds[:, :, column].T]
             if column > 1:
                 ratios = [str(Spread.of(row)) for row in (seconds[:, :, column] / first).T]
                 cells = [f"{cell} ({ratio})" for cell, ratio in zip(cells, ratios, strict=True)]
+            cells.append(f"{1e3 * float(cpu[:, :, column].median()):.0f}")
+            cells.append(f"{float(sent[:, :, column].median()) / self.steps / 1e6:.1f}")
             rows.append([KINDS[name].description, *cells])
         titles = ["any" if math.isinf(speed) else f"{speed:g} GB/s" for speed in speeds]
         lines = [
@@ -84,25 +88,36 @@ class Links(OverLinks):
             f"link; {HOSTS} hosts; {self.set_up}"
         ]
         record = {"contenders": self.names, "links": titles, "seconds": seconds.tolist()}
-        return Report(["ms per step (ratio to the first) over", *titles], rows, lines, record)
+        record |= {"cpu": cpu.tolist(), "sent": sent.tolist()}
+        columns = ["ms per step (ratio to the first) over", *titles, "CPU ms of a rank", "MB that a host sends"]
+        return Report(columns, rows, lines, record)
 
     def in_turn(self, speed: float, turn: partial[list[float]], index: int) -> list[float]:
-        """Have a turn over a link of a speed."""
+        """Have a turn over a link of a speed; adds the bytes that this host has sent."""
         if local_rank() == 0:
             discipline = ["pfifo"]
             if not math.isinf(speed):
                 discipline = ["tbf", "rate", f"{8e9 * speed:.0f}bit", "burst", "256kb", "latency", "50ms"]
             subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *discipline], check=True)
         dist.barrier()
-        return turn(index)
+        before = bytes_sent()
+        found = turn(index)
+        dist.barrier()
+        return [*found, bytes_sent() - before]
+
+
+def bytes_sent() -> int:
+    """Bytes that have left this host so far."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith(f"{DEVICE}:"))
 
 
 def transfer(index: int) -> list[float]:
-    """Seconds that a buffer takes from the first host to the second."""
+    """Seconds that a buffer takes from the first host to the second, and CPU seconds."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if rank == 0:
         dist.send(TRANSFER, last)
     elif rank == last:
         dist.recv(TRANSFER, 0)
-    return [time.perf_counter() - start]
+    return [time.perf_counter() - start, time.process_time() - cpu_start]
