@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -18,10 +18,7 @@ from sharded_dadamw.update.precision import join, split
 F32, F16, BF16, I16 = torch.float32, torch.float16, torch.bfloat16, torch.int16
 
 HYPER = Hyperparameters(lr=3e-3, initial_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=False)
-HYPER_AMSGRAD = Hyperparameters(
-    lr=3e-3, initial_lr=6e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=True
-)
-"""For tests in one argument."""
+HYPER_AMSGRAD = replace(HYPER, amsgrad=True)
 
 UNIT = 2.0**-24
 """Half a unit in the last place of fp32, relative: what one rounding costs at most."""

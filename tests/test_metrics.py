@@ -282,9 +282,6 @@ def test_the_norm_of_twenty_million_elements_is_right_to_one_in_a_million() -> N
     assert DecoupledAdamW([param]).clip_grad_norm_(1e9).item() == pytest.approx(expected, rel=1e-6)
 
 
-# --- steps that a loss scaler skips ---
-
-
 # --- keys that ranks could disagree about ---
 
 

@@ -656,9 +656,6 @@ def test_averages_may_be_multiplied_alike_on_all_ranks_and_other_changes_are_an_
     return ""
 
 
-# --- memory ---
-
-
 # --- precision on the way ---
 
 
