@@ -124,7 +124,7 @@ MUTATIONS = {
     "buckets/build.py": [
         ("bucket.reset_main_()", "pass", "precision sharded"),
         ("self._collectives.broadcast_(whole)", "pass", "sharded"),
-        ("member.gradient_dtype, member.placement", "member.param.dtype, member.placement", "contract precision"),
+        ("member.gradient_dtype, member.placement", "member.param.dtype, member.placement", "overlap"),
     ],
     "buckets/foreign_gradients.py": [
         ("member.param.grad is not None:\n", "False:\n", "contract sharded"),

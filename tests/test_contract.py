@@ -268,6 +268,19 @@ def test_backward_through_a_graph_from_before_the_step_fails_instead_of_mixing_w
         loss.backward()
 
 
+@either_class
+def test_sparse_gradients_are_refused_before_anything_changes(cls: Any) -> None:
+    """Where others reduce them, too; where we do, tests/test_refusals.py says so on every rank."""
+    table, dense = nn.Embedding(5, 3, sparse=True), nn.Parameter(torch.ones(3))
+    before = table.weight.detach().clone()
+    settings = {"config": ShardingConfig(reduce_gradients=False)} if cls is ShardedDecoupledAdamW else {}
+    optimizer = cls([dense, table.weight], **settings)
+    (table(torch.tensor([1, 2])) * dense).sum().backward()
+    with pytest.raises((RuntimeError, ValueError), match=r"gradient of param_groups\[0\]\['params'\]\[1\]: .*sparse"):
+        optimizer.step()
+    assert torch.equal(table.weight, before) and torch.equal(dense, torch.ones(3))
+
+
 # --- clips ---
 
 

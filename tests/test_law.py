@@ -350,17 +350,6 @@ def test_what_a_step_makes_ready_keeps_no_gradient_and_no_parameter_that_is_gone
     assert not any(reference() is not None for reference in references)
 
 
-def test_sparse_gradients_are_refused_before_anything_changes() -> None:
-    table = torch.nn.Embedding(5, 3, sparse=True)
-    dense = torch.nn.Parameter(torch.ones(3))
-    before = table.weight.detach().clone()
-    optimizer = DecoupledAdamW([dense, table.weight])
-    (table(torch.tensor([1, 2])) * dense).sum().backward()
-    with pytest.raises(RuntimeError, match=r"gradient of param_groups\[0\]\['params'\]\[1\]: .*sparse"):
-        optimizer.step()
-    assert torch.equal(table.weight, before) and torch.equal(dense, torch.ones(3))
-
-
 # --- the reference that the fused kernels fall back to ---
 
 

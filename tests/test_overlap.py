@@ -670,8 +670,9 @@ def test_bf16_gradients_add_up_in_fp32_and_travel_in_what_is_asked_for(
     torch.manual_seed(1)
     weight = nn.Parameter(torch.randn(64, 3).to(BF16))
     weight.grad_dtype = F32
+    narrow = nn.Parameter(torch.zeros(3, dtype=BF16))  # whose gradients are, in a bucket of its own
     config = ShardingConfig(wire_dtype=wire_dtype, gradient_residency=residency)
-    optimizer = ShardedDecoupledAdamW([("weight", weight)], process_group=group, config=config)
+    optimizer = ShardedDecoupledAdamW([("weight", weight), ("bf16", narrow)], process_group=group, config=config)
     drawn = [[draw_gradient(weight, rank, number) for number in range(2)] for rank in range(group.size())]
     for number in range(2):
         with optimizer.no_sync() if number == 0 else contextlib.nullcontext():
@@ -683,7 +684,7 @@ def test_bf16_gradients_add_up_in_fp32_and_travel_in_what_is_asked_for(
         own = first.float() + second.float()
         total += own if wire_dtype is None else own.to(wire_dtype).float()
     mean = total / group.size()
-    (bucket,) = optimizer._shards.buckets
+    bucket, _ = optimizer._shards.buckets
     start, stop = bucket.layout.shard_range(group.rank())
     kept = mean.flatten()[start:stop]
     assert torch.equal(bucket.gradients.shard[: kept.numel()], kept)
