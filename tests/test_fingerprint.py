@@ -22,6 +22,7 @@ from sharded_dadamw.checkpoint.folder import Manifest
 from sharded_dadamw.kernels import fingerprint, numba_fingerprint
 from sharded_dadamw.kernels.fingerprint import Span
 from sharded_dadamw.layout.indices import rows_of
+from sharded_dadamw.state.fingerprint import Fingerprint
 from sharded_dadamw.update.precision import split
 from tests.layouts import LAYOUTS, Model, grid
 from tests.models import draw_gradient, make_groups, named
@@ -311,6 +312,9 @@ def test_diff_tells_the_first_step_and_tensor_that_differ(tmp_path: Path) -> Non
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = difference(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
     assert said is not None and said.startswith("step 3: of a later version of gain is nothing in ")
+    lines[3]["fingerprint"]["formula"] = 1
+    with pytest.raises(ValueError, match="expected a fingerprint by formula 2, got"):
+        Fingerprint.of_dict(lines[3]["fingerprint"])
     (newest := checkpoints(tmp_path / "two")[-1] / "fingerprint.json").write_text("{")
     with pytest.raises(ValueError, match=f"{newest}: expected .* bytes, got 1; the file has been damaged"):
         difference(tmp_path / "one", tmp_path / "two")  # though that of an earlier step is sound

@@ -66,9 +66,10 @@ def _of_checkpoints(path: Path) -> dict[int, Fingerprint]:
     found = {}
     for folder in [path] if (path / MANIFEST).exists() else folders(path) or folders(root_within(path) or path):
         known = Manifest.read(folder)
-        if FINGERPRINT in known.files:
-            if (wrong := known.files[FINGERPRINT].wrong(folder / FINGERPRINT, read=True)) is not None:
-                raise ValueError(wrong)
+        file = known.files.get(FINGERPRINT)
+        if file is not None and (wrong := file.wrong(folder / FINGERPRINT, read=True)) is not None:
+            raise ValueError(wrong)
+        if known.fingerprint:
             found[known.step] = Fingerprint.of_dict(known.fingerprint)
     return found
 

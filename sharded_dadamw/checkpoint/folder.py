@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sharded_dadamw.state.fingerprint import FORMULA
+
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
 FORMAT = 1
@@ -149,13 +151,13 @@ class Manifest:
 
 
 def _read_fingerprint(folder: Path) -> dict[str, Any]:
-    """Return what a file says; nothing of one that is damaged, of which ``Manifest.damage`` tells."""
+    """Return what a file says; nothing of an earlier formula, or damaged, of which ``Manifest.damage`` tells."""
     try:
         size_of(folder / FINGERPRINT)  # or of a pipe, reading would never end
         found = json.loads((folder / FINGERPRINT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and found.get("formula") == FORMULA else {}
 
 
 def size_of(path: Path) -> int:

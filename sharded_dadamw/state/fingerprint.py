@@ -32,6 +32,9 @@ from sharded_dadamw.update.storage import MAINS
 TENSORS = ("param", "main", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 """What a parameter's fingerprint may have, in the order in which differences are told."""
 
+FORMULA = 2
+"""How the numbers are made, as docs/same_run.md has it; those of another formula cannot be compared."""
+
 _WORD = (1 << 64) - 1
 
 
@@ -59,18 +62,18 @@ class Fingerprint:
         return f"{self.all:016x}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: ``all`` and ``tensors``, with numbers as 16 hexadecimal digits."""
+        """Return what JSON can hold: ``formula``, ``all`` and ``tensors``, with numbers as 16 hexadecimal digits."""
         words = {name: {key: f"{word:016x}" for key, word in its.items()} for name, its in self.tensors.items()}
-        return {"all": str(self), "tensors": words}
+        return {"formula": FORMULA, "all": str(self), "tensors": words}
 
     @classmethod
     def of_dict(cls, saved: Mapping[str, Any]) -> Fingerprint:
         """Return the one that ``as_dict`` made this of; a ValueError if it did not."""
         try:
-            words = saved["tensors"].items()
+            words = {FORMULA: saved["tensors"]}[saved["formula"]].items()
             return cls({name: {key: int(word, 16) for key, word in its.items()} for name, its in words})
         except (LookupError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"expected a fingerprint, got {saved!r:.80}") from error
+            raise ValueError(f"expected a fingerprint by formula {FORMULA}, got {saved!r:.80}") from error
 
     def difference(self, other: Fingerprint) -> tuple[str, str] | None:
         """Return the first parameter, and which of its tensors, that differs or that only one has; None without one."""
