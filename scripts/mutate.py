@@ -239,7 +239,7 @@ MUTATIONS = {
     ],
     "decoupled.py": [
         ("counted = 1.0 if found_inf is None else", "counted = 1.0 if True else", "contract"),
-        ("self._clip.require_unchanged(grads, to_clip=not for_step)", "pass", "contract"),
+        ("self._clip.require_unchanged(grads, to_clip=not for_step)", "pass", "metrics"),
     ],
     "sharded.py": [
         ("self._consolidated.clear()\n        return loss", "return loss", "resharding"),
