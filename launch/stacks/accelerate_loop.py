@@ -4,6 +4,8 @@ torchrun --nproc-per-node 2 -m launch.stacks.accelerate_loop
 """
 
 from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -24,6 +26,13 @@ def main() -> None:
     optimizer = ShardedDecoupledAdamW(groups, **common.OURS, config={"reduce_gradients": not options.ddp})
     schedule = LambdaLR(optimizer, common.factor)  # not prepared: accelerate would step it once a process
     model, optimizer = prepare(accelerator, model, optimizer)
+    train(accelerator, options, model, optimizer, schedule)
+
+
+def train(
+    accelerator: Accelerator, options: common.Options, model: nn.Module, optimizer: Optimizer, schedule: LambdaLR
+) -> None:
+    """Train what has been prepared, from the checkpoint if there should be one."""
     accelerator.register_for_checkpointing(schedule)
     loader = accelerator.prepare(DataLoader(common.Items(), common.BATCH))
     folder, done, norms = options.folder / "state", 0, []
