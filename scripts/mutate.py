@@ -59,7 +59,7 @@ MUTATIONS = {
         ("mul_(rows.stride - rows.length)", "mul_(rows.stride)", "fingerprint"),
     ],
     "kernels/numba_fingerprint.py": [
-        ("+ within + 1 - at)", "+ within + 1)", "fingerprint"),
+        ("length * stride + within", "length * stride", "fingerprint"),
     ],
     "layout/indices.py": [
         ("base + number * stride, first", "base, first", "fingerprint"),
