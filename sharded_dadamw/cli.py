@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 
 from sharded_dadamw.checkpoint.difference import difference
+from sharded_dadamw.checkpoint.folder import Manifest, found_at
 from sharded_dadamw.config import (
     Exchange,
     GradientResidency,
@@ -24,10 +25,9 @@ from sharded_dadamw.config import (
 )
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.files import read_text
-from sharded_dadamw.interchange.inspection import inspect as look_into
 from sharded_dadamw.plan import plan as plan_run
 from sharded_dadamw.plan.picture import draw
-from sharded_dadamw.plan.text import lines_of, table
+from sharded_dadamw.plan.text import lines_of
 
 if importlib.util.find_spec("typer"):
     import typer
@@ -48,19 +48,19 @@ _HYPERPARAMETERS = ("lr", "initial_lr", "max_lr", "betas", "eps", "weight_decay"
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A file of torch.save, a folder, or a .safetensors file.")],
+    source: Annotated[Path, typer.Argument(help="A file of torch.save, or a folder.")],
     target: Annotated[
         Path,
         typer.Argument(
-            help="NAME.pt: state dict of torch's AdamW. NAME.safetensors: tensors by name. Anything else: a new folder "
-            "of torch.distributed.checkpoint, with the weights if they are known."
+            help="NAME.pt: state dict of torch's AdamW. Anything else: a new folder of torch.distributed.checkpoint, "
+            "with the weights if they are known."
         ),
     ],
     written_by: Annotated[
         Source, typer.Option("--from", help="The optimizer that wrote it; what weight_decay means depends on that.")
     ],
     weights: Annotated[
-        Path | None, typer.Option(help="The model's state dict, if it is not in the same file or folder.")
+        Path | None, typer.Option(help="The model's state dict, if it is not in the same place; also .safetensors.")
     ] = None,
     names: Annotated[
         Path | None,
@@ -88,13 +88,26 @@ def convert(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="One of our checkpoints, or a folder of them: then the newest.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what one of our checkpoints holds, and whether its checksums hold."""
+    """Show what one of our checkpoints says that it is, and whether its checksums hold."""
     with _errors():
-        contents = look_into(path)
-    typer.echo(json.dumps(contents, indent=1) if as_json else "\n".join(_lines_of(contents)))
-    if contents["damage"]:
+        folder = (found_at(path) or [path])[-1]
+        manifest = Manifest.read(folder)
+    damage = list(manifest.damage(folder))
+    facts = [
+        ("step", f"{manifest.step:,}"),
+        ("ranks", f"{manifest.num_ranks:,}"),
+        ("bytes", f"{sum(file.size for file in manifest.files.values()):,}"),
+        ("optimizer", manifest.optimizer or "not known"),
+        ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("checksums", "; ".join(damage) or "hold"),
+        *(("tied", ", ".join(names)) for names in manifest.aliases),
+    ]
+    for index, group in enumerate(manifest.param_groups):
+        known = ", ".join(f"{key} {group[key]}" for key in _HYPERPARAMETERS if key in group)
+        facts.append((f"group {index}", f"{len(group['params']):,} parameters: {known}"))
+    typer.echo("\n".join([str(folder), *(f"  {name:11} {fact}" for name, fact in facts)]))
+    if damage:
         raise typer.Exit(1)
 
 
@@ -217,38 +230,6 @@ def _errors(code: int = 1) -> Iterator[None]:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(code) from error
-
-
-def _lines_of(contents: dict[str, Any]) -> Iterator[str]:
-    yield contents["path"]
-    facts = {
-        "step": str(contents["step"]),
-        "parameters": f"{contents['num_parameters']:,} with {contents['num_elements']:,} elements",
-        "ranks": str(contents["num_ranks"]),
-        "optimizer": contents["optimizer"] or "not known",
-        "written by": ", ".join(f"{name} {version}" for name, version in contents["versions"].items()),
-        "checksums": "; ".join(contents["damage"]) or "hold",
-    }
-    for name, fact in facts.items():
-        yield f"  {name:11} {fact}"
-    for names in contents["aliases"]:
-        yield f"  {'tied':11} {', '.join(names)}"
-    for index, group in enumerate(contents["param_groups"]):
-        known = ", ".join(f"{key} {_text(group[key])}" for key in _HYPERPARAMETERS if key in group)
-        yield f"  {f'group {index}':11} {_text(group['params'])} parameters: {known}"
-    for rows, header in (
-        (contents["sizes"], ("kind", "dtype", "tensors", "bytes")),
-        (contents["largest"], ("largest", "shape", "bytes")),
-    ):
-        yield from (f"  {line}" for line in table([header, *([*map(_text, row.values())] for row in rows)]))
-
-
-def _text(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(map(str, value)) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from sharded_dadamw.checkpoint.folder import FINGERPRINT, MANIFEST, Manifest, folders, root_within
+from sharded_dadamw.checkpoint.folder import FINGERPRINT, Manifest, found_at
 from sharded_dadamw.state.fingerprint import Fingerprint
 
 
@@ -64,7 +64,7 @@ def fingerprints(path: str | os.PathLike[str]) -> dict[int, Fingerprint]:
 
 def _of_checkpoints(path: Path) -> dict[int, Fingerprint]:
     found = {}
-    for folder in [path] if (path / MANIFEST).exists() else folders(path) or folders(root_within(path) or path):
+    for folder in found_at(path):
         known = Manifest.read(folder)
         file = known.files.get(FINGERPRINT)
         if file is not None and (wrong := file.wrong(folder / FINGERPRINT, read=True)) is not None:

@@ -208,6 +208,13 @@ def root_within(path: Path) -> Path | None:
     return next((entry for entry in sorted(path.iterdir()) if folders(entry)), None)
 
 
+def found_at(path: Path) -> list[Path]:
+    """Return the checkpoints that a path means: itself, those in it, or those in a folder in it, as a run has it."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return [path]
+    return folders(path) or folders(root_within(path) or path)
+
+
 def require_root(path: Path) -> None:
     """Refuse what can hold no checkpoints of ours: they go into a folder that is empty, or is not there yet.
 

@@ -19,7 +19,7 @@ from sharded_dadamw.checkpoint.names import IS_DECOUPLED
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
-from sharded_dadamw.interchange.files import from_safetensors, read_safetensors, replacing, to_safetensors
+from sharded_dadamw.interchange.files import read_safetensors, replacing
 from sharded_dadamw.interchange.state_dicts import (
     State,
     from_composer,
@@ -62,10 +62,10 @@ def read_state(
 
     Args:
         path: A file of `torch.save`, whatever the state dict lies in; a folder of ours (of several the newest), of
-            torch.distributed.checkpoint or of DeepSpeed; or a `.safetensors` file that `write_state` wrote.
+            torch.distributed.checkpoint or of DeepSpeed.
         source: Which optimizer wrote it.
-        weights: The model's state dict, in a file or folder of its own, if it is not beside the optimizer's, or if
-            others that fit the state are there too, such as an average.
+        weights: The model's state dict, in a file or folder of its own, which may be a `.safetensors` file; needed if
+            it is not beside the optimizer's, or if others that fit the state are there too, such as an average.
         names: The optimizer's parameters, in the order of its groups, where the state dict only numbers them. They can
             be left out where there is one group, which has every parameter of the model, whose state dict is in a file
             of `torch.save`: that alone keeps the order.
@@ -88,7 +88,7 @@ def read_state(
     _check_optimizer(path, source, manifest.optimizer)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
-    contents = {"optimizer": from_safetensors(path)} if _is_safetensors(path) else _contents(path)
+    contents = _contents(path)
     found = optimizers_in(contents)
     if len(found) != 1:
         where = ", ".join(at or "the top" for at, _ in found)
@@ -124,21 +124,18 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
     """Write state for another program, or for ours. What has the name is as it was until all is written.
 
     Args:
-        path: Ends in `.pt` or `.pth`: the state dict of torch's AdamW, by `torch.save`. Ends in `.safetensors`: tensors
-            by name. Otherwise a folder that is new or empty, as `load_checkpoint` and stock
-            torch.distributed.checkpoint read it, with the state under `optimizer` and the weights under `model`. Its
-            name tells its step, if it is one of a checkpoint, such as `step_00000100`, and else the state does.
+        path: Ends in `.pt` or `.pth`: the state dict of torch's AdamW, by `torch.save`. Otherwise a folder that is new
+            or empty, as `load_checkpoint` and stock torch.distributed.checkpoint read it, with the state under
+            `optimizer` and the weights under `model`. Its name tells its step, if it is one of a checkpoint, such as
+            `step_00000100`, and else the state does.
         state: The form in the middle (see `interchange`). Only read.
         weights: The model's state dict, in which weights that share memory are tied; only a folder takes it.
 
     Raises:
-        ValueError: If there is something in the folder, or AdamW cannot express the state.
+        ValueError: If it is neither, there is something in the folder, or AdamW cannot express the state.
         OSError: If it cannot be written.
-        ModuleNotFoundError: If it takes safetensors, which is not installed.
     """
-    if _is_safetensors(path):
-        to_safetensors(path, state)
-    elif Path(path).suffix in (".pt", ".pth"):
+    if Path(path).suffix in (".pt", ".pth"):
         left_out = sum(has_main(entries) for entries in state["state"].values())
         if left_out:
             log.warning("torch's AdamW has no main parameters: those of %d parameters are left out", left_out)
@@ -147,6 +144,8 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
             torch.save(theirs, file)
     else:
         final = Path(path).resolve()
+        if _is_safetensors(final):
+            raise ValueError(f"expected a .pt file or a folder to write state to, got {path}")
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise ValueError(f"expected a folder that is new or empty, got {path}")
         aliases = _tied(weights or {}, state["state"])

@@ -124,36 +124,6 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": indexed, "param_groups": groups}
 
 
-def renamed(state: Mapping[str, Any], names: Iterable[str]) -> State:
-    """Rename a state's parameters as a model calls them whose wrappers add components to the names.
-
-    Args:
-        state: The form in the middle. Only read.
-        names: As the model's `named_parameters()` gives them; more of them than the state has is fine.
-
-    Returns:
-        The form in the middle, but for its names.
-
-    Raises:
-        ValueError: If the model lacks one of the state's names.
-    """
-    own = {canonical_name(name): name for name in names}
-    missing = [name for name in state["state"] if canonical_name(name) not in own]
-    if missing:
-        raise ValueError(f"expected a model that has every parameter of the state, got one without {_few(missing)}")
-
-    def rename(name: str) -> str:
-        return own.get(canonical_name(name), name)
-
-    return {
-        "state": {rename(name): dict(entries) for name, entries in state["state"].items()},
-        "param_groups": [
-            {**group, **{key: [rename(name) for name in group["params"]] for key in ("params", "param_names")}}
-            for group in state["param_groups"]
-        ],
-    }
-
-
 def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
     """Find optimizers' state dicts in nested dicts, lists and tuples; each with the keys that lead to it, and dots."""
     found = [(at, inner) for at, inner in _dicts_in(contents) if _is_optimizer(inner)]
