@@ -79,7 +79,7 @@ class DecoupledOptimizer(Optimizer):
     def _start_norms(self, needs_names: bool, max_grad_norm: float | None, metrics_in_step: bool) -> None:
         """Begin before the first step; with ``norm_group``, parameters need names."""
         self._max_grad_norm = checked_max_grad_norm(max_grad_norm)
-        self._may_warn = True
+        self._may_warn = self._is_first_step = True
         self._norms = NormRanks(needs_names=needs_names, in_step=metrics_in_step)
         self._clip = PendingClip()  # never another one: proxies of the optimizer share it
         self._fingerprints = Fingerprints()  # likewise
@@ -146,6 +146,20 @@ class DecoupledOptimizer(Optimizer):
                 )
                 self._may_warn = False
                 return
+
+    def _warn_if_idle(self, updated: Sequence[Tensor]) -> None:
+        """Warn of a first step that had nothing to update, though there is something to train."""
+        if (
+            self._is_first_step
+            and not updated
+            and any(param.requires_grad and param.numel() for group in self.param_groups for param in group["params"])
+        ):
+            log.warning(
+                "step() found no gradient, and has updated nothing. If there was a backward pass, the model has other "
+                "parameters now than this optimizer, as after model.load_state_dict(..., assign=True): build the "
+                "optimizer after that"
+            )
+        self._is_first_step = False
 
     @property
     def _device(self) -> torch.device:

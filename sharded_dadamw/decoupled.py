@@ -196,6 +196,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
                 report.add([params[place] for place in places], squares, hypers[index])
             report.updated += params
             increment_version(params)  # torch's kernel leaves out what makes a backward through an old graph fail
+        self._warn_if_idle(report.updated)
         self._norms.end_step(self._held())
         return loss
 

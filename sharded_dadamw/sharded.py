@@ -185,6 +185,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             self._reducer.end_step()
             for bucket in self._shards.buckets:
                 report.updated += bucket.announce_update(agreed.present[bucket])
+        self._warn_if_idle(report.updated)
         self._clock.stop()
         self._norms.end_step(self._held())
         self._clip.clear()

@@ -688,6 +688,22 @@ def test_an_lr_above_the_peak_is_warned_of_once(cls: Any, caplog: pytest.LogCapt
     assert "param_groups[1]: lr=0.3 is above initial_lr=0.1" in caplog.text and "3 times" in caplog.text
 
 
+@either_class
+def test_a_first_step_without_any_gradient_is_warned_of(cls: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As after load_state_dict(assign=True), which leaves the model with other parameters than the optimizer has."""
+    for assign, num_warnings in ((False, 0), (True, 1)):
+        model = nn.Linear(3, 2)
+        optimizer = cls(model.parameters(), lr=0.1)
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=assign)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert caplog.text.count("found no gradient") == num_warnings
+    cls([nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(0))]).step()
+    assert caplog.text.count("found no gradient") == 1
+
+
 def build_on(group: Any, cls: Any, params: Any, **hyper: Any) -> Any:
     return cls(params, **hyper, **({"process_group": group} if cls is ShardedDecoupledAdamW else {}))
 
