@@ -34,7 +34,7 @@ from sharded_dadamw.plan import plan
 from sharded_dadamw.plan.memory import Bytes, at_rest, checkpoint_bytes, fully_sharded, phases, sent
 from sharded_dadamw.plan.model import Model
 from sharded_dadamw.plan.models import parameters_of
-from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Protocol, Schedule, axes_of, transfer
+from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Protocol, axes_of, play, transfer
 from tests.models import BF16, F32
 from tests.simulated import on_ranks
 
@@ -438,6 +438,9 @@ def test_the_fewest_ranks_are_the_fewest() -> None:
     assert not plan("llama3-70b", ranks=smallest - 8, config=config, memory=190e9).fits
     assert plan("llama3-70b", ranks=8, config=config, memory=140e9).smallest is None
     assert plan("llama3-8b", ranks=8, config=config).smallest == 1
+    of_8b = {ranks: plan("llama3-8b", ranks=ranks, memory=34e9) for ranks in (112, 120, 32_760)}
+    assert [planned.fits for planned in of_8b.values()] == [False, True, False], "on so many, padding takes more"
+    assert {planned.smallest for planned in of_8b.values()} == {120}
 
 
 def test_with_micro_batches_only_ranks_that_can_share_them_are_told() -> None:
@@ -581,7 +584,7 @@ def test_a_step_over_links_takes_what_is_planned(
     )
     taken = seconds_of_a_step(config, shape, attached, monkeypatch)
     model = Model.of(dict(Layers(Clock()).named_parameters()), config, *reversed(shape))
-    planned = Schedule(model, LINKED, *axes_of(math.prod(shape), 8, (1, *shape)[-2:])).time(COMPUTE, attached=attached)
+    planned = play(model, LINKED, *axes_of(math.prod(shape), 8, (1, *shape)[-2:]), COMPUTE, attached=attached)
     assert taken == pytest.approx(planned.step, abs=1e-9)
 
 
@@ -610,10 +613,10 @@ def test_time_on_modelled_links_is_that_of_the_overlap_benchmark(row: str) -> No
     """
     settings, attached, (*measured, alone) = OVERLAP[row]
     model = Model.of(parameters_of("3m", F32), ShardingConfig(bucket_cap_mb=1.0, **settings), 2)
-    updated = 28 * sum(bucket.layout.shard_numel for bucket in model.buckets)
+    updated = 28 * sum(count * bucket.layout.shard_numel for bucket, count in model.counted())
     for speed, ms in zip((0.1, 0.3, 1.0, 10.0), measured, strict=True):
         gpu = replace(LINKED, intra=1e9 * speed, copy=updated / 0.95 / 9e-3)
-        planned = Schedule(model, gpu, *axes_of(2, 2, None)).time(1e-3 * alone - 9e-3, attached=attached).step
+        planned = play(model, gpu, *axes_of(2, 2, None), 1e-3 * alone - 9e-3, attached=attached).step
         assert planned == pytest.approx(1e-3 * ms, rel=NOT_REACHED.get((row, speed), 0.05))
 
 
@@ -637,8 +640,8 @@ def relative_speeds(
     config = ShardingConfig(gradient_residency=SHARDED, bucket_cap_mb=1.01 * 2 * layer / 2**20)
 
     def step(num_ranks: int, compute: float) -> float:
-        schedule = Schedule(Model.of(params, config, num_ranks), GPUS[gpu], *axes_of(num_ranks, 8, None))
-        return schedule.time(compute, attached=True).step or 0.0
+        model = Model.of(params, config, num_ranks)
+        return play(model, GPUS[gpu], *axes_of(num_ranks, 8, None), compute).step or 0.0
 
     compute = first_step
     for _ in range(5):
@@ -680,7 +683,7 @@ def test_computing_takes_longer_while_something_is_sent() -> None:
     """The first of two modules computes 1.5 s, and in so long as the other one's gather takes only two thirds of it."""
     params = {name: nn.Parameter(torch.empty(1_000_000, device="meta")) for name in ("one.weight", "other.weight")}
     model = Model.of(params, ShardingConfig(bucket_cap_mb=4), 2)
-    time = Schedule(model, replace(LINKED, slowdown=0.5), *axes_of(2, 8, None)).time(9.0, attached=True)
+    time = play(model, replace(LINKED, slowdown=0.5), *axes_of(2, 8, None), 9.0)
     taken = {span.what: span.end - span.start for span in time.spans}
     assert taken["forward one"] == pytest.approx(1.5 + time.gather / 2 / 3)
     assert taken["forward other"] == pytest.approx(1.5)

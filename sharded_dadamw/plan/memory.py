@@ -7,9 +7,11 @@ a few bytes per parameter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from operator import add, attrgetter
 
 import torch
@@ -20,7 +22,7 @@ from sharded_dadamw.buckets.sharded_gradients import SpareBuffers, witness_of
 from sharded_dadamw.comm.collectives import sum_dtype
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.layout.parameters import NamedParameter
-from sharded_dadamw.plan.model import Event, Mean, Model, once
+from sharded_dadamw.plan.model import Follower, Gradient, Mean, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,10 @@ class Bytes:
     def __add__(self, other: Bytes) -> Bytes:
         """The sum, kind by kind."""
         return Bytes(*map(add, self, other))
+
+    def __mul__(self, times: int) -> Bytes:
+        """So many times as much."""
+        return Bytes(*(times * each for each in self))
 
 
 KINDS = tuple(field.name for field in fields(Bytes))
@@ -91,35 +97,33 @@ class Sent:
 
 def at_rest(model: Model) -> Phase:
     """What a rank holds between steps, without what gradients leave behind."""
-    device, host, resident = Bytes(parameters=_frozen(model)), Bytes(), once(partial(_resident, model))
-    for bucket in model.buckets:
-        more = resident(bucket)
-        device, host = device + more.device, host + more.host
-    if not model.keeps_shards:  # which give back the buffer of each level of the tree
-        waiting = (model.passes - 1).bit_length()
-        sizes = (each.layout.numel * each.members[0].gradient_dtype.itemsize for each in model.buckets)
-        device += Bytes(gradients=waiting * sum(sizes))
+    device, host = Bytes(parameters=_frozen(model)), Bytes()
+    waiting = 0 if model.keeps_shards else (model.passes - 1).bit_length()  # gradients for each level of the tree
+    for bucket, count in model.counted():
+        held = _resident(model, bucket)
+        in_tree = Bytes(gradients=waiting * bucket.layout.numel * bucket.members[0].gradient_dtype.itemsize)
+        device, host = device + (held.device + in_tree) * count, host + held.host * count
     return Phase(device, host)
 
 
 def phases(model: Model) -> dict[str, Phase]:
     """What a rank holds at most in each phase."""
-    rest, counted = at_rest(model), _Counted(model)
-    witnesses = sum(map(partial(_witness, model), model.buckets))
-    for _ in range(2):  # what is left over from one step serves the next
-        counted.wait_in_tree()
-        counted.play(model.backward())
-        counted.now -= witnesses  # in step
-    in_backward, kept = counted.most, counted.now
-    counted.most = 0
-    counted.play(model.step(attached=True))
+    rest, in_flight = at_rest(model), _InFlight(model)
+    witnesses = sum(count * _witness(model, bucket) for bucket, count in model.counted())
+    for _ in range(2 if model.keeps_shards else 1):  # what is left over from one step serves the next
+        in_flight.wait_in_tree()
+        model.backward(in_flight)
+        in_flight.now -= witnesses  # in step
+    in_backward, kept = in_flight.most, in_flight.now
+    in_flight.most = 0
+    model.step(in_flight, attached=True)
     held = replace(rest.device, in_flight=kept)
     share = Bytes(staging=checkpoint_bytes(model) // model.num_ranks)
     return {
         "construct": Phase(_constructing(model), rest.host),
         "forward": Phase(held, rest.host),
         "backward peak": Phase(replace(held, in_flight=in_backward), rest.host),
-        "step": Phase(replace(held, in_flight=max(kept + witnesses, counted.most)), rest.host),
+        "step": Phase(replace(held, in_flight=max(kept + witnesses, in_flight.most)), rest.host),
         "gather": Phase(held, rest.host),
         "save": Phase(held, rest.host + share),
     }
@@ -127,23 +131,24 @@ def phases(model: Model) -> dict[str, Phase]:
 
 def checkpoint_bytes(model: Model) -> int:
     """Bytes of the tensors in a checkpoint of model and optimizer; what padding holds is not saved."""
-    state = sum(
-        bucket.layout.used * (bucket.storage.param.itemsize + _per_element(model, bucket))
-        + len(bucket.members) * torch.float32.itemsize
-        for bucket in model.buckets
-    )
-    return _frozen(model) + state
+    total = _frozen(model)
+    for bucket, count in model.counted():
+        counters = len(bucket.members) * torch.float32.itemsize
+        per_element = bucket.storage.param.itemsize + _per_element(model, bucket)
+        total += count * (bucket.layout.used * per_element + counters)
+    return total
 
 
 def sent(model: Model) -> Sent:
     """Bytes that a rank sends in a step with one reduction of each bucket."""
     reduce = gather = replicas = 0
-    for bucket in model.buckets:
-        gather += (model.shards - 1) * bucket.layout.shard_numel * bucket.storage.param.itemsize
+    for bucket, count in model.counted():
+        gather += count * (model.shards - 1) * bucket.layout.shard_numel * bucket.storage.param.itemsize
         if bucket.reduces:
             of_row, of_column = model.means_of(bucket)
-            reduce += (of_row.ranks - 1) * of_row.numel * of_row.sent.itemsize
-            replicas += (of_column.ranks - 1) * of_column.numel * (of_column.sent.itemsize + of_column.out.itemsize)
+            twice = of_column.numel * (of_column.sent.itemsize + of_column.out.itemsize)
+            reduce += count * (of_row.ranks - 1) * of_row.numel * of_row.sent.itemsize
+            replicas += count * (of_column.ranks - 1) * twice
     return Sent(reduce, gather, replicas)
 
 
@@ -191,17 +196,20 @@ def _witness(model: Model, bucket: Arrangement) -> int:
 
 def _constructing(model: Model) -> Bytes:
     """What the device holds at most while buckets are built, each beside the parameters that move into it."""
-    held = Bytes(parameters=sum(member.placement.local_numel * member.param.itemsize for member in model.members))
-    most, resident = held, once(partial(_resident, model))
-    for bucket in model.buckets:
-        more = resident(bucket).device
-        moving = held + Bytes(parameters=more.parameters)
-        held += more + Bytes(parameters=-bucket.layout.used * bucket.storage.param.itemsize)
-        most = max(most, moving, held, key=lambda each: each.total)
-    return most
+    there = Bytes(parameters=sum(member.placement.local_numel * member.param.itemsize for member in model.members))
+
+    def gained(bucket: Arrangement) -> Bytes:
+        leaves = bucket.layout.used * bucket.storage.param.itemsize
+        return _resident(model, bucket).device + Bytes(parameters=-leaves)
+
+    of_each = model.each(gained)
+    moving = [*model.each(lambda bucket: bucket.layout.numel * bucket.storage.param.itemsize), 0]
+    totals = list(map(add, accumulate((more.total for more in of_each), initial=0), moving))
+    last = totals.index(max(totals))
+    return sum(of_each[:last], there + Bytes(parameters=moving[last]))
 
 
-class _Counted:
+class _InFlight(Follower):
     """Memory of gradients in delivery, of flat buffers that go, and of means under way.
 
     Attributes:
@@ -212,9 +220,11 @@ class _Counted:
     def __init__(self, model: Model) -> None:
         self.most = self.now = 0
         self._model = model
-        self._scratch = list(map(once(partial(_scratch, model)), model.buckets))
+        self._itemsizes = model.each(lambda bucket: bucket.members[0].gradient_dtype.itemsize)
+        self._scratch = model.each(partial(_scratch, model))
+        self._witnesses = model.each(partial(_witness, model))
         self._part: dict[int, int] = {}
-        self._waiting: dict[int, int] = {}
+        self._waiting = Counter[int]()
         self._spares = SpareBuffers(self._allocate)
         self._buffers: dict[int, Tensor] = {}
 
@@ -222,52 +232,49 @@ class _Counted:
         """Follow the passes before the last one, whose gradients wait as in ``buckets.passes``."""
         passes = self._model.passes
         for index in sorted({passes - 2, *(2**level - 1 for level in range((passes - 1).bit_length()))} - {-1}):
-            for member in reversed(self._model.trainable):  # others than these passes need no more
-                number = self._model.homes[member.index]
-                num_bytes = member.placement.local_numel * member.gradient_dtype.itemsize
-                self._add(num_bytes)
+            for gradient in self._model.gradients:  # others than these passes need no more
+                self.made(gradient)
                 if self._model.keeps_shards:
-                    waiting = (index + 1).bit_length() * self._model.buckets[number].layout.numel
-                    more = waiting * member.gradient_dtype.itemsize - self._waiting.get(number, 0)
-                    self._waiting[number] = self._waiting.get(number, 0) + max(0, more)
-                    self._add(max(0, more))
-                self._add(-num_bytes)
+                    number = gradient.bucket
+                    levels = (index + 1).bit_length() * self._model.bucket(number).layout.numel
+                    more = levels * self._itemsizes[number] - self._waiting[number]
+                    self._waiting[number] += more
+                    self._add(more)
+                self._add(-gradient.numel * self._itemsizes[gradient.bucket])
 
-    def play(self, events: Iterable[Event]) -> None:
-        """Follow a backward pass, or a step."""
-        for what, number, member in events:
-            num_bytes = 0 if member is None else member.placement.local_numel * member.gradient_dtype.itemsize
-            scratch = self._scratch[number]
-            if what == "gradient":
-                self._add(num_bytes)
-            elif what == "taken":
-                self._make_room(number)
-                self._add(-num_bytes)
-            elif what == "begin":
-                self._part[number] = 0
-                self._add(_witness(self._model, self._model.buckets[number]))
-                self._add(-self._waiting.pop(number, 0))
-                self._add(scratch[0][0])
-            elif what == "go on":
-                part = self._part[number]
-                self._part[number] += 1
-                self._add(scratch[part][1])
-                self._add(-sum(scratch[part]))
-                if part + 1 < len(scratch):
-                    self._add(scratch[part + 1][0])
-            elif what == "done" and self._model.keeps_shards:
-                self._spares.give_back(self._buffers.pop(number))
+    def made(self, gradient: Gradient) -> None:
+        self._add(gradient.numel * self._itemsizes[gradient.bucket])
 
-    def _make_room(self, number: int) -> None:
-        """Take a flat buffer for a bucket whose first gradient has come, if it is not there all the time."""
-        bucket = self._model.buckets[number]
-        if self._model.keeps_shards and bucket.reduces and number not in self._buffers:
-            dtype = bucket.members[0].gradient_dtype
-            self._buffers[number] = self._spares.take(bucket.layout.numel, dtype, torch.device("meta"))
+    def taken(self, gradient: Gradient) -> None:
+        if self._model.keeps_shards and gradient.bucket not in self._buffers:
+            bucket = self._model.bucket(gradient.bucket)
+            if bucket.reduces:  # else the flat buffer is there all the time
+                dtype = bucket.members[0].gradient_dtype
+                self._buffers[gradient.bucket] = self._spares.take(bucket.layout.numel, dtype, torch.device("meta"))
+        self.now -= gradient.numel * self._itemsizes[gradient.bucket]
+
+    def begin(self, bucket: int) -> None:
+        self._part[bucket] = 0
+        self._add(self._witnesses[bucket])
+        self._add(-self._waiting.pop(bucket, 0))
+        self._add(self._scratch[bucket][0][0])
+
+    def go_on(self, bucket: int) -> None:
+        scratch, part = self._scratch[bucket], self._part[bucket]
+        self._part[bucket] += 1
+        self._add(scratch[part][1])
+        self._add(-sum(scratch[part]))
+        if part + 1 < len(scratch):
+            self._add(scratch[part + 1][0])
+
+    def done(self, bucket: int) -> None:
+        if self._model.keeps_shards:
+            self._spares.give_back(self._buffers.pop(bucket))
 
     def _add(self, num_bytes: int) -> None:
         self.now += num_bytes
-        self.most = max(self.most, self.now)
+        if self.now > self.most:
+            self.most = self.now
 
     def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer without memory, which is counted until nothing refers to it."""

@@ -1,15 +1,16 @@
 """The parameters of a model in their buckets, and what one step does with these, in the order in which it does it.
 
-``memory`` and ``time`` follow the same events, which are those of ``schedule`` and of the verbs on a GPU.
+``memory`` and ``time`` follow the same events, which are those of ``schedule`` and of the verbs on a GPU. Layers
+repeat, and so do their buckets: what holds for one is worked out once for each kind.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,20 +23,37 @@ from sharded_dadamw.config import Exchange, GradientResidency, ShardingConfig
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
 
-Found = TypeVar("Found")
+Told = TypeVar("Told")
 
 
-class Event(NamedTuple):
-    """What happens to a bucket.
+class Gradient(NamedTuple):
+    """What backward makes for one parameter, and the number of the bucket that it goes to."""
 
-    ``gradient``: autograd has made the gradient of ``member``. ``taken``: that is in the bucket. ``begin``: the mean
-    goes out. ``go on``: a part of it has come, and the next one, if there is one, begins. ``done``: it was waited for.
-    ``update``: and then the parameters are published.
-    """
+    name: str
+    numel: int
+    bucket: int
 
-    what: Literal["gradient", "taken", "begin", "go on", "done", "update"]
-    number: int
-    member: NamedParameter | None = None
+
+class Follower:
+    """Is told what a step does; does nothing about it. Buckets are told by their numbers."""
+
+    def made(self, gradient: Gradient) -> None:
+        """Autograd has made a gradient."""
+
+    def taken(self, gradient: Gradient) -> None:
+        """It is in its bucket."""
+
+    def begin(self, bucket: int) -> None:
+        """The mean of a bucket goes out."""
+
+    def go_on(self, bucket: int) -> None:
+        """A part of the mean has come, and the next one, if there is one, begins."""
+
+    def done(self, bucket: int) -> None:
+        """The mean was waited for."""
+
+    def update(self, bucket: int) -> None:
+        """A bucket is updated, and then its parameters are published."""
 
 
 class Mean(NamedTuple):
@@ -50,6 +68,11 @@ class Mean(NamedTuple):
     sent: torch.dtype
     out: torch.dtype
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of all slices together, on their way."""
+        return self.ranks * self.numel * self.sent.itemsize
+
 
 @dataclass(frozen=True)
 class Model:
@@ -61,7 +84,9 @@ class Model:
         config: How they are sharded.
         shards: Ranks among which buckets are cut.
         replicas: Ranks that hold the same shard; 1 but on a mesh with two axes.
-        buckets: What lies where.
+        kinds: One bucket of each size and storage.
+        kind_of: Which of these each bucket is like.
+        gradients: As backward makes them, the last parameter's first.
     """
 
     members: tuple[NamedParameter, ...]
@@ -69,7 +94,9 @@ class Model:
     config: ShardingConfig
     shards: int
     replicas: int
-    buckets: tuple[Arrangement, ...]
+    kinds: tuple[Arrangement, ...] = ()
+    kind_of: tuple[int, ...] = ()
+    gradients: tuple[Gradient, ...] = ()
 
     @classmethod
     def of(
@@ -77,7 +104,7 @@ class Model:
     ) -> Model:
         """Cut parameters, which may be on the meta device, in one parameter group."""
         group = {"params": list(params.values()), "param_names": list(params)}
-        return cls(tuple(named_parameters([group])), amsgrad, config, shards, replicas, ()).under(config)
+        return cls(tuple(named_parameters([group])), amsgrad, config, shards, replicas).under(config)
 
     def __post_init__(self) -> None:
         """Refuse ranks that cannot share the micro-batches."""
@@ -90,15 +117,41 @@ class Model:
         Raises:
             ValueError: A setting is not for a parameter's dtype, or micro-batches cannot be shared out.
         """
+        kinds: dict[object, Arrangement] = {}
+        keys, gradients = [], {}
         trainable = [member for member in self.members if member.param.requires_grad]
-        buckets = Bucketing(Collectives(0, self.shards), config).arrange(trainable)
-        return replace(self, config=config, buckets=tuple(buckets))
+        for number, bucket in enumerate(Bucketing(Collectives(0, self.shards), config).arrange(trainable)):
+            keys.append((bucket.layout, bucket.storage, bucket.members[0].gradient_dtype, bucket.reduces))
+            kinds.setdefault(keys[-1], bucket)
+            for member, numel in zip(bucket.members, bucket.layout.numels, strict=True):
+                gradients[member.index] = Gradient(member.name, numel, number)
+        places = {key: place for place, key in enumerate(kinds)}
+        return replace(
+            self,
+            config=config,
+            kinds=tuple(kinds.values()),
+            kind_of=tuple(places[key] for key in keys),
+            gradients=tuple(gradients[index] for index in sorted(gradients, reverse=True)),
+        )
 
     def over(self, shards: int, replicas: int = 1) -> Model:
         """The same buckets, cut for other ranks; raises as ``under``."""
-        layouts = {numels: BucketLayout(numels, shards) for numels in {bucket.layout.numels for bucket in self.buckets}}
-        buckets = tuple(replace(bucket, layout=layouts[bucket.layout.numels]) for bucket in self.buckets)
-        return replace(self, shards=shards, replicas=replicas, buckets=buckets)
+        kinds = (replace(kind, layout=BucketLayout(kind.layout.numels, shards)) for kind in self.kinds)
+        return replace(self, shards=shards, replicas=replicas, kinds=tuple(kinds))
+
+    def counted(self) -> Iterator[tuple[Arrangement, int]]:
+        """Each kind of bucket, and how many there are."""
+        for kind, count in Counter(self.kind_of).items():
+            yield self.kinds[kind], count
+
+    def each(self, told: Callable[[Arrangement], Told]) -> list[Told]:
+        """What is told of each bucket; asked once of each kind."""
+        of_kind = list(map(told, self.kinds))
+        return [of_kind[kind] for kind in self.kind_of]
+
+    def bucket(self, number: int) -> Arrangement:
+        """A bucket that is like the one with this number."""
+        return self.kinds[self.kind_of[number]]
 
     def means_of(self, bucket: Arrangement) -> tuple[Mean, Mean]:
         """How gradients of a bucket are averaged over a row of shards, and then over a column of replicas."""
@@ -128,7 +181,7 @@ class Model:
         """Backward passes of a rank in each step, whose gradients are added in a tree: one but with micro-batches."""
         return (self.config.micro_batches or self.num_ranks) // self.num_ranks
 
-    @property
+    @cached_property
     def keeps_shards(self) -> bool:
         """Whether only a shard of the gradients is kept."""
         return self.config.gradient_residency is GradientResidency.SHARDED
@@ -141,117 +194,95 @@ class Model:
     def _reduces_in_backward(self) -> bool:
         return self.config.reduce_gradients and (self.keeps_shards or self._overlaps)
 
-    @cached_property
-    def trainable(self) -> list[NamedParameter]:
-        """The parameters that are in buckets, in the order of registration."""
-        return [member for member in self.members if member.index in self.homes]
+    @property
+    def _order(self) -> list[int]:
+        """The numbers of the buckets as backward completes them."""
+        return list(dict.fromkeys(gradient.bucket for gradient in reversed(self.gradients)))[::-1]
 
-    @cached_property
-    def homes(self) -> dict[int, int]:
-        """The number of the bucket of each trainable parameter, by its index."""
-        return {member.index: number for number, bucket in enumerate(self.buckets) for member in bucket.members}
+    def backward(self, follower: Follower) -> None:
+        """Tell of the last backward pass of a step, as it is from the third step on.
 
-    @cached_property
-    def order(self) -> list[int]:
-        """The buckets as backward completes them; gradients come in the reverse order of registration."""
-        return list(dict.fromkeys(self.homes[member.index] for member in self.trainable))[::-1]
-
-    def backward(self) -> Iterator[Event]:
-        """The last backward pass of a step, as it is from the third step on.
-
-        A complete bucket goes out when the next gradient comes, and the last ones at the end, where none comes.
+        A complete bucket goes out when the next gradient comes, and the last one at the end, where none comes.
         """
-        means, under_way, complete = _Means(self.replicas), deque[int](), list[int]()
-        missing = [len(bucket.members) for bucket in self.buckets]
-        ahead = (means.ahead if self._overlaps else 0) if self.keeps_shards else len(self.buckets)
+        means, under_way, complete = _Means(follower, self.replicas), deque[int](), list[int]()
+        missing = self.each(lambda bucket: len(bucket.members))
+        ahead = (means.ahead if self._overlaps else 0) if self.keeps_shards else len(missing)
 
-        def go_out() -> Iterator[Event]:
-            while complete and self._reduces_in_backward:
+        def go_out() -> None:
+            while complete:
                 under_way.append(complete.pop())
-                yield from means.begin(under_way[-1])
+                means.begin(under_way[-1])
                 while len(under_way) > ahead:
-                    yield from means.wait(under_way.popleft())
+                    means.wait(under_way.popleft())
 
-        for member in reversed(self.trainable):
-            number = self.homes[member.index]
-            yield Event("gradient", number, member)
-            yield from go_out()
-            yield Event("taken", number, member)
-            missing[number] -= 1
-            if not missing[number]:
-                complete.append(number)
-        yield from go_out()
+        reduces = self._reduces_in_backward
+        for gradient in self.gradients:
+            follower.made(gradient)
+            go_out()
+            follower.taken(gradient)
+            missing[gradient.bucket] -= 1
+            if reduces and not missing[gradient.bucket]:
+                complete.append(gradient.bucket)
+        go_out()
         for number in reversed(under_way):
-            yield from means.wait(number)
+            means.wait(number)
 
-    def step(self, *, attached: bool) -> Iterator[Event]:
-        """``step``; where the model is attached, what forward reads first is updated last."""
-        means, under_way = _Means(self.replicas), deque[int]()
+    def step(self, follower: Follower, *, attached: bool) -> None:
+        """Tell of ``step``; where the model is attached, what forward reads first is updated last."""
+        means, under_way = _Means(follower, self.replicas), deque[int]()
         in_step = self.config.reduce_gradients and not self._reduces_in_backward
-        rest = deque(self.order if in_step else ())
+        order = self._order
+        rest = deque(order if in_step else ())
 
-        def launch_ahead() -> Iterator[Event]:
+        def launch_ahead() -> None:
             while rest and len(under_way) <= means.ahead:
                 under_way.append(rest.popleft())
-                yield from means.begin(under_way[-1])
+                means.begin(under_way[-1])
 
-        def reduced() -> Iterator[Event]:
-            yield from launch_ahead()
-            yield from means.wait(under_way.popleft())
-            yield from launch_ahead()
+        def reduce_next() -> None:
+            launch_ahead()
+            means.wait(under_way.popleft())
+            launch_ahead()
 
         if attached:
             for _ in list(rest):
-                yield from reduced()
-        for number in reversed(self.order) if attached else self.order:
+                reduce_next()
+        for number in reversed(order) if attached else order:
             if in_step and not attached:
-                yield from reduced()
-            yield Event("update", number)
+                reduce_next()
+            follower.update(number)
 
 
 class _Means:
     """Means under way. On a mesh each is of three parts, and gets one further when another one begins."""
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, follower: Follower, replicas: int) -> None:
         verbs = MeshVerbs if replicas > 1 else Collectives
         self.ahead = verbs.reductions_ahead
+        self._follower = follower
         self._num_parts = 3 if replicas > 1 else 1
         self._left: dict[int, int] = {}
 
-    def begin(self, number: int) -> Iterator[Event]:
-        yield Event("begin", number)
+    def begin(self, number: int) -> None:
+        self._follower.begin(number)
         if self._num_parts > 1:
             if len(self._left) == self.ahead:
-                yield from self._finish(next(iter(self._left)))
+                self._finish(next(iter(self._left)))
             for earlier in list(self._left):
-                yield self._go_on(earlier)
+                self._go_on(earlier)
         self._left[number] = self._num_parts
 
-    def wait(self, number: int) -> Iterator[Event]:
+    def wait(self, number: int) -> None:
         while number in self._left:
-            yield from self._finish(next(iter(self._left)) if self._num_parts > 1 else number)
-        yield Event("done", number)
+            self._finish(next(iter(self._left)) if self._num_parts > 1 else number)
+        self._follower.done(number)
 
-    def _finish(self, number: int) -> Iterator[Event]:
+    def _finish(self, number: int) -> None:
         while number in self._left:
-            yield self._go_on(number)
+            self._go_on(number)
 
-    def _go_on(self, number: int) -> Event:
+    def _go_on(self, number: int) -> None:
         self._left[number] -= 1
         if not self._left[number]:
             del self._left[number]
-        return Event("go on", number)
-
-
-def once(told: Callable[[Arrangement], Found]) -> Callable[[Arrangement], Found]:
-    """Tell of a bucket what is told, and work it out once for all of one size and kind: layers repeat."""
-    known: dict[Any, Found] = {}
-
-    def tell(bucket: Arrangement) -> Found:
-        dtype = bucket.members[0].gradient_dtype
-        key = bucket.layout.shard_numel, bucket.layout.used, bucket.storage, dtype, bucket.reduces
-        if key not in known:
-            known[key] = told(bucket)
-        return known[key]
-
-    return tell
+        self._follower.go_on(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
@@ -25,7 +25,7 @@ from sharded_dadamw.config import (
 from sharded_dadamw.plan.memory import Bytes, Phase, Sent, at_rest, checkpoint_bytes, fully_sharded, phases, sent
 from sharded_dadamw.plan.model import Model
 from sharded_dadamw.plan.models import parameters_of
-from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Schedule, Time, axes_of, on_links
+from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Time, axes_of, on_links, play
 
 _MOST_RANKS = 2**16
 
@@ -164,13 +164,8 @@ def plan(
     cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
     if compute is None and tokens is not None and mfu is not None:
         compute = 6 * cut.num_elements * tokens / (device.flops * mfu)  # operations per parameter and token
-    held, time = phases(cut), Schedule(cut, device, row, column).time(compute, attached=attached)
+    held, time = phases(cut), play(cut, device, row, column, compute, attached=attached)
     available = int(memory or device.memory)
-
-    def smallest() -> int | None:
-        candidates, room = _numbers(config, per_host), available - int(activations)
-        place = bisect_left(candidates, True, key=lambda shards: _peak(phases(cut.over(shards))) <= room)
-        return candidates[place] if place < len(candidates) else None
 
     def figures(held: Mapping[str, Phase], time: Time) -> tuple[int, int, float | None]:
         return _peak(held), max(each.host.total for each in held.values()), time.step
@@ -180,7 +175,7 @@ def plan(
             with suppress(ValueError):  # it is not for these parameters
                 other = changed()
                 axes = axes_of(other.num_ranks, per_host, (other.replicas, other.shards))
-                theirs = figures(phases(other), Schedule(other, device, *axes).time(compute, attached=attached))
+                theirs = figures(phases(other), play(other, device, *axes, compute, attached=attached))
                 if theirs != figures(held, time):
                     yield Alternative(setting, *theirs)
 
@@ -192,12 +187,12 @@ def plan(
         mesh=(column.ranks, row.ranks),
         gpu=name,
         settings=_settings(cut),
-        num_buckets=len(cut.buckets),
+        num_buckets=len(cut.kind_of),
         phases=held,
         by_ranks={shards: at_rest(cut.over(shards)).device for shards in _steps(ranks, per_host, config)},
         activations=int(activations),
         memory=available,
-        smallest=smallest(),
+        smallest=_fewest(cut, _numbers(config, per_host), available - int(activations)),
         sent=sent(cut),
         links=_links(cut, row, column),
         checkpoint=checkpoint_bytes(cut),
@@ -210,6 +205,25 @@ def plan(
 
 def _peak(phases: Mapping[str, Phase]) -> int:
     return max(phase.device.total for phase in phases.values())
+
+
+def _fewest(model: Model, candidates: Sequence[int], room: int) -> int | None:
+    """The first of these numbers of ranks on which there is room.
+
+    Numbers further on are tried until there is, and then those in between: on very many ranks padding takes more than
+    they save, so that it may fit on few ranks and not on many.
+    """
+
+    def fits(shards: int) -> bool:
+        other = model.over(shards)
+        return at_rest(other).device.total <= room and _peak(phases(other)) <= room
+
+    tried = 1
+    while not fits(candidates[tried - 1]):
+        if tried == len(candidates):
+            return None
+        tried = min(2 * tried, len(candidates))
+    return candidates[bisect_left(candidates, True, tried // 2, tried - 1, key=fits)]
 
 
 def _numbers(config: ShardingConfig, per_host: int) -> list[int]:

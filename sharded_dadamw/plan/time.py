@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
-from typing import NamedTuple
 
 from sharded_dadamw.buckets.build import Arrangement
 from sharded_dadamw.config import StateResidency
-from sharded_dadamw.plan.model import Event, Model, once
+from sharded_dadamw.plan.model import Follower, Gradient, Model
 
 _OF_A_COPY = 0.95
 """Of the speed of a plain copy, what one update reaches: docs/benchmarks.md has 92 to 99 %."""
@@ -162,118 +159,6 @@ def transfer(num_bytes: float, axis: Axis, gpu: Gpu, *, direct: bool = False) ->
     return min(each.start + within * each.intra + between * each.inter + slowest / each.share for each in gpu.protocols)
 
 
-class _Seconds(NamedTuple):
-    """What one bucket takes; ``reduce`` has a number for each part of its mean."""
-
-    reduce: tuple[float, ...]
-    update: float
-    gather: float
-
-
-class Schedule:
-    """What a step does when, on a clock of its own."""
-
-    def __init__(self, model: Model, gpu: Gpu, row: Axis, column: Axis) -> None:
-        """Time the buckets of a model, cut over a row of ranks and replicated along a column."""
-        self._model = model
-        self._gpu = gpu
-        self._row, self._column = row, column
-        self._seconds = list(map(once(self._seconds_of), model.buckets))
-        self._numel = sum(bucket.layout.used for bucket in model.buckets)
-        self._now = 0.0
-        self._free = {"wire": 0.0, "between replicas": 0.0}
-        self._waited = {"reduce": 0.0, "gather": 0.0}
-        self._arrivals: dict[int, float] = {}
-        self._parts: dict[int, deque[float]] = {}
-        self._spans: list[Span] = []
-
-    def _seconds_of(self, bucket: Arrangement) -> _Seconds:
-        gather = transfer(bucket.layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
-        if not bucket.reduces:
-            return _Seconds((0.0,), self._update_of(bucket), gather)
-        parts = []
-        for mean, axis in zip(self._model.means_of(bucket), (self._row, self._column), strict=True):
-            numel = mean.ranks * mean.numel
-            parts.append(transfer(numel * mean.sent.itemsize, axis, self._gpu, direct=self._model.is_direct))
-            if axis is self._column:
-                parts.append(transfer(numel * mean.out.itemsize, axis, self._gpu))
-        return _Seconds(tuple(parts[: 1 if self._model.replicas == 1 else 3]), self._update_of(bucket), gather)
-
-    def _update_of(self, bucket: Arrangement) -> float:
-        """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
-        state = sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=self._model.amsgrad).values())
-        reads_param = bucket.storage.main is None or bucket.storage.main.itemsize < 4
-        param = bucket.storage.param.itemsize * (2 if reads_param else 1)
-        num_bytes = bucket.layout.shard_numel * (bucket.members[0].gradient_dtype.itemsize + param + 2 * state)
-        on_host = self._model.config.state_residency is StateResidency.HOST
-        return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
-
-    def time(self, compute: float | None, *, attached: bool) -> Time:
-        """Play one step, from one backward to the next.
-
-        Args:
-            compute: Seconds of forward and backward, of which backward takes two thirds; None for not known.
-            attached: Whether gathers are left in flight behind the next forward.
-        """
-        reduce = sum(part for each in self._seconds for part in each.reduce)
-        update, gather = (sum(map(attrgetter(name), self._seconds)) for name in ("update", "gather"))
-        if compute is None:
-            return Time(reduce, update, gather)
-        self._play(self._model.backward(), compute * 2 / 3 / self._model.passes)
-        self._play(self._model.step(attached=attached))
-        if not attached:
-            self._wait(self._free["wire"], "gather")
-        self._forward(compute / 3 / self._model.passes)
-        if self._model.passes > 1:
-            self._work("backward and forward, all but the last", compute * (1 - 1 / self._model.passes))
-        exposed = self._waited["reduce"], self._waited["gather"]
-        return Time(reduce, update, gather, compute, *exposed, self._now, tuple(self._spans))
-
-    def _play(self, events: Iterable[Event], backward: float = 0.0) -> None:
-        """Follow events; backward takes so many seconds in all, each parameter its share."""
-        for what, number, member in events:
-            if what == "gradient" and member is not None:
-                self._work(f"backward {member.name}", backward * member.placement.local_numel / self._numel)
-            elif what == "begin":
-                self._parts[number] = deque(self._seconds[number].reduce)
-                self._arrivals[number] = self._send(f"reduce {number}", self._parts[number].popleft())
-            elif what == "go on":
-                self._wait(self._arrivals[number], "reduce")
-                if self._parts[number]:
-                    seconds = self._parts[number].popleft()
-                    self._arrivals[number] = self._send(f"reduce {number}", seconds, "between replicas")
-            elif what == "update":
-                self._work(f"update {number}", self._seconds[number].update)
-                self._arrivals[number] = self._send(f"gather {number}", self._seconds[number].gather)
-
-    def _work(self, what: str, seconds: float) -> None:
-        """Compute for so many seconds, and longer while something is sent."""
-        slowdown, sending = self._gpu.slowdown, max(0.0, *self._free.values()) - self._now
-        seconds += slowdown * max(0.0, min(seconds, sending / (1 + slowdown)))
-        self._spans.append(Span("compute", what, self._now, self._now + seconds))
-        self._now += seconds
-
-    def _send(self, what: str, seconds: float, lane: str = "wire") -> float:
-        """Begin a transfer; returns when it will have arrived."""
-        start = max(self._now, self._free[lane])
-        self._free[lane] = start + seconds
-        self._spans.append(Span(lane, what, start, self._free[lane]))
-        return self._free[lane]
-
-    def _wait(self, arrival: float, what: str) -> None:
-        self._waited[what] += max(0.0, arrival - self._now)
-        self._now = max(self._now, arrival)
-
-    def _forward(self, seconds: float) -> None:
-        """Play forward, in which each module waits for the buckets of its own parameters."""
-        home = self._model.homes
-        for module, of_module in groupby(self._model.trainable, key=lambda member: member.name.rpartition(".")[0]):
-            members = list(of_module)
-            self._wait(max(self._arrivals[home[member.index]] for member in members), "gather")
-            numel = sum(member.placement.local_numel for member in members)
-            self._work(f"forward {module}", seconds * numel / self._numel)
-
-
 def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Axis, Axis]:
     """The row and the column of a mesh of (replicas, shards), ranks of a row being neighbours; or one row.
 
@@ -289,3 +174,124 @@ def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Ax
     if math.gcd(shards, per_host) != min(shards, per_host):
         raise ValueError(f"mesh: expected rows that fill hosts of {per_host} ranks or divide them, got {shards} shards")
     return Axis(shards, min(shards, per_host)), Axis(replicas, max(1, per_host // shards))
+
+
+def play(
+    model: Model, gpu: Gpu, row: Axis, column: Axis, compute: float | None = None, *, attached: bool = True
+) -> Time:
+    """Time one step, from one backward to the next.
+
+    Args:
+        model: Cut over a row of ranks, and replicated along a column.
+        gpu: What computes and sends.
+        row: The ranks that hold different shards.
+        column: Those that hold the same.
+        compute: Seconds of forward and backward, of which backward takes two thirds; None for not known.
+        attached: Whether gathers are left in flight behind the next forward.
+    """
+    schedule = _Schedule(model, gpu, row, column)
+    return Time(*schedule.sums) if compute is None else schedule.play(compute, attached=attached)
+
+
+class _Schedule(Follower):
+    """What a step does when, on a clock of its own."""
+
+    def __init__(self, model: Model, gpu: Gpu, row: Axis, column: Axis) -> None:
+        """Time the buckets of a model, cut over a row of ranks and replicated along a column."""
+        self._model = model
+        self._gpu = gpu
+        self._row, self._column = row, column
+        self._reduce = model.each(self._reduce_of)
+        self._update = model.each(self._update_of)
+        self._gather = model.each(self._gather_of)
+        self.sums = sum(map(sum, self._reduce)), sum(self._update), sum(self._gather)
+        self._backward = 0.0
+        self._numel = sum(gradient.numel for gradient in model.gradients)
+        self._now = 0.0
+        self._free = {"wire": 0.0, "between replicas": 0.0}
+        self._waited = {"reduce": 0.0, "gather": 0.0}
+        self._arrivals: dict[int, float] = {}
+        self._parts: dict[int, deque[float]] = {}
+        self._spans: list[Span] = []
+
+    def _reduce_of(self, bucket: Arrangement) -> list[float]:
+        """Seconds of each part of a mean."""
+        if not bucket.reduces:
+            return [0.0]
+        of_row, of_column = self._model.means_of(bucket)
+        parts = [transfer(of_row.sent_bytes, self._row, self._gpu, direct=self._model.is_direct)]
+        if self._model.replicas > 1:
+            published = of_column.ranks * of_column.numel * of_column.out.itemsize
+            parts.append(transfer(of_column.sent_bytes, self._column, self._gpu, direct=self._model.is_direct))
+            parts.append(transfer(published, self._column, self._gpu))
+        return parts
+
+    def _update_of(self, bucket: Arrangement) -> float:
+        """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
+        state = sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=self._model.amsgrad).values())
+        reads_param = bucket.storage.main is None or bucket.storage.main.itemsize < 4
+        param = bucket.storage.param.itemsize * (2 if reads_param else 1)
+        num_bytes = bucket.layout.shard_numel * (bucket.members[0].gradient_dtype.itemsize + param + 2 * state)
+        on_host = self._model.config.state_residency is StateResidency.HOST
+        return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
+
+    def _gather_of(self, bucket: Arrangement) -> float:
+        return transfer(bucket.layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
+
+    def play(self, compute: float, *, attached: bool) -> Time:
+        """From one backward to the next."""
+        last = compute / self._model.passes
+        self._backward = last * 2 / 3
+        self._model.backward(self)
+        self._model.step(self, attached=attached)
+        if not attached:
+            self._wait(self._free["wire"], "gather")
+        self._forward(last / 3)
+        if self._model.passes > 1:
+            self._work("backward and forward, all but the last", compute - last)
+        exposed = self._waited["reduce"], self._waited["gather"]
+        return Time(*self.sums, compute, *exposed, self._now, tuple(self._spans))
+
+    def made(self, gradient: Gradient) -> None:
+        self._work(f"backward {gradient.name}", self._backward * gradient.numel / self._numel)
+
+    def begin(self, bucket: int) -> None:
+        self._parts[bucket] = deque(self._reduce[bucket])
+        self._arrivals[bucket] = self._send(f"reduce {bucket}", self._parts[bucket].popleft())
+
+    def go_on(self, bucket: int) -> None:
+        self._wait(self._arrivals[bucket], "reduce")
+        if self._parts[bucket]:
+            seconds = self._parts[bucket].popleft()
+            self._arrivals[bucket] = self._send(f"reduce {bucket}", seconds, "between replicas")
+
+    def update(self, bucket: int) -> None:
+        self._work(f"update {bucket}", self._update[bucket])
+        self._arrivals[bucket] = self._send(f"gather {bucket}", self._gather[bucket])
+
+    def _forward(self, seconds: float) -> None:
+        """Play forward, in which each module waits for the buckets of its own parameters."""
+        for module, own in groupby(reversed(self._model.gradients), key=lambda each: each.name.rpartition(".")[0]):
+            gradients = list(own)
+            self._wait(max(self._arrivals[each.bucket] for each in gradients), "gather")
+            self._work(f"forward {module}", seconds * sum(each.numel for each in gradients) / self._numel)
+
+    def _work(self, what: str, seconds: float) -> None:
+        """Compute for so many seconds, and longer while something is sent."""
+        slowdown, sending = self._gpu.slowdown, max(self._free.values()) - self._now
+        if sending > 0.0:
+            seconds += slowdown * min(seconds, sending / (1 + slowdown))
+        self._spans.append(Span("compute", what, self._now, self._now + seconds))
+        self._now += seconds
+
+    def _send(self, what: str, seconds: float, lane: str = "wire") -> float:
+        """Begin a transfer; returns when it will have arrived."""
+        start = max(self._now, self._free[lane])
+        self._free[lane] = start + seconds
+        self._spans.append(Span(lane, what, start, self._free[lane]))
+        return self._free[lane]
+
+    def _wait(self, arrival: float, what: str) -> None:
+        if arrival > self._now:
+            self._waited[what] += arrival - self._now
+            self._now = arrival
