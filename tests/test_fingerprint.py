@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from sharded_dadamw.checkpoint.difference import difference
 from sharded_dadamw.checkpoint.difference import fingerprints as saved_fingerprints
 from sharded_dadamw.checkpoint.folder import Manifest
-from sharded_dadamw.kernels import fingerprint, numba_fingerprint
+from sharded_dadamw.kernels import fingerprint, numba_fingerprint, triton_fingerprint
 from sharded_dadamw.kernels.fingerprint import Span
 from sharded_dadamw.layout.indices import rows_of
 from sharded_dadamw.state.fingerprint import Fingerprint
@@ -54,14 +55,20 @@ def sum_by_hand(values: Tensor) -> int:
     return sum(term(pattern(value), index) for index, value in enumerate(values.reshape(-1).tolist())) % WORD
 
 
-def sum_of_parts(cuts: list[Span], *, compiled: bool) -> int:
-    sums = numba_fingerprint.sums_of(cuts) if compiled else torch.stack([fingerprint.sum_by_torch(cut) for cut in cuts])
-    return sum(sums.tolist()) % WORD
+SUMS: dict[str, Callable[[Sequence[Span]], Tensor]] = {
+    "numba": numba_fingerprint.sums_of,
+    "torch": lambda spans: torch.stack([*map(fingerprint.sum_by_torch, spans)]),
+    "triton": triton_fingerprint.sums_of,
+}
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["numba", "torch"])
+def sum_of_parts(cuts: list[Span], by: str) -> int:
+    return sum(SUMS[by](cuts).tolist()) % WORD
+
+
+@pytest.mark.parametrize("by", SUMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sum_is_that_of_the_specification_however_a_tensor_is_cut(dtype: torch.dtype, compiled: bool) -> None:
+def test_a_sum_is_that_of_the_specification_however_a_tensor_is_cut(dtype: torch.dtype, by: str) -> None:
     whole = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole[0, 0, :3] = torch.tensor([0.0, -0.0, math.inf])
     expected = sum_by_hand(whole)
@@ -82,25 +89,24 @@ def test_a_sum_is_that_of_the_specification_however_a_tensor_is_cut(dtype: torch
                 for rows in rows_of((7, 5, 6), offsets, sizes, start, stop):
                     values = part[start + rows.place :][: rows.stop - rows.start]
                     cuts.append(Span(values, None, rows))
-        assert sum_of_parts(cuts, compiled=compiled) == expected, name
+        assert sum_of_parts(cuts, by) == expected, name
 
 
-def test_every_form_of_a_value_has_one_sum_and_any_change_another() -> None:
+@pytest.mark.parametrize("by", SUMS)
+def test_every_form_of_a_value_has_one_sum_and_any_change_another(by: str) -> None:
     value = torch.randn(200_001, generator=torch.Generator().manual_seed(1))
     (rows,) = rows_of((200_001,), (0,), (200_001,), 0, 200_001)
     param, remainder = split(value)
     forms = {"fp32": Span(value, None, rows), "remainder": Span(param, remainder, rows)}
     by_hand = sum_by_hand(value)
     for name, span in forms.items():
-        assert sum_of_parts([span], compiled=True) == sum_of_parts([span], compiled=False) == by_hand, name
+        assert sum_of_parts([span], by) == by_hand, name
     for dtype in (torch.float16, torch.bfloat16):
         narrow = value.to(dtype)
-        same = [[Span(form, None, rows)] for form in (narrow, narrow.float())]
-        assert len({sum_of_parts(spans, compiled=compiled) for spans in same for compiled in (True, False)}) == 1
+        assert len({sum_of_parts([Span(form, None, rows)], by) for form in (narrow, narrow.float())}) == 1
     wide = value.double()
     exact = sum(term(int(struct.unpack("<Q", struct.pack("<d", x))[0]), i, 32) for i, x in enumerate(wide.tolist()))
-    assert sum_of_parts([Span(wide, None, rows)], compiled=True) == exact % WORD
-    assert sum_of_parts([Span(wide, None, rows)], compiled=False) == exact % WORD
+    assert sum_of_parts([Span(wide, None, rows)], by) == exact % WORD
     for change in ("flip", "swap", "sign"):
         other = value.clone()
         if change == "flip":
@@ -109,7 +115,7 @@ def test_every_form_of_a_value_has_one_sum_and_any_change_another() -> None:
             other[[5, 100_005]] = other[[100_005, 5]]
         else:
             other[[3, 4]] *= -1
-        assert sum_of_parts([Span(other, None, rows)], compiled=True) != by_hand, change
+        assert sum_of_parts([Span(other, None, rows)], by) != by_hand, change
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sharded_dadamw.kernels.operands import Form, Update
 
 log = logging.getLogger("sharded_dadamw")
 
-_COMPILERS = {"cpu": "numba", "cuda": "triton"}
+COMPILERS = {"cpu": "numba", "cuda": "triton"}
 """Per device type the package that compiles our module of that name; an extra that is called by the device has it."""
 
 
@@ -31,7 +31,7 @@ def kernel_for(form: Form) -> type[Update]:
 @cache
 def compiled_kernel(device_type: str) -> ModuleType | None:
     """The compiled kernel for a device; None where there is none, or what compiles it is missing."""
-    package = _COMPILERS.get(device_type)
+    package = COMPILERS.get(device_type)
     if package is None:
         return None
     try:

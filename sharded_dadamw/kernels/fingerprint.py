@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_dadamw.kernels.choose import compiled_kernel
+from sharded_dadamw.kernels.choose import COMPILERS, compiled_kernel
 from sharded_dadamw.kernels.tiles import chunk_size
 from sharded_dadamw.layout.indices import Rows
 from sharded_dadamw.update.precision import join
@@ -56,8 +56,10 @@ def sums_of(spans: Sequence[Span]) -> Tensor:
     """Return the sum of each of these, all of one device: int64 [num_spans], the bits of the unsigned numbers."""
     if not spans:
         return torch.zeros(0, dtype=torch.int64)
-    if spans[0].values.device.type == "cpu" and compiled_kernel("cpu") is not None:
-        sums: Tensor = importlib.import_module("sharded_dadamw.kernels.numba_fingerprint").sums_of(spans)
+    device_type = spans[0].values.device.type
+    if compiled_kernel(device_type) is not None:
+        compiled = importlib.import_module(f"sharded_dadamw.kernels.{COMPILERS[device_type]}_fingerprint")
+        sums: Tensor = compiled.sums_of(spans)
         return sums
     return torch.stack([sum_by_torch(span) for span in spans])
 

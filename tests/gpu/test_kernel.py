@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels import choose as kernels
+from sharded_dadamw.kernels.fingerprint import Span, sums_of
 from sharded_dadamw.kernels.operands import NORMS, Operands, Update
+from sharded_dadamw.layout.indices import rows_of
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import Hyperparameters
 from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
@@ -310,6 +312,23 @@ def test_no_value_of_a_step_makes_triton_compile_again(label: str) -> None:
                 step(now, index)
                 step(now, index + 1)
     assert compiled == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_fingerprint_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    whole = torch.randn(300, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spans = []
+    for first, last in ((0, 1001), (0, 700), (700, 701)):
+        part = whole[:, first:last].contiguous().view(-1)
+        for start, stop in ((0, 1), (1, 77), (77, len(part))):
+            (rows,) = rows_of(whole.shape, (0, first), (300, last - first), start, stop)
+            remainder = torch.arange(start, stop).to(torch.int16) if dtype is torch.bfloat16 else None
+            spans += [Span(part[start:stop], each, rows) for each in dict.fromkeys([None, remainder])]
+    on_device = [
+        Span(values.to(DEVICE), None if remainder is None else remainder.to(DEVICE), rows)
+        for values, remainder, rows in spans
+    ]
+    assert sums_of(on_device).tolist() == sums_of(spans).tolist()
 
 
 def test_compilations_are_noticed() -> None:
