@@ -156,6 +156,19 @@ def test_an_optimizer_has_one_fingerprint_in_every_layout(params: str) -> None:
     assert trained(None, params, 1)["all"] != expected["all"]
 
 
+@pytest.mark.parametrize("shape", [(300, 1), (40, 7)], ids=str)
+def test_how_a_parameter_lies_in_memory_makes_no_difference(shape: tuple[int, int]) -> None:
+    weight, gradient = draw_gradient(torch.empty(shape), 1), draw_gradient(torch.empty(shape), 2)
+    made = []
+    for like in (torch.empty(shape), torch.empty(shape[0], 9)[:, : shape[1]], torch.empty(shape[::-1]).t()):
+        param = nn.Parameter(like.copy_(weight))
+        optimizer = DecoupledAdamW([("weight", param)], lr=1e-2)
+        param.grad = gradient
+        optimizer.step()
+        made.append(optimizer.fingerprint().as_dict())
+    assert made[0] == made[1] == made[2]
+
+
 def test_both_forms_of_a_main_parameter_have_one_fingerprint() -> None:
     made = [
         on_ranks(num_ranks, partial(trained, main_parameter=form, state_residency=residency), "bf16", 3)[0]

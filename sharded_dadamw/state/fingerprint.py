@@ -215,9 +215,9 @@ def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Par
                 f"{name}: expected a parameter of which is known which of its elements lie where, got one that FSDP1 "
                 "has flattened, or one that wraps others; for a fingerprint use FSDP2 (fully_shard), and plain ones"
             )
-        whole, where = member.local.reshape(-1), member.placement.part
+        whole, where = _flat(member.local), member.placement.part
         yield Part(name, "param", where, _spans(member, whole, None, 0))
-        flat = {"main" if key in MAINS else key: value.reshape(-1) for key, value in state.items()}
+        flat = {"main" if key in MAINS else key: _flat(value) for key, value in state.items()}
         for key in TENSORS[1:]:
             if key == "step" and key in flat:
                 yield Part(
@@ -228,6 +228,11 @@ def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Par
                 if values.dtype is torch.int16:
                     values, remainder = whole[start:stop].to(values.device), values
                 yield Part(name, key, f"{where}[{start}:{stop}]", _spans(member, values, remainder, start))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its elements end to end. What ``reshape`` makes of one column of a matrix is not."""
+    return tensor.contiguous().view(-1)
 
 
 def _spans(member: NamedParameter, values: Tensor, remainder: Tensor | None, start: int) -> list[Span]:
