@@ -197,7 +197,7 @@ MUTATIONS = {
     ],
     "state/state_dict.py": [
         ("if not takes(live", "if False and not takes(live", "state_dict"),
-        ("matched = [(piece.live, bucket.main_of_weight(slot))]", "matched = []", "state_dict resharding"),
+        ("matched = [(piece.live, bucket.main_of_weight(slot))]", "matched = []", "checkpoint"),
         ("(piece.shape, piece.start, stop)", "(piece.shape, saved_start, saved_stop)", "contract"),
     ],
     "state/fingerprint.py": [
@@ -206,7 +206,7 @@ MUTATIONS = {
     ],
     "state/fragment_tensor.py": [
         ("if func is Tensor.copy_ and not takes(own.dtype, args[1]):", "if False:", "resharding state_dict"),
-        ("first + offset for first, offset", "offset for first, offset", "resharding"),
+        ("first + offset for first, offset", "offset for first, offset", "checkpoint"),
     ],
     "checkpoint/folder.py": [
         ("if read and crc != self.crc32:", "if False:", "checkpoint_faults"),

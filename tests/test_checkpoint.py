@@ -20,119 +20,23 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, AdamW
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, SequentialLR
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.folder import Manifest
-from sharded_dadamw.update.precision import join
 from tests import pool
 from tests.harm import Calls
 from tests.harness import ranks
+from tests.runs import EXTRAS, LAW, Model, Parts, build, differences, fit, load, run, save, whole, wide
 from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
-
-LAW: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=2e-4)
-
-
-class Model(nn.Module):
-    """Odd shapes, a buffer, dropout, and on request an output layer tied to the embedding; in no alphabetical order."""
-
-    def __init__(self, *, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32, width: int = 6) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.embedding = nn.Embedding(13, width)
-        self.middle = nn.Sequential(nn.Linear(width, 11), nn.BatchNorm1d(11), nn.Dropout(0.25), nn.Linear(11, width))
-        self.decoder = nn.Linear(width, 13, bias=False)
-        for p in self.parameters():
-            p.data = torch.randn(p.shape, generator=generator)
-        if tie:
-            self.decoder.weight = self.embedding.weight
-        self.to(dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self.middle(self.embedding(tokens)))
-        return logits
-
-
-def fit(model: nn.Module, optimizer: Any, schedule: Any, num_steps: int) -> None:
-    """Every rank draws the same tokens and the same dropout from torch's own generator, which is part of the run."""
-    for _ in range(num_steps):
-        model(torch.randint(13, (8,))).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-
-OURS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "ours, remainder": {"main_parameter": MainParameter.REMAINDER, "moments": Moments.BF16},
-    "ours, fp32 main": {"main_parameter": MainParameter.FP32, "moments": Moments.BF16},
-    "ours, no main": {"main_parameter": MainParameter.NONE, "moments": Moments.BF16},
-}
-
-
-PLAIN: dict[str, Any] = {
-    "DecoupledAdamW": DecoupledAdamW,
-    "AdamW": AdamW,
-    "Adam": Adam,
-    "named AdamW": type("AdamW", (DecoupledAdamW,), {}),
-}
-
-
-def build(kind: str, group: Any, seed: int = 0, **model_settings: Any) -> tuple[nn.Module, Any, Any]:
-    model: nn.Module = Model(seed=seed, **model_settings)
-    optimizer: Any
-    if kind in ("fsdp2", "fsdp2, our law"):
-        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,)))
-        optimizer = (AdamW if kind == "fsdp2" else DecoupledAdamW)(model.parameters(), **LAW)
-    elif kind == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-    elif kind in ("fsdp1", "fsdp1, flat"):
-        device = torch.device("cpu")
-        is_flat = kind == "fsdp1, flat"
-        model = FullyShardedDataParallel(model, group, use_orig_params=not is_flat, device_id=device)
-        optimizer = AdamW(model.parameters(), **LAW)
-    elif kind == "attached":
-        config = ShardingConfig(bucket_cap_mb=1e-3)
-        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
-        optimizer.attach(model)
-    elif kind in OURS:
-        config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **OURS[kind])
-        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, process_group=group, config=config)
-    else:
-        optimizer = PLAIN[kind](model.parameters(), **LAW)
-    return model, optimizer, CosineAnnealingLR(optimizer, T_max=10)
-
-
-def run(group: Any, model: nn.Module, optimizer: Any, schedule: Any = None) -> dict[str, Any]:
-    """The arguments that saving and loading share."""
-    return {"model": model, "optimizer": optimizer, "scheduler": schedule, "process_group": group}
-
-
-def whole(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Everything of a run that has a name, as whole tensors."""
-    options = StateDictOptions(full_state_dict=True)
-    weights = get_model_state_dict(model, options=options)
-    entries = get_optimizer_state_dict(model, optimizer, options=options)["state"]
-    state = {f"{name}, {key}": value for name, of_it in entries.items() for key, value in of_it.items()}
-    return {key: torch.as_tensor(value).detach().clone() for key, value in {**weights, **state}.items()}
-
-
-def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [key for key in one if not torch.equal(one[key], other[key])]
-
 
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
@@ -170,63 +74,89 @@ def test_one_process_needs_no_torch_distributed(tmp_path: Path) -> None:
     assert going_on(None, "ours", 3, tmp_path) == []
 
 
-def wide(whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything of a run, with main parameters in fp32 whatever their form is."""
-    found = dict(whole)
-    for key in [key for key in whole if key.endswith(", main_remainder")]:
-        name = key.removesuffix(", main_remainder")
-        found[f"{name}, main_param"] = join(found[name], found.pop(key))
-    return found
-
-
-def then_and_later(parts: tuple[nn.Module, Any, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def then_and_later(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     then = wide(whole(*parts[:2]))
     torch.manual_seed(7)  # or ranks that the saved run did not have would see other batches
     fit(*parts, 3)
     return then, wide(whole(*parts[:2]))
 
 
-def saved_at(group: Any, kind: str, root: Path, dtype: torch.dtype) -> Any:
-    parts = build(kind, group, dtype=dtype)
-    fit(*parts, 2)
-    save_checkpoint(root, step=2, **run(group, *parts), data={"sample": 16})
+def saved_at(group: Any, kind: str, root: Path, through: str, settings: dict[str, Any]) -> Any:
+    parts = build(kind, group, **settings)
+    fit(*parts, 4)
+    save(through, root, group, parts)
     return then_and_later(parts)
 
 
-def loaded_at(group: Any, kind: str, root: Path, dtype: torch.dtype) -> Any:
-    parts = build(kind, group, seed=1, dtype=dtype)
-    resumed = load_checkpoint(root, **run(group, *parts))
-    assert resumed is not None and resumed.data == {"sample": 16}
+def loaded_at(group: Any, kind: str, root: Path, through: str, settings: dict[str, Any]) -> Any:
+    parts = build(kind, group, seed=1, **settings)
+    fit(*parts, 1)  # to be overwritten
+    for of_it in parts[1].param_groups:
+        of_it["lr"] = 7.0
+    load(through, root, group, parts)
     return then_and_later(parts)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
+FEW = ("frozen", "late")
 
 
 @pytest.mark.parametrize(
-    ("wrote", "num_saving", "reads", "num_loading", "dtype"),
+    ("wrote", "num_saving", "reads", "num_loading", "dtype", "through"),
     [
-        ("ours", 4, "ours", 3, F32),
-        ("fsdp2", 2, "fsdp2", 4, F32),
-        ("ours", 1, "ours", 3, BF16),
-        ("ours, remainder", 3, "ours, remainder", 2, BF16),
+        # A layout into itself, at more ranks and at fewer.
+        *[("ours", n, "ours", m, F32, "torch") for n, m in [(3, 3), (1, 3), (4, 1)]],
+        ("ours", 4, "ours", 3, F32, "load_checkpoint"),
+        *[("ours, remainder", n, "ours, remainder", m, BF16, "torch") for n, m in [(1, 4), (4, 3)]],
+        ("ours, remainder", 3, "ours, remainder", 2, BF16, "load_checkpoint"),
+        ("ours", 1, "ours", 3, BF16, "load_checkpoint"),
+        ("fsdp2, our law", 4, "fsdp2, our law", 1, F32, "torch"),
+        ("fsdp2", 2, "fsdp2", 4, F32, "load_checkpoint"),
         # Main parameters change their form and lose no bit.
-        ("ours, remainder", 2, "ours, fp32 main", 3, BF16),
-        ("ours, fp32 main", 3, "ours, remainder", 1, BF16),
-        # Into other layouts; HSDP spreads state over its replicas.
-        ("hsdp", 4, "ours", 3, F32),
-        ("ours", 2, "hsdp", 4, F32),
-        ("hsdp", 4, "DecoupledAdamW", 1, F32),
-        ("DecoupledAdamW", 2, "ours", 3, F32),
-        ("fsdp2, our law", 2, "ours", 3, F32),
+        ("ours, remainder", 2, "ours, fp32 main", 3, BF16, "load_checkpoint"),
+        ("ours, fp32 main", 3, "ours, remainder", 1, BF16, "load_checkpoint"),
+        # What is saved has no layout: it is enough that each is written for one other and read from one other.
+        ("ours", 2, "fsdp2, our law", 3, F32, "torch"),
+        ("fsdp2, our law", 2, "hsdp", 4, F32, "torch"),
+        ("hsdp", 4, "DecoupledAdamW", 1, F32, "torch"),
+        ("DecoupledAdamW", 1, "ours", 3, F32, "torch"),
+        ("ours", 2, "hsdp", 4, F32, "load_checkpoint"),  # which spreads state over its replicas
+        ("hsdp", 4, "ours", 3, F32, "load_checkpoint"),
+        ("DecoupledAdamW", 2, "ours", 3, F32, "load_checkpoint"),
+        ("fsdp2, our law", 2, "ours", 3, F32, "load_checkpoint"),
+        # The parameters of a group may come in another order, in other buckets, cut on other multiples.
+        ("ours, in groups", 2, "ours, reordered", 2, F32, "torch"),
+        ("ours, in groups", 1, "ours, reordered", 3, F32, "torch"),
+        ("ours, in groups", 3, "ours, reordered", 1, F32, "load_checkpoint"),
+        # Whole tensors in a file of torch.save, loaded before the weights or after them.
+        ("ours", 1, "ours", 3, F32, "whole, weights first"),
+        ("ours, in groups", 2, "ours, in groups", 4, F32, "whole"),
+        ("ours, in groups", 4, "ours, in groups", 1, F32, "whole, weights first"),
+        ("ours", 2, "ours", 2, BF16, "whole"),
+        ("ours", 3, "ours", 2, BF16, "whole, weights first"),
+        ("ours, remainder", 3, "ours, remainder", 2, BF16, "whole"),
+        ("ours, remainder", 2, "ours, remainder", 4, BF16, "whole, weights first"),
+        ("ours", 3, "DecoupledAdamW", 1, F32, "whole"),  # whose state is what was consolidated
+        ("AdamW", 1, "ours", 2, F32, "whole"),
     ],
 )
-def test_it_loads_on_any_number_of_ranks_in_any_layout(
-    wrote: str, num_saving: int, reads: str, num_loading: int, dtype: torch.dtype, tmp_path: Path
+def test_a_run_goes_on_on_any_number_of_ranks_in_any_layout(
+    wrote: str,
+    num_saving: int,
+    reads: str,
+    num_loading: int,
+    dtype: torch.dtype,
+    through: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, later = on_ranks(num_saving, saved_at, wrote, tmp_path, dtype)[0]
-    assert any(key.endswith(", main_param") for key in expected) == (dtype is BF16)
-    for loaded, loaded_later in on_ranks(num_loading, loaded_at, reads, tmp_path, dtype):
+    settings = {"dtype": dtype, "extras": tuple(EXTRAS) if wrote == "ours, in groups" else FEW}
+    expected, later = on_ranks(num_saving, saved_at, wrote, tmp_path, through, settings)[0]
+    has_main = dtype is BF16 or wrote == "ours, in groups"
+    assert any(key.endswith(", main_param") for key in expected) == has_main
+    if reads == "ours, reordered":
+        monkeypatch.setattr("sharded_dadamw.layout.bucket_layout.ALIGNMENT", 128)
+    for loaded, loaded_later in on_ranks(num_loading, loaded_at, reads, tmp_path, through, settings):
         assert differences(expected, loaded) == []
         if wrote.startswith("ours") and reads.startswith("ours"):  # whose ranks average nothing, so that nothing rounds
             assert differences(later, loaded_later) == []
@@ -294,20 +224,36 @@ def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_
     assert differences({key: value.float() for key, value in expected.items()}, found) == []
 
 
-@pytest.mark.parametrize("reads", ["ours", "ours, remainder"])
+@pytest.mark.parametrize(
+    ("num_steps", "through", "reads"),
+    [
+        *[(2, "load_checkpoint", reads) for reads in ("ours", "ours, remainder")],
+        *[(2, "whole", "ours"), (0, "whole, weights first", "ours")],
+        *[(2, "whole, weights first", "ours, remainder"), (0, "whole", "ours, remainder")],
+    ],
+)
 @ranks(2)
-def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(group: Any, reads: str, tmp_path: Path) -> None:
-    """In an optimizer that has trained already, so that its main parameters are another run's."""
+def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(
+    group: Any, num_steps: int, through: str, reads: str, tmp_path: Path
+) -> None:
+    """Also in an optimizer that has trained already, so that its main parameters are another run's."""
     source = build("DecoupledAdamW", group, dtype=torch.bfloat16)
-    fit(*source, 2)
-    save_checkpoint(tmp_path, step=2, **run(group, *source))
-    target = build(reads, group, seed=1, dtype=torch.bfloat16)
+    fit(*source, num_steps)
+    save(through, tmp_path, group, source)
+    dist.barrier(group)
+    fresh, target = (build(reads, group, seed=1, dtype=torch.bfloat16) for _ in range(2))
     fit(*target, 3)
-    load_checkpoint(tmp_path, **run(group, *target))
-    found = wide(whole(*target[:2]))
-    mains = {key.removesuffix(", main_param"): found[key] for key in found if key.endswith(", main_param")}
-    assert len(mains) == len(list(target[0].parameters()))
-    assert all(torch.equal(main, found[name].float()) for name, main in mains.items())
+    for parts in (fresh, target):
+        load(through, tmp_path, group, parts)
+    if not through.startswith("whole"):  # else edits of weights come into main parameters with the next step
+        found = wide(whole(*target[:2]))
+        mains = {key.removesuffix(", main_param"): found[key] for key in found if key.endswith(", main_param")}
+        assert len(mains) == len(list(target[0].parameters()))
+        assert all(torch.equal(main, found[name].float()) for name, main in mains.items())
+    for parts in (fresh, target):
+        torch.manual_seed(7)
+        fit(*parts, 1)
+    assert differences(wide(whole(*fresh[:2])), wide(whole(*target[:2]))) == []
 
 
 @pytest.mark.parametrize("kind", ["ours", "AdamW"])

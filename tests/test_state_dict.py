@@ -1,6 +1,6 @@
-"""Whole state dicts: the tensors of the unsharded optimizer, from and into any number of ranks and any layout.
+"""Whole state dicts: what they leave out, what does not fit, and the bits of DTensors.
 
-Each form is loaded before and after the weights, at more ranks and at fewer, in pairs: a whole state knows no ranks.
+That a run goes on through them on any number of ranks is in tests/test_checkpoint.py.
 """
 
 import copy
@@ -16,188 +16,60 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import AdamW
 
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.update.precision import join
-from tests.models import draw_gradient, make_groups, mean_in_rank_order, named, whole_state_dict
+from tests.models import draw_gradient, make_groups, named
 from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 NUM_STEPS = 3
-NUM_GRADIENTS = 4  # of which the mean is taken, whatever the number of ranks
-
-
-def give_means(params: dict[str, nn.Parameter], step: int) -> None:
-    for index, p in enumerate(params.values()):
-        if p.requires_grad:
-            p.grad = mean_in_rank_order([draw_gradient(p, step, rank, index) for rank in range(NUM_GRADIENTS)])
 
 
 def train(optimizer: Any, params: dict[str, nn.Parameter], steps: range) -> None:
     for step in steps:
-        give_means(params, step)
+        for index, p in enumerate(params.values()):
+            p.grad = draw_gradient(p, step, index)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def build(group: Any, parameters: str, seed: int = 0, **settings: Any) -> tuple[dict[str, nn.Parameter], Any]:
-    """Gradients are given as means, so that every number of ranks sees the same ones."""
-    groups = make_groups(parameters, seed)
-    config = ShardingConfig(bucket_cap_mb=1e-3, reduce_gradients=False, **settings)
-    return named(groups), ShardedDecoupledAdamW(groups, **LAW, process_group=group, config=config)
-
-
-def saved_on(
-    group: Any, parameters: str, settings: dict[str, Any]
-) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
-    """What a run saves, its weights then, and where it goes from there."""
-    params, optimizer = build(group, parameters, **settings)
-    train(optimizer, params, range(NUM_STEPS))
-    saved = whole_state_dict(optimizer, group.size())
-    then = [p.detach().clone() for p in params.values()]
-    train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
-    return saved, then, [p.detach().clone() for p in params.values()]
-
-
-def load(optimizer: Any, params: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str) -> None:
-    if first == "optimizer":
-        optimizer.load_state_dict(saved)
-    with torch.no_grad():
-        for p, weight in zip(params.values(), weights, strict=True):
-            p.copy_(weight)
-    if first == "weights":
-        optimizer.load_state_dict(saved)
-
-
-def resumed_on(
-    group: Any, parameters: str, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str
-) -> list[Tensor]:
-    params, optimizer = build(group, parameters, seed=1, **settings)
-    load(optimizer, params, saved, weights, first)
-    train(optimizer, params, range(NUM_STEPS, 2 * NUM_STEPS))
-    return [p.detach().clone() for p in params.values()]
-
-
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp32": ("odd sizes", {}),
-    "groups, one with amsgrad": ("several groups", {}),
-    "bf16, fp32 main": ("bf16", {}),
-    "bf16, remainder, bf16 moments": (
-        "bf16",
-        dict(main_parameter=MainParameter.REMAINDER, moments=Moments.BF16),
-    ),
-    "mixed dtypes": ("mixed dtypes", {}),
-    "frozen": ("frozen", {}),
-}
-
-
-@pytest.mark.parametrize(
-    ("form", "saved_at", "loaded_at", "first"),
-    [
-        ("fp32", 1, 3, "weights"),
-        ("groups, one with amsgrad", 2, 4, "optimizer"),
-        ("bf16, fp32 main", 2, 2, "optimizer"),
-        ("bf16, fp32 main", 3, 2, "weights"),
-        ("bf16, remainder, bf16 moments", 3, 2, "optimizer"),
-        ("bf16, remainder, bf16 moments", 2, 4, "weights"),
-        ("mixed dtypes", 4, 1, "weights"),
-        ("frozen", 2, 3, "optimizer"),
-    ],
-)
-def test_a_run_goes_on_bit_for_bit_on_another_number_of_ranks(
-    form: str, saved_at: int, loaded_at: int, first: str
-) -> None:
-    parameters, settings = FORMS[form]
-    saved, weights, expected = on_ranks(saved_at, saved_on, parameters, settings)[-1]
-    for resumed in on_ranks(loaded_at, resumed_on, parameters, settings, saved, weights, first):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, expected, strict=True))
-
-
-def resumed_without_main(
-    group: Any, settings: dict[str, Any], saved: dict[str, Any], weights: list[Tensor], first: str, num_steps: int
-) -> list[Tensor]:
-    """Main parameters and weights of a run that takes steps of its own, loads one that had no mains, and takes one."""
-    params, optimizer = build(group, "bf16", seed=1, **settings)
-    train(optimizer, params, range(10, 10 + num_steps))
-    load(optimizer, params, saved, weights, first)
-    train(optimizer, params, range(NUM_STEPS, NUM_STEPS + 1))
-    state = whole_state_dict(optimizer, group.size())["state"]
-    mains = [value for entries in state.values() for key, value in entries.items() if key.startswith("main_")]
-    assert len(mains) == len(params)
-    return [value.detach().clone() for value in (*mains, *params.values())]
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "has_stepped", "first", "main"),
-    [
-        (2, True, "optimizer", MainParameter.FP32),
-        (1, False, "weights", MainParameter.FP32),
-        (2, True, "weights", MainParameter.REMAINDER),
-        (2, False, "optimizer", MainParameter.REMAINDER),
-    ],
-)
-def test_of_a_main_parameter_nothing_is_left_after_a_load_that_has_none(
-    num_ranks: int, has_stepped: bool, first: str, main: MainParameter
-) -> None:
-    """Not even where both runs' weights are the same in bf16; as from a fresh optimizer."""
-    groups = make_groups("bf16", 1)
-    params, control = named(groups), DecoupledAdamW(groups, **LAW)
-    train(control, params, range(NUM_STEPS if has_stepped else 0))
-    weights = [p.detach().clone() for p in params.values()]
-    args = dict(main_parameter=main), control.state_dict(), weights, first
-    fresh = on_ranks(num_ranks, resumed_without_main, *args, 0)[0]
-    for resumed in on_ranks(num_ranks, resumed_without_main, *args, 2):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, fresh, strict=True))
-
-
-def test_it_is_the_unsharded_optimizers_state_on_every_rank() -> None:
-    groups = make_groups("several groups", 0)
-    params = named(groups)
-    control = DecoupledAdamW(groups, **LAW)
-    train(control, params, range(NUM_STEPS))
-    expected = control.state_dict()
-    for saved, _, _ in on_ranks(3, saved_on, "several groups", {}):
-        assert saved["param_groups"] == expected["param_groups"]
-        assert saved["state"].keys() == expected["state"].keys()
-        for index, entries in expected["state"].items():
-            assert saved["state"][index].keys() == entries.keys()
-            assert all(torch.equal(saved["state"][index][key], value) for key, value in entries.items())
+def build(parameters: str, **settings: Any) -> tuple[dict[str, nn.Parameter], Any]:
+    groups = make_groups(parameters, 0)
+    return named(groups), ShardedDecoupledAdamW(groups, **LAW, config=ShardingConfig(bucket_cap_mb=1e-3, **settings))
 
 
 def test_the_unsharded_optimizer_leaves_main_parameters_out_and_what_it_saves_then_loads_again() -> None:
-    settings = dict(main_parameter=MainParameter.REMAINDER)
-    saved, _, _ = on_ranks(2, saved_on, "bf16", settings)[0]
+    params, optimizer = build("bf16", main_parameter=MainParameter.REMAINDER)
+    train(optimizer, params, range(NUM_STEPS))
+    saved = copy.deepcopy(optimizer.state_dict())
     assert "main_remainder" in saved["state"][0]
-    groups = make_groups("bf16", 0)
-    control = DecoupledAdamW(groups, **LAW)
+    control = DecoupledAdamW(make_groups("bf16", 0), **LAW)
     control.load_state_dict(saved)
     assert all("main_remainder" not in entries for entries in control.state.values())
-    _, optimizer = build(None, "bf16", **settings)
     optimizer.load_state_dict(control.state_dict())
     for entries in optimizer.state.values():
         assert entries["step"] == NUM_STEPS and not entries["main_remainder"].any()
 
 
-def test_the_state_of_torchs_adamw_loads() -> None:
-    groups = make_groups("odd sizes", 0)
-    params = named(groups)
-    control = AdamW(groups, **LAW)
-    train(control, params, range(NUM_STEPS))
-    ours, optimizer = build(None, "odd sizes")
-    optimizer.load_state_dict(control.state_dict())
-    for mine, theirs in zip(ours.values(), params.values(), strict=True):
-        assert torch.equal(optimizer.state[mine]["exp_avg"], control.state[theirs]["exp_avg"].flatten())
-        assert optimizer.state[mine]["step"] == NUM_STEPS
-    assert optimizer.param_groups[0]["initial_lr"] == LAW["lr"]
-
-
 def test_a_state_that_never_stepped_starts_from_scratch() -> None:
-    params, optimizer = build(None, "bf16")
+    params, optimizer = build("bf16")
     train(optimizer, params, range(1))
     optimizer.load_state_dict(AdamW(make_groups("bf16", 0), **LAW).state_dict())
     for entries in optimizer.state.values():
         assert all(not value.any() for key, value in entries.items() if key != "main_param")
+
+
+def test_a_remainder_is_not_taken_for_a_main_parameter_or_the_reverse() -> None:
+    saved = build("bf16", main_parameter=MainParameter.REMAINDER)[1].state_dict()
+    _, optimizer = build("bf16")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"expected main_param, got main_remainder; choose the main_parameter"):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()["state"]
+    for index, entries in before["state"].items():
+        assert all(torch.equal(after[index][key], value) for key, value in entries.items())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +83,7 @@ def test_a_state_that_never_stepped_starts_from_scratch() -> None:
     ],
 )
 def test_a_whole_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, said: str) -> None:
-    params, optimizer = build(None, "odd sizes")
+    params, optimizer = build("odd sizes")
     train(optimizer, params, range(1))
     saved = copy.deepcopy(optimizer.state_dict())
     train(optimizer, params, range(1, 2))
@@ -283,14 +155,3 @@ def test_remainders_of_dtensors_come_whole_bit_for_bit(layout: str) -> None:
     for mains in on_ranks(4, full_mains, layout, MainParameter.REMAINDER):
         assert mains.keys() == expected.keys()
         assert all(torch.equal(main, expected[name]) for name, main in mains.items())
-
-
-def test_a_remainder_is_not_taken_for_a_main_parameter_or_the_reverse() -> None:
-    saved, _, _ = on_ranks(2, saved_on, "bf16", dict(main_parameter=MainParameter.REMAINDER))[0]
-    _, optimizer = build(None, "bf16")
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"expected main_param, got main_remainder; choose the main_parameter"):
-        optimizer.load_state_dict(saved)
-    after = optimizer.state_dict()["state"]
-    for index, entries in before["state"].items():
-        assert all(torch.equal(after[index][key], value) for key, value in entries.items())
