@@ -187,7 +187,6 @@ class Pool:
         self._connections: list[Connection] = []
         self._store: dist.TCPStore | None = None
         self._stack_folder: tempfile.TemporaryDirectory[str] | None = None
-        self.num_starts = 0
         self._owner_pid = 0
 
     def outcomes(
@@ -254,7 +253,6 @@ class Pool:
             return
         self.close()
         self._owner_pid = os.getpid()
-        self.num_starts += 1
         self._stack_folder = tempfile.TemporaryDirectory()
         # The store lives here, so that it outlives any worker and its port is known to be free.
         self._store = dist.TCPStore("127.0.0.1", 0, NUM_RANKS, is_master=True, wait_for_workers=False)

@@ -98,6 +98,7 @@ ALIGNMENT = 64  # elements
     ("reduced by others, mixed dtypes", scenario("mixed dtypes", reduce_gradients=False, assign=True), (2,)),
     # a loss scale, of powers of two, leaves no trace, and a step with an infinity changes no byte on any rank
     ("scaled", scenario(loss_scale=2.0**10), (1, 2)),
+    ("scaled, fp16", scenario("fp16", loss_scale=2.0**10), (1,)),
     ("scaled, an infinity, clipped", scenario(loss_scale=2.0**10, overflows={0: 0}, clip=(1e6, 2.0)), (1,)),
     ("scaled, infinities on the second rank", scenario(loss_scale=2.0**10, overflows={0: 1, 3: 1}), (2,)),
     (
