@@ -105,7 +105,7 @@ MUTATIONS = {
     ],
     "schedule/handshake.py": [
         ("= not _are_equal(note, _SUM)", "= False", "refusals sharded"),
-        ("return ~_are_equal(note, _SCALE) |", "return", "refusals contract"),
+        ("return ~_are_equal(note, _SCALE) |", "return", "overlap"),
         ("smallest * (1 + tolerance)", "smallest * (2 + tolerance)", "refusals contract overlap"),
     ],
     "comm/connect.py": [

@@ -28,7 +28,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -212,9 +214,18 @@ class _Call:
         if len(set(self.started.values())) > 1:
             raise RuntimeError(f"ranks have started different collectives: {dict(sorted(self.started.items()))}")
         if self.data:
-            with torch.no_grad():
-                move(*zip(*(self.data[rank] for rank in range(self.num_ranks)), strict=True))
+            by_rank = [self.data[rank] for rank in range(self.num_ranks)]
+            _wire.submit(_carry, move, by_rank).result()
             self.data.clear()
+
+
+def _carry(move: Callable[..., None], by_rank: list[tuple[Any, ...]]) -> None:
+    with torch.no_grad():
+        move(*zip(*by_rank, strict=True))
+
+
+_wire = ThreadPoolExecutor(1, "wire", torch.set_num_threads, (1,))
+"""A thread that moves the bytes, since a transport knows nothing of the modes and transforms that a rank is in."""
 
 
 class _Work(dist.Work):
@@ -411,6 +422,23 @@ class _Group(dist.ProcessGroup):
 
 
 dist.Backend.register_backend("simulated", _Group, extended_api=True, devices=["cpu"])
+
+
+@contextmanager
+def started(group: Any) -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """The collectives that are started on a group of simulated ranks in here: what they are, and with which tensors."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    post = group._post
+
+    def noting(what: str, move: Any, *data: Any, **kwargs: Any) -> Any:
+        calls.append((what.split(" ")[0], data))
+        return post(what, move, *data, **kwargs)
+
+    group._post = noting
+    try:
+        yield calls
+    finally:
+        del group._post
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ number: keys, hooks, collectives, errors.
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ from tests.models import (
     mean_in_rank_order,
     named,
 )
-from tests.simulated import on_ranks
+from tests.simulated import on_ranks, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
 
@@ -320,23 +319,6 @@ def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(num_ranks:
 # --- collectives ---
 
 
-@contextmanager
-def counted(group: Any) -> Iterator[Counter[str]]:
-    """The collectives that are started on a group of simulated ranks in here."""
-    calls: Counter[str] = Counter()
-    post = group._post
-
-    def counting(what: str, *args: Any, **kwargs: Any) -> Any:
-        calls[what.split(" ")[0]] += 1
-        return post(what, *args, **kwargs)
-
-    group._post = counting
-    try:
-        yield calls
-    finally:
-        del group._post
-
-
 def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[str, int]]]:
     """Per call the collectives in each of three steps."""
     model = fsdp2_over(line(group), Model()) if layout == "FSDP2" else Model()
@@ -359,9 +341,9 @@ def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[st
         loss_of(model, step, group.rank(), group.size()).backward()
         collected.clear()
         for what, call in calls.items():
-            with counted(group) as started:
+            with started(group) as started_here:
                 call()
-            happened.setdefault(what, []).append(dict(started))
+            happened.setdefault(what, []).append(dict(Counter(verb for verb, _ in started_here)))
         optimizer.zero_grad()
     return happened
 
@@ -569,7 +551,7 @@ def test_one_rank_may_ask_alone_where_steps_add_up(group: Any, layout: str) -> N
                 of_twin.append(optimizer.metrics())
             optimizer.zero_grad()
             if in_step and group.rank() == 0:
-                with counted(group) as calls:
+                with started(group) as calls:
                     alone, together = optimizer.metrics(), of_twin[step]
                 assert not calls and list(alone) == list(together)
                 assert all(torch.equal(alone[key], together[key]) for key in together)
