@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import DecoupledAdamW, Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
-from tests.harness import FULL, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
+from tests.harness import FULL, ONE_EACH, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
 from tests.models import reduce_for_control
 from tests.simulated import on_ranks
 
@@ -169,26 +169,28 @@ def steps_under(group: Any, wraps: bool, reduces: bool, how: str) -> tuple[str, 
     return said or "; ".join(str(each.message) for each in caught if each.category is UserWarning), values_of(model)
 
 
-@pytest.mark.parametrize("how", ["", "without overlap"])
+@pytest.mark.parametrize(
+    ("reduces", "how", "advice"),
+    [
+        (True, "", "use optimizer.clip_grad_norm_() in place of torch's"),
+        (True, "without overlap", "use optimizer.clip_grad_norm_() in place of torch's"),
+        (False, "", "wrap the model in DistributedDataParallel"),
+    ],
+)
 @ranks(2)
-def test_a_clip_by_each_ranks_own_norm_is_an_error_that_names_ours(group: Any, how: str) -> None:
-    said, found = steps_under(group, False, True, how)
-    assert "use optimizer.clip_grad_norm_() in place of torch's" in said
-    assert_equal(values_of(small(group)[0]), found)  # in the first step already
+def test_clips_by_each_ranks_own_norm_and_gradients_that_nobody_averages_are_an_error_in_the_first_step(
+    group: Any, reduces: bool, how: str, advice: str
+) -> None:
+    said, found = steps_under(group, False, reduces, how)
+    assert advice in said
+    assert_equal(values_of(small(group)[0]), found)
 
 
 def clip(model: nn.Module) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-def divide(model: nn.Module) -> None:
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.div_(7.0)
-
-
-@pytest.mark.parametrize("buckets", [{}, {"bucket_cap_mb": 16.0}])
-@pytest.mark.parametrize("touch", [clip, divide, nn.Module.zero_grad])
+@pytest.mark.parametrize(("touch", "buckets"), [(clip, {}), (nn.Module.zero_grad, {}), (clip, {"bucket_cap_mb": 16.0})])
 @ranks(2)
 def test_what_others_do_to_sharded_gradients_is_an_error(
     group: Any, touch: Callable[[nn.Module], None], buckets: dict[str, Any]
@@ -206,28 +208,12 @@ def test_what_others_do_to_sharded_gradients_is_an_error(
         assert_equal(values_of(model), values_of(control))
 
 
-@ranks(2)
-def test_means_that_model_zero_grad_was_to_drop_are_an_error_in_the_next_backward(group: Any) -> None:
-    model, _ = small(group, gradient_residency=SHARDED)
-    loss_of(model, group.rank()).backward()
-    model.zero_grad()
-    with pytest.raises(RuntimeError, match=r"after backward.*drop by optimizer\.zero_grad\(\)"):
-        loss_of(model, group.rank()).backward()
-
-
 @ranks(3)
 def test_where_ddp_averages_too_a_warning_names_it_and_nothing_is_wrong(group: Any) -> None:
     silence, expected = steps_under(group, True, False, "")
     said, found = steps_under(group, True, True, "")
     assert "DistributedDataParallel, pass ShardingConfig(reduce_gradients=False)" in said and not silence
     torch.testing.assert_close(expected, found, rtol=1e-6, atol=1e-7)  # a mean of three equal numbers is rounded
-
-
-@ranks(2)
-def test_where_nobody_averages_the_first_step_is_an_error(group: Any) -> None:
-    said, found = steps_under(group, False, False, "")
-    assert "wrap the model in DistributedDataParallel" in said
-    assert_equal(values_of(small(group)[0]), found)
 
 
 def test_the_same_data_on_all_ranks_is_trained_on_with_a_warning() -> None:
@@ -310,25 +296,9 @@ def test_an_optimizer_of_another_class_over_parameters_that_have_one_is_an_error
 # --- gradients that are assigned or dropped before a backward ---
 
 
-def fill_last(model: nn.Sequential, rank: int) -> None:
-    for p in model[4].parameters():
-        p.grad = torch.full_like(p, 0.1 * (rank + 1))
-
-
-def drop_last(model: nn.Sequential, rank: int) -> None:
-    for p in model[4].parameters():
-        p.grad = None
-
-
-def drop_all(model: nn.Sequential, rank: int) -> None:
-    model.zero_grad()
-
-
-BY_HAND: dict[str, tuple[bool, Callable[[nn.Sequential, int], None]]] = {
-    "assigned before a backward that leaves it out": (False, fill_last),
-    "assigned over what no_sync has left": (True, fill_last),
-    "dropped after no_sync": (True, drop_last),
-    "all dropped after no_sync": (True, drop_all),
+BY_HAND: dict[str, Callable[[nn.Parameter, int], Tensor | None]] = {
+    "assigned": lambda p, rank: torch.full_like(p, 0.1 * (rank + 1)),
+    "dropped": lambda p, rank: None,
 }
 
 
@@ -336,26 +306,24 @@ BY_HAND: dict[str, tuple[bool, Callable[[nn.Sequential, int], None]]] = {
     ("num_ranks", "config", "num_before"),
     [
         (2, {}, 2),
-        (3, {"exchange": Exchange.RANK_ORDER, "bucket_cap_mb": 1.0}, 2),
         (2, {"gradient_residency": SHARDED}, 0),
         (3, {"gradient_residency": SHARDED, "exchange": Exchange.RANK_ORDER, "bucket_cap_mb": 1.0}, 2),
-        (2, {"gradient_residency": SHARDED, "overlap": False, "exchange": Exchange.BACKEND}, 2),
     ],
 )
 @pytest.mark.parametrize("how", BY_HAND)
 @ranks()
-def test_what_is_assigned_or_dropped_before_the_last_backward_counts_as_in_torch(
+def test_what_is_assigned_or_dropped_between_two_backwards_counts_as_in_torch(
     group: Any, how: str, config: dict[str, Any], num_before: int
 ) -> None:
-    begins, change = BY_HAND[how]
+    """In the last layer, over what `no_sync` has left; the last backward leaves it out."""
     found = []
     for settings in ({"overlap": False}, config):  # the former averages what it finds in p.grad, in step
         model, optimizer = small(group, **settings)
         train_on(model, optimizer, group.rank(), *range(num_before))
-        if begins:
-            with optimizer.no_sync():
-                loss_of(model, group.rank(), 7).backward()
-        change(model, group.rank())
+        with optimizer.no_sync():
+            loss_of(model, group.rank(), 7).backward()
+        for p in model[4].parameters():
+            p.grad = BY_HAND[how](p, group.rank())
         loss_of(model[:4], group.rank(), 8).backward()
         optimizer.step()
         found.append(values_of(model))
@@ -395,10 +363,10 @@ def test_gradients_may_be_multiplied_beside_a_layer_that_has_none(group: Any, ov
     assert_equal(*found)
 
 
-@pytest.mark.parametrize("buckets", [{}, {"bucket_cap_mb": 1.0}])
+@pytest.mark.parametrize("bucket_cap_mb", [ONE_EACH, 1.0])
 @ranks(2)
-def test_used_gradients_that_are_multiplied_and_not_cleared_are_an_error(group: Any, buckets: dict[str, Any]) -> None:
-    model, optimizer = small(group, **buckets)
+def test_used_gradients_that_are_multiplied_and_not_cleared_are_an_error(group: Any, bucket_cap_mb: float) -> None:
+    model, optimizer = small(group, bucket_cap_mb=bucket_cap_mb)
     train_on(model, optimizer, group.rank(), 0)
     loss_of(model, group.rank()).backward()
     optimizer.step()
@@ -412,33 +380,18 @@ def test_used_gradients_that_are_multiplied_and_not_cleared_are_an_error(group: 
 # --- gradients that stay from another loss, or that something else makes, too ---
 
 
-@pytest.mark.parametrize("clear_with", ["model", "optimizer"])
+@pytest.mark.parametrize("stepped", [False, True])
 @ranks(2)
-def test_means_that_model_zero_grad_cannot_drop_are_an_error_before_they_add_up(group: Any, clear_with: str) -> None:
-    """Steps whose model also takes part in another one's loss, as the discriminator does in a GAN's."""
+def test_means_that_model_zero_grad_cannot_drop_are_an_error_before_they_add_up(group: Any, stepped: bool) -> None:
     model, optimizer = small(group, gradient_residency=SHARDED)
-    control, alone = small(group, overlap=False)
-
-    def backward(model: nn.Module, step: int) -> None:
-        for micro in range(2):
-            loss_of(model, group.rank(), 10 * step + micro).backward()
-
-    for step in range(2):
-        (model if clear_with == "model" else optimizer).zero_grad()
-        if clear_with == "model" and step == 1:
-            with pytest.raises(
-                RuntimeError, match=r"call optimizer\.zero_grad\(\) between a step and the next backward"
-            ):
-                backward(model, step)
-            return
-        backward(model, step)
-        backward(control, step)
+    loss_of(model, group.rank()).backward()
+    if stepped:
         optimizer.step()
-        alone.step()
-        alone.zero_grad()
-        if clear_with == "optimizer":
-            loss_of(model, group.rank()).backward()
-    torch.testing.assert_close(values_of(model), values_of(control), rtol=0, atol=2e-6)  # sums in another order
+    model.zero_grad()
+    said = "between a step and the next backward" if stepped else r"after backward.*drop by optimizer\.zero_grad\(\)"
+    with pytest.raises(RuntimeError, match=said):
+        for micro in range(2):
+            loss_of(model, group.rank(), micro).backward()
 
 
 @pytest.mark.parametrize("as_bucket_view", [False, True])

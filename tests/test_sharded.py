@@ -43,6 +43,11 @@ ALIGNMENT = 64  # elements
     ("a bias smaller than the rank count", scenario("tiny"), (3, 4)),
     ("nothing but a scalar and an empty parameter", scenario("empty and scalar", num_steps=3), (1, 3)),
     ("the same, one bucket each", scenario("empty and scalar", num_steps=3, bucket_cap_mb=ONE_EACH), (2,)),
+    (
+        "a scaler beside a bucket without elements",
+        scenario("empty and scalar", bucket_cap_mb=ONE_EACH, loss_scale=8.0, clip=(1e3, 2.0)),
+        (2,),
+    ),
     ("more than is exchanged at once", scenario("large", num_steps=2), (3,)),
     ("non-contiguous parameters", scenario("non-contiguous", num_steps=4), (2,)),
     ("aligned sizes", scenario("aligned", num_steps=4), (4,)),
