@@ -44,13 +44,25 @@ from sharded_dadamw import (
 from sharded_dadamw.update.precision import join, weight_of
 from tests import simulated
 from tests.gpu.probes import no_host_sync
-from tests.models import F32, F64, MODELS, draw_gradient, mains_of, make_groups, named, reduce_for_control
+from tests.models import (
+    F32,
+    F64,
+    MODELS,
+    draw_gradient,
+    mains_of,
+    make_groups,
+    mean_in_rank_order,
+    named,
+    reduce_for_control,
+)
 
 ONE_EACH, SOME_EACH, ALL_IN_ONE = 1e-6, 1e-3, 1024.0
 """MiB: a bucket for each parameter, for a few, and for all."""
 FULL, SHARDED = GradientResidency.FULL, GradientResidency.SHARDED
 AS_UNSHARDED: dict[str, Any] = dict(main_parameter=MainParameter.NONE, moments=Moments.LIKE_PARAMETERS)
 """Everything in the parameter's dtype, as DecoupledAdamW has it."""
+
+Params = dict[str, nn.Parameter]
 
 same_gradients = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
 
@@ -392,6 +404,67 @@ def assert_state_is_the_controls(reports: Sequence[Report]) -> None:
         for report in reports:
             for key, value in report.fragments[name].items():
                 assert key.startswith("main") or not value.any(), f"{name} never had a gradient, but {key} moved"
+
+
+# --- what happens between the steps of a few parameters ---
+
+
+def make(parameters: str = "odd sizes", seed: int = 0) -> Params:
+    return named(make_groups(parameters, seed))
+
+
+def give_gradients(params: Params, step: int, rank: int = 0, without: Sequence[str] = ()) -> None:
+    for index, (name, p) in enumerate(params.items()):
+        if p.requires_grad and name not in without:
+            p.grad = draw_gradient(p, step, rank, index)
+
+
+def backward_onto(params: Params, step: int, rank: int = 0, without: Sequence[str] = ()) -> None:
+    used = [p for name, p in params.items() if p.requires_grad and name not in without]
+    torch.autograd.backward([p.view_as(p) for p in used], [draw_gradient(p, step, rank, i) for i, p in enumerate(used)])
+
+
+class Pair:
+    """Ours, and the unsharded optimizer on a copy, which gets the mean of all ranks' gradients."""
+
+    def __init__(
+        self, group: Any = None, parameters: str = "odd sizes", config: ShardingConfig | None = None, **hyper: Any
+    ) -> None:
+        self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self.params, self.control_params = make(parameters), make(parameters)
+        hyper = dict(lr=3e-3, weight_decay=2e-4) | hyper
+        settings: dict[str, Any] = {} if config is None else {"config": config}
+        self.optimizer = ShardedDecoupledAdamW(self.params.items(), **hyper, process_group=group, **settings)
+        self.control = DecoupledAdamW(self.control_params.items(), **hyper)
+        self.sides: list[tuple[Params, Optimizer]] = [
+            (self.params, self.optimizer),
+            (self.control_params, self.control),
+        ]
+
+    def give(self, step: int) -> None:
+        give_gradients(self.params, step, self.rank)
+        self.give_control(step)
+
+    def give_control(self, step: int, scale: float = 1.0) -> None:
+        for index, p in enumerate(self.control_params.values()):
+            if p.requires_grad:
+                p.grad = mean_in_rank_order([draw_gradient(p, step, r, index) for r in range(self.num_ranks)]) * scale
+
+    def step(self) -> None:
+        for _, optimizer in self.sides:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.check()
+
+    def check(self) -> None:
+        __tracebackhide__ = True
+        assert (difference := first_difference(self.params, self.control_params)) is None, difference
+
+    def train(self, *steps: int) -> None:
+        __tracebackhide__ = True
+        for step in steps:
+            self.give(step)
+            self.step()
 
 
 # --- loops that have no control but the same loop in another way ---

@@ -3,7 +3,7 @@
 Its OptimizerMonitor asks the optimizer for the norms of every parameter at the end of a batch, when the scheduler has
 moved on already. The Trainer clips and saves, and rebuilds the optimizer's groups when it wraps a model. On one rank
 and on two (DistributedDataParallel, FSDP1, FSDP2) every norm must be logged that Composer's own optimizer logs, each
-with the value of a single process; and that is checked against the law, from what a callback saw of the training.
+with the value of a single process. Composer's own logs the same, but for updates.
 
 The ranks make all their runs in one go, and the tests look at what they left. A single process takes each batch in two
 microbatches of the samples that two ranks would take: it adds up the same gradients.
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
 from sharded_dadamw.checkpoint.names import canonical_name
@@ -37,7 +37,6 @@ if importlib.util.find_spec("composer") is None:
 
 pytestmark = pytest.mark.clients
 
-BETA1, BETA2, EPS = 0.9, 0.6, 1e-8
 MAX_NORM = 0.5
 NUM_STEPS = 6
 HALF = NUM_STEPS // 2
@@ -133,39 +132,6 @@ def test_the_norms_of_fsdp1s_flat_parameters_are_those_of_what_they_are_made_of(
             parts = [values for key, values in expected.items() if key.startswith(of_it)]
             norms = [math.hypot(*step) for step in zip(*parts, strict=True)]
             assert got[f"{kind} {flat}"] == pytest.approx(norms, rel=1e-6), (kind, flat)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", ["decoupled plain", "sharded plain"])
-def test_every_norm_is_that_of_the_law_and_parameters_lose_what_it_says(
-    results: Results, name: str, num_ranks: int
-) -> None:
-    """In fp64, from the gradients and parameters that went into each step."""
-    run = results[num_ranks][0][name]["whole"]
-    found: Norms = {"l2_norm/grad/global": [MAX_NORM] * NUM_STEPS}
-    state: dict[str, list[Tensor]] = {}
-    num_maxima = 0
-    for number, step in enumerate(run["steps"], start=1):
-        for param, seen in step.items():
-            grad, before = seen["grad"].double(), seen["before"].double()
-            exp_avg, exp_avg_sq, maximum = state.get(param, [torch.zeros_like(grad)] * 3)
-            exp_avg = BETA1 * exp_avg + (1 - BETA1) * grad
-            exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * grad * grad
-            maximum = torch.maximum(maximum, exp_avg_sq)
-            state[param] = [exp_avg, exp_avg_sq, maximum]
-            num_maxima += int((maximum > exp_avg_sq).sum())
-            decay = seen["weight_decay"] * seen["lr"] / seen["initial_lr"]
-            denom = maximum.sqrt() / math.sqrt(1 - BETA2**number) + EPS
-            update = decay * before + seen["lr"] / (1 - BETA1**number) * exp_avg / denom
-            for kind, tensor in zip(KINDS, (grad, exp_avg, before - update, update), strict=True):
-                found.setdefault(f"l2_norm/{kind}/{param}", []).append(tensor.norm().item())
-            # The parameter is rounded to fp32, here up to 1e-5 of what it lost.
-            lost = before - seen["after"].double()
-            assert lost.norm().item() == pytest.approx(update.norm().item(), rel=2e-5), param
-    assert num_maxima > 100  # else nothing shows that amsgrad is honoured
-    assert run["norms"].keys() == found.keys()
-    for key, values in found.items():
-        assert run["norms"][key] == pytest.approx(values, rel=1e-6 if "global" not in key else 1e-5), key
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

@@ -7,7 +7,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +23,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.interchange import from_torch
-from tests.harness import ranks, same_gradients
-from tests.models import BF16, TiedLanguageModel, draw_gradient, make_groups, mean_in_rank_order, named
+from tests.harness import Pair, Params, backward_onto, give_gradients, make, ranks, same_gradients
+from tests.models import BF16, TiedLanguageModel, draw_gradient
 
-Params = dict[str, nn.Parameter]
 either_class = pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
 on_one_rank_or_two = pytest.mark.parametrize(("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)])
 whoever_reduces = pytest.mark.parametrize("reduces", [True, False], ids=["reduced here", "reduced by others"])
 
 
-def make(parameters: str = "odd sizes", seed: int = 0) -> Params:
-    return named(make_groups(parameters, seed))
-
-
-def give_gradients(params: Params, step: int, rank: int = 0, without: Sequence[str] = ()) -> None:
-    for index, (name, p) in enumerate(params.items()):
-        if p.requires_grad and name not in without:
-            p.grad = draw_gradient(p, step, rank, index)
-
-
-def backward_onto(params: Params, step: int, rank: int = 0, without: Sequence[str] = ()) -> None:
-    used = [p for name, p in params.items() if p.requires_grad and name not in without]
-    torch.autograd.backward([p.view_as(p) for p in used], [draw_gradient(p, step, rank, i) for i, p in enumerate(used)])
-
-
 def values(params: Params) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in params.items()}
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    __tracebackhide__ = True
-    for name, p in ours.items():
-        assert torch.equal(p, theirs[name].to(p.dtype)), (
-            f"{name} differs by {(p - theirs[name]).abs().max().item():.3g}"
-        )
-
-
-class Pair:
-    """Ours, and the unsharded optimizer on a copy, which gets the mean of all ranks' gradients."""
-
-    def __init__(self, group: Any = None, config: ShardingConfig | None = None, **hyper: Any) -> None:
-        self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-        self.params, self.control_params = make(), make()
-        hyper = dict(lr=3e-3, weight_decay=2e-4) | hyper
-        settings: dict[str, Any] = {} if config is None else {"config": config}
-        self.optimizer = ShardedDecoupledAdamW(self.params.items(), **hyper, process_group=group, **settings)
-        self.control = DecoupledAdamW(self.control_params.items(), **hyper)
-        self.sides: list[tuple[Params, Optimizer]] = [
-            (self.params, self.optimizer),
-            (self.control_params, self.control),
-        ]
-
-    def give(self, step: int) -> None:
-        give_gradients(self.params, step, self.rank)
-        self.give_control(step)
-
-    def give_control(self, step: int, scale: float = 1.0) -> None:
-        for index, p in enumerate(self.control_params.values()):
-            if p.requires_grad:
-                p.grad = mean_in_rank_order([draw_gradient(p, step, r, index) for r in range(self.num_ranks)]) * scale
-
-    def step(self) -> None:
-        for _, optimizer in self.sides:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.check()
-
-    def check(self) -> None:
-        __tracebackhide__ = True
-        assert_equal(self.params, self.control_params)
-
-    def train(self, *steps: int) -> None:
-        __tracebackhide__ = True
-        for step in steps:
-            self.give(step)
-            self.step()
 
 
 def parameter_state(state_dict: dict[str, Any]) -> dict[str, Tensor]:
@@ -426,7 +361,7 @@ def test_loading_does_not_alias_the_callers_tensors() -> None:
     snapshot = parameter_state(saved)
     pair.optimizer.load_state_dict(saved)
     pair.train(1)
-    assert_equal(snapshot, parameter_state(saved))
+    assert all(torch.equal(value, snapshot[key]) for key, value in parameter_state(saved).items())
 
 
 def test_a_loaded_group_is_checked_like_any_other(caplog: pytest.LogCaptureFixture) -> None:

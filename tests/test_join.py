@@ -6,34 +6,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests import simulated
 from tests.harness import FULL, SHARDED, ranks
+from tests.models import InOrder
 from tests.pool import on_ranks, outcomes
-
-
-class Model(nn.Module):
-    """With a layer that never gets a gradient, and more than one bucket."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layers(x)
-        return result
 
 
 def train(group: Any, joins: bool, num_batches: tuple[int, ...], clip: str, is_attached: bool, config: Any) -> Tensor:
     """Three epochs; the second is even. Without ``joins`` whoever is out of data has a loss of zero times itself."""
     rank = dist.get_rank(group)
-    model: nn.Module = Model() if min(num_batches) else Model().layers
+    model = InOrder(3 if min(num_batches) else 2, (0, 1), 8)  # the third layer never gets a gradient
     max_grad_norm = 0.5 if clip == "in step" else None
     optimizer = ShardedDecoupledAdamW(
         model.named_parameters(), lr=1e-2, process_group=group, config=config, max_grad_norm=max_grad_norm
@@ -90,7 +77,7 @@ def test_a_rank_without_data_brings_zeros(
 @ranks(2, on_ranks)
 def test_after_an_error_within_join_training_goes_on(group: Any) -> Any:
     """Rank 0's second step has another lr than what rank 1, without data, repeats."""
-    model = Model()
+    model = InOrder(3, (0, 1), 8)
     config = ShardingConfig(gradient_residency=SHARDED)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
 
@@ -111,7 +98,7 @@ def test_after_an_error_within_join_training_goes_on(group: Any) -> Any:
 
 
 def joined_wrongly(group: Any, case: str, num_mine: int) -> None:
-    module: nn.Module = Model() if "layer" in case else Model().layers
+    module = InOrder(3 if "layer" in case else 2, (0, 1), 8)
     model = DistributedDataParallel(module, process_group=group) if "DDP" in case else module
     config = ShardingConfig(reduce_gradients=case != "DDP averages")
     optimizer = ShardedDecoupledAdamW(module.named_parameters(), lr=1e-2, process_group=group, config=config)
@@ -132,7 +119,7 @@ def joined_wrongly(group: Any, case: str, num_mine: int) -> None:
     [
         ("no scheduler", 1, "['lr']"),
         ("a clip that was never seen", 0, "the call"),
-        ("a layer without gradients, and no step before", 0, "the gradient of unused.weight"),
+        ("a layer without gradients, and no step before", 0, "the gradient of layers.2.weight"),
         ("DDP averages", 1, "Join([optimizer])"),
         ("DDP averages", 0, "Join([optimizer])"),
         ("DDP averages, too", 1, "Join([optimizer])"),

@@ -319,7 +319,7 @@ def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(num_ranks:
 # --- collectives ---
 
 
-def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[str, int]]]:
+def collectives_of(group: Any, layout: str) -> dict[str, list[dict[str, int]]]:
     """Per call the collectives in each of three steps."""
     model = fsdp2_over(line(group), Model()) if layout == "FSDP2" else Model()
     optimizer = build("sharded" if layout == "sharded" else "unsharded", model.named_parameters(), group)
@@ -330,13 +330,14 @@ def collectives_of(group: Any, layout: str, ask: bool) -> dict[str, list[dict[st
         for name, p in model.named_parameters():
             optimizer.report_per_parameter_metrics(p, name, collected)
 
-    calls: dict[str, Callable[[], Any]] = {"clip_grad_norm_": lambda: optimizer.clip_grad_norm_(1.0)}
-    calls["step"] = optimizer.step
-    if ask:
-        calls["report"] = report
-        calls["pre_reduce_metrics"] = lambda: optimizer.pre_reduce_metrics(collected)
-        calls["dist_reduce_metrics"] = lambda: optimizer.dist_reduce_metrics(collected)
-        calls["metrics"] = optimizer.metrics
+    calls: dict[str, Callable[[], Any]] = {
+        "clip_grad_norm_": lambda: optimizer.clip_grad_norm_(1.0),
+        "step": optimizer.step,
+        "report": report,
+        "pre_reduce_metrics": lambda: optimizer.pre_reduce_metrics(collected),
+        "dist_reduce_metrics": lambda: optimizer.dist_reduce_metrics(collected),
+        "metrics": optimizer.metrics,
+    }
     for step in range(3):
         loss_of(model, step, group.rank(), group.size()).backward()
         collected.clear()
@@ -354,12 +355,8 @@ ONE = {"all-reduce": 1}
 @pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
 def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layout: str) -> None:
     """The first time, ranks exchange names besides."""
-    asked = on_ranks(2, collectives_of, layout, True)
-    not_asked = on_ranks(2, collectives_of, layout, False)
     one = {} if layout == "unsharded" else ONE
-    for calls, without in zip(asked, not_asked, strict=True):
-        assert calls["step"] == without["step"]
-        assert calls["clip_grad_norm_"][1:] == without["clip_grad_norm_"][1:]
+    for calls in on_ranks(2, collectives_of, layout):
         assert calls["dist_reduce_metrics"][1:] == [one, one]
         assert calls["pre_reduce_metrics"][1:] == [{}, {}]
         assert calls["metrics"][1:] == [one, one]
@@ -377,29 +374,20 @@ def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layo
 
 
 @both
-def test_a_parameter_that_was_never_updated_adds_nothing(kind: str) -> None:
+def test_norms_that_the_caller_adds_are_squared_and_summed_with_ours(kind: str) -> None:
+    """A parameter that was never updated adds nothing."""
     params, optimizer, _ = small(kind)
-    stranger = nn.Parameter(torch.ones(3))
-    metrics: dict[str, Any] = {"l2_norm/grad/other": torch.ones(())}
-    for p in (params["weight"], stranger):
-        assert optimizer.report_per_parameter_metrics(p, "weight", metrics) is metrics
+    metrics: dict[str, Any] = {"l2_norm/grad/other": 3.0, "loss": 2.0}
+    assert optimizer.report_per_parameter_metrics(params["bias"], "bias", metrics) is metrics
     assign(params, drawn(params, 0))
     optimizer.step()
-    optimizer.report_per_parameter_metrics(stranger, "stranger", metrics)
-    assert list(metrics) == ["l2_norm/grad/other"]
-    optimizer.report_per_parameter_metrics(params["weight"], "weight", metrics)
-    assert list(metrics) == ["l2_norm/grad/other", *(f"l2_norm/{norm}/weight" for norm in KINDS)]
-
-
-def test_norms_that_the_caller_adds_are_squared_and_summed_with_ours() -> None:
-    params, optimizer, _ = small("unsharded")
-    assign(params, drawn(params, 0))
-    optimizer.step()
-    metrics = optimizer.report_per_parameter_metrics(params["bias"], "bias", {"l2_norm/grad/other": 3.0, "loss": 2.0})
+    optimizer.report_per_parameter_metrics(nn.Parameter(torch.ones(3)), "stranger", metrics)
+    assert list(metrics) == ["l2_norm/grad/other", "loss"]
+    optimizer.report_per_parameter_metrics(params["bias"], "bias", metrics)
     squares = optimizer.pre_reduce_metrics(dict(metrics))
     assert float(squares["l2_norm/grad/other"]) == 9.0 and float(squares["loss"]) == 2.0
     reduced = optimizer.dist_reduce_metrics(squares)
-    assert list(reduced) == sorted(metrics)
+    assert list(reduced) == sorted(metrics) and len(metrics) == 2 + len(KINDS)
     for key, value in metrics.items():
         assert float(reduced[key]) == pytest.approx(float(value), rel=1e-6)
 

@@ -379,6 +379,3 @@ def test_metrics_that_need_a_gradient_that_is_gone_are_an_error_on_all_ranks(gro
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="a gradient of the last step is gone"):
         optimizer.metrics()
-
-
-# --- memory ---
