@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,26 @@ import torchmetrics  # noqa: F401 - ahead of the empty torchvision, which it wou
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW
 
 
-def stand_in(name: str, **contents: Any) -> None:
-    module = types.ModuleType(name)
-    vars(module).update(contents)
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
+class Empty(types.ModuleType):
+    """Whatever is imported from it is a class of nothing."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # as others look for, who could use it
+        sys.modules[name] = self
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
 
 
-stand_in("mcli")
-stand_in("torchvision")
-stand_in("torchvision.datasets", VisionDataset=object)
-stand_in("torchvision.models")
-stand_in("torchvision.models.resnet", Bottleneck=object)
-stand_in("torchvision.ops", box_convert=None)
-stand_in("torchvision.transforms")
-stand_in("torchvision.transforms.functional")
-stand_in("torchvision.utils", draw_segmentation_masks=None)
+for name in ("", ".datasets", ".models", ".models.resnet", ".ops", ".transforms", ".transforms.functional", ".utils"):
+    Empty(f"torchvision{name}")
+Empty("mcli")
 os.environ.setdefault("NODE_RANK", "0")  # Composer wants it, and torchrun does not set it
 
 import composer  # noqa: E402
@@ -54,6 +54,8 @@ from composer.models import ComposerClassifier  # noqa: E402
 from composer.utils import dist  # noqa: E402
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig  # noqa: E402
 
+from sharded_dadamw.stacks.composer import ShardedDecoupledAdamW  # noqa: E402
+
 NUM_STEPS = 6
 BATCH_SIZE = 8  # of all ranks together
 MAX_NORM = 0.5  # which every step's gradient exceeds
@@ -61,18 +63,10 @@ MAX_NORM = 0.5  # which every step's gradient exceeds
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.6), eps=1e-8, weight_decay=1e-3)
 
 
-class SavedByRank0(ShardedDecoupledAdamW):
-    """Under DDP Composer asks every rank for a state dict, and rank 0 pickles its own."""
-
-    def state_dict(self) -> dict[str, Any]:
-        self.consolidate_state_dict(to=0)
-        return super().state_dict()
-
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "composer": composer.optim.DecoupledAdamW,
     "decoupled": DecoupledAdamW,
-    "sharded": lambda *args, **kw: SavedByRank0(*args, config=ShardingConfig(reduce_gradients=False), **kw),
+    "sharded": ShardedDecoupledAdamW,
 }
 LAYOUTS: dict[str, Callable[[], ParallelismConfig | None]] = {
     "plain": lambda: None,  # on several ranks the Trainer wraps the model in DistributedDataParallel

@@ -10,10 +10,13 @@ microbatches of the samples that two ranks would take: it adds up the same gradi
 """
 
 import copy
+import importlib
 import importlib.util
 import math
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
+from sharded_dadamw import DecoupledAdamW, Moments, ShardingConfig
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange import Source, from_composer, read_state
 from tests import forked, test_resharding
@@ -189,3 +193,26 @@ def test_composers_optimizer_loads_ours_and_we_load_theirs(composer: forked.Impo
     further = torch.load(tmp_path / "further.pt")
     for (loaded, *_), _ in on_ranks(2, test_resharding.load_at, "ours", str(tmp_path / "theirs")):
         test_resharding.assert_same(loaded, further)
+
+
+def build_of_yaml() -> None:
+    """Both of LLM Foundry's names, with arguments as its YAML has them; the parameters are where Composer trains."""
+    composers = importlib.import_module("sharded_dadamw.stacks.composer")
+    [sharded], [decoupled] = (
+        entry_points(group="llmfoundry_optimizers", name=name)
+        for name in ("sharded_decoupled_adamw", "decoupled_adamw_free_of_lr")
+    )
+    assert decoupled.load() is DecoupledAdamW and sharded.load() is composers.ShardedDecoupledAdamW
+    moved: list[torch.Tensor] = []
+    composers.get_device = lambda: SimpleNamespace(tensor_to_device=lambda tensor: moved.append(tensor) or tensor)
+    model = nn.Linear(4, 4)
+    groups = [{"params": dict(model.named_parameters()).values()}]
+    config = sharded.load()(params=groups, lr=1e-3, weight_decay=1e-6, config={"moments": "bf16"}).config
+    assert config == ShardingConfig(reduce_gradients=False, moments=Moments.BF16) and len(moved) == 2
+    given = ShardingConfig(moments=Moments.BF16)
+    assert sharded.load()(params=model.parameters(), config=given).config == given
+
+
+def test_llm_foundrys_registry_finds_both_and_builds_one_of_yaml(composer: forked.Importer, tmp_path: Path) -> None:
+    ended = composer.run(["tests.composer_client"], f"{__name__}:build_of_yaml", (), [{"NODE_RANK": "0"}], tmp_path)
+    assert ended.codes == [0], ended.output

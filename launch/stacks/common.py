@@ -110,7 +110,12 @@ def keep(folder: Path, model: nn.Module, norms: list[float]) -> None:
         print(f"norms {norms[:1]} to {norms[-1:]}; weights are in {folder / 'result.pt'}", flush=True)
 
 
-def control(model: nn.Module, loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor], number: int) -> dict[str, Any]:
+def control(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    number: int,
+    factor: Callable[[int], float] = factor,
+) -> dict[str, Any]:
     """Train in one process, on so many micro-batches a step; returns ``weights``, ``norms``, and ``start``."""
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     decaying = [p for p in model.parameters() if p.ndim >= 2]
