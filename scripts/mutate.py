@@ -53,7 +53,9 @@ MUTATIONS = {
         ("else next_key_high)", "else key_high)", "kernels"),
         ("min(first_tile + _CLAIM, call.tiles)", "min(first_tile + 1, call.tiles)", "kernels"),
         ("uint32(_canonical(value) + uint32(0x8000))", "_canonical(value)", "kernels"),
-        ("lower_sum += int64(np.rint((square - upper) * UNIT))", "lower_sum += 0", "same_run"),
+    ],
+    "kernels/numba_exact_squares.py": [
+        ("lower_sum += int64(np.rint((square - upper) * unit))", "lower_sum += 0", "same_run"),
     ],
     "kernels/fingerprint.py": [
         ("mul_(rows.stride - rows.length)", "mul_(rows.stride)", "fingerprint"),

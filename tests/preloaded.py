@@ -2,7 +2,6 @@
 
 import tempfile
 
-import numpy
 import torch
 import torch._dynamo  # optimizers import it late
 from torch import nn
@@ -12,11 +11,11 @@ import tests.harness  # noqa: F401
 from launch.options import read_settings
 from sharded_dadamw import ShardedDecoupledAdamW
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
-from sharded_dadamw.kernels import numba_kernel
+from sharded_dadamw.kernels.exact_squares import exact_squares
 
 torch.set_num_threads(1)
 read_settings([])
-numba_kernel.exact_sums(numpy.zeros(1, numpy.float32), 1.0)
+exact_squares(torch.zeros(1), torch.ones((), dtype=torch.float64))
 model = nn.Linear(3, 3)
 for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)

@@ -6,6 +6,8 @@ the lower. The square of an fp32 is exact in fp64, so both are a function of the
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,10 @@ def exact_squares(run: Tensor, scale: Tensor) -> Tensor:
     words = torch.zeros(2, dtype=torch.int64, device=run.device)
     chunks = torch.split(run.reshape(-1), chunk_size(run.device))
     scale = scale * 2.0 ** (DIGITS // 2)  # whose square is UNIT
-    compiled = compiled_kernel("cpu") if run.device.type == "cpu" and run.dtype is not torch.float64 else None
-    if compiled is not None:
+    if run.device.type == "cpu" and run.dtype is not torch.float64 and compiled_kernel("cpu") is not None:
+        compiled = importlib.import_module("sharded_dadamw.kernels.numba_exact_squares")
         for chunk in chunks:
-            words += torch.tensor(compiled.exact_sums(chunk.to(torch.float32).numpy(), float(scale)))
+            words += torch.tensor(compiled.sums_of(chunk.to(torch.float32).contiguous(), float(scale), UNIT))
         return words
     for chunk in chunks:
         square = chunk.to(torch.float64).mul(scale).square_()

@@ -13,8 +13,11 @@ from numba import carray, njit, uint32, uint64
 from torch import Tensor
 
 from sharded_dadamw.kernels.fingerprint import BLOCK, FIRST, SECOND, STEP, Span, keys
-from sharded_dadamw.kernels.numba_kernel import (
-    STORAGES,
+from sharded_dadamw.kernels.numba_language import (
+    BF16,
+    FP16,
+    FP32,
+    INT16,
     claim,
     compile_kernel,
     join,
@@ -26,7 +29,6 @@ from sharded_dadamw.kernels.numba_kernel import (
 
 _TILE = 1 << 16
 """Elements that a thread takes at a time."""
-_FP32, _BF16, _FP16, _INT16 = map(STORAGES.get, (torch.float32, torch.bfloat16, torch.float16, torch.int16))
 _FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _WITH_REMAINDER = 4
 _KEYS = keys(torch.arange(BLOCK)).numpy().view(np.uint64)
@@ -66,17 +68,17 @@ def _word(bits: Any) -> Any:
 
 @njit(forceinline=True)
 def _of_fp32(values: Any, remainder: Any, i: Any) -> Any:
-    return _word(pattern_of(load(values, 0, _FP32, i)))
+    return _word(pattern_of(load(values, 0, FP32, i)))
 
 
 @njit(forceinline=True)
 def _of_bf16(values: Any, remainder: Any, i: Any) -> Any:
-    return uint64(pattern_of(load(values, 0, _BF16, i)) >> uint32(16))
+    return uint64(pattern_of(load(values, 0, BF16, i)) >> uint32(16))
 
 
 @njit(forceinline=True)
 def _of_fp16(values: Any, remainder: Any, i: Any) -> Any:
-    return _word(pattern_of(load(values, 0, _FP16, i)))
+    return _word(pattern_of(load(values, 0, FP16, i)))
 
 
 @njit(forceinline=True)
@@ -87,7 +89,7 @@ def _of_fp64(values: Any, remainder: Any, i: Any) -> Any:
 
 @njit(forceinline=True)
 def _of_both(values: Any, remainder: Any, i: Any) -> Any:
-    return _word(pattern_of(join(load(values, 0, _BF16, i), load(remainder, 1, _INT16, i))))
+    return _word(pattern_of(join(load(values, 0, BF16, i), load(remainder, 1, INT16, i))))
 
 
 @njit(forceinline=True)
@@ -150,5 +152,4 @@ def _compile() -> Any:
             sums[tile] = total
             tile = claim(pointer, 1)
 
-    run.__qualname__ = "fingerprint"
-    return compile_kernel(run, _Call)
+    return compile_kernel(run, _Call, "fingerprint")

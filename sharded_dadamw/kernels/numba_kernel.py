@@ -13,22 +13,37 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import carray, cfunc, config, float32, float64, from_dtype, int64, njit, types, uint32
+from numba import carray, config, float32, float64, int64, njit, types, uint32
 from numba.extending import intrinsic
 from torch import Tensor
 
-from sharded_dadamw.kernels.exact_squares import UNIT
+from sharded_dadamw.kernels.numba_language import (
+    BF16,
+    FLOAT,
+    FP16,
+    FP32,
+    INT16,
+    NONE,
+    STORAGES,
+    claim,
+    compile_kernel,
+    float_of,
+    join,
+    load,
+    pattern_of,
+    pointer_at,
+    run_on_threads,
+    store,
+)
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands
 from sharded_dadamw.kernels.tiles import plan_tiles
 from sharded_dadamw.update.adamw import Step
@@ -46,13 +61,6 @@ _TILE_OVERHEAD = 64
 
 # The columns of the table of fragments; the first seven as in Operands.addresses.
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP, _NUMEL, _FIRST_ELEMENT = range(9)
-
-_FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
-
-# How an array holds its numbers.
-_FP32, _BF16, _FP16, _INT16, _NONE = range(5)
-_HELD_AS = {_FP32: (_FLOAT, 4), _BF16: (ir.IntType(16), 2), _FP16: (ir.HalfType(), 2), _INT16: (ir.IntType(16), 2)}
-STORAGES = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16, torch.int16: _INT16, None: _NONE}
 
 
 class _Call(ctypes.Structure):
@@ -121,141 +129,11 @@ class Update:
         return torch.from_numpy(norms)
 
 
-def _find_openmp() -> Any:
-    """Return what starts a function on torch's own threads; None where their OpenMP lacks GNU's entry point."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"))
-        start = library.GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    start.restype = None
-    return start
-
-
-_openmp = _find_openmp()
-
-
-def _forget_openmp() -> None:
-    """In a forked child, which has none of its parent's threads; OpenMP would wait for them for ever."""
-    global _openmp
-    _openmp = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_openmp)
-
-
-def run_on_threads(kernel: Any, call: ctypes.Structure, num_threads: int) -> None:
-    """Run a kernel on so many threads at once, of which this is one; each claims what it does.
-
-    On torch's threads, and where they cannot be had on this one alone: they busy-wait for a while after each operation
-    of torch, and threads beside them would have to share the processors with them.
-    """
-    address = ctypes.addressof(call)
-    if num_threads > 1 and _openmp is not None:
-        _openmp(kernel.address, address, num_threads, 0)
-    else:
-        kernel.ctypes(address)
-
-
-def compile_kernel(run: Callable[[Any], None], call: type[ctypes.Structure]) -> Any:
-    """A C function of a pointer to a call; compiled once per machine, where there is a folder to keep the result in."""
-    signature = types.void(types.CPointer(from_dtype(np.dtype(call))))
-    try:
-        return cfunc(signature, error_model="numpy", cache=True)(run)
-    except Exception:  # nowhere to keep it, no room, or what was kept is damaged; what is wrong itself fails again
-        return cfunc(signature, error_model="numpy")(run)
-
-
-@intrinsic(prefer_literal=True)
-def load(typing: Any, address: Any, column: Any, storage: Any, index: Any) -> Any:
-    """Element ``index`` of the array at ``address``, as fp32; of an int16 array as uint32, sign included."""
-    storage_value = storage.literal_value
-    result = types.uint32 if storage_value == _INT16 else types.float32
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Where vectors have 512 bits the compiler would rather use half of them. llvmlite has no name for this wish.
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        number, size = _HELD_AS[storage_value]
-        pointer = builder.inttoptr(arguments[0], number.as_pointer())
-        held = builder.load(builder.gep(pointer, [arguments[3]]), align=size)
-        _keep_apart(builder, held, column.literal_value)
-        if storage_value == _BF16:
-            return builder.bitcast(builder.shl(builder.zext(held, _WORD), _WORD(16)), _FLOAT)
-        if storage_value == _FP16:
-            return builder.fpext(held, _FLOAT)
-        return builder.sext(held, _WORD) if storage_value == _INT16 else held
-
-    return result(types.int64, column, storage, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _store(typing: Any, address: Any, column: Any, storage: Any, index: Any, value: Any) -> Any:
-    """Write element ``index`` of the array at ``address``; ``value`` is one that the storage can hold."""
-    storage_value = storage.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, size = _HELD_AS[storage_value]
-        held = arguments[4]
-        if storage_value == _BF16:
-            held = builder.trunc(builder.lshr(builder.bitcast(held, _WORD), _WORD(16)), number)
-        elif storage_value == _FP16:
-            held = builder.fptrunc(held, number)
-        elif storage_value == _INT16:
-            held = builder.trunc(held, number)
-        pointer = builder.inttoptr(arguments[0], number.as_pointer())
-        stored = builder.store(held, builder.gep(pointer, [arguments[3]]), align=size)
-        _keep_apart(builder, stored, column.literal_value)
-
-    result = types.uint32 if storage_value == _INT16 else types.float32
-    return types.void(types.int64, column, storage, types.int64, result), generate
-
-
-def _keep_apart(builder: Any, access: Any, column: int) -> None:
-    """Tell the compiler that the arrays of different columns do not overlap; else it would check, or not vectorise."""
-    add = builder.module.add_metadata
-    domain = add(["sharded_dadamw"])
-    scopes = [add([str(each), domain]) for each in range(_STEP + 1)]
-    access.set_metadata("alias.scope", add([scopes[column]]))
-    access.set_metadata("noalias", add(scopes[:column] + scopes[column + 1 :]))
-
-
-@intrinsic
-def pointer_at(typing: Any, address: Any) -> Any:
-    """``address`` as a pointer."""
-    pointer = ir.IntType(8).as_pointer()
-    return types.voidptr(types.int64), lambda _, builder, __, arguments: builder.inttoptr(arguments[0], pointer)
-
-
-@intrinsic
-def claim(typing: Any, call: Any, count: Any) -> Any:
-    """Add to the first number of a call, atomically; what it was before."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        claimed = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", claimed, arguments[1], "monotonic")
-
-    return types.int64(call, types.int64), generate
-
-
-@intrinsic
-def _float(typing: Any, word: Any) -> Any:
-    """The fp32 with this pattern."""
-    return types.float32(types.uint32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], _FLOAT)
-
-
-@intrinsic
-def pattern_of(typing: Any, value: Any) -> Any:
-    """The pattern of an fp32."""
-    return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], _WORD)
-
-
 @intrinsic
 def _round_to_fp16(typing: Any, value: Any) -> Any:
     """The nearest number of fp16, ties to even."""
     half = ir.HalfType()
-    return types.float32(types.float32), lambda _, make, __, args: make.fpext(make.fptrunc(args[0], half), _FLOAT)
+    return types.float32(types.float32), lambda _, make, __, args: make.fpext(make.fptrunc(args[0], half), FLOAT)
 
 
 @intrinsic
@@ -281,25 +159,17 @@ def _canonical(value: Any) -> Any:
 
 
 @njit(forceinline=True)
-def join(value: Any, remainder: Any) -> Any:
-    """As ``sharded_dadamw.update.precision.join``."""
-    word = pattern_of(value)
-    wraps = uint32(word & uint32(0x7FFFFFFF)) == uint32(0) and remainder >= uint32(0x80000000)
-    return _float(uint32(word + (uint32(0) if wraps else remainder)))
-
-
-@njit(forceinline=True)
 def _cut(word: Any) -> Any:
     """The bf16 whose pattern is the upper half of this."""
-    return _float(uint32(word & uint32(0xFFFF0000)))
+    return float_of(uint32(word & uint32(0xFFFF0000)))
 
 
 @njit(forceinline=True)
 def _round(value: Any, storage: int) -> Any:
     """The nearest number of a storage, ties to even."""
-    if storage == _FP32:
+    if storage == FP32:
         return value
-    if storage == _FP16:
+    if storage == FP16:
         return _round_to_fp16(value)
     word = _canonical(value)
     return _cut(uint32(word + uint32(0x7FFF) + (uint32(word >> uint32(16)) & uint32(1))))
@@ -308,7 +178,7 @@ def _round(value: Any, storage: int) -> Any:
 @njit(forceinline=True)
 def _weight_of(value: Any, storage: int) -> Any:
     """As ``sharded_dadamw.update.precision.weight_of``."""
-    return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == _BF16 else _round(value, storage)
+    return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == BF16 else _round(value, storage)
 
 
 @njit(forceinline=True)
@@ -333,7 +203,7 @@ def _compile(form: Form, *, divide: bool) -> Any:
     param_as, grad_as, moments_as, main_as = (
         STORAGES[dtype] for dtype in (form.param, form.grad, form.moments, form.main)
     )
-    value_column, value_as = (_MAIN, _FP32) if main_as == _FP32 else (_PARAM, param_as)
+    value_column, value_as = (_MAIN, FP32) if main_as == FP32 else (_PARAM, param_as)
     amsgrad = form.amsgrad
     stochastic = form.is_stochastic
 
@@ -360,14 +230,14 @@ def _compile(form: Form, *, divide: bool) -> Any:
                         grad = load(grad_at, _GRAD, grad_as, i)
                         grad = grad / factor if divide else grad * factor
                         value = load(value_at, value_column, value_as, i)
-                        if main_as == _INT16:
-                            value = join(value, load(main_at, _MAIN, _INT16, i))
+                        if main_as == INT16:
+                            value = join(value, load(main_at, _MAIN, INT16, i))
                         exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
                         sum_grad = _add(sum_grad, grad * grad)
                         sum_param = _add(sum_param, value * value)
                         sum_moment = _add(sum_moment, exp_avg * exp_avg)
                     stop = start
-                new_step = float64(load(row[_STEP], _STEP, _FP32, 0))
+                new_step = float64(load(row[_STEP], _STEP, FP32, 0))
                 if new_step != step:
                     step = new_step
                     rate = float32(call.lr / (1.0 - call.beta1**step))
@@ -383,8 +253,8 @@ def _compile(form: Form, *, divide: bool) -> Any:
                         grad = load(grad_at, _GRAD, grad_as, i)
                         grad = grad / factor if divide else grad * factor
                         value = load(value_at, value_column, value_as, i)
-                        if main_as == _INT16:
-                            value = join(value, load(main_at, _MAIN, _INT16, i))
+                        if main_as == INT16:
+                            value = join(value, load(main_at, _MAIN, INT16, i))
                         exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
                         exp_avg_sq = load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
                         exp_avg = beta1 * exp_avg + rest1 * grad
@@ -405,22 +275,22 @@ def _compile(form: Form, *, divide: bool) -> Any:
                         else:
                             exp_avg = _round(exp_avg, moments_as)
                             exp_avg_sq = _round(exp_avg_sq, moments_as)
-                        _store(exp_avg_at, _EXP_AVG, moments_as, i, exp_avg)
-                        _store(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i, exp_avg_sq)
+                        store(exp_avg_at, _EXP_AVG, moments_as, i, exp_avg)
+                        store(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i, exp_avg_sq)
                         if amsgrad:
-                            _store(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i, _larger(maximum, exp_avg_sq))
+                            store(maximum_at, _MAX_EXP_AVG_SQ, moments_as, i, _larger(maximum, exp_avg_sq))
 
-                        if main_as == _NONE:
+                        if main_as == NONE:
                             value = _round(value, param_as)
-                            _store(param_at, _PARAM, param_as, i, value)
+                            store(param_at, _PARAM, param_as, i, value)
                         else:
                             weight = _weight_of(value, param_as)
-                            _store(param_at, _PARAM, param_as, i, weight)
-                            if main_as == _FP32:
-                                _store(main_at, _MAIN, _FP32, i, value)
+                            store(param_at, _PARAM, param_as, i, weight)
+                            if main_as == FP32:
+                                store(main_at, _MAIN, FP32, i, value)
                             else:
                                 remainder = uint32(_canonical(value) - pattern_of(weight))
-                                _store(main_at, _MAIN, _INT16, i, remainder)
+                                store(main_at, _MAIN, INT16, i, remainder)
 
                         sum_grad = _add(sum_grad, grad * grad)
                         sum_param = _add(sum_param, value * value)
@@ -432,19 +302,4 @@ def _compile(form: Form, *, divide: bool) -> Any:
                 squares[tile, 3] = sum_update
             first_tile = claim(pointer, _CLAIM)
 
-    # A file of its own: processes that write kernels to one cache file at once can mix them up.
-    run.__qualname__ = "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide))
-    return compile_kernel(run, _Call)
-
-
-@njit(nogil=True)
-def exact_sums(run: Any, scale: float) -> tuple[int, int]:
-    """As ``exact_squares``, of a 1-D fp32 array, which ``scale`` makes smaller than 2**13."""
-    upper_sum, lower_sum = int64(0), int64(0)
-    for index in range(run.size):
-        value = float64(run[index]) * scale
-        square = value * value
-        upper = np.floor(square)
-        upper_sum += int64(upper)
-        lower_sum += int64(np.rint((square - upper) * UNIT))
-    return upper_sum, lower_sum
+    return compile_kernel(run, _Call, "_".join(str(part).rpartition(".")[2] for part in (*form[1:7], divide)))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharded_dadamw.kernels.fingerprint import BLOCK, FIRST, SECOND, STEP, Span, keys, sum_by_torch
+from sharded_dadamw.kernels.triton_language import join
 
 _BLOCKS = 64
 """Of so many blocks of elements one program adds up the words."""
@@ -60,9 +61,7 @@ def _sum_kernel(
     inside = (at >= begin) & (at < end)
     stored = tl.load(values + start + at, inside, other=0)
     if remainder is not None:
-        high = stored.to(tl.int32) << 16
-        low = tl.load(remainder + start + at, inside, other=0).to(tl.int32)
-        word = _word(high + tl.where((high & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low))
+        word = _word(join(stored, tl.load(remainder + start + at, inside, other=0)))
     elif stored.dtype == tl.int16:
         word = stored.to(tl.uint16, bitcast=True).to(tl.uint64)
     elif stored.dtype == tl.float64:
