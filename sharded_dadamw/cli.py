@@ -91,7 +91,7 @@ def inspect(
 ) -> None:
     """Show what one of our checkpoints says that it is, and whether its checksums hold."""
     with _errors():
-        folder = (found_at(path) or [path])[-1]
+        folder = found_at(path)[-1]
         manifest = Manifest.read(folder)
     damage = list(manifest.damage(folder))
     facts = [

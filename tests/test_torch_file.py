@@ -125,13 +125,12 @@ def test_numpys_numbers_are_numbers(protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_class_of_others_becomes_a_placeholder_that_knows_its_name(protocol: int) -> None:
+def test_a_class_of_others_becomes_a_placeholder(protocol: int) -> None:
     bag = Bag(x=1)
     bag.extra = [bag]  # type: ignore[attr-defined]
     counted: Any = collections.defaultdict(list, x=[1])
     first, second, third, fourth = load(pickle.dumps([bag, argparse.Namespace(y=2), 7, counted], protocol))
-    assert isinstance(first, Placeholder) and first.name == f"{__name__}.Bag"
-    assert isinstance(second, Placeholder) and third == 7 and isinstance(fourth, Placeholder)
+    assert third == 7 and all(isinstance(each, Placeholder) for each in (first, second, fourth))
 
 
 def test_nothing_is_imported_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_nothing_is_imported_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, name, module)
     data = pickle.dumps(module.Thing())
     monkeypatch.delitem(sys.modules, name)
-    assert load(data).name == f"{name}.Thing"
+    assert isinstance(load(data), Placeholder)
     assert name not in sys.modules
 
 

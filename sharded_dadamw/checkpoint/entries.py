@@ -92,8 +92,8 @@ class Entries:
         """Read entries, of tensors the parts that this rank needs. Not collective.
 
         Args:
-            into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place; or anything where the
-                entry is no tensor, replaced.
+            into: By flat name: a tensor or DTensor of the entry's shape, overwritten in place, or replaced where one
+                chunk is all of it; or anything where the entry is no tensor, replaced.
             placeholders: Whether what is neither tensor nor plain data is a `Placeholder`, and not a ValueError, as is
                 what cannot be read.
         """
@@ -123,9 +123,15 @@ class Entries:
         sizes = known.chunks[index.index or 0].sizes
         if not isinstance(value, Tensor) or value.shape != sizes or value.dtype != known.properties.dtype:
             raise ValueError(f"{where}: expected a tensor of {list(sizes)} in a chunk, got another")
-        target = find_state_dict_object(into, item.dest_index).detach()
-        part = narrow_tensor_by_index(target, item.dest_offsets, item.lengths)
-        part.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
+        target, held = find_state_dict_object(into, item.dest_index).detach(), into[index.fqn]
+        is_whole = value.dtype is target.dtype and value.shape == target.shape == item.lengths
+        if is_whole and isinstance(held, FragmentTensor) and value.numel() == held.fragment.numel():
+            into[index.fqn] = held.holding(held.fragment, value.reshape(-1))
+        elif is_whole and type(held) is Tensor:
+            into[index.fqn] = value
+        else:
+            part = narrow_tensor_by_index(target, item.dest_offsets, item.lengths)
+            part.copy_(narrow_tensor_by_index(value, item.storage_offsets, item.lengths))
 
 
 def _part_of(file: IO[bytes], start: int, length: int) -> IO[bytes]:

@@ -209,10 +209,10 @@ def root_within(path: Path) -> Path | None:
 
 
 def found_at(path: Path) -> list[Path]:
-    """Return the checkpoints that a path means: itself, those in it, or those in a folder in it, as a run has it."""
+    """Return the checkpoints that a path means, newest last: those in it, or in a folder of it as of a run; or it."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return [path]
-    return folders(path) or folders(root_within(path) or path)
+    return folders(path) or folders(root_within(path) or path) or [path]
 
 
 def require_root(path: Path) -> None:
@@ -237,11 +237,6 @@ def require_root(path: Path) -> None:
 def older(folder: Path) -> list[Path]:
     """Return the checkpoints beside one that are of earlier steps, in the order of steps."""
     return [path for path in folders(folder.parent) if (step_of(path) or 0) < (step_of(folder) or 0)]
-
-
-def newest(path: Path) -> Path:
-    """Return of a root of checkpoints the newest, be it damaged or not; any other path as it is."""
-    return (folders(path) or [path])[-1]
 
 
 def checkpoints(root: str | os.PathLike[str]) -> list[Path]:

@@ -21,13 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 
 class Placeholder:
-    """Something that a pickle named and that is no plain data. Calling, filling and setting it up do nothing.
-
-    Attributes:
-        name: What the pickle named, as `module.qualified_name`.
-    """
-
-    name: ClassVar[str]
+    """Something that a pickle named and that is no plain data. Calling, filling and setting it up do nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Placeholder:
         """Drop the arguments."""
@@ -141,7 +135,7 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
     Args:
         table: What the names in it stand for. Nothing here hashes what it is given, or puts it into a message.
         fills: By class, what sets up an instance of it, with the state that the pickle has for it.
-        placeholders: Whether another name that describes and does not act is a class of placeholders.
+        placeholders: Whether another name that describes and does not act is `Placeholder`.
         num_bytes: Of each record in the file around it, by name.
     """
 
@@ -164,7 +158,7 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
         self._num_bytes = num_bytes or {}
 
     def find_class(self, module: str, name: str) -> object:
-        """Return what the table has for a name, or else a class of placeholders."""
+        """Return what the table has for a name, or else `Placeholder`."""
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
@@ -175,7 +169,7 @@ class Unpickler(_PythonsUnpickler):  # type: ignore[misc]
         acts = not describes and root in sys.stdlib_module_names
         if acts or not self._placeholders:
             raise pickle.UnpicklingError(f"it names {full}, which is no data")
-        return type("Placeholder", (Placeholder,), {"name": full})
+        return Placeholder
 
     def get_extension(self, code: int) -> None:
         """Refuse a name that only a table of this process could tell."""

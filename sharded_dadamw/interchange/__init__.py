@@ -1,7 +1,7 @@
 """State of other optimizers as ours, and back; in files, in folders and in memory.
 
-``state_dicts`` turns one kind of state dict into another, ``deepspeed`` reads its folders, and ``convert`` goes from
-files to ``files``.
+``contents`` finds state dicts in what a file holds, ``state_dicts`` turns one kind into another, ``deepspeed`` reads
+its folders, and ``convert`` goes from files to ``files``.
 """
 
 from sharded_dadamw.interchange.convert import Source, read_state, write_state

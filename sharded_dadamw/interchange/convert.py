@@ -14,24 +14,14 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.entries import Entries, nested
-from sharded_dadamw.checkpoint.folder import Manifest, begin, newest, step_of
+from sharded_dadamw.checkpoint.folder import Manifest, begin, found_at, step_of
 from sharded_dadamw.checkpoint.names import IS_DECOUPLED
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.interchange.contents import State, models_in, names_by_shape, optimizers_in, own_names
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.interchange.files import read_safetensors, replacing
-from sharded_dadamw.interchange.state_dicts import (
-    State,
-    from_composer,
-    from_torch,
-    has_main,
-    models_in,
-    names_by_shape,
-    optimizers_in,
-    own_names,
-    to_torch,
-)
-from sharded_dadamw.update.hyperparameters import FREE_OF_LR
+from sharded_dadamw.interchange.state_dicts import from_composer, from_torch, has_main, is_ours, to_torch
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -84,7 +74,7 @@ def read_state(
         raise ValueError(
             "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
         )
-    manifest = Manifest.of(newest(Path(path)))
+    manifest = Manifest.of(found_at(Path(path))[-1])
     _check_optimizer(path, source, manifest.optimizer)
     if source is Source.DEEPSPEED:
         return from_deepspeed(path, peak_lr=peak_lr)
@@ -94,9 +84,7 @@ def read_state(
         where = ", ".join(at or "the top" for at, _ in found)
         raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
     state_dict = _once(found[0][1], manifest)
-    if source is not Source.OURS and any(
-        group.get("decoupled_weight_decay") == FREE_OF_LR for group in state_dict["param_groups"]
-    ):
+    if source is not Source.OURS and is_ours(state_dict):
         raise ValueError(f"{path}: expected a checkpoint of {source.value}, got ours; it is from {Source.OURS.value}")
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
@@ -164,7 +152,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
 
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
-        folder = newest(Path(path))
+        folder = found_at(Path(path))[-1]
         saved = Entries(folder, Manifest.of(folder))
         values = saved.wholes(saved.under())
         saved.read(values, placeholders=True)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.checkpoint.pickles import load_torch
+from sharded_dadamw.interchange.contents import State
 from sharded_dadamw.interchange.files import read_text
-from sharded_dadamw.interchange.state_dicts import State, checked_entries, imported_group, unstepped
+from sharded_dadamw.interchange.state_dicts import checked_entries, imported_group, unstepped
 from sharded_dadamw.update.storage import MOMENTS
 
 _PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

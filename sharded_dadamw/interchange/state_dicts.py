@@ -21,7 +21,7 @@ import logging
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -29,13 +29,11 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.names import canonical_name
+from sharded_dadamw.interchange.contents import State, is_optimizer, nested_form, own_names, plain
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
 from sharded_dadamw.update.storage import MAINS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
-
-State = dict[str, Any]
-"""Optimizer state in the form in the middle."""
 
 Parameters = Iterable[str] | Iterable[tuple[str, Tensor]]
 """Names in the order in which the other optimizer was given its parameters, or `named_parameters()` in that order."""
@@ -124,54 +122,9 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": indexed, "param_groups": groups}
 
 
-def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
-    """Find optimizers' state dicts in nested dicts, lists and tuples; each with the keys that lead to it, and dots."""
-    found = [(at, inner) for at, inner in _dicts_in(contents) if _is_optimizer(inner)]
-    return [(at, _unflattened(inner) if _is_flat(inner) else inner) for at, inner in found]
-
-
-def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:
-    """Find models' state dicts, as ``optimizers_in`` does, under canonical names.
-
-    They are dicts of nothing but tensors, floating-point ones among them.
-    """
-    return [
-        (at, {canonical_name(name): tensor for name, tensor in found.items()})
-        for at, found in _dicts_in(contents)
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
-        and any(tensor.is_floating_point() for tensor in found.values())
-        and not _is_optimizer(found)
-    ]
-
-
-def own_names(state_dict: Mapping[str, Any]) -> list[str] | None:
-    """Return the canonical names that a state dict has of its parameters; None where it only numbers them."""
-    groups = state_dict["param_groups"]
-    keys = [key for group in groups for key in group["params"]]
-    if not all(isinstance(key, str) for key in keys):
-        if any(len(group.get("param_names", ())) != len(group["params"]) for group in groups):
-            return None
-        keys = [name for group in groups for name in group["param_names"]]
-    return [canonical_name(key) for key in keys]
-
-
-def names_by_shape(state_dict: Mapping[str, Any], weights: dict[str, Tensor]) -> list[str] | None:
-    """Name the parameters of an optimizer's only group after a model's weights, which come in the same order.
-
-    Tied weights count once. None if there are more groups, or numbers or shapes of parameters differ.
-    """
-    distinct = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}
-    names = [name for name in reversed(distinct.values()) if weights[name].is_floating_point()]
-    groups = state_dict["param_groups"]
-    if len(groups) != 1 or len(names) != len(groups[0]["params"]):
-        return None
-    state = _by_key(state_dict)
-    for key, name in zip(groups[0]["params"], names, strict=True):
-        entries = state.get(key)
-        moment = entries.get("exp_avg") if isinstance(entries, Mapping) else None
-        if isinstance(moment, Tensor) and moment.shape != weights[name].shape:
-            return None
-    return names
+def is_ours(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether a state dict says that one of our optimizers wrote it."""
+    return any(group.get("decoupled_weight_decay") == FREE_OF_LR for group in state_dict["param_groups"])
 
 
 def imported_group(
@@ -185,7 +138,7 @@ def imported_group(
     missing = [key for key in _NEEDED if key not in group]
     if missing:
         raise ValueError(f"{where}: expected the hyperparameters of AdamW, got a group without {_few(missing)}")
-    own = {key: _plain(value) for key, value in group.items() if key not in _OF_THEIR_OWN}
+    own = {key: plain(value) for key, value in group.items() if key not in _OF_THEIR_OWN}
     ours: State = {key: value for key, value in own.items() if isinstance(value, Number | str | None)}
     try:
         ours |= {key: float(own[key]) for key in ("lr", "eps", "weight_decay")}
@@ -229,7 +182,7 @@ def checked_entries(name: str, entries: Mapping[str, Any], amsgrad: bool) -> dic
     if missing or unknown:
         differences = [f"none of {_few(missing)}"] * bool(missing) + [f"{_few(unknown)} besides"] * bool(unknown)
         raise ValueError(f"state of {name}: expected AdamW's {_few(sorted(needed))}, got {' and '.join(differences)}")
-    step = _plain(entries["step"])
+    step = plain(entries["step"])
     if not isinstance(step, int | float) or not (math.isfinite(step) and step >= 0):
         raise ValueError(f"state of {name}: expected a step >= 0, got {reprlib.repr(entries['step'])}")
     tensors = {key: value for key, value in entries.items() if key != "step"}
@@ -258,10 +211,10 @@ def unstepped(like: Tensor, amsgrad: bool) -> dict[str, Tensor]:
 def _imported(
     state_dict: Mapping[str, Any], parameters: Parameters | None, *, coupled: bool, peak_lr: float | None
 ) -> State:
-    if not isinstance(state_dict, Mapping) or not _is_optimizer(state_dict):
+    if not isinstance(state_dict, Mapping) or not is_optimizer(state_dict):
         raise ValueError("expected the state dict of an optimizer, with 'state' and 'param_groups', got something else")
-    state_dict = _unflattened(state_dict) if _is_flat(state_dict) else state_dict
-    groups, saved = state_dict["param_groups"], _by_key(state_dict)
+    state_dict = nested_form(state_dict)
+    groups, saved = state_dict["param_groups"], state_dict["state"]
     keys = [key for group in groups for key in group["params"]]
     given = [(item, None) if isinstance(item, str) else item for item in parameters or ()]
     all_names = own_names(state_dict)
@@ -300,81 +253,6 @@ def _imported(
             elif tensor is not None and tensor.requires_grad:
                 state[name] = unstepped(tensor, ours[-1]["amsgrad"])
     return {"state": state, "param_groups": ours}
-
-
-def _by_key(state_dict: Mapping[str, Any]) -> Mapping[Any, Any]:
-    """Return the state by the keys of `params`; torch.distributed.checkpoint makes a list of a dict with numbers."""
-    state = state_dict["state"]
-    return dict(enumerate(state)) if isinstance(state, list) else state
-
-
-def _is_optimizer(found: Mapping[Any, Any]) -> bool:
-    """Return whether this is an optimizer's state dict. What a file holds may be anything, so all is looked at."""
-    groups, state = found.get("param_groups"), found.get("state")
-    return _is_flat(found) or (
-        isinstance(groups, list)
-        and isinstance(state, Mapping | list)
-        and all(isinstance(group, Mapping) and _is_list(group.get("params"), int | str) for group in groups)
-        and all(_is_list(group.get("param_names", []), str) for group in groups)
-    )
-
-
-def _is_list(found: object, of: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(item, of) for item in found)
-
-
-def _is_flat(found: Mapping[Any, Any]) -> bool:
-    """Return whether each entry of an optimizer's state dict has a name of its own, as torchtitan saves it."""
-    parts = {key.partition(".")[0] for key in found if isinstance(key, str) and "." in key}
-    return "param_groups" in parts <= {"state", "param_groups"}
-
-
-def _unflattened(flat: Mapping[str, Any]) -> State:
-    """Put state that was saved with `flatten_optimizer_state_dict=True` into the form in the middle.
-
-    For every parameter it has `state.NAME.exp_avg` and so on, and `param_groups.NAME.lr` and so on. Parameters with
-    the same hyperparameters are one group.
-    """
-    state: dict[str, dict[str, Any]] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        part, _, rest = str(key).partition(".")
-        name, _, what = rest.rpartition(".")
-        (state if part == "state" else options).setdefault(name, {})[what] = value
-    groups: list[State] = []
-    for name, group in options.items():
-        plain = {k: tuple(map(_plain, v)) if isinstance(v, list | tuple) else (_plain(v),) for k, v in group.items()}
-        known = [key for key, parts in plain.items() if all(isinstance(part, Number | str | None) for part in parts)]
-        kept = {key: plain[key] if key == "betas" else plain[key][0] for key in known if plain[key]}
-        same = next((other for other in groups if {**kept, "params": other["params"]} == other), None)
-        if same is None:
-            groups.append(same := {**kept, "params": []})
-        same["params"].append(name)
-    return {"state": state, "param_groups": groups}
-
-
-def _dicts_in(contents: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield each dict in what was saved, with the keys that lead to it; of an optimizer's, none that are inside."""
-    seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], object]] = [((), contents)]
-    while waiting:
-        at, found = waiting.pop()
-        if not isinstance(found, Mapping | list | tuple) or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, Mapping):
-            yield ".".join(at), found
-            if _is_optimizer(found):
-                continue
-        inner = found.items() if isinstance(found, Mapping) else enumerate(found)
-        held = [((*at, str(key)), value) for key, value in inner if isinstance(value, Mapping | list | tuple)]
-        waiting.extend(reversed(held))
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of NumPy's, or in a tensor, as Python's; anything else as it is."""
-    is_number = isinstance(value, Number) if not isinstance(value, Tensor) else value.numel() == 1
-    return value.item() if is_number and hasattr(value, "item") else value
 
 
 def _few(names: Sequence[object]) -> str:
