@@ -9,7 +9,6 @@ The ranks make all their runs in one go, and the tests look at what they left. A
 microbatches of the samples that two ranks would take: it adds up the same gradients.
 """
 
-import copy
 import importlib
 import importlib.util
 import math
@@ -21,14 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sharded_dadamw import DecoupledAdamW, Moments, ShardingConfig
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange import Source, from_composer, read_state
-from tests import forked, test_resharding
+from tests import forked, runs
 from tests.simulated import on_ranks
 from tests.test_interchange import assert_goes_on, assert_same_state
 
@@ -166,33 +164,41 @@ def test_a_checkpoint_of_composers_trainer_is_imported(folder: Path, results: Re
 
 
 def load_ours_and_go_on(path: Path) -> None:
-    """Load what ours has saved into Composer's optimizer, compare, and save that."""
-    model = test_resharding.Model(2)
-    theirs = importlib.import_module("composer.optim").DecoupledAdamW
-    optimizer = theirs(list(model.named_parameters()), **test_resharding.LAW, amsgrad=True)
-    run = test_resharding.Run(model, optimizer, None)
-    test_resharding.fit(run, range(1))
-    state = test_resharding.state_of(run)
-    dcp.load(state, checkpoint_id=path / "ours", no_dist=True)
-    set_model_state_dict(run.model, state["model"])
-    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    test_resharding.assert_same(test_resharding.whole(run)[0]["state"], torch.load(path / "expected.pt"))
-    test_resharding.fit(run, range(4, 6))
-    dcp.save(test_resharding.state_of(run), checkpoint_id=path / "theirs", no_dist=True)
-    torch.save(copy.deepcopy(test_resharding.whole(run)[0]["state"]), path / "further.pt")
+    """Load what ours has saved into Composer's optimizer, tell what it holds then, and go on and save that."""
+    model = runs.Model(seed=2, extras=("frozen", "late"))
+    optimizer = importlib.import_module("composer.optim").DecoupledAdamW(list(model.named_parameters()), **runs.LAW)
+    parts = model, optimizer, CosineAnnealingLR(optimizer, T_max=10)
+    runs.fit(*parts, 1)
+    runs.load("torch", path / "ours", None, parts)
+    torch.save(runs.whole(model, optimizer), path / "loaded.pt")
+    runs.fit(*parts, 2)
+    runs.save("torch", path / "theirs", None, parts)
+    torch.save(runs.whole(model, optimizer), path / "further.pt")
 
 
-@pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")
+def save_ours(group: Any, root: Path) -> dict[str, Tensor]:
+    parts = runs.build("ours", group, extras=("frozen", "late"))
+    runs.fit(*parts, 4)
+    runs.save("torch", root, group, parts)
+    return runs.whole(*parts[:2])
+
+
+def load_theirs(group: Any, root: Path) -> dict[str, Tensor]:
+    parts = runs.build("ours", group, seed=1, extras=("frozen", "late"))
+    runs.load("torch", root, group, parts)
+    return runs.whole(*parts[:2])
+
+
 def test_composers_optimizer_loads_ours_and_we_load_theirs(composer: forked.Importer, tmp_path: Path) -> None:
-    (state, *_), _ = on_ranks(3, test_resharding.save_at, "ours", str(tmp_path / "ours"))[0]
-    torch.save(state, tmp_path / "expected.pt")
+    expected = on_ranks(3, save_ours, tmp_path / "ours")[0]
     ended = composer.run(
         ["tests.composer_client"], f"{__name__}:load_ours_and_go_on", (tmp_path,), [{}], tmp_path / "logs"
     )
     assert ended.codes == [0], ended.output
+    assert runs.differences(torch.load(tmp_path / "loaded.pt"), expected) == []
     further = torch.load(tmp_path / "further.pt")
-    for (loaded, *_), _ in on_ranks(2, test_resharding.load_at, "ours", str(tmp_path / "theirs")):
-        test_resharding.assert_same(loaded, further)
+    for loaded in on_ranks(2, load_theirs, tmp_path / "theirs"):
+        assert runs.differences(loaded, further) == []
 
 
 def build_of_yaml() -> None:
