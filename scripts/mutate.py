@@ -67,7 +67,7 @@ MUTATIONS = {
         ("base + number * stride, first", "base, first", "fingerprint"),
     ],
     "layout/boxes.py": [
-        ("(first + 1) * row)", "(first + 2) * row)", "resharding"),
+        ("(first + 1) * row)", "(first + 2) * row)", "state_dict"),
     ],
     "layout/bucket_layout.py": [
         ("bisect_right(self.offsets, shard_start) - 1)", "bisect_right(self.offsets, 0))", "layout sharded"),
@@ -207,7 +207,7 @@ MUTATIONS = {
         ("cell[0] += word * is_first", "cell[0] += word", "fingerprint"),
     ],
     "state/fragment_tensor.py": [
-        ("if func is Tensor.copy_ and not takes(own.dtype, args[1]):", "if False:", "resharding state_dict"),
+        ("if func is Tensor.copy_ and not takes(own.dtype, args[1]):", "if False:", "state_dict"),
         ("first + offset for first, offset", "offset for first, offset", "checkpoint"),
     ],
     "checkpoint/folder.py": [
@@ -244,7 +244,7 @@ MUTATIONS = {
         ("self._clip.require_unchanged(grads, to_clip=not for_step)", "pass", "metrics"),
     ],
     "sharded.py": [
-        ("self._consolidated.clear()\n        return loss", "return loss", "resharding"),
+        ("self._consolidated.clear()\n        return loss", "return loss", "state_dict"),
         ("is_void = (~largest.isfinite())", "is_void = (largest.isnan())", "contract sharded"),
     ],
     "base.py": [
