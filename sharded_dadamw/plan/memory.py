@@ -220,6 +220,7 @@ class _InFlight(Follower):
     def __init__(self, model: Model) -> None:
         self.most = self.now = 0
         self._model = model
+        self._keeps_shards = model.keeps_shards
         self._itemsizes = model.each(lambda bucket: bucket.members[0].gradient_dtype.itemsize)
         self._scratch = model.each(partial(_scratch, model))
         self._witnesses = model.each(partial(_witness, model))
@@ -234,7 +235,7 @@ class _InFlight(Follower):
         for index in sorted({passes - 2, *(2**level - 1 for level in range((passes - 1).bit_length()))} - {-1}):
             for gradient in self._model.gradients:  # others than these passes need no more
                 self.made(gradient)
-                if self._model.keeps_shards:
+                if self._keeps_shards:
                     number = gradient.bucket
                     levels = (index + 1).bit_length() * self._model.bucket(number).layout.numel
                     more = levels * self._itemsizes[number] - self._waiting[number]
@@ -246,7 +247,7 @@ class _InFlight(Follower):
         self._add(gradient.numel * self._itemsizes[gradient.bucket])
 
     def taken(self, gradient: Gradient) -> None:
-        if self._model.keeps_shards and gradient.bucket not in self._buffers:
+        if self._keeps_shards and gradient.bucket not in self._buffers:
             bucket = self._model.bucket(gradient.bucket)
             if bucket.reduces:  # else the flat buffer is there all the time
                 dtype = bucket.members[0].gradient_dtype
@@ -268,7 +269,7 @@ class _InFlight(Follower):
             self._add(scratch[part + 1][0])
 
     def done(self, bucket: int) -> None:
-        if self._model.keeps_shards:
+        if self._keeps_shards:
             self._spares.give_back(self._buffers.pop(bucket))
 
     def _add(self, num_bytes: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -126,13 +125,9 @@ class Model:
             for member, numel in zip(bucket.members, bucket.layout.numels, strict=True):
                 gradients[member.index] = Gradient(member.name, numel, number)
         places = {key: place for place, key in enumerate(kinds)}
-        return replace(
-            self,
-            config=config,
-            kinds=tuple(kinds.values()),
-            kind_of=tuple(places[key] for key in keys),
-            gradients=tuple(gradients[index] for index in sorted(gradients, reverse=True)),
-        )
+        kind_of = tuple(places[key] for key in keys)
+        last_first = tuple(gradients[index] for index in sorted(gradients, reverse=True))
+        return replace(self, config=config, kinds=tuple(kinds.values()), kind_of=kind_of, gradients=last_first)
 
     def over(self, shards: int, replicas: int = 1) -> Model:
         """The same buckets, cut for other ranks; raises as ``under``."""
@@ -181,7 +176,7 @@ class Model:
         """Backward passes of a rank in each step, whose gradients are added in a tree: one but with micro-batches."""
         return (self.config.micro_batches or self.num_ranks) // self.num_ranks
 
-    @cached_property
+    @property
     def keeps_shards(self) -> bool:
         """Whether only a shard of the gradients is kept."""
         return self.config.gradient_residency is GradientResidency.SHARDED
@@ -229,60 +224,57 @@ class Model:
 
     def step(self, follower: Follower, *, attached: bool) -> None:
         """Tell of ``step``; where the model is attached, what forward reads first is updated last."""
-        means, under_way = _Means(follower, self.replicas), deque[int]()
         in_step = self.config.reduce_gradients and not self._reduces_in_backward
-        order = self._order
-        rest = deque(order if in_step else ())
+        reduced = self._reduced(follower) if in_step else self._order
+        for number in list(reduced)[::-1] if attached else reduced:
+            follower.update(number)
+
+    def _reduced(self, follower: Follower) -> Iterator[int]:
+        """Tell of the reductions in a step, some of them ahead, and yield each bucket that is reduced."""
+        means, under_way, rest = _Means(follower, self.replicas), deque[int](), deque(self._order)
 
         def launch_ahead() -> None:
             while rest and len(under_way) <= means.ahead:
                 under_way.append(rest.popleft())
                 means.begin(under_way[-1])
 
-        def reduce_next() -> None:
+        launch_ahead()
+        while under_way:
+            number = under_way.popleft()
+            means.wait(number)
             launch_ahead()
-            means.wait(under_way.popleft())
-            launch_ahead()
-
-        if attached:
-            for _ in list(rest):
-                reduce_next()
-        for number in reversed(order) if attached else order:
-            if in_step and not attached:
-                reduce_next()
-            follower.update(number)
+            yield number
 
 
 class _Means:
     """Means under way. On a mesh each is of three parts, and gets one further when another one begins."""
 
     def __init__(self, follower: Follower, replicas: int) -> None:
-        verbs = MeshVerbs if replicas > 1 else Collectives
-        self.ahead = verbs.reductions_ahead
+        self._is_on_mesh = replicas > 1
+        self.ahead = (MeshVerbs if self._is_on_mesh else Collectives).reductions_ahead
         self._follower = follower
-        self._num_parts = 3 if replicas > 1 else 1
-        self._left: dict[int, int] = {}
+        self._parts_left: dict[int, int] = {}
 
     def begin(self, number: int) -> None:
         self._follower.begin(number)
-        if self._num_parts > 1:
-            if len(self._left) == self.ahead:
-                self._finish(next(iter(self._left)))
-            for earlier in list(self._left):
+        if self._is_on_mesh:
+            if len(self._parts_left) == self.ahead:
+                self._finish(next(iter(self._parts_left)))
+            for earlier in list(self._parts_left):
                 self._go_on(earlier)
-        self._left[number] = self._num_parts
+        self._parts_left[number] = 3 if self._is_on_mesh else 1
 
     def wait(self, number: int) -> None:
-        while number in self._left:
-            self._finish(next(iter(self._left)) if self._num_parts > 1 else number)
+        while number in self._parts_left:
+            self._finish(next(iter(self._parts_left)) if self._is_on_mesh else number)
         self._follower.done(number)
 
     def _finish(self, number: int) -> None:
-        while number in self._left:
+        while number in self._parts_left:
             self._go_on(number)
 
     def _go_on(self, number: int) -> None:
-        self._left[number] -= 1
-        if not self._left[number]:
-            del self._left[number]
+        self._parts_left[number] -= 1
+        if not self._parts_left[number]:
+            del self._parts_left[number]
         self._follower.go_on(number)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
-from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
@@ -15,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_dadamw.comm.tree import fitting
-from sharded_dadamw.config import (
-    GradientResidency,
-    MainParameter,
-    Moments,
-    ShardingConfig,
-    StateResidency,
-)
+from sharded_dadamw.config import GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.plan.memory import Bytes, Phase, Sent, at_rest, checkpoint_bytes, fully_sharded, phases, sent
 from sharded_dadamw.plan.model import Model
 from sharded_dadamw.plan.models import parameters_of
@@ -101,6 +94,11 @@ class Plan:
         return _peak(self.phases) + self.activations
 
     @property
+    def host(self) -> int:
+        """Bytes of host memory at most."""
+        return _on_host(self.phases)
+
+    @property
     def fits(self) -> bool:
         """Whether the device has that."""
         return self.peak <= self.memory
@@ -164,19 +162,21 @@ def plan(
     cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
     if compute is None and tokens is not None and mfu is not None:
         compute = 6 * cut.num_elements * tokens / (device.flops * mfu)  # operations per parameter and token
-    held, time = phases(cut), play(cut, device, row, column, compute, attached=attached)
     available = int(memory or device.memory)
 
-    def figures(held: Mapping[str, Phase], time: Time) -> tuple[int, int, float | None]:
-        return _peak(held), max(each.host.total for each in held.values()), time.step
+    def time_of(model: Model) -> Time:
+        axes = axes_of(model.num_ranks, per_host, (model.replicas, model.shards))
+        return play(model, device, *axes, compute, attached=attached)
+
+    held, time = phases(cut), time_of(cut)
 
     def alternatives() -> Iterator[Alternative]:
-        for setting, changed in _others(cut).items():
+        for setting, changes in _others(config).items():
             with suppress(ValueError):  # it is not for these parameters
-                other = changed()
-                axes = axes_of(other.num_ranks, per_host, (other.replicas, other.shards))
-                theirs = figures(phases(other), play(other, device, *axes, compute, attached=attached))
-                if theirs != figures(held, time):
+                other = cut.under(replace(config, **changes)) if changes else cut.over(2 * row.ranks, column.ranks)
+                then = phases(other)
+                theirs = _peak(then), _on_host(then), time_of(other).step
+                if theirs != (_peak(held), _on_host(held), time.step):
                     yield Alternative(setting, *theirs)
 
     return Plan(
@@ -205,6 +205,10 @@ def plan(
 
 def _peak(phases: Mapping[str, Phase]) -> int:
     return max(phase.device.total for phase in phases.values())
+
+
+def _on_host(phases: Mapping[str, Phase]) -> int:
+    return max(phase.host.total for phase in phases.values())
 
 
 def _fewest(model: Model, candidates: Sequence[int], room: int) -> int | None:
@@ -239,30 +243,24 @@ def _steps(ranks: int, per_host: int, config: ShardingConfig) -> list[int]:
     return sorted({1, ranks, *beyond} & {ranks, *_numbers(config, host)})
 
 
-def _others(model: Model) -> dict[str, Callable[[], Model]]:
-    """The same model in another setting each, by what to set."""
-    others: dict[str, dict[str, Any]] = {
+def _others(config: ShardingConfig) -> dict[str, dict[str, Any]]:
+    """What to set, and what that changes in the settings."""
+    return {
         "gradients sharded": {"gradient_residency": GradientResidency.SHARDED},
         "main remainder": {"main_parameter": MainParameter.REMAINDER},
         "moments bf16": {"moments": Moments.BF16},
         "state on the host": {"state_residency": StateResidency.HOST},
         "wire bf16": {"wire_dtype": torch.bfloat16},
         "overlap": {"overlap": True},
-        "buckets 4 times as large": {"bucket_cap_mb": 4 * model.config.bucket_cap_mb},
+        "buckets 4 times as large": {"bucket_cap_mb": 4 * config.bucket_cap_mb},
+        "twice the ranks": {},
     }
-    changed = {setting: partial(_under, model, other) for setting, other in others.items()}
-    return {**changed, "twice the ranks": partial(model.over, 2 * model.shards, model.replicas)}
-
-
-def _under(model: Model, changes: Mapping[str, Any]) -> Model:
-    return model.under(replace(model.config, **changes))
 
 
 def _settings(model: Model) -> dict[str, str]:
-    trainable = [member for member in model.members if member.param.requires_grad]
     found = {
         "parameters": _names(member.param.dtype for member in model.members),
-        "gradients": _names(member.gradient_dtype for member in trainable),
+        "gradients": _names(bucket.members[0].gradient_dtype for bucket in model.kinds),
     }
     for field in fields(model.config):
         value = getattr(model.config, field.name)
@@ -276,13 +274,10 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 def _links(model: Model, row: Axis, column: Axis) -> dict[str, float]:
     """Bytes that a rank sends in a step, by the link that carries them."""
-    total, direct = sent(model), model.is_direct
-    found = {"intra": 0.0, "inter": 0.0}
-    for num_bytes, axis, is_direct in (
-        (total.reduce, row, direct),
-        (total.gather, row, False),
-        (total.replicas, column, direct),
-    ):
+    total, found = sent(model), {"intra": 0.0, "inter": 0.0}
+    direct = model.is_direct
+    kinds = (total.reduce, row, direct), (total.gather, row, False), (total.replicas, column, direct)
+    for num_bytes, axis, is_direct in kinds:
         whole = num_bytes * axis.ranks / max(1, axis.ranks - 1)
         for link, share in zip(found, on_links(whole, axis, direct=is_direct), strict=True):
             found[link] += share

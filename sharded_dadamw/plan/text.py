@@ -53,12 +53,11 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _times(plan, unit)
     yield ""
-    peak, step = max(phase.device.total for phase in plan.phases.values()), plan.time.step
     rows = [["what other settings would change", unit, "in host memory", "ms per step"]]
-    host = max(phase.host.total for phase in plan.phases.values())
     for other in plan.alternatives:
-        changes = [f"{num_bytes / _UNITS[unit]:+,.2f}" for num_bytes in (other.peak - peak, other.host - host)]
-        ms = "" if other.step is None or step is None else f"{1e3 * (other.step - step):+,.1f}"
+        changed = other.peak + plan.activations - plan.peak, other.host - plan.host
+        changes = [f"{num_bytes / _UNITS[unit]:+,.2f}" for num_bytes in changed]
+        ms = "" if other.step is None or plan.time.step is None else f"{1e3 * (other.step - plan.time.step):+,.1f}"
         rows.append([f"  {other.setting}", *changes, ms])
     yield from table(rows)
     yield ""
