@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 from sharded_dadamw.plan.memory import KINDS
 from sharded_dadamw.plan.report import Plan
-
-if importlib.util.find_spec("matplotlib"):
-    from matplotlib.figure import Figure
 
 _COLORS = {
     "backward": "tab:blue",
@@ -30,7 +28,7 @@ def draw(plan: Plan, path: Path) -> None:
     """
     if not importlib.util.find_spec("matplotlib"):
         raise ModuleNotFoundError("--plot needs matplotlib; install it with: pip install 'sharded_dadamw[plot]'")
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 7), layout="constrained")
     upper, lower = figure.subplots(2, height_ratios=(3, 2))
     _draw_bytes(plan, upper)
     _draw_step(plan, lower)

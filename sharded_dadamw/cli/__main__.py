@@ -1,0 +1,5 @@
+"""The command, as `python -m sharded_dadamw.cli`."""
+
+from sharded_dadamw.cli.commands import main
+
+main()
