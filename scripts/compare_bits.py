@@ -401,7 +401,7 @@ def main(
             for name, verdict in verdicts(jobs, work.__name__, num_ranks).items():
                 rows.setdefault(name, []).append(verdict)
     titles = ["scenario", *(f"on {size}" for size in sizes)]
-    harness.print_table(titles, [[name, *found] for name, found in rows.items()])
+    harness.say(*harness.Report(titles, [[name, *found] for name, found in rows.items()]).table)
     raise typer.Exit(any(verdict != SAME for found in rows.values() for verdict in found))
 
 

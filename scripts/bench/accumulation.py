@@ -47,10 +47,8 @@ class Accumulation(OnRanks):
             backward, step = (1e3 * seconds[:, number].median(0).values).tolist()
             totals = seconds.sum(2)
             ratio = Spread.of(totals[:, number] / totals[:, number - in_tree])
-            name = "micro_batches" if in_tree else "without"
-            rows.append(
-                [str(passes), name, f"{backward:.0f}", f"{step:.0f}", str(ratio), f"{held[number] / 2**20:.0f}"]
-            )
+            cells = [f"{backward:.0f}", f"{step:.0f}", str(ratio), f"{held[number] / 2**20:.0f}"]
+            rows.append([str(passes), "micro_batches" if in_tree else "without", *cells])
         megabytes = self.layers * WIDTH * WIDTH * 4 / 2**20
         notes = [f"{megabytes:.0f} MiB of fp32 parameters; {self.set_up} Memory: resident, model and optimizer."]
         return Report(["passes", "", "backward ms", "step ms", "/ without", "MiB"], rows, notes, {})

@@ -72,18 +72,13 @@ class Checkpoint(OnRanks):
             if name in STEPS:  # as many as came about while saves were under way
                 reference = reference.median()
             moves_all = name in (WRITE, SAVE, READ, LOAD)
-            rows.append(
-                [
-                    *(name, f"{1e3 * values.median():.1f}", f"{1e3 * values.max():.1f}"),
-                    f"{run.num_bytes / values.median() / 1e9:.2f}" if moves_all else "-",
-                    str(Spread.of(values / reference)) if name in AGAINST else "-",
-                    f"{run.memory[name] / share:.2f}" if name in run.memory else "-",
-                ]
-            )
-        titles = [
-            *("what", "ms", "longest ms", "GB/s", "/ plain, or a step alone: median [quartiles]"),
-            "memory at most / its share",
-        ]
+            cells = [f"{1e3 * values.median():.1f}", f"{1e3 * values.max():.1f}"]
+            cells.append(f"{run.num_bytes / values.median() / 1e9:.2f}" if moves_all else "-")
+            cells.append(str(Spread.of(values / reference)) if name in AGAINST else "-")
+            cells.append(f"{run.memory[name] / share:.2f}" if name in run.memory else "-")
+            rows.append([name, *cells])
+        against = "/ plain, or a step alone: median [quartiles]"
+        titles = ["what", "ms", "longest ms", "GB/s", against, "memory at most / its share"]
         lines = [
             f"{self.parameters / 1e6:.1f} M fp32 parameters, {run.num_bytes / 1e6:.0f} MB per checkpoint, {self.ranks} "
             f"ranks over gloo, {self.threads_per_rank} threads each; {self.rounds} rounds, {self.steps} steps in each "

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from scripts.bench import harness
-from scripts.bench.harness import Benchmark, Device, Report
+from scripts.bench.harness import Device, OnDevice, Report
 
 STEP = "step --ranks 1 --preset 125m --context 512 --batch 8 --rounds 10 --warmup 2 --steps 3"
 RIVALS = "--contenders ddp-adamw,adamw,sharded-attached,sharded,sharded-zero2,decoupled"
@@ -42,7 +42,7 @@ NUM_LINES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu(Benchmark):
+class Gpu(OnDevice):
     """Run the tests of tests/gpu and every measurement that wants a GPU, within nine minutes.
 
     Each part is a process of its own, and writes its results as soon as it has ended: a JSON file and a markdown table
@@ -62,10 +62,8 @@ class Gpu(Benchmark):
         if self.device is Device.CUDA and not torch.cuda.is_available():
             raise typer.BadParameter("expected a GPU for --device cuda, got none; --device cpu tries everything out")
 
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        return harness.device_of(self.device)
-
     def run(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the part under way ends as well
         self.out.mkdir(parents=True, exist_ok=True)
         started, done = time.monotonic(), {}
         for part in self.parts.split(","):
@@ -75,9 +73,9 @@ class Gpu(Benchmark):
             done[part] = {"command": command, "seconds": seconds, "outcome": outcome, "printed": printed}
             harness.say(*printed, f"--- {part}: {outcome} after {seconds:.0f} s")
             rows = [[name, one["command"], f"{one['seconds']:.0f}", one["outcome"]] for name, one in done.items()]
-            report = Report(["part", "command", "s", "outcome"], rows, [], {"parts": done})
+            report = Report(["part", "command", "s", "outcome"], rows, record={"parts": done})
             self.write(report, self.out / "gpu.json")
-        harness.print_table(report.titles, report.rows)
+        harness.say(*report.table)
 
     def run_part(self, part: str, limit_s: float) -> tuple[str, str, list[str]]:
         """Run a part in a process group of its own; returns its command, how it ended, and the last that it printed."""

@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -52,8 +50,16 @@ class Report:
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
-    lines: Sequence[str]
+    lines: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def table(self) -> list[str]:
+        """In markdown, its columns aligned."""
+        rows = [self.titles, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * max(3, width) for width in widths])
+        return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +84,7 @@ class Benchmark:
 
     def publish(self, report: Report) -> None:
         """Print a report; write it where it was asked for."""
-        print_table(report.titles, report.rows)
-        say(*report.lines, sentence_of(self.surroundings))
+        say(*report.table, *report.lines, sentence_of(self.surroundings))
         if self.out is not None:
             self.write(report, self.out)
             say(f"written to {self.out} and {self.out.with_suffix('.md')}")
@@ -94,11 +99,10 @@ class Benchmark:
             "rows": report.rows,
             "lines": report.lines,
         }
-        table = ["| " + " | ".join(row) + " |" for row in (report.titles, ["---"] * len(report.titles), *report.rows)]
         notes = [f"- {line}" for line in (*report.lines, sentence_of(self.surroundings))]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record | report.record, indent=1, default=str) + "\n")
-        out.with_suffix(".md").write_text("\n".join([*table, "", *notes]) + "\n")
+        out.with_suffix(".md").write_text("\n".join([*report.table, "", *notes]) + "\n")
 
     @cached_property
     def surroundings(self) -> dict[str, Any]:
@@ -158,6 +162,17 @@ class OnRanks(Benchmark):
             yield rank
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Benchmark):
+    """A benchmark of one process, on a GPU or on the CPU."""
+
+    device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
+
+    def torch_device(self, local_rank: int = 0) -> torch.device:
+        on_gpu = torch.cuda.is_available() if self.device is None else self.device is Device.CUDA
+        return torch.device("cuda", 0) if on_gpu else CPU  # with its number, which NCCL's groups ask for
+
+
 def _run_rank(local_rank: int, benchmark: OnRanks, rendezvous: str) -> None:
     with benchmark.joined(local_rank, rendezvous) as rank:
         report = benchmark.measure()
@@ -174,12 +189,6 @@ def command_of(benchmark: type[Benchmark]) -> Callable[..., None]:
 
     command.__annotations__ = typing.get_type_hints(benchmark, include_extras=True)
     return command
-
-
-def device_of(chosen: Device | None) -> torch.device:
-    """The device that was chosen, or the best there is."""
-    on_gpu = torch.cuda.is_available() if chosen is None else chosen is Device.CUDA
-    return torch.device("cuda", 0) if on_gpu else CPU  # with its number, which NCCL's groups ask for
 
 
 def numbers(texts: str) -> list[int]:
@@ -276,19 +285,23 @@ class Spread:
 
 
 class Clock:
-    """Times work on one device without waiting for it in between."""
+    """Times work on one device without waiting for it in between.
+
+    Attributes:
+        on_gpu: Whether that is a GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self.on_gpu = device.type == "cuda"
 
     def settle(self) -> None:
         """Wait until the device has done all it was given."""
-        if self._on_gpu:
+        if self.on_gpu:
             torch.cuda.synchronize()
 
     def mark(self) -> Any:
         """A point in the device's work."""
-        if not self._on_gpu:
+        if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -296,7 +309,7 @@ class Clock:
 
     def seconds(self, start: Any, end: Any) -> float:
         """Time between two marks that the device has passed."""
-        return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else float(end - start)
+        return float(start.elapsed_time(end)) / 1e3 if self.on_gpu else float(end - start)
 
 
 def sentence_of(around: dict[str, Any]) -> str:
@@ -339,19 +352,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-CONSOLE = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-
-
 def say(*lines: str) -> None:
-    """Print lines, none of them broken, on one rank."""
+    """Print lines on one rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        for line in lines:
-            CONSOLE.print(line, soft_wrap=True)
-
-
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of texts."""
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*row)
-    CONSOLE.print(table)
+        print(*lines, sep="\n", flush=True)

@@ -28,18 +28,7 @@ class Host:
 
     def command(self, command: Sequence[str]) -> list[str]:
         """One that runs a command which sees only this host's network and processes; they all die with it."""
-        isolated = [
-            "ip",
-            "netns",
-            "exec",
-            self.name,
-            "unshare",
-            "--fork",
-            "--kill-child",
-            "--pid",
-            "--mount-proc",
-            "--uts",
-        ]
+        isolated = f"ip netns exec {self.name} unshare --fork --kill-child --pid --mount-proc --uts".split()
         own = f'hostname {self.name} && mount --bind {self.names} /etc/hosts && exec "$@"'
         return [*isolated, "env", f"GLOO_SOCKET_IFNAME={DEVICE}", "sh", "-c", own, "sh", *command]
 

@@ -2,10 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, islice, pairwise
+from itertools import count, islice, pairwise, product
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -14,18 +14,15 @@ import typer
 from torch import Tensor
 
 from scripts.bench import harness
-from scripts.bench.harness import Benchmark, Clock, Device, Report, Spread
-from scripts.bench.peers import HYPER, LAW, STEP, Peer, peers_of_an_update
+from scripts.bench.harness import Clock, Device, OnDevice, Report, Spread
+from scripts.bench.peers import HYPER, LAW, STEP, peers_of_an_update
 from sharded_dadamw.kernels import choose
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Step
 
 PIECES = 1000
-CRUMBS, CRUMB = 10_000, 13  # a case of its own: so many parameters of so few elements
 MAX_PLACES = 64  # parts of the arena that take turns, at most
-MAX_FRAGMENTS = 50_000  # of all places together: making more of them ready takes longer than timing them
-BYTES_PER_ELEMENT = 44  # 32 in the arena, and 12 for what peers keep and compute in between
 SAMPLE_S, MAX_CALLS = 0.01, 16  # what a sample should last, if no more calls are needed for that
 HEAD_START_CYCLES = 4_000_000  # about 2 ms of a GPU's time, in which the host can hand over a whole sample
 
@@ -45,7 +42,7 @@ LINE_OF_DEVICE = {
 
 
 class Precision(NamedTuple):
-    """A row of the table: in what dtypes an optimizer keeps what it updates.
+    """In what dtypes an optimizer keeps what it updates.
 
     Attributes:
         fused: Torch's fused kernel in the same dtypes, where there is one.
@@ -69,10 +66,12 @@ PRECISIONS = (
     Precision("bf16, remainder int16, moments bf16", torch.bfloat16, torch.int16, torch.bfloat16, is_stochastic=True),
     Precision("bf16 throughout", torch.bfloat16, None, torch.bfloat16, fused="torch._fused_adamw_, bf16"),
 )
+CASES = [*((*case, 1) for case in product(PRECISIONS, (False, True))), (FP32, False, PIECES)]
+"""Precision, amsgrad, and the number of fragments."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel(Benchmark):
+class Kernel(OnDevice):
     """Time the update alone, beside a copy of memory and other optimizers' updates.
 
     An update is bound by memory, so what counts is how close it comes to a plain copy. Everybody updates the same
@@ -82,7 +81,6 @@ class Kernel(Benchmark):
 
     packages = ("numba", "triton", "torchao", "torch-optimi", "mosaicml")
 
-    device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
     numel: Annotated[
         str | None, typer.Option(help="Sizes in millions of elements. [default: 1,16,50; on a GPU 1,64,256,1000]")
     ] = None
@@ -90,62 +88,45 @@ class Kernel(Benchmark):
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each row.")] = 10
     peers: Annotated[bool, typer.Option(help="Whether to time others' optimizers too.")] = True
 
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        return harness.device_of(self.device)
-
     def run(self) -> None:
         warnings.simplefilter("ignore")  # peers warn about their own use of what torch has deprecated
-        device, remarks = self.torch_device(), []
+        device = self.torch_device()
         on_gpu = device.type == "cuda"
-        cached = cache_bytes(device)
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
-
-        def num_places(numel: int) -> int:
-            """So many that they do not fit into the cache, in the narrowest dtypes: 8 bytes per element."""
-            return min(MAX_PLACES, math.ceil(cached / (8 * numel)))
-
-        sizes = [CRUMBS * CRUMB]
-        for size in (self.numel or ("1,64,256,1000" if on_gpu else "1,16,50")).split(","):
-            numel = max(1, round(float(size) * 1e6 / ALIGNMENT)) * ALIGNMENT
-            if (needed := BYTES_PER_ELEMENT * numel * num_places(numel)) <= 0.9 * free:
-                sizes.append(numel)
-            else:
-                remarks.append(f"{millions(numel)}: needs {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
-        arena = Arena(max(numel * num_places(numel) for numel in sizes), device)
-        cases = []
+        rows: list[dict[str, str]] = []
+        yardsticks, remarks, rounds = [], [], []
         for threads in [None] if on_gpu else harness.numbers(self.threads):
             if threads is not None:
                 torch.set_num_threads(threads)
                 torch.compiler.reset()  # what torch compiles for CPUs, as peers have it do, is for a number of threads
-            for numel in sizes:
-                case = Case(arena, numel, num_places(numel), threads)
-                case.fill(self.peers)
+            for size in (self.numel or ("1,64,256,1000" if on_gpu else "1,16,50")).split(","):
+                numel = max(1, round(float(size) * 1e6 / ALIGNMENT)) * ALIGNMENT
+                try:
+                    case = Case(numel, device, threads, with_peers=self.peers)
+                except torch.OutOfMemoryError:
+                    remarks.append(f"{millions(numel)}: does not fit")
+                    continue
                 case.measure(self.rounds)
                 harness.say(case.yardsticks)
-                cases.append(case)
-        rows = [row for case in cases for row in case.table()]
+                rows += case.table()
+                yardsticks.append(case.yardsticks)
+                remarks += case.remarks
+                seconds = {name: one.tolist() for name, one in case.seconds.items()}
+                rounds.append({"numel": numel, "threads": threads, "seconds": seconds})
+                del case  # its tensors, before there are the next one's
         lines = [
             f"{self.rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
-            *(case.yardsticks for case in cases),
-            *LINES,
-            LINE_OF_DEVICE[Device(device.type)],
-            *dict.fromkeys([*remarks, *(remark for case in cases for remark in case.remarks)]),
-        ]
-        rounds = [
-            {"numel": one.numel, "threads": one.threads, "seconds": {k: s.tolist() for k, s in one.seconds.items()}}
-            for one in cases
+            *(*yardsticks, *LINES, LINE_OF_DEVICE[Device(device.type)], *dict.fromkeys(remarks)),
         ]
         self.publish(Report(list(rows[0]), [list(row.values()) for row in rows], lines, {"rounds": rounds}))
 
 
 class Arena:
-    """The tensors that everybody updates, of ``numel`` random elements, none denormal; a place is a part of them.
+    """The tensors that everybody updates, of random elements, none denormal; a place is a part of them.
 
     The values of a bf16 row that has an fp32 main parameter are the fp32 rows' parameters.
     """
 
     def __init__(self, numel: int, device: torch.device) -> None:
-        self.device, self.numel = device, numel
         random = torch.Generator(device).manual_seed(0)
 
         def empty(dtype: torch.dtype) -> Tensor:
@@ -159,34 +140,33 @@ class Arena:
         self._max_exp_avg_sq = {dtype: moment.clone() for dtype, moment in self._exp_avg_sq.items()}
         remainder = empty(torch.int16).random_(-(2**15), 2**15, generator=random)
         self._main = {None: None, torch.float32: self._param[torch.float32], torch.int16: remainder}
-        self._steps = torch.full((CRUMBS,), STEP, device=device).unbind()
+        self._steps = torch.full((PIECES,), STEP, device=device).unbind()
 
-    def operands(self, precision: Precision, amsgrad: bool, bounds: Sequence[int], start: int = 0) -> list[Operands]:
+    def operands(self, precision: Precision, amsgrad: bool, bounds: Sequence[int], start: int) -> list[Operands]:
         """Fragments between neighbouring bounds, which are counted from ``start``; each has a step count of its own."""
         param, grad, main = self._param[precision.param], self._grad[precision.param], self._main[precision.main]
         exp_avg, exp_avg_sq = self._exp_avg[precision.moments], self._exp_avg_sq[precision.moments]
         maximum = self._max_exp_avg_sq[precision.moments] if amsgrad else None
-        tensors = (param, grad, exp_avg, exp_avg_sq, maximum, main)
         fragments = []
         for number, (begin, end) in enumerate(pairwise(bounds)):
+            tensors = (param, grad, exp_avg, exp_avg_sq, maximum, main)
             parts = (None if tensor is None else tensor[start + begin : start + end] for tensor in tensors)
             first_element = start + begin if precision.is_stochastic else None
             fragments.append(Operands(*parts, self._steps[number], first_element))
         return fragments
 
-    def copies(self) -> dict[str, Callable[[], object]]:
+    def copies(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """The yardstick: one large copy, of something that may overwrite what is there. And the same in place."""
         source, target = self._exp_avg_sq[torch.float32], self._max_exp_avg_sq[torch.float32]
-        in_place = {IN_PLACE: partial(target.mul_, 1.0)} if self.device.type == "cpu" else {}
-        return {COPY: partial(target.copy_, source), **in_place}
+        yield COPY, partial(target.copy_, source)
+        if target.device.type == "cpu":
+            yield IN_PLACE, partial(target.mul_, 1.0)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What is timed, and a line of the table.
 
     Attributes:
-        section: Where it stands in the table: ours, torch's fused kernel, or others. None: it is a yardstick.
         calls: The same work in different places, each to be done in its turn.
         size: Bytes per element that one call has to read and write.
         kernel: Which of ours runs.
@@ -195,7 +175,6 @@ class Row:
         flat: The same on one flat tensor, by name, where this is about many.
     """
 
-    section: int | None
     calls: Sequence[Callable[[], object]]
     size: float
     kernel: str = ""
@@ -204,89 +183,65 @@ class Row:
     flat: str | None = None
 
 
-OURS, FUSED, OTHERS = range(3)
-
-
 class Case:
     """One size on one number of threads.
 
     Attributes:
         numel: Elements that every row updates.
-        rows: By name, in the order in which they stand next to each other.
+        threads: Those of torch, on a CPU.
         seconds: Per call of every row that could be run, [rounds] each.
         remarks: What is not in the table, and why.
     """
 
-    def __init__(self, arena: Arena, numel: int, num_places: int, threads: int | None) -> None:
-        self.numel = numel
-        self.threads = threads
-        size = 8 * arena.numel / numel
-        self.rows = {name: Row(None, [copy], size) for name, copy in arena.copies().items()}
+    def __init__(self, numel: int, device: torch.device, threads: int | None, *, with_peers: bool) -> None:
+        self.numel, self.threads = numel, threads
         self.seconds: dict[str, Tensor] = {}
         self.remarks: list[str] = []
-        self._arena = arena
-        self._num_places = num_places
-        self._clock = Clock(arena.device)
-        self._turns = count()
-
-    def fill(self, with_peers: bool) -> None:
-        """Everything in this size; or, if it is that of the crumbs, many parameters of few elements beside one."""
-        if self.numel == CRUMBS * CRUMB:
-            self._add(FP32)
-            self._add(FP32, pieces=CRUMBS)
-            return
-        for precision in PRECISIONS:
-            for amsgrad in (False, True):
-                self._add(precision, amsgrad=amsgrad)
-        self._add(FP32, pieces=PIECES)
+        # So many places that they do not fit into the cache, in the narrowest dtypes: 8 bytes per element.
+        self._num_places = min(MAX_PLACES, math.ceil(cache_bytes(device) / (8 * numel)))
+        self._clock, self._turns = Clock(device), count()
+        self._arena = Arena(numel * self._num_places, device)  # kernels keep nothing but addresses
+        self._yardsticks = {name: Row([copy], 8 * self._num_places) for name, copy in self._arena.copies()}
+        self._rows: dict[str, Row] = {}
+        fused_rows = {}
+        for precision, amsgrad, pieces in CASES:
+            places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
+            cut, title = f", {pieces:,} pieces" * (pieces > 1), f"{precision.title}{', amsgrad' * amsgrad}"
+            fused_title = f"{precision.fused or FUSED_FP32}{', amsgrad' * amsgrad}"
+            kernel, size = choose.kernel_for(places[0][0].form), bytes_per_element(places[0][0].form)
+            step = Step([replace(HYPER, amsgrad=amsgrad)])
+            calls = [partial(kernel(fragments), step, 0) for fragments in places]
+            name = kernel.__module__.rpartition(".")[2].removesuffix("_kernel")
+            flat, flat_fused = (title, fused_title) if cut else (None, None)
+            self._rows[title + cut] = Row(calls, size, name, fused_title + cut, precision.fused is None, flat)
+            if precision.fused is not None:
+                fused_rows[fused_title + cut] = Row(list(map(fused, places)), size, flat=flat_fused)
+        self._rows |= fused_rows
         for peer in peers_of_an_update() if with_peers else ():
-            self._add_peer(peer)
-
-    def _add(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> None:
-        """Our update, and beside it torch's fused one where it has these dtypes."""
-        places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
-        form = places[0][0].form
-        size = bytes_per_element(form)
-        cut = f", {pieces:,} pieces" if pieces > 1 else ""
-        flat, flat_fused = (
-            f"{title}{', amsgrad' if amsgrad else ''}" for title in (precision.title, precision.fused or FUSED_FP32)
-        )
-        kernel = choose.kernel_for(form).__module__.rpartition(".")[2].removesuffix("_kernel")
-        step = Step([replace(HYPER, amsgrad=amsgrad)])
-        calls = [partial(choose.kernel_for(form)(fragments), step, 0) for fragments in places]
-        is_apart, of_flat = precision.fused is None, flat if cut else None
-        self.rows[flat + cut] = Row(OURS, calls, size, kernel, flat_fused + cut, is_apart, of_flat)
-        if not is_apart:
-            calls = [fused(fragments) for fragments in places]
-            self.rows[flat_fused + cut] = Row(FUSED, calls, size, flat=flat_fused if cut else None)
-
-    def _add_peer(self, peer: Peer) -> None:
-        """An update of fp32 parameters, if it is installed."""
-        try:
-            calls = [peer.build(fragments[0]) for fragments in self._places(FP32)]
-        except ImportError:
-            self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
-        else:
-            self.rows[peer.title] = Row(OTHERS, calls, 7 * 4, fused=FUSED_FP32)
+            try:
+                calls = [peer.build(fragments[0]) for fragments in self._places(FP32)]
+            except ImportError:
+                self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
+            else:
+                self._rows[peer.title] = Row(calls, 7 * 4, fused=FUSED_FP32)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
-        # Equal pieces, on multiples of ALIGNMENT if they are that large.
-        unit = min(ALIGNMENT, self.numel // pieces)
+        """Equal pieces in each place, on multiples of ALIGNMENT if they are that large."""
+        unit = min(ALIGNMENT, max(1, self.numel // pieces))
         bounds = [number * (self.numel // unit) // pieces * unit for number in range(pieces)] + [self.numel]
-        num_places = max(1, min(self._num_places, MAX_FRAGMENTS // pieces))
-        return [self._arena.operands(precision, amsgrad, bounds, place * self.numel) for place in range(num_places)]
+        places = range(self._num_places)
+        return [self._arena.operands(precision, amsgrad, bounds, place * self.numel) for place in places]
 
     def measure(self, rounds: int) -> None:
         """Time every row in every round; first drop what cannot be run."""
         samplers = {}
-        for name, row in self.rows.items():
+        for name, row in (self._yardsticks | self._rows).items():
             try:
                 self._sample(row, len(row.calls))  # compiles, allocates and touches everything once
                 (seconds,) = min(self._sample(row, 1) for _ in range(2))
             except Exception as error:
-                failure = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-                reason = "does not fit" if isinstance(error, torch.OutOfMemoryError) else failure
-                self.remarks.append(f"{name}, {millions(self.numel)}: {reason}")
+                failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self.remarks.append(f"{name}, {millions(self.numel)}: failed: {failure}")
             else:
                 num_calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_S / seconds)))
                 samplers[name] = partial(self._sample, row, num_calls)
@@ -296,7 +251,7 @@ class Case:
     def _sample(self, row: Row, num_calls: int, index: int = 0) -> list[float]:
         """Seconds of a call, over so many calls; on a GPU its own time, with a head start for the host."""
         self._clock.settle()
-        if self._arena.device.type == "cuda":
+        if self._clock.on_gpu:
             torch.cuda._sleep(HEAD_START_CYCLES)
         start = self._clock.mark()
         for turn in islice(self._turns, num_calls):
@@ -305,31 +260,27 @@ class Case:
         self._clock.settle()
         return [self._clock.seconds(start, end) / num_calls]
 
-    def _gb_per_s(self, name: str) -> Tensor:
-        """In every round."""
-        return self.rows[name].size * self.numel / self.seconds[name] / 1e9
-
     @property
     def yardsticks(self) -> str:
         """What memory yields, to be read."""
-        names = [name for name in (COPY, IN_PLACE) if name in self.seconds]
-        rates = (f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s" for name in names)
+        rates = (f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s" for name in self._yardsticks)
         on = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{millions(self.numel)} elements{on}: {', '.join(rates)}"
 
-    def table(self) -> list[dict[str, str]]:
+    def _gb_per_s(self, name: str) -> Tensor:
+        """In every round."""
+        return (self._yardsticks | self._rows)[name].size * self.numel / self.seconds[name] / 1e9
+
+    def table(self) -> Iterator[dict[str, str]]:
         """Texts by the titles of their columns, for every row that could be run."""
 
         def ratio(name: str, to: str | None) -> str:
             return str(Spread.of(self.seconds[name] / self.seconds[to])) if to in self.seconds else ""
 
-        shown = [name for name in self.seconds if self.rows[name].section is not None]
-        table = []
-        for name in sorted(shown, key=lambda name: self.rows[name].section or 0):
-            row, rates = self.rows[name], self._gb_per_s(name)
-            over_fused = ratio(name, row.fused)
-            table.append(
-                {
+        for name, row in self._rows.items():
+            if name in self.seconds:
+                rates, over_fused = self._gb_per_s(name), ratio(name, row.fused)
+                yield {
                     "update": name,
                     "elements": millions(self.numel),
                     "threads": str(self.threads or "-"),
@@ -341,8 +292,6 @@ class Case:
                     "time / torch fused": over_fused + " (fp32)" * (row.in_other_dtypes and bool(over_fused)),
                     "time / one flat tensor": ratio(name, row.flat),
                 }
-            )
-        return table
 
 
 def bytes_per_element(form: Form) -> int:

@@ -15,9 +15,8 @@ import torch.distributed as dist
 import typer
 
 from launch.cluster import local_rank
-from launch.options import Preset
 from scripts.bench import harness
-from scripts.bench.harness import CHECKOUT, CPU, Report, Spread
+from scripts.bench.harness import CHECKOUT, CPU, Report
 from scripts.bench.hosts import DEVICE, Host, hosts
 from scripts.bench.peers import KINDS, Name, OverLinks, build
 
@@ -38,9 +37,6 @@ class Links(OverLinks):
     packages = ("numba",)
 
     ranks: Annotated[int, typer.Option(min=2, envvar="WORLD_SIZE", help="Ranks of both hosts.")] = 4
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
-    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence; few, since hosts share cores.")] = 32
     contenders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(CONTENDERS)
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size of ours.")] = 4.0
@@ -62,34 +58,26 @@ class Links(OverLinks):
 
     def measure(self) -> Report:
         contenders = [build(name, self, CPU) for name in self.names]
-        speeds = [float(speed) for speed in self.speeds.split(",")]
         turns = [
             partial(self.in_turn, speed, turn)
-            for speed in speeds
+            for speed in self.all_speeds
             for turn in (transfer, *(partial(self.take_steps, contender) for contender in contenders))
         ]
-        samples = harness.interleave(turns, self.rounds, self.warmup)
-        # [rounds, speeds, turns] each
-        seconds, cpu, sent = samples.unflatten(1, (len(speeds), 1 + len(contenders))).unbind(-1)
+        samples = harness.interleave(turns, self.rounds, self.warmup).unflatten(1, (-1, 1 + len(contenders)))
+        seconds, cpu, sent = samples.unbind(-1)  # [rounds, speeds, turns] each
         rates = TRANSFER.nbytes / seconds[:, :, 0].median(0).values / 1e9
         rows = [["a plain transfer", *(f"{rate:.2f} GB/s" for rate in rates.tolist()), "-", "-"]]
-        first = seconds[:, :, 1]
-        for column, name in enumerate(self.names, 1):
-            cells = [f"{1e3 * float(row.median()):.0f}" for row in seconds[:, :, column].T]
-            if column > 1:
-                ratios = [str(Spread.of(row)) for row in (seconds[:, :, column] / first).T]
-                cells = [f"{cell} ({ratio})" for cell, ratio in zip(cells, ratios, strict=True)]
-            cells.append(f"{1e3 * float(cpu[:, :, column].median()):.0f}")
-            cells.append(f"{float(sent[:, :, column].median()) / self.steps / 1e6:.1f}")
-            rows.append([KINDS[name].description, *cells])
-        titles = ["any" if math.isinf(speed) else f"{speed:g} GB/s" for speed in speeds]
+        for column, (name, cells) in enumerate(zip(self.names, self.rows(seconds[:, :, 1:]), strict=True), 1):
+            cpu_ms = f"{1e3 * float(cpu[:, :, column].median()):.0f}"
+            megabytes = f"{float(sent[:, :, column].median()) / self.steps / 1e6:.1f}"
+            rows.append([KINDS[name].description, *cells, cpu_ms, megabytes])
         lines = [
             f"{self.model_in_words}, buckets of ours {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and "
             f"link; {HOSTS} hosts; {self.set_up}"
         ]
-        record = {"contenders": self.names, "links": titles, "seconds": seconds.tolist()}
+        record = {"contenders": self.names, "links": self.titles, "seconds": seconds.tolist()}
         record |= {"cpu": cpu.tolist(), "sent": sent.tolist()}
-        columns = ["ms per step (ratio to the first) over", *titles, "CPU ms of a rank", "MB that a host sends"]
+        columns = ["ms per step (ratio to the first) over", *self.titles, "CPU ms of a rank", "MB that a host sends"]
         return Report(columns, rows, lines, record)
 
     def in_turn(self, speed: float, turn: partial[list[float]], index: int) -> list[float]:

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 import typer
 
+from launch.options import Precision
 from scripts.bench import harness
 from scripts.bench.harness import CPU, Report
-from scripts.bench.peers import DEEPSPEED_STAGES, Contest, Main, Name, Precision, build
+from scripts.bench.peers import DEEPSPEED_STAGES, Contest, Main, Name, build
 from sharded_dadamw import ShardedDecoupledAdamW
 
 ADDED_UP = re.compile(rb"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
@@ -59,7 +60,7 @@ class Memory(Contest):
 
     def computed(self, name: Name) -> float:
         """Bytes per parameter of parameters, gradients and state that stay, without buffers in passing."""
-        size, ranks = self.dtype.dtype.itemsize, self.ranks
+        size, ranks = self.torch_dtype.itemsize, self.ranks
         main = {Main.FP32: 4, Main.REMAINDER: 2, Main.NONE: 0}[self.main_parameter]
         ours = 8 + (main if self.dtype is Precision.BF16 else 0)
         match name:
@@ -81,7 +82,7 @@ def _run_rank(rank: int, plan: Memory, name: Name, results: Any, rendezvous: str
     """Train with one contender; puts into `results` what it held, the mean over ranks, or why there is none."""
     with plan.joined(rank, rendezvous):
         batches = [plan.batch_of(step, CPU) for step in range(plan.rounds)]
-        warm_up(plan.dtype.dtype)
+        warm_up(plan.torch_dtype)
         before = bytes_held()
         try:
             contender = build(name, plan, CPU)

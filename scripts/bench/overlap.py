@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from launch.contenders import Contender
-from launch.options import Preset
 from scripts.bench import harness
-from scripts.bench.harness import CPU, Report, Spread
+from scripts.bench.harness import CPU, Report
 from scripts.bench.peers import Name, OverLinks, build
 from sharded_dadamw.buckets import shards
 
@@ -41,20 +40,14 @@ class Overlap(OverLinks):
 
     packages = ("numba",)
 
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
-    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
     contenders: Annotated[str, typer.Option(help="ddp-adamw and some of ours, separated by commas.")] = ",".join(
         CONTENDERS
     )
     bucket_cap_mb: Annotated[float, typer.Option(help="Bucket size, DDP's too.")] = 1.0
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 4
-    speeds: Annotated[str, typer.Option(help="Of the links, 1e9 bytes/s; inf is one that does not matter.")] = (
-        "0.1,0.3,1,3,10,inf"
-    )
 
     def __post_init__(self) -> None:
-        if wrong := [speed for speed in self.speeds.split(",") if not float(speed) > 0]:
+        if wrong := [speed for speed in self.all_speeds if not speed > 0]:
             raise typer.BadParameter(f"expected --speeds above 0, got {wrong}")
         if self.names[0] is not Name.DDP_ADAMW or not set(self.names) <= set(CONTENDERS):
             raise typer.BadParameter(f"expected --contenders to be the first and others of {', '.join(CONTENDERS)}")
@@ -63,25 +56,21 @@ class Overlap(OverLinks):
         link, connect = Link(), shards.connect
         with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(link, connect(*args, **kwargs))):
             contenders = [self.contender(name, link) for name in self.names]
-        speeds = [float(speed) for speed in self.speeds.split(",")]
-        turns = [partial(self.take_steps_over, link, speed, contender) for speed in speeds for contender in contenders]
+        turns = [
+            partial(self.take_steps_over, link, speed, contender)
+            for speed in self.all_speeds
+            for contender in contenders
+        ]
         samples = harness.interleave(turns, self.rounds, self.warmup)
-        seconds = samples.unflatten(1, (len(speeds), len(contenders)))[..., 0]  # [rounds, speeds, contenders]
-        rows = []
-        for column, name in enumerate(self.names):
-            cells = [f"{1e3 * float(row.median()):.0f}" for row in seconds[:, :, column].T]
-            ratios = [str(Spread.of(row)) for row in (seconds[:, :, column] / seconds[:, :, 0]).T]
-            if column:
-                cells = [f"{cell} ({ratio})" for cell, ratio in zip(cells, ratios, strict=True)]
-            rows.append([name, *cells])
-        titles = ["any" if math.isinf(speed) else f"{speed:g} GB/s" for speed in speeds]
+        seconds = samples.unflatten(1, (-1, len(contenders)))[..., 0]  # [rounds, speeds, contenders]
+        rows = [[name, *cells] for name, cells in zip(self.names, self.rows(seconds), strict=True)]
         lines = [
             f"{self.model_in_words}, buckets of {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and link; "
             f"{self.set_up}",
             "Links are modelled: full duplex, one transfer at a time, no latency.",
         ]
-        record = {"contenders": self.names, "links": titles, "seconds": seconds.tolist()}
-        return Report(["ms per step (ratio to DDP) over", *titles], rows, lines, record)
+        record = {"contenders": self.names, "links": self.titles, "seconds": seconds.tolist()}
+        return Report(["ms per step (ratio to DDP) over", *self.titles], rows, lines, record)
 
     def contender(self, name: Name, link: "Link") -> Contender:
         """Ours as always; DDP with buckets as large, and the link in its communication hook. Collective."""

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench import harness
-from scripts.bench.harness import Clock, Device, OnRanks, Report, Spread
+from scripts.bench.harness import Clock, OnDevice, OnRanks, Report, Spread
 from sharded_dadamw import DecoupledAdamW
 
 WIDTH = 64
@@ -27,7 +27,7 @@ YARDSTICK = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters(OnRanks):
+class Parameters(OnDevice, OnRanks):
     """Time a step over many parameters that stay where they are.
 
     Plain parameters of 4,096 elements, and FSDP2 layers of as many on one rank. Gradients are given, and new tensors in
@@ -42,10 +42,6 @@ class Parameters(OnRanks):
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1
     counts: Annotated[str, typer.Option(help="Numbers of plain parameters.")] = "1000,5000"
     layers: Annotated[int, typer.Option(min=1, help="FSDP2 layers.")] = 700
-    device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
-
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        return harness.device_of(self.device)
 
     def measure(self) -> Report:
         device = self.torch_device()
@@ -59,16 +55,13 @@ class Parameters(OnRanks):
             for name, optimizer in OPTIMIZERS.items()
         }
         seconds = harness.interleave(list(contenders.values()), self.rounds, self.warmup, device)
-        rows = []
         launches = {", ".join(key): one.launches() for key, one in contenders.items()}
+        rows = []
         for number, (title, launched) in enumerate(launches.items()):
-            yardstick = number // len(OPTIMIZERS) * len(OPTIMIZERS) + YARDSTICK
+            theirs = seconds[:, number - number % len(OPTIMIZERS) + YARDSTICK]
             host, step = (1e3 * seconds[:, number].median(0).values).tolist()
-            ratios = [str(Spread.of(ratio)) for ratio in (seconds[:, number] / seconds[:, yardstick]).T]
-            rows.append(
-                [title, f"{host:.2f}", ratios[0], f"{step:.2f}", ratios[1], "-" if launched is None else launched]
-            )
-        rows = [[str(cell) for cell in row] for row in rows]
+            of_host, of_step = (str(Spread.of(ratio)) for ratio in (seconds[:, number] / theirs).T)
+            rows.append([title, f"{host:.2f}", of_host, f"{step:.2f}", of_step, str(launched or "-")])
         return Report(
             ["", "host ms", "/ torch", "step ms", "/ torch", "launches"],
             rows,

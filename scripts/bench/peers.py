@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from launch.cluster import ranks_per_host
-from launch.contenders import Contender, Fairscale, Sharded, imported
+from launch.contenders import Contender, Sharded, contender_for, imported
 from launch.data import Corpus
 from launch.model import GPT
-from launch.options import PRESETS, Preset
-from scripts.bench.harness import CPU, OnRanks
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from launch.options import PRESETS, Choice, Precision, Preset, Settings
+from scripts.bench.harness import CPU, OnRanks, Spread
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.config import Exchange, GradientResidency, MainParameter, StateResidency
 from sharded_dadamw.kernels.operands import Operands
 from sharded_dadamw.update.hyperparameters import Hyperparameters
@@ -100,18 +100,6 @@ KINDS = {
 DEEPSPEED_STAGES = {Name.DEEPSPEED_ZERO1: 1, Name.DEEPSPEED_ZERO2: 2}
 
 
-class Precision(StrEnum):
-    """Dtype of the model's parameters."""
-
-    FP32 = "float32"
-    BF16 = "bfloat16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As torch has it."""
-        return torch.float32 if self is Precision.FP32 else torch.bfloat16
-
-
 class Main(StrEnum):
     """What ours keeps beside a parameter in bfloat16: MainParameter by name."""
 
@@ -130,7 +118,13 @@ class Training(OnRanks):
 
     def new_model(self) -> GPT:
         """A fresh copy of the model."""
-        return GPT(replace(PRESETS[self.preset], context=self.context), self.seed).to(self.dtype.dtype)
+        return GPT(replace(PRESETS[self.preset], context=self.context), self.seed).to(self.torch_dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @cached_property
     def num_parameters(self) -> int:
@@ -180,9 +174,36 @@ class Contest(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class OverLinks(Contest):
-    """A contest in which each takes a few steps in a row over a link."""
+    """A contest in which each takes a few steps in a row over a link, at several speeds."""
 
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
+    speeds: Annotated[str, typer.Option(help="Of the links, 1e9 bytes/s; inf is one that does not matter.")] = (
+        "0.1,0.3,1,3,10,inf"
+    )
+
+    @cached_property
+    def all_speeds(self) -> list[float]:
+        """One after the other."""
+        return [float(speed) for speed in self.speeds.split(",")]
+
+    @property
+    def titles(self) -> list[str]:
+        """Of a column for each speed."""
+        return ["any" if math.isinf(speed) else f"{speed:g} GB/s" for speed in self.all_speeds]
+
+    def rows(self, seconds: Tensor) -> list[list[str]]:
+        """A cell for each contender and speed, of seconds [rounds, speeds, contenders]; the first is compared with."""
+        rows = []
+        for column in range(len(self.names)):
+            of_one, ratios = seconds[:, :, column], seconds[:, :, column] / seconds[:, :, 0]
+            cells = [f"{1e3 * float(each.median()):.0f}" for each in of_one.T]
+            if column:
+                cells = [f"{cell} ({Spread.of(ratio)})" for cell, ratio in zip(cells, ratios.T, strict=True)]
+            rows.append(cells)
+        return rows
 
     def take_steps(self, contender: Contender, index: int) -> list[float]:
         """Seconds per step on a CPU, and CPU seconds of all threads, which hardly feel a busy machine."""
@@ -231,13 +252,7 @@ def build(name: Name, plan: Contest, device: torch.device, clip: float = 0.0) ->
     """
     kind = KINDS[name]
     model = plan.new_model().to(device)
-    betas = (0.9, 0.95)
-    ours = groups_of(model, plan.weight_decay)
-    # What torch's rule, decay = lr * weight_decay, needs to decay as much as ours.
-    torchs = groups_of(model, plan.weight_decay / plan.lr)
-    adamw = partial(AdamW, torchs, lr=plan.lr, betas=betas, fused=True)
-    on_gpu = [device] if device.type == "cuda" else None
-    ddp = partial(DistributedDataParallel, model, on_gpu, gradient_as_bucket_view=True)
+    law: dict[str, Any] = {"lr": plan.lr, "betas": (0.9, 0.95)}
     if kind.settings is not None:
         main = MainParameter[plan.main_parameter.name]
         config = ShardingConfig(bucket_cap_mb=plan.bucket_cap_mb, main_parameter=main, **kind.settings)
@@ -245,42 +260,36 @@ def build(name: Name, plan: Contest, device: torch.device, clip: float = 0.0) ->
         if name is Name.SHARDED_MESH:
             shape = (plan.ranks // ranks_per_host(), ranks_per_host())
             group = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        optimizer = ShardedDecoupledAdamW(ours, lr=plan.lr, betas=betas, config=config, process_group=group)
+        groups = groups_of(model, plan.weight_decay)
+        optimizer = ShardedDecoupledAdamW(groups, **law, config=config, process_group=group)
         if kind.is_attached:
             optimizer.attach(model)
-        return Sharded(model if config.reduce_gradients else ddp(), optimizer)
-    match name:
-        case Name.ADAMW:
-            return Contender(model, adamw())
-        case Name.DDP_ADAMW:
-            return Contender(ddp(), adamw())
-        case Name.DECOUPLED:
-            return Contender(ddp(), DecoupledAdamW(ours, lr=plan.lr, betas=betas))
-        case Name.TORCH_ZERO:
-            zero_class = imported("torch.distributed.optim", "ZeroRedundancyOptimizer")  # which takes long to import
-            zero = zero_class(torchs, AdamW, parameters_as_bucket_view=True, lr=plan.lr, betas=betas, fused=True)
-            return Contender(ddp(), zero, zero.optim)
-        case Name.FAIRSCALE_OSS:
-            oss = imported("fairscale.optim", "OSS")(ours, DecoupledAdamW, lr=plan.lr, betas=betas)
-            return Fairscale(imported("fairscale.nn.data_parallel", "ShardedDataParallel")(model, oss), oss, oss.optim)
-        case Name.FSDP2:
-            mesh = init_device_mesh(device.type, (plan.ranks,))
-            for part in (*model.blocks, model):
-                fully_shard(part, mesh=mesh, reshard_after_forward=False)
-            groups = groups_of(model, plan.weight_decay / plan.lr)  # of the sharded parameters
-            return FullyShard(model, AdamW(groups, lr=plan.lr, betas=betas, fused=True))
-        case _:
-            return deepspeed_engine(DEEPSPEED_STAGES[name], model, adamw(), plan, clip)
+        if config.reduce_gradients:
+            return Sharded(model, optimizer)
+        on_gpu = [device] if device.type == "cuda" else None
+        return Sharded(DistributedDataParallel(model, on_gpu, gradient_as_bucket_view=True), optimizer)
+    if name in tuple(Choice):
+        settings = Settings(optimizer=Choice(name), lr=plan.lr, weight_decay=plan.weight_decay)
+        return contender_for(settings, model, device)
+    if name is Name.FSDP2:
+        mesh = init_device_mesh(device.type, (plan.ranks,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    # What torch's rule, decay = lr * weight_decay, needs to decay as much as ours.
+    adamw = AdamW(groups_of(model, plan.weight_decay / plan.lr), **law, fused=True)
+    if name is Name.FSDP2:
+        return FullyShard(model, adamw)
+    return Contender(model, adamw) if name is Name.ADAMW else deepspeed_engine(name, model, adamw, plan, clip)
 
 
-def deepspeed_engine(stage: int, model: nn.Module, optimizer: Optimizer, plan: Contest, clip: float) -> Contender:
+def deepspeed_engine(name: Name, model: nn.Module, optimizer: Optimizer, plan: Contest, clip: float) -> Contender:
     """DeepSpeed's ZeRO around a model and an optimizer.
 
     Raises:
         ImportError: It is not installed.
     """
     imported("deepspeed.utils", "logger").setLevel("ERROR")
-    elements = int(plan.bucket_cap_mb * 2**20) // plan.dtype.dtype.itemsize
+    elements = int(plan.bucket_cap_mb * 2**20) // plan.torch_dtype.itemsize
     engine, wrapped, *_ = imported("deepspeed", "initialize")(
         model=model,
         optimizer=optimizer,
@@ -289,7 +298,7 @@ def deepspeed_engine(stage: int, model: nn.Module, optimizer: Optimizer, plan: C
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": clip,  # by default it clips
             "bf16": {"enabled": plan.dtype is Precision.BF16},
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": elements},
+            "zero_optimization": {"stage": DEEPSPEED_STAGES[name], "reduce_bucket_size": elements},
         },
     )
     return DeepSpeed(engine, engine, wrapped.optimizer)

@@ -21,22 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scripts.bench.harness import Benchmark, Report
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
+from sharded_dadamw.plan.models import parameters_of
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.state.piece import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def llama_3_8b() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of its parameters."""
-    width, narrow, wide, vocabulary = 4096, 1024, 14336, 128256
-    layer = {
-        **{"wq": (width, width), "wk": (narrow, width), "wv": (narrow, width), "wo": (width, width)},
-        **{"w1": (wide, width), "w2": (width, wide), "w3": (wide, width)},
-        **{"attention_norm": (width,), "ffn_norm": (width,)},
-    }
-    layers = {f"layers.{number}.{name}": shape for number in range(32) for name, shape in layer.items()}
-    return {"embed": (vocabulary, width), **layers, "norm": (width,), "output": (vocabulary, width)}
 
 
 def our_state(shapes: dict[str, tuple[int, ...]], num_ranks: int, cap_mb: float) -> Iterator[dict[str, Any]]:
@@ -137,7 +126,7 @@ class Planning(Benchmark):
 
     def run(self) -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.ranks)
-        shapes = llama_3_8b()
+        shapes = {name: tuple(param.shape) for name, param in parameters_of("llama3-8b").items()}
         ours = next(our_state(shapes, self.ranks, self.bucket_cap_mb))
         theirs = {key: _first(tensor, self.ranks) for key, tensor in ours.items()}
         found = {
@@ -145,7 +134,7 @@ class Planning(Benchmark):
             "FSDP2 + AdamW": plan(fsdp2_plans(shapes, self.ranks), theirs),
         }
         dist.destroy_process_group()
-        titles = (
+        titles = [
             "",
             "chunks of exp_avg",
             "items",
@@ -153,7 +142,7 @@ class Planning(Benchmark):
             "of all, s",
             "metadata, MB",
             "load plan of one, s",
-        )
+        ]
         rows = [
             [
                 *(name, f"{one['chunks']:,}", f"{one['items']:,}", f"{one['local_s'] * 1e3:.1f}"),
@@ -167,13 +156,11 @@ class Planning(Benchmark):
 
 def _first(tensor: Tensor, num_ranks: int) -> Tensor:
     """Rank 0's part under FSDP2, as a plain tensor would be planned; `step` is whole on every rank."""
-    if tensor.dim() == 0:
-        return torch.empty((), device="meta")
+    whole = torch.empty(tensor.shape, device="meta")
+    if whole.dim() == 0:
+        return whole
     mesh = init_device_mesh("cpu", (num_ranks,))
-    size, _ = Shard.local_shard_size_and_offset(tensor.shape[0], num_ranks, 0)
-    local = torch.empty(int(size), *tensor.shape[1:], device="meta")
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=_strides(tensor))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+    size, _ = Shard.local_shard_size_and_offset(whole.shape[0], num_ranks, 0)
+    return DTensor.from_local(
+        whole[: int(size)], mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )

@@ -52,7 +52,8 @@ class Plots(Benchmark):
 
 def table_in(path: Path) -> list[dict[str, str]]:
     """The rows of the table in a result, by title."""
-    lines = [line[2:-2].split(" | ") for line in path.read_text().splitlines() if line.startswith("|")]
+    lines = [line[1:-1].split("|") for line in path.read_text().splitlines() if line.startswith("|")]
+    lines = [list(map(str.strip, line)) for line in lines]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 

@@ -14,9 +14,10 @@ import typer
 from torch import Tensor
 
 from launch.contenders import Sharded, largest_over_ranks
+from launch.options import Precision
 from scripts.bench import harness
 from scripts.bench.harness import Clock, Device, Report, Spread
-from scripts.bench.peers import KINDS, Contest, Name, Precision, build
+from scripts.bench.peers import KINDS, Contest, Name, build
 
 # What is measured of one contender's steps in one round, per step, in seconds and bytes; over ranks the largest counts.
 # cpu_s is what the process's threads used of the cores: the figure that survives a busy machine. host_s is what
@@ -206,7 +207,7 @@ class Trial:
         """Bytes per parameter that a rank sends in a step, and who says so."""
         plan = self._plan
         share = (plan.ranks - 1) / plan.ranks
-        expected = KINDS[self.name].wire_units * share * plan.dtype.dtype.itemsize
+        expected = KINDS[self.name].wire_units * share * plan.torch_dtype.itemsize
         counted = (self.contender.wire_bytes or 0) / plan.num_parameters
         if self._device.type != "cpu" or bytes_sent_by_sockets() is None:
             return f"{counted:.2f} (counted)" if isinstance(self.contender, Sharded) else f"{expected:.2f} (computed)"
