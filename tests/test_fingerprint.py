@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 
 from sharded_dadamw import DecoupledAdamW, MainParameter, Moments, ShardedDecoupledAdamW, ShardingConfig, StateResidency
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -27,6 +26,7 @@ from sharded_dadamw.state.fingerprint import Fingerprint
 from sharded_dadamw.update.precision import split
 from tests.layouts import LAYOUTS, Model, grid
 from tests.models import draw_gradient, make_groups, named
+from tests.runs import build, fit, run
 from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are here
@@ -246,91 +246,78 @@ def test_a_flipped_bit_in_a_live_run_is_found_and_named_on_every_rank() -> None:
 # --- in checkpoints --------------------------------------------------------------------------------------------------
 
 
-def built(group: Any, form: str) -> tuple[nn.Module, Any]:
-    """Two steps of the model of tests/layouts.py with equal data on all ranks."""
-    if form in LAYOUTS:
-        placed = LAYOUTS[form].place(group, {})
-        return placed.model, placed.optimizer
-    model = Model().bfloat16()
-    config = ShardingConfig(main_parameter=MainParameter[form], reduce_gradients=False)
-    return model, ShardedDecoupledAdamW(model.named_parameters(), process_group=group, config=config)
-
-
-def saved(group: Any, form: str, root: Path, num_steps: int = 2) -> None:
-    model, optimizer = built(group, form)
+def saved(group: Any, kind: str, root: Path, num_steps: int = 2, **settings: Any) -> None:
+    parts = build(kind, group, **settings)
     for step in range(1, num_steps + 1):
-        for index, param in enumerate(model.parameters()):
-            whole = draw_gradient(torch.empty(param.shape), index, step).to(param.dtype)
-            param.grad = (
-                whole if type(param) is nn.Parameter else distribute_tensor(whole, param.device_mesh, param.placements)
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        save_checkpoint(root, step=step, model=model, optimizer=optimizer)
+        fit(*parts, 1)
+        save_checkpoint(root, step=step, **run(group, *parts))
 
 
-def loaded(group: Any, form: str, root: Path, change: str = "") -> str:
-    model, optimizer = built(group, form)
+def loaded(group: Any, kind: str, root: Path, change: str = "", **settings: Any) -> str:
+    parts = build(kind, group, seed=1, **settings)
     if change:
         folder = checkpoints(root)[-1]
         if group.rank() == 0:
             manifest = Manifest.read(folder)
-            words = manifest.fingerprint["tensors"]["block.up.weight"]
+            words = manifest.fingerprint["tensors"]["middle.0.weight"]
             words[change] = f"{int(words[change], 16) ^ 1:016x}"
             (folder / "manifest.json").unlink()
             manifest.write(folder)
         dist.barrier(group)
     try:
-        load_checkpoint(root, model=model, optimizer=optimizer)
+        load_checkpoint(root, **run(group, *parts))
     except ValueError as error:
         return str(error)
     return ""
 
 
+NARROW = {"dtype": torch.bfloat16}
+
+
 def test_what_was_loaded_is_compared_with_what_was_saved(tmp_path: Path) -> None:
-    on_ranks(3, saved, "FP32", tmp_path / "bf16")
-    assert on_ranks(2, loaded, "REMAINDER", tmp_path / "bf16") == [""] * 2
-    on_ranks(2, saved, "FSDP2", tmp_path / "a")
-    assert on_ranks(3, loaded, "sharded on 3", tmp_path / "a") == [""] * 3
+    on_ranks(3, partial(saved, **NARROW), "ours, fp32 main", tmp_path / "bf16")
+    assert on_ranks(2, partial(loaded, **NARROW), "ours, remainder", tmp_path / "bf16") == [""] * 2
+    on_ranks(2, saved, "fsdp2, our law", tmp_path / "a")
+    assert on_ranks(3, loaded, "ours", tmp_path / "a") == [""] * 3
     for change in ("exp_avg", "param"):
-        for said in on_ranks(3, loaded, "sharded on 3", tmp_path / "a", change):
-            assert said.startswith(f"{change} of block.up.weight: expected")
+        for said in on_ranks(3, loaded, "ours", tmp_path / "a", change):
+            assert said.startswith(f"{change} of middle.0.weight: expected")
     on_ranks(2, saved_with_drift, tmp_path / "drift")
-    assert on_ranks(2, loaded, "sharded on 2", tmp_path / "drift") == [""] * 2
+    assert on_ranks(2, loaded, "ours", tmp_path / "drift") == [""] * 2
 
 
 def saved_with_drift(group: Any, root: Path) -> None:
-    placed = LAYOUTS["sharded on 2"].place(group, {})
+    parts = build("ours", group)
     if group.rank() == 1:
-        placed.model.gain.data[0] += 1
+        parts[0].get_parameter("decoder.weight").data[0] += 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        save_checkpoint(root, step=1, model=placed.model, optimizer=placed.optimizer)
-    assert [str(each.message) for each in caught if "param of gain on rank 1" in str(each.message)]
+        save_checkpoint(root, step=1, **run(group, *parts))
+    assert [str(each.message) for each in caught if "param of decoder.weight on rank 1" in str(each.message)]
 
 
 def test_diff_tells_the_first_step_and_tensor_that_differ(tmp_path: Path) -> None:
-    on_ranks(1, saved, "FP32", tmp_path / "one")
-    on_ranks(2, saved, "REMAINDER", tmp_path / "run" / "two", 3)
+    on_ranks(1, partial(saved, **NARROW), "ours, fp32 main", tmp_path / "one")
+    on_ranks(2, partial(saved, **NARROW), "ours, remainder", tmp_path / "run" / "two", 3)
     assert difference(tmp_path / "one", tmp_path / "run") is None
     (tmp_path / "two").symlink_to(tmp_path / "run" / "two")
     one, two = (saved_fingerprints(tmp_path / name) for name in ("one", "two"))
     lines = [{"step": 0, "loss": 1.0}, *({"step": step, "fingerprint": its.as_dict()} for step, its in two.items())]
     changed = json.loads(json.dumps(lines))
-    changed[3]["fingerprint"]["tensors"]["block.norm.bias"]["exp_avg_sq"] = "0" * 16
+    changed[3]["fingerprint"]["tensors"]["middle.1.bias"]["exp_avg_sq"] = "0" * 16
     for name, content in (("a.jsonl", lines), ("b.jsonl", changed)):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in content))
     assert difference(tmp_path / "one", tmp_path / "a.jsonl") is None and one[2] == two[2]
     said = difference(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    assert said is not None and said.startswith("step 3: exp_avg_sq of block.norm.bias is ")
+    assert said is not None and said.startswith("step 3: exp_avg_sq of middle.1.bias is ")
     with pytest.raises(ValueError, match=r"of the same step, got step 2 in .*one.* and 3 in"):
         difference(checkpoints(tmp_path / "one")[-1], checkpoints(tmp_path / "two")[-1])
     with pytest.raises(ValueError, match=f"{tmp_path / 'none'}: expected .* got no file or folder"):
         difference(tmp_path / "none", tmp_path / "two")
-    lines[3]["fingerprint"]["tensors"]["gain"]["of a later version"] = "0"
+    lines[3]["fingerprint"]["tensors"]["decoder.weight"]["of a later version"] = "0"
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = difference(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
-    assert said is not None and said.startswith("step 3: of a later version of gain is nothing in ")
+    assert said is not None and said.startswith("step 3: of a later version of decoder.weight is nothing in ")
     lines[3]["fingerprint"]["formula"] = 1
     with pytest.raises(ValueError, match="expected a fingerprint by formula 2, got"):
         Fingerprint.of_dict(lines[3]["fingerprint"])
