@@ -285,7 +285,10 @@ def test_old_ones_go_once_the_new_one_is_complete(tmp_path: Path) -> None:
 
 
 def test_later_ones_are_left_alone_and_do_not_count(tmp_path: Path) -> None:
-    parts, _ = saved(tmp_path, 1, 2, 9)
+    parts, then = saved(tmp_path, 1, 2, 9)
+    for path, step in ((tmp_path, 9), (tmp_path / "step_00000002", 2)):
+        resumed = load_checkpoint(path, **run(None, *parts))
+        assert resumed is not None and resumed.step == step and differences(whole(*parts[:2]), then[step]) == []
     save_checkpoint(tmp_path, step=3, **run(None, *parts), keep_last=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000003", "step_00000009"]
 
