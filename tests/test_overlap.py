@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw.comm.collectives import Collectives
 from tests import pool
 from tests.harness import (
     ALL_IN_ONE,
@@ -94,6 +95,26 @@ def test_every_way_of_reducing_leads_to_the_bits_of_the_control(case: Scenario, 
 def warm_up(group: Any, model: nn.Module, optimizer: ShardedDecoupledAdamW) -> None:
     """Take the first step, in which ranks find out whether something else averages, and nothing overlaps."""
     train_on(model, optimizer, group.rank(), 10)
+
+
+def test_sharded_gradients_of_buckets_of_all_sizes_go_through_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory would cost a page fault for every 4 KiB, in every step."""
+    taken: list[int] = []
+
+    def new_buffer(_: Collectives, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        taken.append(numel)
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    monkeypatch.setattr(Collectives, "new_buffer", new_buffer)
+    params = [nn.Parameter(torch.zeros(64 * n)) for n in (3, 1, 4, 2)]
+    config = ShardingConfig(gradient_residency=SHARDED, overlap=False, bucket_cap_mb=ONE_EACH)
+    optimizer = ShardedDecoupledAdamW(params, config=config)
+    for _ in range(3):
+        taken.clear()
+        torch.stack([param.sum() for param in params]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert taken == []
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1)], ids=str)
