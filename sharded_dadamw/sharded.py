@@ -36,7 +36,7 @@ from sharded_dadamw.schedule.gatherer import Attachment, Gatherer
 from sharded_dadamw.schedule.joining import JoinableOptimizer, Joining
 from sharded_dadamw.schedule.reducer import Reducer, fetched
 from sharded_dadamw.schedule.step_agreement import Agreed, Asked, StepAgreement
-from sharded_dadamw.state.state_dict import fragments_of, gather_state, load_into
+from sharded_dadamw.state.state_dict import ShownState, fragments_of, gather_state, load_into
 
 
 class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
@@ -50,7 +50,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     makes ``p.data`` of trainable ones views of flat buffers: move the model to its device and dtype before.
 
     ``optimizer.state[p]`` holds ``step`` (0-d fp32) and of what there is of ``exp_avg``, ``exp_avg_sq``,
-    ``max_exp_avg_sq``, ``main_param`` and ``main_remainder`` this rank's part of the flattened whole, in rank order.
+    ``max_exp_avg_sq``, ``main_param`` and ``main_remainder`` this rank's part of the flattened whole, in rank order. It
+    may be changed in place. A tensor that is put in the place of one is copied there by the next ``step``, and
+    what is removed of a parameter begins anew.
 
     A parameter whose ``grad`` is None on all ranks stays as it is. Gradients are averaged in place by the end of
     backward: call it once per step outside ``no_sync``, and ``zero_grad`` before the next. Averages may be multiplied
@@ -115,6 +117,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._joining = Joining(self._shards)
         self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
+        self._shown = ShownState()
         self._fingerprints.settle = self._gatherer.finish
         self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
@@ -141,7 +144,12 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         """Have new buckets reduced from now on, and show their state."""
         for bucket in self._shards.buckets[len(self._reducer.buckets()) :]:
             self._reducer.watch(bucket)
-            self.state.update({member.param: bucket.state_of(slot) for slot, member in enumerate(bucket.members)})
+            self._shown.show(bucket, self.state)
+
+    def _take_back_state(self) -> None:
+        """Have what others have put into ``state``, or removed, count. What was gathered before is then out of date."""
+        if self._shown.take_back(self.state):
+            self._consolidated.clear()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -199,6 +207,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         with self._joining.agreeing("step()" if to_clip is None else "clip_grad_norm_()", self._clip):
             self._gatherer.finish()
             objection, adds = self._joining.objection(self._reducer), self._norms.in_step
+            try:
+                self._take_back_state()
+            except ValueError as error:
+                objection = str(error)
             asked = Asked(self._gatherer.num_attached, objection, self._clip, adds, to_clip)
             if to_clip is None:
                 found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
@@ -307,6 +319,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         see ``state.fragment_tensor``. ``torch.distributed.checkpoint`` saves and loads that at any number of ranks;
         ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
         """
+        self._take_back_state()
         state_dict = super().state_dict()
         state_dict["state"].update(fragments_of(self._shards.buckets, self._shards.collectives) | self._consolidated)
         self._consolidated.clear()
@@ -325,6 +338,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             ValueError: There is no such rank.
             RuntimeError: The process group is gone.
         """
+        self._take_back_state()
         self._shards.collectives.check_alive()
         self._gatherer.finish()
         self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, to=to))
@@ -352,6 +366,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self._check_loaded(state_dict["param_groups"])
+        self._take_back_state()
         load_into(self._shards.buckets, self.param_groups, self._shards.frozen, state_dict)
         self._consolidated.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_dadamw import DecoupledAdamW, Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests.harness import FULL, ONE_EACH, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
-from tests.models import reduce_for_control
+from tests.models import draw_gradient, reduce_for_control
 from tests.simulated import on_ranks
 
 either_residency = pytest.mark.parametrize("residency", [FULL, SHARDED])
@@ -445,3 +445,73 @@ def test_a_clip_stays_for_the_rest_where_gradients_are_dropped_after_it(num_grou
     assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(0.1 / 2**0.5)
     optimizer.step()
     assert bool((params["a"] == 1.0).all()) and not bool((params["b"] == 1.0).any())
+
+
+# --- state that is replaced ---
+
+
+def forget_all(state: Any, param: Tensor) -> None:
+    state.clear()
+
+
+def forget_one(state: Any, param: Tensor) -> None:
+    state.pop(param)
+
+
+def put_nothing(state: Any, param: Tensor) -> None:
+    state[param] = {}
+
+
+def put_zeros(state: Any, param: Tensor) -> None:
+    for key, value in state[param].items():
+        state[param][key] = torch.zeros_like(value)
+
+
+def put_whole_zeros(state: Any, param: Tensor) -> None:
+    state[param]["exp_avg"] = torch.zeros_like(param)
+
+
+def put_what_is_there(state: Any, param: Tensor) -> None:
+    """As Lightning does, and whoever moves what was loaded to a device."""
+    state[param] = {key: value.to(param.device) for key, value in state[param].items()}
+
+
+BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("reset", BY_RESETTING)
+@ranks()
+def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, reset: Callable[[Any, Tensor], None]) -> None:
+    results = []
+    for cls in (DecoupledAdamW, ShardedDecoupledAdamW):
+        model, made = small(group, reduce_gradients=False)
+        optimizer: Any = made if cls is ShardedDecoupledAdamW else cls(model.parameters(), lr=made.defaults["lr"])
+        for step in range(4):
+            if step == 2:
+                reset(optimizer.state, next(model.parameters()))
+            for number, param in enumerate(model.parameters()):
+                param.grad = draw_gradient(param, number, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(values_of(model))
+    assert_equal(*results)
+
+
+@ranks(2)
+def test_state_that_does_not_fit_is_an_error_on_every_rank_that_changes_nothing(group: Any) -> None:
+    model, optimizer = small(group)
+    train_on(model, optimizer, group.rank(), 0)
+    before = values_of(model)
+    for entry, said in (({"step": torch.ones(())}, "expected entries"), (None, r"exp_avg: expected \[")):
+        param = next(model.parameters())
+        saved = dict(optimizer.state[param])
+        if group.rank() == 1:
+            optimizer.state[param] = entry or {**saved, "exp_avg": torch.zeros(7777)}
+        loss_of(model, group.rank()).backward()
+        with pytest.raises(RuntimeError, match=said):
+            optimizer.step()
+        optimizer.state[param] = saved
+        optimizer.zero_grad()
+    assert_equal(before, values_of(model))
+    train_on(model, optimizer, group.rank(), 1)

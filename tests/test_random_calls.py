@@ -369,6 +369,16 @@ class _Ours(_Both):
         state_dict = whole_state_dict(self.optimizer, self.num_ranks) if whole else self.optimizer.state_dict()
         self.optimizer.load_state_dict(state_dict)
 
+    def reset(self, name: str, how: str) -> None:
+        """Have the state of a parameter begin anew, by what torch's optimizers understand."""
+        state, param = self.optimizer.state, self.params[name]
+        if how == "pop":
+            state.pop(param, None)
+        elif param in state:
+            # Not of a main parameter, which is the weight.
+            moments = {key: value if "main" in key else torch.zeros_like(value) for key, value in state[param].items()}
+            state[param] = {} if how == "empty" else moments
+
     def consolidate(self, to: int) -> None:
         self.optimizer.consolidate_state_dict(to % self.num_ranks)
 
@@ -618,6 +628,10 @@ class _Oracle(_Both):
         if not any(self.local):  # the clip goes with the last of its gradients
             self.factor = None if not self.setup.config.reduce_gradients else self.factor
 
+    def reset(self, name: str, how: str) -> None:
+        for value in self.state()[name].values():
+            value.zero_()
+
     def nothing(self, *_: Any) -> None:
         pass
 
@@ -738,6 +752,7 @@ CALLS = st.one_of(
     call("reload", st.booleans()),
     call("consolidate", RANKS),
     call("drop", NAMES),
+    call("reset", NAMES, st.sampled_from(["pop", "empty", "zeros"])),
     call("joined", KEYS, st.lists(st.integers(1, 3), min_size=3, max_size=3)),
     call("on_other_ranks", st.integers(1, 3), st.sampled_from(["state_dict", "state_dict", "checkpoint", "dcp"])),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -26,6 +28,60 @@ from sharded_dadamw.update.storage import MAINS
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Live tensors, each with the saved one that belongs into it; equal in shape, and the live one can hold its values."""
+
+
+class ShownState:
+    """What ``optimizer.state`` shows of buckets, whose tensors others may replace or take away.
+
+    It is changed in place and never replaced, since proxies of an optimizer share it.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
+        self._tensors: list[Tensor] = []
+
+    def show(self, bucket: Bucket, state: MutableMapping[Tensor, Any]) -> None:
+        """Put the live tensors of a bucket into ``state``."""
+        for slot, member in enumerate(bucket.members):
+            pieces = pieces_of(bucket, slot)
+            self._shown[member.param] = member.name, pieces
+            self._tensors += [piece.live for piece in pieces.values()]
+            state[member.param] = _live(pieces)
+
+    def take_back(self, state: MutableMapping[Tensor, Any]) -> bool:
+        """Copy what is in the place of live tensors into them, and clear those of parameters that have no entry.
+
+        ``state`` then shows live tensors again. Main parameters are not cleared. Returns whether there was anything. A
+        ValueError names what does not fit, and nothing has changed.
+        """
+        given = [state.get(param, {}) for param in self._shown]
+        values = chain.from_iterable(map(dict.values, given))
+        if sum(map(len, given)) == len(self._tensors) and all(map(is_, values, self._tensors)):
+            return False
+        pairs: _Pairs = []
+        for entry, (name, pieces) in zip(given, self._shown.values(), strict=True):
+            if not entry:
+                pairs += [
+                    (piece.live, torch.zeros_like(piece.live)) for key, piece in pieces.items() if key not in MAINS
+                ]
+            elif entry.keys() != pieces.keys():
+                raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, or none, got {sorted(entry)}")
+            else:
+                pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
+        for live, value in pairs:
+            live.copy_(value)
+        state.update({param: _live(pieces) for param, (_, pieces) in self._shown.items()})
+        return True
+
+
+def _live(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    return {key: piece.live for key, piece in pieces.items()}
+
+
+def _match_replaced(piece: Piece, value: Any) -> _Pairs:
+    """As ``_match_piece``, of a value in the place of this rank's fragment, and perhaps of its shape."""
+    is_fragments = torch.is_tensor(value) and value.shape == piece.live.shape and takes(piece.live.dtype, value)
+    return [(piece.live, value)] * (value is not piece.live) if is_fragments else _match_piece(piece, value)
 
 
 def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[int, dict[str, Tensor]]:
