@@ -240,7 +240,7 @@ MUTATIONS = {
         ("if num_parts > _MOST_PARTS:", "if False:", "torch_file"),
     ],
     "decoupled.py": [
-        ("counted = 1.0 if found_inf is None else", "counted = 1.0 if True else", "contract"),
+        ("counted = 1.0 if found_inf is None else", "counted = 1.0 if True else", "placement"),
         ("self._clip.require_unchanged(grads, to_clip=not for_step)", "pass", "metrics"),
     ],
     "sharded.py": [

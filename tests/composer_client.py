@@ -228,7 +228,6 @@ def do_all(folder: Path) -> None:
         if dist.get_world_size() == 1 or layout != "fsdp2":  # where Composer's own fails in its reduction
             run = Run("composer", layout, grouped, amsgrad=False)
             results[run.name] = {"whole": train(run, until=NUM_STEPS if layout == "plain" else 1)}
-    results["decoupled plain ungrouped"] = {"whole": train(Run("decoupled", grouped=False))}
     theirs = train(Run("composer", amsgrad=False), until=NUM_STEPS // 2, save=folder / "theirs")
     results["composer plain"]["second half"] = train(Run("decoupled", amsgrad=False), load=theirs["saved"])
     if dist.get_world_size() == 1:

@@ -331,12 +331,6 @@ class _Group(dist.ProcessGroup):
 
     allreduce_coalesced = allreduce
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> _Work:
-        def move(lists: Sequence[list[Tensor]]) -> None:
-            _write(lists[opts.rootRank][0], _reduce([tensor for (tensor,) in lists], opts.reduceOp.op))
-
-        return self._post(f"reduce to {opts.rootRank}", move, tensors)
-
     def broadcast(self, tensors: list[Tensor], opts: Any) -> _Work:
         def move(lists: Sequence[list[Tensor]]) -> None:
             for tensor, *_ in lists:

@@ -219,6 +219,7 @@ def test_sparse_gradients_are_refused_before_anything_changes(cls: Any) -> None:
 )
 @ranks(2)
 def test_a_clip_is_for_the_gradients_there_are(group: Any, reduces: bool, what: str) -> None:
+    """Where one is replaced, the others stay, and are zero."""
     pair = Pair(group, config=ShardingConfig(reduce_gradients=reduces))
     grads = {name: torch.full_like(p, 7.0 if name == "p1" else 0.0) for name, p in pair.params.items()}
     for name, p in pair.params.items():

@@ -44,11 +44,13 @@ def interrupted(at: int) -> Iterator[list[int]]:
                 raise KeyboardInterrupt(where)
 
     before = sys.gettrace()
+    gc.disable()  # what is collected here or there may call functions of the package
     sys.settrace(trace)
     try:
         yield count
     finally:
         sys.settrace(before)
+        gc.enable()
 
 
 def small(group: Any, attached: bool, **config: Any) -> tuple[nn.Module, ShardedDecoupledAdamW]:

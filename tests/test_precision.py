@@ -3,7 +3,6 @@
 Remainders and random bits are proved for all patterns; training shows that they are used, in pairs of settings.
 """
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +24,6 @@ from tests.models import BF16, F32
 from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
-
-EXACT = 2.0**-16  # MiB: small enough for several buckets
 
 # --- remainders ---
 
@@ -180,82 +177,43 @@ def test_random_bits_stay_what_they_were() -> None:
 # --- training, sharded ---
 
 
-def make_params(dtype: torch.dtype, sizes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
-    draw = torch.Generator().manual_seed(0)
-    values = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
-    return [(f"p{index}", nn.Parameter(value)) for index, value in enumerate(values)]
+NARROW: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32 with bf16 moments": (F32, {}),
+    "bf16 with remainder and bf16 moments": (BF16, dict(main_parameter=MainParameter.REMAINDER)),
+}
 
 
 def train(
-    group: Any,
-    dtype: torch.dtype,
-    sizes: tuple[int, ...],
-    num_steps: int,
-    settings: dict[str, Any],
-    hyper: dict[str, Any] | None = None,
-    gradient_size: float = 1.0,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], int]:
-    """This rank's fragments of the state, the parameters, and the bytes held. All ranks bring the same gradients."""
-    params = make_params(dtype, sizes)
+    group: Any, case: str, amsgrad: bool, bucket_cap_mb: float
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """This rank's fragments of the state, and the parameters. All ranks bring the same gradients."""
+    dtype, settings = NARROW[case]
+    draw = torch.Generator().manual_seed(0)
+    sizes = (1000, 7, 4096, 64, 513, 256 * 17, 256 * 16 + 1)
+    params = {f"p{i}": nn.Parameter(torch.randn(size, generator=draw).to(dtype)) for i, size in enumerate(sizes)}
+    config = ShardingConfig(moments=Moments.BF16, bucket_cap_mb=bucket_cap_mb, **settings)
     optimizer = ShardedDecoupledAdamW(
-        params,
-        **{"lr": 1e-2, "weight_decay": 1e-4, **(hyper or {})},
-        process_group=group,
-        config=ShardingConfig(**settings),
+        params.items(), lr=1e-2, weight_decay=1e-4, amsgrad=amsgrad, process_group=group, config=config
     )
-    draw = torch.Generator().manual_seed(1)
-    for _ in range(num_steps):
-        for _, param in params:
-            param.grad = (torch.randn(param.shape, generator=draw) * gradient_size).to(dtype)
+    for _ in range(12):
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=draw).to(dtype)
         optimizer.step()
         optimizer.zero_grad()
-    state = {name: {key: value.clone() for key, value in optimizer.state[p].items()} for name, p in params}
-    return state, {name: p.detach().clone() for name, p in params}, optimizer.state_bytes
-
-
-def whole(results: list[Any], name: str, key: str) -> Tensor:
-    return torch.cat([state[name][key] for state, _, _ in results])
-
-
-SIZES = (1000, 7, 4096, 64, 513)
-REMAINDER = dict(main_parameter=MainParameter.REMAINDER)
-
-
-@pytest.mark.parametrize(("num_ranks", "moments", "amsgrad"), [(1, Moments.BF16, True), (3, Moments.FP32, False)])
-def test_a_remainder_trains_like_an_fp32_main_parameter_bit_for_bit(
-    num_ranks: int, moments: Moments, amsgrad: bool
-) -> None:
-    """The parameters too, so that the model sees the same."""
-    run: Any = partial(on_ranks, num_ranks, train, BF16, (65, 1, 200), 200 if num_ranks == 1 else 30)
-    with_main, with_remainder = (run(dict(moments=moments, **kept), dict(amsgrad=amsgrad)) for kept in ({}, REMAINDER))
-    for name, param in with_main[0][1].items():
-        assert torch.equal(with_remainder[0][1][name], param)
-        assert torch.equal(
-            join(param, whole(with_remainder, name, "main_remainder")), whole(with_main, name, "main_param")
-        )
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(whole(with_remainder, name, key), whole(with_main, name, key))
-
-
-NARROW: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "fp32 with bf16 moments": (F32, dict(moments=Moments.BF16)),
-    "bf16 with remainder and bf16 moments": (BF16, dict(moments=Moments.BF16, **REMAINDER)),
-}
+    state = {name: {key: value.clone() for key, value in optimizer.state[p].items()} for name, p in params.items()}
+    return state, {name: p.detach().clone() for name, p in params.items()}
 
 
 @pytest.mark.parametrize(("case", "amsgrad"), [*zip(NARROW, (True, False), strict=True)])
 def test_narrow_moments_have_the_same_bits_on_any_number_of_ranks_and_in_any_buckets(case: str, amsgrad: bool) -> None:
-    dtype, settings = NARROW[case]
-    sizes = (*SIZES, 256 * 17, 256 * 16 + 1)
-    hyper = dict(amsgrad=amsgrad)
-    control = on_ranks(1, train, dtype, sizes, 12, settings, hyper)
-    for num_ranks, cap in ((1, EXACT), (2, 16.0), (2, EXACT), (4, 2**-7)):
-        results = on_ranks(num_ranks, train, dtype, sizes, 12, settings | dict(bucket_cap_mb=cap), hyper)
-        for name, param in control[0][1].items():
-            assert torch.equal(results[0][1][name], param), f"{name} on {num_ranks} ranks, {cap} MiB"
-            for key in control[0][0][name]:
-                if key != "step":
-                    assert torch.equal(whole(results, name, key), whole(control, name, key)), f"{name}: {key}"
+    control = on_ranks(1, train, case, amsgrad, 16.0)[0]
+    for num_ranks, cap in ((1, 2.0**-16), (2, 16.0), (2, 2.0**-16), (4, 2.0**-7)):
+        results = on_ranks(num_ranks, train, case, amsgrad, cap)
+        for name, entries in control[0].items():
+            assert torch.equal(results[0][1][name], control[1][name]), f"{name} on {num_ranks} ranks, {cap} MiB"
+            for key in set(entries) - {"step"}:
+                whole = torch.cat([state[name][key] for state, _ in results])
+                assert torch.equal(whole, entries[key]), f"{name}: {key}"
 
 
 def test_parameters_with_equal_values_are_rounded_independently() -> None:

@@ -53,6 +53,7 @@ ALIGNMENT = 64  # elements
     ("mixed dtypes with fp32 main parameters", scenario("mixed dtypes"), (2, 3)),
     ("bf16 with fp32 main parameters and amsgrad", scenario("bf16", amsgrad=True), (3,)),
     ("bf16 without main parameters and amsgrad", scenario("bf16", amsgrad=True, **AS_UNSHARDED), (2,)),
+    ("bf16 with remainders", scenario("bf16", main_parameter=MainParameter.REMAINDER, num_steps=30), (1, 3)),
     ("fp16 with fp32 main parameters", scenario("fp16"), (2,)),
     ("fp16 without main parameters", scenario("fp16", **AS_UNSHARDED), (3,)),
     ("amsgrad", scenario(amsgrad=True), (1, 4)),
