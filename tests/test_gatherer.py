@@ -481,16 +481,17 @@ def test_a_forked_process_finds_parameters_at_rest(group: Any) -> None:
 SCRIPT = """
 import sys, time, torch, torch.distributed as dist
 from sharded_dadamw import ShardedDecoupledAdamW
+from sharded_dadamw.buckets.bucket import Bucket
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 model = torch.nn.Linear(2000, 2000)
 optimizer = ShardedDecoupledAdamW(model.named_parameters())
 optimizer.attach(model)
-publish = optimizer._gatherer.publish
+update = Bucket.update_
 for step in range(2):
     model(torch.ones(1, 2000)).sum().backward()
     if rank == step == 1:  # the other rank is at its end by then
-        optimizer._gatherer.publish = lambda bucket: (time.sleep(2), publish(bucket))
+        Bucket.update_ = lambda *args: (time.sleep(2), update(*args))[1]
     optimizer.step()
     optimizer.zero_grad()
 raise SystemExit(3)

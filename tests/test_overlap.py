@@ -50,7 +50,7 @@ from tests.harness import (
     train_on,
     values_of,
 )
-from tests.models import BF16, F16, F32, InOrder, draw_gradient, reduce_for_control
+from tests.models import BF16, F16, F32, InOrder, draw_gradient, reduce_for_control, whole_state_dict
 from tests.simulated import on_ranks, started
 
 either_residency = pytest.mark.parametrize("residency", [FULL, SHARDED])
@@ -543,16 +543,16 @@ def test_who_reads_a_gradient_after_backward_reads_it_reduced(group: Any) -> Non
     model, optimizer = small(group, bucket_cap_mb=ALL_IN_ONE)
     warm_up(group, model, optimizer)
     twin = copy.deepcopy(model)
-    loss_of(model, group.rank()).backward()
-    (bucket,) = optimizer._shards.buckets
-    found = torch.cat([member.param.grad.flatten() for member in bucket.members])  # type: ignore[union-attr]
-    loss_of(twin, group.rank()).backward()
-    own = [twin.get_parameter(member.name).grad for member in bucket.members]
-    mean = torch.cat([grad.flatten() for grad in reduce_for_control(group, own)])  # type: ignore[arg-type]
-    start, stop = bucket.layout.shard_range(group.rank())
-    expected = torch.cat([grad.flatten() for grad in own])  # type: ignore[union-attr]
-    expected[start:stop] = mean[start:stop]
-    assert_equal(expected, found)
+    for each in (model, twin):
+        loss_of(each, group.rank()).backward()
+    found, local = ([p.grad.flatten() for p in each.parameters() if p.grad is not None] for each in (model, twin))
+    for param, reduced, own, mean in zip(
+        model.parameters(), found, local, reduce_for_control(group, local), strict=True
+    ):
+        first = 0 if group.rank() == 0 else param.numel() - optimizer.state[param]["exp_avg"].numel()
+        here = slice(first, first + optimizer.state[param]["exp_avg"].numel())
+        own[here] = mean[here]
+        assert_equal(own, reduced)
     optimizer.step()
 
 
@@ -656,7 +656,8 @@ def test_bf16_gradients_add_up_in_fp32_and_travel_in_what_is_asked_for(
     weight.grad_dtype = F32
     narrow = nn.Parameter(torch.zeros(3, dtype=BF16))  # whose gradients are, in a bucket of its own
     config = ShardingConfig(wire_dtype=wire_dtype, gradient_residency=residency)
-    optimizer = ShardedDecoupledAdamW([("weight", weight), ("bf16", narrow)], process_group=group, config=config)
+    params = [("weight", weight), ("bf16", narrow)]
+    optimizer = ShardedDecoupledAdamW(params, betas=(0.0, 0.95), process_group=group, config=config)
     drawn = [[draw_gradient(weight, rank, number) for number in range(2)] for rank in range(group.size())]
     for number in range(2):
         with optimizer.no_sync() if number == 0 else contextlib.nullcontext():
@@ -668,12 +669,9 @@ def test_bf16_gradients_add_up_in_fp32_and_travel_in_what_is_asked_for(
         own = first.float() + second.float()
         total += own if wire_dtype is None else own.to(wire_dtype).float()
     mean = total / group.size()
-    bucket, _ = optimizer._shards.buckets
-    start, stop = bucket.layout.shard_range(group.rank())
-    kept = mean.flatten()[start:stop]
-    assert torch.equal(bucket.gradients.shard[: kept.numel()], kept)
     torch.testing.assert_close(norm, mean.double().norm().float(), rtol=1e-6, atol=0)
     optimizer.step()
+    assert_equal(mean, whole_state_dict(optimizer, group.size())["state"][0]["exp_avg"])
 
 
 # --- void steps ---
