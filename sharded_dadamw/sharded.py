@@ -118,6 +118,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._reducer = Reducer(self._shards.collectives, self.config, self._joining.announce)
         self._gatherer = Gatherer(self._shards.collectives)
         self._shown = ShownState()
+        self.register_state_dict_post_hook(_show_fragments)  # ahead of others' hooks, which see them
         self._fingerprints.settle = self._gatherer.finish
         self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
@@ -320,10 +321,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
         """
         self._take_back_state()
-        state_dict = super().state_dict()
-        state_dict["state"].update(fragments_of(self._shards.buckets, self._shards.collectives) | self._consolidated)
-        self._consolidated.clear()
-        return state_dict
+        return super().state_dict()
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -383,3 +381,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             "model's parameters are views of. Copy the model, build a new optimizer on the copy, and load this one's "
             "state_dict() into it"
         )
+
+
+def _show_fragments(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Put into a state dict of torch's what ``ShardedDecoupledAdamW.state_dict`` returns."""
+    shards = optimizer._shards
+    state_dict["state"].update(fragments_of(shards.buckets, shards.collectives) | optimizer._consolidated)
+    optimizer._consolidated.clear()

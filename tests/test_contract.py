@@ -331,6 +331,14 @@ def test_state_dict_hooks_see_and_may_replace_the_state_dict() -> None:
     assert seen == ["pre save", "post load"] and optimizer.param_groups[0]["lr"] == 0.125
     assert saved["param_groups"][0]["lr"] == 3e-3, "loading changed the caller's state dict"
 
+    def without_moments(o: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        shapes = [entry["exp_avg"].shape for entry in state_dict["state"].values()]
+        assert shapes == [p.shape for group in o.param_groups for p in group["params"]]
+        return state_dict | {"state": {}}
+
+    optimizer.register_state_dict_post_hook(without_moments)
+    assert optimizer.state_dict()["state"] == {}
+
 
 # --- state dicts ---
 
