@@ -7,7 +7,7 @@ a few bytes per parameter.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -221,10 +221,11 @@ class _InFlight(Follower):
         self.most = self.now = 0
         self._model = model
         self._keeps_shards = model.keeps_shards
+        self._buckets = model.each(lambda bucket: bucket)
         self._itemsizes = model.each(lambda bucket: bucket.members[0].gradient_dtype.itemsize)
         self._scratch = model.each(partial(_scratch, model))
         self._witnesses = model.each(partial(_witness, model))
-        self._part: dict[int, int] = {}
+        self._parts_left: dict[int, deque[tuple[int, int]]] = {}
         self._waiting = Counter[int]()
         self._spares = SpareBuffers(self._allocate)
         self._buffers: dict[int, Tensor] = {}
@@ -237,7 +238,7 @@ class _InFlight(Follower):
                 self.made(gradient)
                 if self._keeps_shards:
                     number = gradient.bucket
-                    levels = (index + 1).bit_length() * self._model.bucket(number).layout.numel
+                    levels = (index + 1).bit_length() * self._buckets[number].layout.numel
                     more = levels * self._itemsizes[number] - self._waiting[number]
                     self._waiting[number] += more
                     self._add(more)
@@ -248,25 +249,25 @@ class _InFlight(Follower):
 
     def taken(self, gradient: Gradient) -> None:
         if self._keeps_shards and gradient.bucket not in self._buffers:
-            bucket = self._model.bucket(gradient.bucket)
+            bucket = self._buckets[gradient.bucket]
             if bucket.reduces:  # else the flat buffer is there all the time
                 dtype = bucket.members[0].gradient_dtype
                 self._buffers[gradient.bucket] = self._spares.take(bucket.layout.numel, dtype, torch.device("meta"))
         self.now -= gradient.numel * self._itemsizes[gradient.bucket]
 
     def begin(self, bucket: int) -> None:
-        self._part[bucket] = 0
+        self._parts_left[bucket] = deque(self._scratch[bucket])
         self._add(self._witnesses[bucket])
         self._add(-self._waiting.pop(bucket, 0))
-        self._add(self._scratch[bucket][0][0])
+        self._add(self._parts_left[bucket][0][0])
 
     def go_on(self, bucket: int) -> None:
-        scratch, part = self._scratch[bucket], self._part[bucket]
-        self._part[bucket] += 1
-        self._add(scratch[part][1])
-        self._add(-sum(scratch[part]))
-        if part + 1 < len(scratch):
-            self._add(scratch[part + 1][0])
+        parts = self._parts_left[bucket]
+        under_way, at_its_end = parts.popleft()
+        self._add(at_its_end)
+        self._add(-under_way - at_its_end)
+        if parts:
+            self._add(parts[0][0])
 
     def done(self, bucket: int) -> None:
         if self._keeps_shards:
@@ -303,11 +304,10 @@ def _scratch(model: Model, bucket: Arrangement) -> list[tuple[int, int]]:
 
 def _scratch_of(mean: Mean, *, is_direct: bool, in_tree: bool) -> tuple[int, int]:
     """The same of one reduce-scatter. A backend keeps what it sends until it is waited for, and so a narrowed copy."""
-    copied = mean.ranks * mean.numel * mean.sent.itemsize if mean.sent != mean.dtype else 0
+    copied = mean.sent_bytes if mean.sent != mean.dtype else 0
     if is_direct:
-        arriving = mean.ranks * mean.numel * mean.sent.itemsize
         total = mean.numel * sum_dtype(mean.sent, mean.out).itemsize
-        return copied + arriving, total + (_in_tree(mean) if in_tree else 0)
+        return copied + mean.sent_bytes, total + (_in_tree(mean) if in_tree else 0)
     if mean.sent == mean.out:
         return copied, 0
     return copied + mean.numel * mean.sent.itemsize, max(0, mean.numel * mean.out.itemsize - copied)

@@ -144,10 +144,6 @@ class Model:
         of_kind = list(map(told, self.kinds))
         return [of_kind[kind] for kind in self.kind_of]
 
-    def bucket(self, number: int) -> Arrangement:
-        """A bucket that is like the one with this number."""
-        return self.kinds[self.kind_of[number]]
-
     def means_of(self, bucket: Arrangement) -> tuple[Mean, Mean]:
         """How gradients of a bucket are averaged over a row of shards, and then over a column of replicas."""
         shard, dtype, wire = bucket.layout.shard_numel, bucket.members[0].gradient_dtype, self.config.wire_dtype
