@@ -41,6 +41,7 @@ from sharded_dadamw.kernels.numba_language import (
     load,
     pattern_of,
     pointer_at,
+    prefetch,
     run_on_threads,
     store,
 )
@@ -52,6 +53,8 @@ _TILE = 4096
 """Elements whose squares are summed in fp32."""
 _BLOCK = 96
 """Elements whose squares are summed at once in the lanes of a vector."""
+_AHEAD = 512
+"""How many elements ahead lines are read, where the processor has to be told."""
 _CLAIM = 16
 """Tiles that a thread takes at a time."""
 _GRAIN = 1 << 16
@@ -147,6 +150,13 @@ def _add(typing: Any, total: Any, term: Any) -> Any:
 
 
 @njit(forceinline=True)
+def _read_ahead(address: int, itemsize: int, first: int) -> None:
+    """Begin to read a block of an array."""
+    for line in range(0, _BLOCK * itemsize, 64):
+        prefetch(address + first * itemsize + line)
+
+
+@njit(forceinline=True)
 def _larger(a: Any, b: Any) -> Any:
     """The larger number, or nan if one is."""
     return a if a > b or a != a else b
@@ -206,6 +216,8 @@ def _compile(form: Form, *, divide: bool) -> Any:
     value_column, value_as = (_MAIN, FP32) if main_as == FP32 else (_PARAM, param_as)
     amsgrad = form.amsgrad
     stochastic = form.is_stochastic
+    # Measured: this form takes 0.9 of its time; of others an EPYC is slower for it, where arrays are fewer or narrower.
+    reads_ahead = main_as == INT16 and moments_as == FP32
 
     def run(pointer: Any) -> None:
         call = carray(pointer, 1)[0]
@@ -245,6 +257,12 @@ def _compile(form: Form, *, divide: bool) -> Any:
                     key0 = _mix(_mix(uint32(int64(step) + 0x9E3779B9)))
                     key1 = _mix(uint32(key0 + uint32(0x85EBCA6B)))
                 for block in range(start, stop, _BLOCK):
+                    if reads_ahead and block + _AHEAD < row[_NUMEL]:
+                        _read_ahead(param_at, 2, block + _AHEAD)
+                        _read_ahead(grad_at, 4 if grad_as == FP32 else 2, block + _AHEAD)
+                        _read_ahead(exp_avg_at, 4, block + _AHEAD)
+                        _read_ahead(exp_avg_sq_at, 4, block + _AHEAD)
+                        _read_ahead(main_at, 2, block + _AHEAD)
                     first_element = row[_FIRST_ELEMENT] + block
                     first_low = uint32(first_element)
                     key_high = uint32(uint32(first_element >> 32) * uint32(0xC2B2AE35))

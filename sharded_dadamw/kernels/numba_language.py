@@ -139,6 +139,19 @@ def _keep_apart(builder: Any, access: Any, column: int) -> None:
 
 
 @intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Begin to read the cache line at ``address``, which need not be valid."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
+        begin = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
+        builder.call(begin, [builder.inttoptr(arguments[0], pointer), WORD(0), WORD(3), WORD(1)])  # data, to be kept
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def pointer_at(typing: Any, address: Any) -> Any:
     """``address`` as a pointer."""
     pointer = ir.IntType(8).as_pointer()
