@@ -332,7 +332,7 @@ def test_state_dict_hooks_see_and_may_replace_the_state_dict() -> None:
     assert saved["param_groups"][0]["lr"] == 3e-3, "loading changed the caller's state dict"
 
     def without_moments(o: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        shapes = [entry["exp_avg"].shape for entry in state_dict["state"].values()]
+        shapes = [state_dict["state"][index]["exp_avg"].shape for index in sorted(state_dict["state"])]
         assert shapes == [p.shape for group in o.param_groups for p in group["params"]]
         return state_dict | {"state": {}}
 
