@@ -28,7 +28,6 @@ from sharded_dadamw.buckets import offload, weights
 from sharded_dadamw.comm.collectives import Collectives
 
 ELSEWHERE = torch.device("cuda", 0)
-_HOST = torch.device("cpu")
 
 _ANY: Any = Tensor
 _DEVICE, _IS_CUDA = _ANY.device.__get__, _ANY.is_cuda.__get__

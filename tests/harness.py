@@ -8,8 +8,9 @@ put together over the ranks.
     reports = on_ranks(3, train_beside_control, scenario("odd sizes", clip=(0.5, 2.0), bucket_cap_mb=ONE_EACH))
     assert_state_is_the_controls(reports)
 
-Gradients are drawn, or of a model's loss. `ranks` makes a test of what each rank does. `small` and what follows it are
-for loops that have no control but the same loop in another way.
+Gradients are drawn, or of a model's loss. `ranks` makes a test of what each rank does. `Pair` is for what happens
+between the steps of a few parameters, and has the control too. `small` and what follows it are for loops that have no
+control but the same loop in another way.
 """
 
 from __future__ import annotations

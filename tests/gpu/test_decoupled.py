@@ -178,9 +178,6 @@ def test_a_step_over_ten_thousand_parameters_launches_few_kernels() -> None:
     assert len(launched) - len(ours) <= math.ceil(len(params) / 110), sorted(set(launched))
 
 
-# --- results ---
-
-
 # --- CUDA graphs ---
 
 

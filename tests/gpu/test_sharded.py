@@ -101,6 +101,3 @@ def test_two_ranks_hold_half_of_the_state_each(dtype: torch.dtype) -> None:
     for half, used in on_ranks(2, bytes_of, False, dtype):
         assert 2 * half == whole
         assert used_alone - used == whole - half
-
-
-# --- stochastic moments ---
