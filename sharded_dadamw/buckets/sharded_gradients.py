@@ -13,7 +13,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import HookedGradients, Stage, are_present
+from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
@@ -118,12 +118,13 @@ class ShardedGradients(HookedGradients):
             self._reset()
         self._require_reduced()
         self._require_all_passes()
-        for slot, member in enumerate(self._members):
-            grad = member.param.grad
-            if self._witness is not None and slot == self._witness_slot:
-                if grad is not self._witness or grad._version != self._version:
-                    raise self._touched(slot)
-            elif grad is not None:
+        if self._witness is not None and self._witness_slot is not None:
+            grad = self._params[self._witness_slot].grad
+            if grad is not self._witness or grad._version != self._version:
+                raise self._touched(self._witness_slot)
+        for slot, grad in enumerate(map(GRAD_OF, self._params)):
+            is_witness = grad is self._witness and slot == self._witness_slot
+            if grad is not None and not is_witness:
                 if self.stage is Stage.READ:
                     raise self.changed()
                 if self._has_grad[slot] and not (self._buffer is not None and grad is self._views[slot]):
@@ -136,11 +137,13 @@ class ShardedGradients(HookedGradients):
             self._reset()
         buffer = self._filling()
         for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
-            is_as_delivered = param.grad is view
-            if not is_as_delivered and param.grad is not self._witness:  # it was assigned
+            grad = param.grad
+            is_as_delivered = grad is view
+            if not is_as_delivered and grad is not self._witness:  # it was assigned
                 with suppress(RuntimeError, ValueError):  # which the agreement raises, where other ranks hear of it
                     self._adopt(slot)
-            if param.grad is view:
+                grad = param.grad
+            if grad is view:
                 self._has_grad[slot], param.grad = True, None
                 if slot == self._witness_slot and is_as_delivered:  # else DistributedDataParallel wants its own view
                     param.grad = self._witness = torch.zeros(param.shape, dtype=self._dtype, device=self._device)
