@@ -628,7 +628,7 @@ class _Oracle(_Both):
         if not any(self.local):  # the clip goes with the last of its gradients
             self.factor = None if not self.setup.config.reduce_gradients else self.factor
 
-    def reset(self, name: str, how: str) -> None:
+    def reset(self, name: str, how: str = "") -> None:
         for value in self.state()[name].values():
             value.zero_()
 
@@ -812,9 +812,9 @@ def check(run: Callable[..., Any], setup: Setup, calls: Sequence[Call]) -> None:
         for number, (num_ranks, part, how) in enumerate(segments(setup.num_ranks, calls)):
             oracle.forget(num_ranks)
             oracle.ready(Start({}, (), ""))  # each number of ranks begins a schedule
-            for name in start.frozen:  # whose state a new optimizer leaves out, as it warns
-                for value in oracle.optimizer.state[oracle.params[name]].values():
-                    value.zero_()
+            for name in start.frozen:  # whose state a new optimizer leaves out, main parameters among it, as it warns
+                oracle.reset(name)
+                oracle.params[name].data.copy_(oracle.weight(name))
             folder = f"{root}/{number}" if how in ("checkpoint", "dcp") else ""
             results = run(num_ranks, run_rank, setup, start, part, how, folder)
             for place, each in enumerate([*part, Call("zero_grad", (True,))]):
