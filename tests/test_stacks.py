@@ -56,7 +56,7 @@ class Bench:
     def call(self, stack: str, function: Any, *arguments: Any, names: Any = ({},), example: str = "") -> forked.Ended:
         """Call a function of this module where a stack has been imported."""
         if find_spec(stack) is None:
-            pytest.skip(f"pip install {stack}")
+            pytest.skip(f"needs {stack}; docs/stacks.md says what to install")
         modules = ["tests.composer_client"] if stack == "llmfoundry" else []  # it knows what Composer's imports need
         modules += [f"launch.stacks.{example}"] if example else []
         own = {"peft": "transformers", "accelerate": "transformers"}.get(stack, stack)  # each imports the other
