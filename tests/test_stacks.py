@@ -32,6 +32,7 @@ STACKS = {
     "accelerate_loop": "accelerate",
     "accelerate_fsdp2": "accelerate",
     "lightning_trainer": "lightning",
+    "lightning_fsdp2": "lightning",
     "fabric_loop": "lightning",
     "torchtitan_fsdp2": "torchtitan",
     "olmo_core_fsdp2": "olmo_core",

@@ -21,6 +21,10 @@ from sharded_dadamw.stacks.lightning import ShardedStrategy
 class Module(lightning.LightningModule):
     """The model and its optimizer."""
 
+    def optimizer(self, groups: Any, **hyper: Any) -> Any:
+        """Averages gradients itself, where there is no DDP."""
+        return ShardedDecoupledAdamW(groups, **hyper, config={"reduce_gradients": not self.ddp})
+
     def __init__(self, ddp: bool) -> None:
         super().__init__()
         self.model, self.ddp, self.norms = build(), ddp, []
@@ -38,8 +42,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps."""
-        groups = weight_decay_groups(self, common.OURS["weight_decay"])
-        optimizer = ShardedDecoupledAdamW(groups, **common.OURS, config={"reduce_gradients": not self.ddp})
+        optimizer = self.optimizer(weight_decay_groups(self, common.OURS["weight_decay"]), **common.OURS)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, common.factor), "interval": "step"}]
 
     def on_before_optimizer_step(self, optimizer: ShardedDecoupledAdamW) -> None:
@@ -51,11 +54,16 @@ class Module(lightning.LightningModule):
 def main() -> None:
     """Train."""
     options = common.options()
+    train(options, Module(options.ddp), "ddp" if options.ddp else ShardedStrategy())
+
+
+def train(options: common.Options, module: Module, strategy: Any) -> None:
+    """Train, from the checkpoint if there should be one."""
     saving = ModelCheckpoint(options.folder, "{epoch}", save_top_k=-1)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-        strategy="ddp" if options.ddp else ShardedStrategy(),
+        strategy=strategy,
         max_epochs=common.STEPS // common.SAVE_AT,
         accumulate_grad_batches=options.micro_batches,
         gradient_clip_val=common.MAX_NORM,
@@ -65,8 +73,7 @@ def main() -> None:
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,
     )
-    module, saved = Module(options.ddp), options.folder / "epoch=0.ckpt"
-    trainer.fit(module, ckpt_path=saved if options.resume else None)
+    trainer.fit(module, ckpt_path=options.folder / "epoch=0.ckpt" if options.resume else None)
     common.keep(options.folder, module.model, module.norms)
 
 
