@@ -199,6 +199,9 @@ class DecoupledOptimizer(Optimizer):
         self._norms.report = self._norms.report.next(step, clip)
         return self._norms.report
 
+    def _settle(self) -> None:
+        """Have parameters and state be what they are meant to be, before they are read."""
+
     @abstractmethod
     def _held(self) -> Held:
         """Return what this rank holds of the parameters."""
@@ -282,6 +285,7 @@ class DecoupledOptimizer(Optimizer):
         self, ranks: Collectives | dist.ProcessGroup | DeviceMesh, names: Mapping[int, str] | None = None
     ) -> Fingerprint:
         """As ``fingerprint``, with other names of parameters, by their ids."""
+        self._settle()
         return self._fingerprints.make(parts_of(self._held(), names), ranks, self._device)
 
     @torch.no_grad()

@@ -119,7 +119,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._gatherer = Gatherer(self._shards.collectives)
         self._shown = ShownState()
         self.register_state_dict_post_hook(_show_fragments)  # ahead of others' hooks, which see them
-        self._fingerprints.settle = self._gatherer.finish
         self._agreement = StepAgreement(self._shards, self._reducer)
         self._clock = StepClock(self._shards.collectives)
         self._take_in()
@@ -151,6 +150,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         """Have what others have put into ``state``, or removed, count. What was gathered before is then out of date."""
         if self._shown.take_back(self.state):
             self._consolidated.clear()
+
+    def _settle(self) -> None:
+        self._gatherer.finish()
+        self._take_back_state()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -336,9 +339,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             ValueError: There is no such rank.
             RuntimeError: The process group is gone.
         """
-        self._take_back_state()
         self._shards.collectives.check_alive()
-        self._gatherer.finish()
+        self._settle()
         self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, to=to))
         self._clock.skip_bytes()
 

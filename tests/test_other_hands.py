@@ -496,6 +496,10 @@ def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, reset:
             optimizer.zero_grad()
         results.append(values_of(model))
     assert_equal(*results)
+    reset(optimizer.state, next(model.parameters()))
+    at_once = optimizer.fingerprint()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert at_once == optimizer.fingerprint()
 
 
 @ranks(2)

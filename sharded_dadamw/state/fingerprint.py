@@ -95,14 +95,9 @@ class Part(NamedTuple):
 
 
 class Fingerprints:
-    """Makes the fingerprints of one optimizer; keeps who counts what, for as long as parts stay what they are.
-
-    Attributes:
-        settle: What to call before parameters are read.
-    """
+    """Makes the fingerprints of one optimizer; keeps who counts what, for as long as parts stay what they are."""
 
     def __init__(self) -> None:
-        self.settle: Callable[[], object] = lambda: None
         self._asked: Callable[[], object] = lambda: None  # a group, weakly, as BackendVerbs does
         self._connected = Collectives()
         self._known: tuple[Collectives, list[tuple[str, str, str]]] | None = None
@@ -123,7 +118,6 @@ class Fingerprints:
             if self._asked() is not ranks:
                 self._asked, self._connected = weakref.ref(ranks), connect(ranks, device, exchange=None)
             ranks = self._connected
-        self.settle()
         parts = list(parts)
         self._meet(ranks, [(part.name, part.key, part.part) for part in parts])
         sums = _sums_of(parts, device)
