@@ -223,14 +223,24 @@ def test_the_same_data_on_all_ranks_is_trained_on_with_a_warning() -> None:
         assert_equal(alone[1], found)
 
 
+def assign_negative(param: Tensor) -> None:
+    param.grad = None if param.grad is None else torch.neg(param.grad)
+
+
+def give_memory_of_negative(param: Tensor) -> None:
+    if param.grad is not None:
+        param.grad.data = torch.neg(param.grad)
+
+
+@pytest.mark.parametrize("replace", [assign_negative, give_memory_of_negative])
 @ranks(2)
-def test_averages_that_were_replaced_are_an_error(group: Any) -> None:
+def test_averages_that_were_replaced_are_an_error(group: Any, replace: Callable[[Tensor], None]) -> None:
     model, optimizer = small(group)
     train_on(model, optimizer, group.rank(), 0)
     before = values_of(model)
     loss_of(model, group.rank()).backward()
     for p in model.parameters():
-        p.grad = None if p.grad is None else torch.neg(p.grad)
+        replace(p)
     with pytest.raises(RuntimeError, match=r"(?s)p\.grad was assigned after its average.*reduce_gradients=False"):
         optimizer.step()
     assert_equal(before, values_of(model))
@@ -296,9 +306,24 @@ def test_an_optimizer_of_another_class_over_parameters_that_have_one_is_an_error
 # --- gradients that are assigned or dropped before a backward ---
 
 
-BY_HAND: dict[str, Callable[[nn.Parameter, int], Tensor | None]] = {
-    "assigned": lambda p, rank: torch.full_like(p, 0.1 * (rank + 1)),
-    "dropped": lambda p, rank: None,
+def assign(param: Tensor, value: float) -> None:
+    param.grad = torch.full_like(param, value)
+
+
+def give_memory(param: Tensor, value: float) -> None:
+    assert param.grad is not None
+    param.grad.data = torch.full_like(param, value)
+
+
+def drop(param: Tensor, value: float) -> None:
+    param.grad = None
+
+
+# What is assigned is the control of what is given other memory.
+BY_HAND = {
+    "assigned": (assign, assign),
+    "given other memory": (assign, give_memory),
+    "dropped": (drop, drop),
 }
 
 
@@ -317,15 +342,31 @@ def test_what_is_assigned_or_dropped_between_two_backwards_counts_as_in_torch(
 ) -> None:
     """In the last layer, over what `no_sync` has left; the last backward leaves it out."""
     found = []
-    for settings in ({"overlap": False}, config):  # the former averages what it finds in p.grad, in step
+    # The former averages what it finds in p.grad, in step.
+    for change, settings in zip(BY_HAND[how], ({"overlap": False}, config), strict=True):
         model, optimizer = small(group, **settings)
         train_on(model, optimizer, group.rank(), *range(num_before))
         with optimizer.no_sync():
             loss_of(model, group.rank(), 7).backward()
         for p in model[4].parameters():
-            p.grad = BY_HAND[how](p, group.rank())
+            change(p, 0.1 * (group.rank() + 1))
         loss_of(model[:4], group.rank(), 8).backward()
         optimizer.step()
+        found.append(values_of(model))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_gradients_that_were_cast_and_cast_back_with_their_model_count(cleared: bool) -> None:
+    found = []
+    for casts in (False, True):
+        model, optimizer = small(None)
+        for step in range(3):
+            loss_of(model, 0, step).backward()
+            if casts:
+                model.double().float()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=cleared)
         found.append(values_of(model))
     assert_equal(*found)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate
 
 _NUM_SAMPLES = 64
@@ -47,7 +47,7 @@ class FullGradients(HookedGradients):
         self._exchanged = self.buffer.data
         self._range = layout.shard_range(rank)
         self.shard = self._exchanged[slice(*self._range)]
-        self._views = views_of(self.buffer, self._members, layout.offsets)
+        self._lay_out(self.buffer)
         self._version = 0
         self._sample: Tensor | None = None
 
@@ -163,10 +163,11 @@ class FullGradients(HookedGradients):
         self._has_grad = held
 
     def _target(self, slot: int) -> Tensor:
-        return self._views[slot]
+        return self._view(slot, self.buffer)
 
     def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""
+        self._leave_moved(self.buffer)
         return list(map(is_, map(GRAD_OF, self._params), self._views))
 
     def _assigned(self) -> RuntimeError:

@@ -180,6 +180,8 @@ class HookedGradients(Gradients):
         self._dtype = members[0].gradient_dtype
         self._wire_dtype = wire_dtype
         self._layout = layout
+        self._views: list[Tensor] = []  # of the flat buffer, where there is one
+        self._places: list[int] = []  # where those lie
         # Per slot whether there is a gradient, or a mean of one, as last looked.
         self._has_grad = [False] * len(members)
         self._passes = None if num_passes is None else Passes(num_passes, len(members), self._new_views)
@@ -202,6 +204,25 @@ class HookedGradients(Gradients):
     def _new_views(self) -> list[Tensor]:
         buffer = torch.empty(self._layout.numel, dtype=self._dtype, device=self._params[0].device)
         return views_of(buffer, self._members, self._layout.offsets)
+
+    def _lay_out(self, buffer: Tensor) -> None:
+        """Have gradients lie in a flat buffer."""
+        self._views = views_of(buffer, self._members, self._layout.offsets)
+        self._places = list(map(Tensor.data_ptr, self._views))
+
+    def _leave_moved(self, buffer: Tensor) -> None:
+        """Take gradients that were given other memory, as by ``p.grad.data = ...``, for assigned ones."""
+        if list(map(Tensor.data_ptr, self._views)) != self._places:
+            moved, places = self._views, self._places
+            self._lay_out(buffer)
+            for slot, (view, place) in enumerate(zip(moved, places, strict=True)):
+                if view.data_ptr() == place:
+                    self._views[slot] = view
+
+    def _view(self, slot: int, buffer: Tensor) -> Tensor:
+        if self._views[slot].data_ptr() != self._places[slot]:
+            self._leave_moved(buffer)
+        return self._views[slot]
 
     def is_last_pass(self, slot: int) -> bool:
         """Whether a gradient that comes now is the last one of a slot before a step, as far as is known."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate
 
 _LARGEST_WITNESS = 2**16
@@ -77,7 +77,6 @@ class ShardedGradients(HookedGradients):
         self._spares = spares
         self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
         self._buffer: Tensor | None = None
-        self._views: list[Tensor] = []  # of the buffer, where there is one
         self._leaving: Tensor | None = None
         self._holds_a_mean = False
         self._is_cleared = True
@@ -118,6 +117,8 @@ class ShardedGradients(HookedGradients):
             self._reset()
         self._require_reduced()
         self._require_all_passes()
+        if self._buffer is not None:
+            self._leave_moved(self._buffer)
         if self._witness is not None and self._witness_slot is not None:
             grad = self._params[self._witness_slot].grad
             if grad is not self._witness or grad._version != self._version:
@@ -136,6 +137,7 @@ class ShardedGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             self._reset()
         buffer = self._filling()
+        self._leave_moved(buffer)
         for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
             grad = param.grad
             is_as_delivered = grad is view
@@ -150,7 +152,7 @@ class ShardedGradients(HookedGradients):
                     self._version = self._witness._version
             else:
                 view.zero_()
-        self._buffer, self._views, self._leaving = None, [], buffer
+        self._buffer, self._views, self._places, self._leaving = None, [], [], buffer
         self._await_all()
         if self._passes is not None:
             self._passes.free()
@@ -201,13 +203,12 @@ class ShardedGradients(HookedGradients):
 
     def _target(self, slot: int) -> Tensor:
         self.stage = Stage.LOCAL
-        self._filling()
-        return self._views[slot]
+        return self._view(slot, self._filling())
 
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""
         if self._buffer is None:
             buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
-            self._views = views_of(buffer, self._members, self._layout.offsets)
+            self._lay_out(buffer)
             self._buffer = buffer  # and not before: after a KeyboardInterrupt, a buffer has all its views
         return self._buffer
