@@ -134,7 +134,7 @@ def test_it_trains_and_resumes_like_one_process_with_adamw(example: str, bench: 
         assert gap(bench.run(example, 1, "--resume", "--micro-batches", "4"), expected) < 2e-5
 
 
-@pytest.mark.parametrize("example", ["transformers_trainer", "lightning_trainer"])
+@pytest.mark.parametrize("example", ["transformers_trainer", "accelerate_loop", "lightning_trainer"])
 def test_under_the_stacks_own_ddp_it_trains_alike(example: str, bench: Bench) -> None:
     assert gap(bench.run(example, 2, "--ddp"), bench.control(example)) < 2e-5
 
