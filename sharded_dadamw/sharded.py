@@ -51,8 +51,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     ``optimizer.state[p]`` holds ``step`` (0-d fp32) and of what there is of ``exp_avg``, ``exp_avg_sq``,
     ``max_exp_avg_sq``, ``main_param`` and ``main_remainder`` this rank's part of the flattened whole, in rank order. It
-    may be changed in place. A tensor that is put in the place of one is copied there by the next ``step``, and
-    what is removed of a parameter begins anew.
+    may be changed in place. Put a tensor in the place of one, and the next ``step`` copies it there. Remove all entries
+    of a parameter, and its state begins anew, but for a main parameter.
 
     A parameter whose ``grad`` is None on all ranks stays as it is. Gradients are averaged in place by the end of
     backward: call it once per step outside ``no_sync``, and ``zero_grad`` before the next. Averages may be multiplied
@@ -173,9 +173,10 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
         Raises:
             RuntimeError: Called inside ``no_sync()``; gradients of the last step were not cleared; a parameter was
-                moved out of the optimizer's buffers; the process group is gone; or ranks disagree about gradients,
-                what was done to them, a hyperparameter or the loss scale: on every rank, and on an accelerator at the
-                next step. No parameter or state has then been changed; drop averaged gradients by ``zero_grad``.
+                moved out of the optimizer's buffers; what was put into ``state`` does not fit; the process group is
+                gone; or ranks disagree about gradients, what was done to them, a hyperparameter or the loss scale: on
+                every rank, and on an accelerator at the next step. No parameter or state has then been changed; drop
+                averaged gradients by ``zero_grad``.
             ValueError: A gradient is sparse, or in another dtype than its parameter.
         """
         loss = evaluate(closure)
@@ -213,8 +214,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             objection, adds = self._joining.objection(self._reducer), self._norms.in_step
             try:
                 self._take_back_state()
-            except ValueError as error:
-                objection = str(error)
+            except (TypeError, ValueError) as error:
+                objection = objection or str(error)
             asked = Asked(self._gatherer.num_attached, objection, self._clip, adds, to_clip)
             if to_clip is None:
                 found_inf, grad_scale = self._scalers_flag(), getattr(self, "grad_scale", None)
@@ -336,7 +337,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             to: Number of the rank within the process group.
 
         Raises:
-            ValueError: There is no such rank.
+            ValueError: There is no such rank; or, on this rank alone, what was put into ``state`` does not fit.
             RuntimeError: The process group is gone.
         """
         self._shards.collectives.check_alive()
@@ -366,8 +367,8 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self._check_loaded(state_dict["param_groups"])
-        self._take_back_state()
         load_into(self._shards.buckets, self.param_groups, self._shards.frozen, state_dict)
+        self._shown.restore(self.state)
         self._consolidated.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

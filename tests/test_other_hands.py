@@ -559,4 +559,7 @@ def test_state_that_does_not_fit_is_an_error_on_every_rank_that_changes_nothing(
         optimizer.state[param] = saved
         optimizer.zero_grad()
     assert_equal(before, values_of(model))
+    saved = optimizer.state_dict()
+    optimizer.state[next(model.parameters())] = {"step": torch.ones(())}
+    optimizer.load_state_dict(saved)
     train_on(model, optimizer, group.rank(), 1)

@@ -1,4 +1,4 @@
-"""LLM Foundry: a tiny MPT of what a YAML file says; its registry has our two optimizers, and Composer trains under DDP.
+"""LLM Foundry: a tiny MPT, by settings as a YAML file has them; Composer trains it under DDP.
 
 torchrun --nproc-per-node 2 -m launch.stacks.llm_foundry
 """

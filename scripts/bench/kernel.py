@@ -117,7 +117,8 @@ class Kernel(OnDevice):
             f"{self.rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
             *(*yardsticks, *LINES, LINE_OF_DEVICE[Device(device.type)], *dict.fromkeys(remarks)),
         ]
-        self.publish(Report(list(rows[0]), [list(row.values()) for row in rows], lines, {"rounds": rounds}))
+        titles = list(rows[0]) if rows else []  # no size may fit
+        self.publish(Report(titles, [list(row.values()) for row in rows], lines, {"rounds": rounds}))
 
 
 class Arena:
@@ -263,7 +264,11 @@ class Case:
     @property
     def yardsticks(self) -> str:
         """What memory yields, to be read."""
-        rates = (f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s" for name in self._yardsticks)
+        rates = (
+            f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s"
+            for name in self._yardsticks
+            if name in self.seconds
+        )
         on = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{millions(self.numel)} elements{on}: {', '.join(rates)}"
 

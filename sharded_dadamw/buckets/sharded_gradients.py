@@ -30,22 +30,20 @@ def witness_of(members: Sequence[NamedParameter]) -> int | None:
 
 
 class SpareBuffers:
-    """Memory for gradients between backward and their reduction; one buffer is kept for the next ones.
+    """Memory for gradients between backward and their reduction; the largest buffer is kept for the next ones.
 
-    Each is as large as the largest so far, so that it serves any bucket: new memory costs a page fault for every 4 KiB.
+    It comes back whole from a smaller bucket: new memory costs a page fault for every 4 KiB.
     """
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
-        self._largest = 0
         self._spare: Tensor | None = None
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer [numel] with anything in it."""
-        self._largest = max(self._largest, numel)
         spare, self._spare = self._spare, None
         if spare is None or spare.numel() < numel or spare.dtype != dtype or spare.device != device:
-            spare = self._allocate(self._largest, dtype, device)
+            spare = self._allocate(numel, dtype, device)
         return spare[:numel]
 
     def give_back(self, buffer: Tensor) -> None:

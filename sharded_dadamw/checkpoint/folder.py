@@ -209,7 +209,7 @@ def root_within(path: Path) -> Path | None:
 
 
 def found_at(path: Path) -> list[Path]:
-    """Return the checkpoints that a path means, newest last: those in it, or in a folder of it as of a run; or it."""
+    """Return the checkpoints that a path stands for, newest last: itself, or those in it, or those of a run in it."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return [path]
     return folders(path) or folders(root_within(path) or path) or [path]

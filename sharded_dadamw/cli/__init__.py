@@ -1,4 +1,8 @@
-"""The command `sharded-dadamw`: convert checkpoints, look into ours and compare them, and plan a run."""
+"""The command `sharded-dadamw`: convert checkpoints, look into ours and compare them, and plan a run.
+
+``commands`` names the commands, ``checkpoints`` and ``planning`` have them, each imported when it is called, and
+``errors`` turns what they raise into a line.
+"""
 
 from sharded_dadamw.cli.commands import app, main
 

@@ -57,7 +57,9 @@ def convert(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="One of our checkpoints, or a folder of them: then the newest.")],
+    path: Annotated[
+        Path, typer.Argument(help="One of our checkpoints, a folder of them or that of a run: then the newest.")
+    ],
 ) -> None:
     """Show what one of our checkpoints says that it is, and whether its checksums hold."""
     with one_line_errors():

@@ -18,7 +18,7 @@ from sharded_dadamw.kernels.operands import Form, Update
 log = logging.getLogger("sharded_dadamw")
 
 COMPILERS = {"cpu": "numba", "cuda": "triton"}
-"""Per device type the package that compiles our module of that name; an extra that is called by the device has it."""
+"""By device type the package that compiles. Our modules begin with its name; the extra is called after the device."""
 
 
 def kernel_for(form: Form) -> type[Update]:

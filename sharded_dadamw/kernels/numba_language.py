@@ -1,7 +1,7 @@
 """What compiled loops on the CPU are written in: arrays known by address, in any storage, and torch's own threads.
 
-A loop is a C function of a pointer to a call, a structure of numbers. Threads run it at once, and each claims what it
-does.
+A loop is a C function of a pointer to a call, a structure of numbers. Several threads may run it; each then claims
+what it does.
 """
 
 from __future__ import annotations

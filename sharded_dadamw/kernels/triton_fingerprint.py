@@ -13,9 +13,9 @@ from sharded_dadamw.kernels.fingerprint import BLOCK, FIRST, SECOND, STEP, Span,
 from sharded_dadamw.kernels.triton_language import join
 
 _BLOCKS = 64
-"""Of so many blocks of elements one program adds up the words."""
+"""Blocks whose words one program adds up."""
 _COLUMNS = tl.constexpr(8)
-"""Neighbours that threads read at once. A thread has the others of a block to itself, and computes their key once."""
+"""Neighbouring elements that threads read at once. The rest of a block is one thread's, so it makes the key once."""
 _BLOCK = tl.constexpr(BLOCK)
 _STEP, _FIRST, _SECOND = tl.constexpr(STEP), tl.constexpr(FIRST), tl.constexpr(SECOND)
 

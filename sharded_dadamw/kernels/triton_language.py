@@ -1,4 +1,4 @@
-"""What Triton's kernel is written in: elements loaded and stored in any dtype, rounding, and the rule's arithmetic.
+"""What Triton's kernels are written in: elements loaded and stored in any dtype, rounding, and the rule's arithmetic.
 
 What Triton's interpreter lacks or gets wrong (libdevice, conversions from and to bf16) is not used.
 """

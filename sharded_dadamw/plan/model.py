@@ -83,7 +83,7 @@ class Model:
         config: How they are sharded.
         shards: Ranks among which buckets are cut.
         replicas: Ranks that hold the same shard; 1 but on a mesh with two axes.
-        kinds: One bucket of each size and storage.
+        kinds: One bucket of each size, storage and dtype of gradients, of those that reduce and those that do not.
         kind_of: Which of these each bucket is like.
         gradients: As backward makes them, the last parameter's first.
     """

@@ -9,6 +9,6 @@
     olmo_core     two optimizer configs
     composer      ShardedDecoupledAdamW under its DDP, and in LLM Foundry's registry
 
-A module imports its stack, and nothing outside of this room imports the module but who uses it. None knows more of the
-optimizers than a user does. Where a stack averages or clips by itself, it is told who does.
+A module imports its stack, and nothing outside of this room imports the module but who uses it. Only ``composer``
+knows more of the optimizers than a user does. Where a stack averages or clips by itself, it is told who does.
 """

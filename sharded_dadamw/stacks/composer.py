@@ -13,13 +13,13 @@ from sharded_dadamw.config import ShardingConfig
 
 
 class ShardedDecoupledAdamW(sharded.ShardedDecoupledAdamW):
-    """Under DDP, in which Composer wraps every model; arguments are those of its base.
+    """Under DDP, in which Composer wraps a model on several ranks where FSDP does not; arguments are those of its base.
 
     Composer's clip, accumulation and checkpoints are as they were. The process group is made and the parameters are
     moved to the GPU here, as the Trainer would do when the optimizer has been built.
 
     Args:
-        config: As the base takes it; a mapping, or None, gets ``reduce_gradients=False``.
+        config: As the base takes it; a mapping, or None, has ``reduce_gradients=False`` unless it says otherwise.
     """
 
     def __init__(

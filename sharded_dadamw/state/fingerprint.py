@@ -225,7 +225,7 @@ def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Par
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Its elements end to end. What ``reshape`` makes of one column of a matrix is not."""
+    """Its elements end to end in memory. ``reshape(-1)`` of one column of a matrix is 1-D, and not contiguous."""
     return tensor.contiguous().view(-1)
 
 

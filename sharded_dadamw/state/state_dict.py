@@ -27,7 +27,7 @@ from sharded_dadamw.update.precision import takes
 from sharded_dadamw.update.storage import MAINS
 
 _Pairs = list[tuple[Tensor, Tensor]]
-"""Live tensors, each with the saved one that belongs into it; equal in shape, and the live one can hold its values."""
+"""Live tensors, each with the saved one that belongs into it, of its shape or a 0; the live one can hold its values."""
 
 
 class ShownState:
@@ -37,14 +37,14 @@ class ShownState:
     """
 
     def __init__(self) -> None:
-        self._shown: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
+        self._pieces: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
         self._tensors: list[Tensor] = []
 
     def show(self, bucket: Bucket, state: MutableMapping[Tensor, Any]) -> None:
         """Put the live tensors of a bucket into ``state``."""
         for slot, member in enumerate(bucket.members):
             pieces = pieces_of(bucket, slot)
-            self._shown[member.param] = member.name, pieces
+            self._pieces[member.param] = member.name, pieces
             self._tensors += [piece.live for piece in pieces.values()]
             state[member.param] = _live(pieces)
 
@@ -54,24 +54,26 @@ class ShownState:
         ``state`` then shows live tensors again. Main parameters are not cleared. Returns whether there was anything. A
         ValueError names what does not fit, and nothing has changed.
         """
-        given = [state.get(param, {}) for param in self._shown]
+        given = [state.get(param) or {} for param in self._pieces]
         values = chain.from_iterable(map(dict.values, given))
         if sum(map(len, given)) == len(self._tensors) and all(map(is_, values, self._tensors)):
             return False
         pairs: _Pairs = []
-        for entry, (name, pieces) in zip(given, self._shown.values(), strict=True):
+        for entry, (name, pieces) in zip(given, self._pieces.values(), strict=True):
             if not entry:
-                pairs += [
-                    (piece.live, torch.zeros_like(piece.live)) for key, piece in pieces.items() if key not in MAINS
-                ]
+                pairs += [(piece.live, piece.live.new_zeros(())) for key, piece in pieces.items() if key not in MAINS]
             elif entry.keys() != pieces.keys():
                 raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, or none, got {sorted(entry)}")
             else:
                 pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
         for live, value in pairs:
             live.copy_(value)
-        state.update({param: _live(pieces) for param, (_, pieces) in self._shown.items()})
+        self.restore(state)
         return True
+
+    def restore(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Have ``state`` show the live tensors, and nothing else of their parameters."""
+        state.update({param: _live(pieces) for param, (_, pieces) in self._pieces.items()})
 
 
 def _live(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
@@ -80,8 +82,11 @@ def _live(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
 
 def _match_replaced(piece: Piece, value: Any) -> _Pairs:
     """As ``_match_piece``, of a value in the place of this rank's fragment, and perhaps of its shape."""
-    is_fragments = torch.is_tensor(value) and value.shape == piece.live.shape and takes(piece.live.dtype, value)
-    return [(piece.live, value)] * (value is not piece.live) if is_fragments else _match_piece(piece, value)
+    if value is piece.live:
+        return []
+    if torch.is_tensor(value) and value.shape == piece.live.shape and takes(piece.live.dtype, value):
+        return [(piece.live, value)]
+    return _match_piece(piece, value)
 
 
 def fragments_of(buckets: Sequence[Bucket], collectives: Collectives) -> dict[int, dict[str, Tensor]]:
@@ -205,7 +210,7 @@ def _match(bucket: Bucket, slot: int, saved: Mapping[str, Any]) -> _Pairs:
         if key in MAINS and not matched and (key not in saved or is_loaded):
             matched = [(piece.live, bucket.main_of_weight(slot))]
         elif key not in saved:
-            matched = [(piece.live, torch.zeros(piece.live.shape, dtype=piece.live.dtype))]
+            matched = [(piece.live, piece.live.new_zeros(()))]
         pairs += matched
     return pairs
 
