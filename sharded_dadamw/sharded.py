@@ -323,7 +323,11 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         Each tensor has the shape of the whole, and holds the fragment that this rank has, as a view of the live state:
         see ``state.fragment_tensor``. ``torch.distributed.checkpoint`` saves and loads that at any number of ranks;
         ``torch.save`` refuses it. Tensors are whole on one rank, and once after ``consolidate_state_dict`` on its rank.
+
+        Raises:
+            RuntimeError: ``param_groups`` hold other parameters than were added to them, or in another order.
         """
+        self._agreement.require_own_parameters(self.param_groups)
         self._take_back_state()
         return super().state_dict()
 

@@ -103,6 +103,37 @@ def test_parameters_that_were_replaced_in_the_groups_are_an_error(group: Any) ->
         optimizer.step()
 
 
+def reverse(groups: list[dict[str, Any]]) -> None:
+    groups.reverse()
+
+
+def move_one(groups: list[dict[str, Any]]) -> None:
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+
+
+def merge(groups: list[dict[str, Any]]) -> None:
+    groups[0]["params"] += groups.pop()["params"]
+
+
+@pytest.mark.parametrize("change", [reverse, move_one, merge])
+@ranks(2)
+def test_parameters_in_other_groups_are_an_error_that_changes_nothing(
+    group: Any, change: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    model, _ = small(group)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2:].parameters()), "lr": 1e-3}]
+    optimizer = ShardedDecoupledAdamW(groups, lr=1e-2, process_group=group)
+    train_on(model, optimizer, group.rank(), 0)
+    before = values_of(model)
+    change(optimizer.param_groups)
+    loss_of(model, group.rank()).backward()
+    with pytest.raises(RuntimeError, match="param_groups hold parameters in other groups, or in another order"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="in other groups"):
+        optimizer.state_dict()
+    assert_equal(before, values_of(model))
+
+
 def test_several_ranks_without_a_process_group_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class StepAgreement:
         self._shards = shards
         self._reducer = reducer
         self._own: Sequence[Tensor] = ()  # those of param_groups, as last found to be ours
+        self._sizes: Sequence[int] = ()  # how many of them are in each group
         self._handshake = Handshake(shards.holders, shards.device, after_refusal=reducer.after_refusal)
 
     def reach(self, asked: Asked, groups: Sequence[Mapping[str, Any]]) -> Agreed:
@@ -109,7 +110,7 @@ class StepAgreement:
             _refuse_scaler(asked, reducer)
             if reducer.is_accumulating:
                 raise RuntimeError(f"{asked.call} was called inside no_sync(); leave the context first")
-            self._require_own_parameters(groups)
+            self.require_own_parameters(groups)
             moved: list[tuple[NamedParameter, str]] = []
             for bucket in buckets:  # all there is to do for one of them at once, while its parameters are cached
                 if misplaced := bucket.weights.misplaced():
@@ -146,9 +147,11 @@ class StepAgreement:
             self._learn_source()
         return Agreed(present, hypers, void, unfrozen)
 
-    def _require_own_parameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def require_own_parameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise a RuntimeError where groups hold other parameters than were added to them, or in another order."""
         given = [*chain.from_iterable(group["params"] for group in groups)]
-        if len(given) == len(self._own) and all(map(is_, given, self._own)):
+        sizes = [len(group["params"]) for group in groups]
+        if sizes == self._sizes and all(map(is_, given, self._own)):
             return
         ours = [*chain.from_iterable(bucket.members for bucket in self._shards.buckets), *self._shards.frozen]
         if set(map(id, given)) != {id(member.param) for member in ours}:
@@ -157,7 +160,15 @@ class StepAgreement:
                 "as fully_shard does. Build the optimizer when the model is as it will be trained, and add parameters "
                 "by add_param_group"
             )
-        self._own = given
+        places = [(index, id(param)) for index, group in enumerate(groups) for param in group["params"]]
+        ours.sort(key=attrgetter("index"))
+        if places != [(member.group_index, id(member.param)) for member in ours]:
+            raise RuntimeError(
+                "param_groups hold parameters in other groups, or in another order, than they were added in; their "
+                "hyperparameters and saved state go by that. Change hyperparameters in the groups that there are, or "
+                "build a new optimizer"
+            )
+        self._own, self._sizes = given, sizes
 
     @property
     def _are_comparable(self) -> bool:
