@@ -127,10 +127,14 @@ class DecoupledOptimizer(Optimizer):
 
     def _hypers(self) -> list[Hyperparameters]:
         """Read the scalars of every group, for one step."""
+        self._note_peaks()
+        return read_groups(self.param_groups)
+
+    def _note_peaks(self) -> None:
+        """Take the lr of groups whose ``initial_lr`` was taken away for the peak of a schedule that begins now."""
         for group in self.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
-        return read_groups(self.param_groups)
 
     def _warn_above_peak(self, hypers: Sequence[Hyperparameters]) -> None:
         """Warn once of a step whose lr is above the peak of its schedule."""

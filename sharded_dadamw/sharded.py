@@ -211,6 +211,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._shards.collectives.check_alive()
         with self._joining.agreeing("step()" if to_clip is None else "clip_grad_norm_()", self._clip):
             self._gatherer.finish()
+            self._note_peaks()
             objection, adds = self._joining.objection(self._reducer), self._norms.in_step
             try:
                 self._take_back_state()

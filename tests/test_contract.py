@@ -617,6 +617,17 @@ def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(g
     return str(e.value)
 
 
+@either_class
+def test_an_initial_lr_that_was_taken_away_is_the_lr_of_the_next_step(cls: Any) -> None:
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = build_on(None, cls, [("w", weight)], lr=1e-2)
+    del optimizer.param_groups[0]["initial_lr"]
+    optimizer.param_groups[0]["lr"] = 4e-3
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    assert optimizer.param_groups[0]["initial_lr"] == 4e-3
+
+
 # --- max_grad_norm ---
 
 
