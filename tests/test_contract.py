@@ -617,6 +617,18 @@ def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(g
     return str(e.value)
 
 
+@pytest.mark.parametrize("switch", ["maximize", "differentiable"])
+@either_class
+def test_a_switch_that_is_put_on_in_a_group_is_an_error_that_changes_nothing(cls: Any, switch: str) -> None:
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = build_on(None, cls, [("w", weight)], lr=1e-2)
+    optimizer.param_groups[0][switch] = True
+    weight.grad = torch.ones(5)
+    with pytest.raises(ValueError, match=f"{switch}: expected False, got True"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(5))
+
+
 @either_class
 def test_an_initial_lr_that_was_taken_away_is_the_lr_of_the_next_step(cls: Any) -> None:
     weight = nn.Parameter(torch.ones(5))

@@ -81,8 +81,11 @@ def read_groups(groups: Sequence[Mapping[str, Any]]) -> list[Hyperparameters]:
     """Read the scalars of every group, for one step.
 
     Raises:
-        ValueError: A group's decay, which is not looked at where ``lr`` is on an accelerator, is 1 or more.
+        ValueError: A group's decay, which is not looked at where ``lr`` is on an accelerator, is 1 or more, or a switch
+            is on, as in ``check_group``.
     """
+    for group in groups:
+        _refuse_switches(group)
     hypers = [Hyperparameters.from_group(group) for group in groups]
     for index, hyper in enumerate(hypers):
         if not isinstance(hyper.decay, Tensor) and hyper.decay >= 1.0:
@@ -114,6 +117,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     initial_lr = float(group.get("initial_lr", 0.0))
     if not (initial_lr >= 0.0 and math.isfinite(initial_lr)):
         raise ValueError(f"initial_lr: expected a finite number >= 0, got {initial_lr}")
+    _refuse_switches(group)
+
+
+def _refuse_switches(group: Mapping[str, Any]) -> None:
     for switch in _UNSUPPORTED_SWITCHES:
         if group.get(switch):
             raise ValueError(
