@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, example, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
@@ -829,8 +829,15 @@ SEQUENCES = st.lists(CALLS, min_size=10, max_size=40)
 IN_TURN = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
+PLAIN = Setup(2, ShardingConfig(), False, None, False, "", "ae", None)
+ASSIGNED_ON_ONE = [Call("assign", ("d", 0)), Call("uneven", (0, 0, "d", False, Call("step")))]
+ANEW = [Call("closure", (0,)), Call("reset", ("a", "empty")), Call("on_other_ranks", (1, "checkpoint"))]
+
+
 @seed(SEED)
 @settings(IN_TURN, max_examples=NUM_SEQUENCES)
+@example(PLAIN, ASSIGNED_ON_ONE)  # what random sequences have found
+@example(PLAIN, ANEW)
 @given(setups(), SEQUENCES)
 def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors(
     setup: Setup, calls: list[Call]

@@ -157,8 +157,11 @@ class FullGradients(HookedGradients):
     def _adopt_all(self, held: list[bool]) -> None:
         """Bring in gradients that were assigned, where ``_held`` says that there may be some; raises as ``collect``."""
         if not all(held):
+            is_written = self._is_written
             for slot in range(len(self._members)):
                 self._adopt(slot)
+            if not is_written:  # which is for others to answer for
+                self._version = self.buffer._version
             held = self._held()
         self._has_grad = held
 
