@@ -574,6 +574,24 @@ def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, reset:
     assert at_once == optimizer.fingerprint()
 
 
+@pytest.mark.parametrize("key", [None, "exp_avg"])
+@ranks(2)
+def test_two_parameters_may_swap_their_state(group: Any, key: str | None) -> None:
+    found = []
+    for copies in (True, False):
+        model, optimizer = small(group)
+        train_on(model, optimizer, group.rank(), 0, 1)
+        state, one, other = optimizer.state, model[0].bias, model[2].bias
+        first, second = copy.deepcopy([state[one], state[other]]) if copies else (state[one], state[other])
+        if key is None:
+            state[one], state[other] = second, first
+        else:
+            state[one][key], state[other][key] = second[key], first[key]
+        train_on(model, optimizer, group.rank(), 2, 3)
+        found.append(values_of(model))
+    assert_equal(*found)
+
+
 @ranks(2)
 def test_state_that_does_not_fit_is_an_error_on_every_rank_that_changes_nothing(group: Any) -> None:
     model, optimizer = small(group)

@@ -66,14 +66,21 @@ class ShownState:
                 raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, or none, got {sorted(entry)}")
             else:
                 pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
-        for live, value in pairs:
-            live.copy_(value)
+        _copy(pairs)
         self.restore(state)
         return True
 
     def restore(self, state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` show the live tensors, and nothing else of their parameters."""
         state.update({param: _live(pieces) for param, (_, pieces) in self._pieces.items()})
+
+
+def _copy(pairs: _Pairs) -> None:
+    """Copy values into live tensors; some may be live ones themselves, as where two parameters swap theirs."""
+    written = {live.untyped_storage().data_ptr() for live, _ in pairs}
+    apart = [value.clone() if value.untyped_storage().data_ptr() in written else value for _, value in pairs]
+    for (live, _), value in zip(pairs, apart, strict=True):
+        live.copy_(value)
 
 
 def _live(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
@@ -180,8 +187,7 @@ def load_into(
             "the optimizer was built; unfreeze them before that to go on with it",
             stacklevel=4,  # who called load_state_dict, behind the decorator of that
         )
-    for live, value in pairs:
-        live.copy_(value)
+    _copy(pairs)
     for group, saved_group in zip(groups, saved_groups, strict=True):
         for key, value in saved_group.items():
             if key not in ("params", "param_names", "decoupled_weight_decay"):
