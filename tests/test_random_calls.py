@@ -576,7 +576,7 @@ class _Oracle(_Both):
         keep = [] if to_none else [*({n for here in self.local for n in here} if self.setup.is_full else self.assigned)]
         local = [{name: torch.zeros_like(here[name]) for name in keep if name in here} for here in self.local]
         self.forget(self.num_ranks)
-        self.local = local
+        self.local, self.assigned = local, set(keep)
         self.is_gone = True
 
     def assign(self, name: str, key: int) -> None:
