@@ -232,14 +232,14 @@ class _Ours(_Both):
 
     def save(self, how: str, folder: str) -> None:
         if how == "checkpoint":
-            save_checkpoint(folder, step=1, model=self.net, optimizer=self.optimizer)
+            save_checkpoint(folder, step=1, model=self.net, optimizer=self.optimizer, process_group=self.group)
         elif how == "dcp":
             self.optimizer.state_dict()  # the whole, where it was consolidated
             dcp.save(self.saved(), checkpoint_id=folder, process_group=self.group)
 
     def load(self, start: Start) -> None:
         if start.how == "checkpoint":
-            load_checkpoint(start.folder, model=self.net, optimizer=self.optimizer)
+            load_checkpoint(start.folder, model=self.net, optimizer=self.optimizer, process_group=self.group)
         else:
             state = self.saved()
             dcp.load(state, checkpoint_id=start.folder, process_group=self.group)
