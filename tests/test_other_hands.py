@@ -7,6 +7,7 @@ DistributedDataParallel, or given to a second optimizer.
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharded_dadamw import DecoupledAdamW, Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests.harness import FULL, ONE_EACH, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
@@ -612,3 +614,21 @@ def test_state_that_does_not_fit_is_an_error_on_every_rank_that_changes_nothing(
     optimizer.state[next(model.parameters())] = {"step": torch.ones(())}
     optimizer.load_state_dict(saved)
     train_on(model, optimizer, group.rank(), 1)
+
+
+# --- optimizers that nobody holds any more ---
+
+
+def test_one_that_is_collected_within_the_step_of_another_leaves_that_alone() -> None:
+    """The collector comes when it likes, and torch then goes through its hooks."""
+    left, param = ShardedDecoupledAdamW([nn.Parameter(torch.ones(3))]), nn.Parameter(torch.ones(3))
+    left.itself = left  # type: ignore[attr-defined]
+    gone = weakref.ref(left)
+    del left
+    param.grad = torch.ones(3)
+    handle = register_optimizer_step_pre_hook(lambda *_: [gc.collect(), None][1])
+    try:
+        ShardedDecoupledAdamW([param]).step()
+    finally:
+        handle.remove()
+    assert gone() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -115,19 +116,37 @@ class Shards:
         self.buckets += buckets
 
 
+_sharded: weakref.WeakKeyDictionary[Optimizer, Shards] = weakref.WeakKeyDictionary()
+"""What there is of each sharding optimizer that lives."""
+
+
 def refuse_other_optimizers(optimizer: Optimizer, shards: Shards) -> None:
     """Have a step of another optimizer fail where this one, which lives, has taken the gradients.
 
     One of its class has taken the parameters over, and whoever holds it or shares its groups is a wrapper of it.
     """
-    own = weakref.ref(optimizer)
+    _sharded[optimizer] = shards
+    _watch_steps()
 
-    def conflict(other: Optimizer) -> str | None:
-        mine = own()
-        if mine is None or isinstance(other, type(mine)) or other.param_groups is mine.param_groups:
-            return None
+
+@cache
+def _watch_steps() -> None:
+    # Once and for good: to take the hook away with an optimizer would change torch's list of hooks under a step that
+    # goes through it, where the garbage collector comes then.
+    register_optimizer_step_pre_hook(_refuse)
+
+
+def _refuse(other: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if (found := _conflict(other)) is not None:  # a frame of its own: the trace of the error must not keep optimizers
+        raise RuntimeError(found)
+
+
+def _conflict(other: Optimizer) -> str | None:
+    for mine, shards in _sharded.items():
+        if isinstance(other, type(mine)) or other.param_groups is mine.param_groups:
+            continue
         if any(each is mine for each in vars(other).values()):
-            return None
+            continue
         for param in chain.from_iterable(group["params"] for group in other.param_groups):
             bucket, slot = shards.slots.get(id(param), (None, 0))
             if bucket and bucket.gradients.is_taken(slot):
@@ -136,13 +155,7 @@ def refuse_other_optimizers(optimizer: Optimizer, shards: Shards) -> None:
                     f"another optimizer, a {type(mine).__name__}, has averaged; delete that one, and use one optimizer "
                     "for a parameter"
                 )
-        return None
-
-    def refuse(other: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if (found := conflict(other)) is not None:  # a frame of its own: the trace of the error must not keep ``mine``
-            raise RuntimeError(found)
-
-    weakref.finalize(optimizer, register_optimizer_step_pre_hook(refuse).remove).atexit = False
+    return None
 
 
 def with_lists(params: Iterable[Any]) -> tuple[Any, list[Tensor], Refusal]:
