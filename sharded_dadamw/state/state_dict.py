@@ -38,6 +38,7 @@ class ShownState:
 
     def __init__(self) -> None:
         self._pieces: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
+        self._entries: list[dict[str, Tensor]] = []
         self._tensors: list[Tensor] = []
 
     def show(self, bucket: Bucket, state: MutableMapping[Tensor, Any]) -> None:
@@ -46,7 +47,8 @@ class ShownState:
             pieces = pieces_of(bucket, slot)
             self._pieces[member.param] = member.name, pieces
             self._tensors += [piece.live for piece in pieces.values()]
-            state[member.param] = _live(pieces)
+            self._entries.append(_live(pieces))
+            state[member.param] = self._entries[-1]
 
     def take_back(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Copy what is in the place of live tensors into them, and clear those of parameters that have no entry.
@@ -54,10 +56,11 @@ class ShownState:
         ``state`` then shows live tensors again. Main parameters are not cleared. Returns whether there was anything. A
         ValueError names what does not fit, and nothing has changed.
         """
+        if len(state) == len(self._entries) and all(map(is_, state.values(), self._entries)):
+            values = [*chain.from_iterable(map(dict.values, self._entries))]  # no parameter is looked up: 1 us each
+            if len(values) == len(self._tensors) and all(map(is_, values, self._tensors)):
+                return False
         given = [state.get(param) or {} for param in self._pieces]
-        values = chain.from_iterable(map(dict.values, given))
-        if sum(map(len, given)) == len(self._tensors) and all(map(is_, values, self._tensors)):
-            return False
         pairs: _Pairs = []
         for entry, (name, pieces) in zip(given, self._pieces.values(), strict=True):
             if not entry:
@@ -68,11 +71,12 @@ class ShownState:
                 pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
         _copy(pairs)
         self.restore(state)
-        return True
+        return bool(pairs)
 
     def restore(self, state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` show the live tensors, and nothing else of their parameters."""
-        state.update({param: _live(pieces) for param, (_, pieces) in self._pieces.items()})
+        self._entries = [_live(pieces) for _, pieces in self._pieces.values()]
+        state.update(zip(self._pieces, self._entries, strict=True))
 
 
 def _copy(pairs: _Pairs) -> None:
