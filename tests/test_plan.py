@@ -364,9 +364,25 @@ class SkipInit(GPT):
 
 
 BUILD = """
-import torch
+from __future__ import annotations
+import dataclasses, sys, torch, beside
+@dataclasses.dataclass
+class Sizes:
+    outs: int = beside.OUTS
 def good():
-    return torch.nn.Linear(3, 5).bfloat16()
+    return torch.nn.Linear(3, Sizes().outs).bfloat16()
+def quantised():
+    model = good()
+    model.codes = torch.nn.Parameter(torch.empty(100, dtype=torch.uint8), requires_grad=False)
+    return model
+def exits():
+    sys.exit(3)
+def lazy():
+    return torch.nn.LazyLinear(5)
+def complex_one():
+    return good().to(torch.complex64)
+def nothing():
+    return torch.nn.Linear(0, 5, bias=False)
 def on_cpu():
     return torch.nn.Linear(3, 5, device="cpu")
 def asks_for_values():
@@ -378,18 +394,68 @@ def frozen():
 """
 
 
+def write_build(folder: Path) -> None:
+    (folder / "build.py").write_text(BUILD)
+    (folder / "beside.py").write_text("OUTS = 5")
+
+
 def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
-    (tmp_path / "build.py").write_text(BUILD)
+    write_build(tmp_path)
     built = parameters_of(f"{tmp_path}/build.py:good")
     assert {name: (tuple(p.shape), p.dtype, p.is_meta) for name, p in built.items()} == {
         "weight": ((5, 3), BF16, True),
         "bias": ((5,), BF16, True),
     }
-    config = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    config |= {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936}
+    codes = parameters_of(f"{tmp_path}/build.py:quantised", F32)["codes"]
+    assert codes.nbytes == 100, "what is no number of the model's stays what it is"
+    config = SMALL_LLAMA | {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}
+    config |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936}
     config |= {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert sum(p.numel() for p in parameters_of(f"{tmp_path}/config.json").values()) == 494_032_768  # Qwen2-0.5B
+
+
+SMALL_LLAMA: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 101}
+SMALL_LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 32}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    {"num_key_value_heads": 2, "head_dim": 24},
+]
+SMALL_GPT2 = {"model_type": "gpt2", "vocab_size": 101, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(SMALL_LLAMA | {"model_type": k} | v for k in ("llama", "mistral", "qwen2", "qwen3") for v in VARIANTS),
+        *(SMALL_GPT2 | variant for variant in ({}, {"n_inner": 70, "tie_word_embeddings": False})),
+    ],
+    ids=str,
+)
+def test_a_config_has_the_parameters_that_hugging_face_makes_of_it(config: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = {name.removeprefix("transformer."): p.shape for name, p in theirs.named_parameters()}
+    found = {name: p.shape for name, p in parameters_of(f"{tmp_path}/config.json").items()}
+    assert list(found.items()) == list(expected.items())
+
+
+CONFIGS: dict[str, Any] = {
+    "mamba": {"model_type": "mamba"},
+    "list": [],
+    "no width": {name: value for name, value in SMALL_LLAMA.items() if name != "hidden_size"},
+    "text": SMALL_LLAMA | {"vocab_size": "101"},
+    "no layers": SMALL_LLAMA | {"num_hidden_layers": 0},
+    "uneven": SMALL_LLAMA | {"num_key_value_heads": 3},
+    "fp8": SMALL_LLAMA | {"torch_dtype": "float8_e4m3fn"},
+    "classifier": SMALL_LLAMA | {"architectures": ["LlamaForSequenceClassification"]},
+    "quantised": SMALL_LLAMA | {"quantization_config": {"bits": 4}},
+    "crossed": SMALL_GPT2 | {"add_cross_attention": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -410,14 +476,39 @@ def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
         ("BUILD:none --ranks 8", "expected a torch.nn.Module, got a NoneType"),
         ("BUILD:frozen --ranks 8", "expected parameters that are trained, found none"),
         ("BUILD:missing --ranks 8", "has no attribute 'missing'"),
-        ("CONFIG --ranks 8", "expected a model_type of"),
+        ("BUILD:exits --ranks 8", "got SystemExit: 3"),
+        ("BUILD:lazy --ranks 8", "expected parameters with shapes, got weight of a lazy module"),
+        ("BUILD:complex_one --ranks 8", "expected a dtype of float32, bfloat16, float16, float64, got torch.complex64"),
+        ("BUILD:nothing --ranks 8", "expected parameters that are trained, found none"),
+        ("mamba --ranks 8", "expected a model_type of"),
+        ("list --ranks 8", "expected a config.json of Hugging Face, got a list"),
+        ("no_width --ranks 8", "expected hidden_size to be a whole number above 0, got None"),
+        ("text --ranks 8", "expected vocab_size to be a whole number above 0, got '101'"),
+        ("no_layers --ranks 8", "expected num_hidden_layers to be a whole number above 0, got 0"),
+        ("uneven --ranks 8", "expected num_attention_heads to be a multiple of 3, the heads that share it, got 32"),
+        (
+            "fp8 --ranks 8",
+            "expected a dtype of float32, bfloat16, float16, float64, got float8_e4m3fn; say --precision",
+        ),
+        ("classifier --ranks 8", "expected a plain language model, got LlamaForSequenceClassification"),
+        ("quantised --ranks 8", "expected a plain language model, got quantization_config"),
+        ("crossed --ranks 8", "expected a plain language model, got add_cross_attention"),
+        ("llama3-8b --ranks 64 --per-host 0", "per_host: expected a number above 0, got 0"),
+        ("llama3-8b --ranks 64 --memory nan", "memory: expected a finite number from 0 on, got nan"),
+        ("llama3-8b --ranks 64 --activations inf", "activations: expected a finite number from 0 on, got inf"),
+        (
+            "llama3-8b --ranks 64 --tokens 4096",
+            "expected seconds, or else tokens and mfu, got one of these without the other",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(arguments: str, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "build.py").write_text(BUILD)
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    named = arguments.replace("BUILD", f"{tmp_path}/build.py").replace("CONFIG", f"{tmp_path}/config.json")
-    result = CliRunner().invoke(app, ["plan", *named.split()])
+    write_build(tmp_path)
+    for name, config in CONFIGS.items():
+        (tmp_path / name.replace(" ", "_")).write_text(json.dumps(config))
+    model, *others = arguments.replace("BUILD", f"{tmp_path}/build.py").split()
+    known = str(tmp_path / model) if (tmp_path / model).exists() else model
+    result = CliRunner().invoke(app, ["plan", known, *others])
     assert result.exit_code == 1 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and expected in result.stderr
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from sharded_dadamw.layout.placement import Placement, is_of_fsdp1, local, placements_of
 
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
-_SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHARDABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class NamedParameter:
     @property
     def is_left_alone(self) -> bool:
         """Whether it is frozen, and in a form that could not be sharded, as the weights of a quantised model are."""
-        could_be = self.param.dtype in _SHARDABLE_DTYPES and has_plain_memory(self.local)
+        could_be = self.param.dtype in SHARDABLE_DTYPES and has_plain_memory(self.local)
         return not self.param.requires_grad and not could_be
 
     @property
@@ -108,8 +108,8 @@ def check_parameters(members: Sequence[NamedParameter]) -> None:
                 f"{member.name}: expected a plain parameter, got a {type(param).__name__}, whose elements are not what "
                 "lies in its memory; use DecoupledAdamW, which updates it by torch's operations"
             )
-        if param.dtype not in _SHARDABLE_DTYPES:
-            raise TypeError(f"{member.name}: expected a dtype of {_SHARDABLE_DTYPES}, got {param.dtype}")
+        if param.dtype not in SHARDABLE_DTYPES:
+            raise TypeError(f"{member.name}: expected a dtype of {SHARDABLE_DTYPES}, got {param.dtype}")
         if param.device.type == "meta":
             raise ValueError(f"{member.name}: expected memory, got a meta tensor; materialise the model first")
         if param.device != members[0].param.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -146,13 +147,19 @@ def plan(
         mfu: The share of the device's operations per second that compute alone reaches, above 0 and up to 1.
 
     Raises:
-        ValueError: There is no such model or GPU; hosts do not divide the ranks, or the mesh not; or a setting is not
-            for a dtype, or not planned.
+        ValueError: There is no such model or GPU; hosts do not divide the ranks, or the mesh not; a number is none that
+            can be; or a setting is not for a dtype, or not planned.
     """
     if isinstance(gpu, str) and gpu not in GPUS:
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu}")
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"mfu: expected a number above 0 and up to 1, got {mfu}")
+    for what, number in {"memory": memory, "activations": activations, "compute": compute}.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"{what}: expected a finite number from 0 on, got {number}")
+    told = (compute is not None, tokens is not None, mfu is not None)
+    if told not in ((False, False, False), (True, False, False), (False, True, True)):
+        raise ValueError("compute: expected seconds, or else tokens and mfu, got one of these without the other or all")
     name, device = (gpu, GPUS[gpu]) if isinstance(gpu, str) else ("as given", gpu)
     config = config or ShardingConfig()
     row, column = axes_of(ranks, per_host, mesh)
@@ -162,7 +169,7 @@ def plan(
     cut = Model.of(params, config, row.ranks, column.ranks, amsgrad)
     if compute is None and tokens is not None and mfu is not None:
         compute = 6 * cut.num_elements * tokens / (device.flops * mfu)  # operations per parameter and token
-    available = int(memory or device.memory)
+    available = int(device.memory if memory is None else memory)
 
     def time_of(model: Model) -> Time:
         axes = axes_of(model.num_ranks, per_host, (model.replicas, model.shards))

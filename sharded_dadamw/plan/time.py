@@ -165,7 +165,9 @@ def axes_of(ranks: int, per_host: int, mesh: tuple[int, int] | None) -> tuple[Ax
     Raises:
         ValueError: Hosts do not divide the ranks, or a row lies across them unevenly, or the mesh has other ranks.
     """
-    if ranks < 1 or per_host < 1 or (ranks > per_host and ranks % per_host):
+    if per_host < 1:
+        raise ValueError(f"per_host: expected a number above 0, got {per_host}")
+    if ranks < 1 or (ranks > per_host and ranks % per_host):
         raise ValueError(f"ranks: expected a multiple of the {per_host} ranks per host, or fewer, got {ranks}")
     per_host = min(ranks, per_host)
     replicas, shards = mesh or (1, ranks)
