@@ -580,7 +580,7 @@ MESSAGES: dict[str, Callable[[], Any]] = {
     "step: expected a whole number from 0 on, got -1": lambda: save_checkpoint(
         "nowhere", step=-1, model=(model := nn.Linear(2, 2)), optimizer=DecoupledAdamW(model.parameters())
     ),
-    "expected the fields of llama, got none called": lambda: plan_of({"model_type": "llama"}),
+    "expected hidden_size to be a whole number above 0, got None": lambda: plan_of({"model_type": "llama"}),
     "multipliers['a'] has one of lr: give lr= as well, which it multiplies": lambda: weight_decay_groups(
         nn.Linear(2, 2), 1e-5, multipliers={"a": {"lr": 2.0}}
     ),
