@@ -10,8 +10,7 @@ and gets the results in rank order, by value. `train_a_little` is a function at 
 Invariants:
 
 - A failure on any rank fails the test and shows that rank's traceback; a hang is killed, shown with every stack, and
-  fails the test as a hang. Neither reaches the next test: a group that saw an error is replaced by a fresh one, and a
-  pool that cannot be trusted any more is replaced as a whole.
+  fails the test as a hang. Neither reaches the next test, which gets fresh workers.
 - Workers never outlive the test process, however it ends.
 """
 
@@ -28,7 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -116,19 +115,6 @@ def alone() -> Any:
     return _alone
 
 
-def _new_group(num_ranks: int) -> Any:
-    return dist.new_group(list(range(num_ranks)), timeout=COLLECTIVE_TIMEOUT, backend="gloo")
-
-
-def _check_in_step(groups: dict[int, Any], rank: int) -> None:
-    """Proves that the world group and the newest subgroups still move the right bytes."""
-    for num_ranks, group in [(NUM_RANKS, dist.group.WORLD), *groups.items()]:
-        if rank < num_ranks:
-            total = torch.tensor([rank + 1])
-            dist.all_reduce(total, group=group)
-            assert total.item() == num_ranks * (num_ranks + 1) // 2, f"group of {num_ranks} ranks is out of step"
-
-
 def run_case(rank: int, group: Any, blob: bytes) -> Outcome:
     """Runs a pickled (function, arguments) on one rank."""
     try:
@@ -153,27 +139,19 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=COLLECTIVE_TIMEOUT)
-    groups = {num_ranks: _new_group(num_ranks) for num_ranks in range(1, NUM_RANKS + 1)}
+
+    def group_of(members: Iterable[int]) -> Any:
+        return dist.new_group([*members], timeout=COLLECTIVE_TIMEOUT, backend="gloo")
+
     global _alone
-    _alone = [dist.new_group([other], timeout=COLLECTIVE_TIMEOUT, backend="gloo") for other in range(NUM_RANKS)][rank]
+    groups = [group_of(range(num_ranks)) for num_ranks in range(1, NUM_RANKS + 1)]
+    _alone = [group_of([other]) for other in range(NUM_RANKS)][rank]
     connection.send_bytes(pickle.dumps("ready"))
-    while True:
-        try:
-            verb, num_ranks, blob = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            os._exit(0)
-        if verb == "stop":
-            os._exit(0)
-        if verb == "run":
-            reply: Any = run_case(rank, groups[num_ranks], blob)
-        else:
-            # A peer may have left a message behind in the old group: nobody may ever receive it.
-            old, groups[num_ranks] = groups[num_ranks], _new_group(num_ranks)
-            if rank < num_ranks and old in dist.distributed_c10d._world.pg_map:
-                dist.destroy_process_group(old)
-            _check_in_step({num_ranks: groups[num_ranks]}, rank)
-            reply = "renewed"
-        connection.send_bytes(pickle.dumps(reply))
+    with contextlib.suppress(EOFError):
+        while True:
+            num_ranks, blob = pickle.loads(connection.recv_bytes())
+            connection.send_bytes(pickle.dumps(run_case(rank, groups[num_ranks - 1], blob)))
+    os._exit(0)
 
 
 # --- in the test process ---------------------------------------------------------------------------------------------
@@ -202,13 +180,12 @@ class Pool:
         assert 1 <= num_ranks <= NUM_RANKS, f"expected 1 to {NUM_RANKS} ranks, got {num_ranks}"
         blob = pickle.dumps((fn, args))
         self._start_if_needed()
-        with self._replace_on_failure():
-            results: list[Outcome] = self._ask("run", num_ranks, blob, range(num_ranks), timeout_s)
+        with self._closed_by_failure():
+            for connection in self._connections[:num_ranks]:
+                connection.send_bytes(pickle.dumps((num_ranks, blob)))
+            results: list[Outcome] = self._collect(range(num_ranks), timeout_s)
         if any(outcome.error is not None for outcome in results):
-            # Fresh groups are cheap and nothing else rules out a message left over by the failure. Where even that
-            # fails, the next case starts a new pool.
-            with contextlib.suppress(RankFailure), self._replace_on_failure():
-                self._ask("renew", num_ranks, b"", range(NUM_RANKS), GRACE_S)
+            self.close()  # a message may be left behind, which nobody may ever receive
         return results
 
     def on_ranks(
@@ -227,16 +204,9 @@ class Pool:
         """Stops every worker; the next case starts new ones."""
         if os.getpid() != self._owner_pid:  # a forked child must not stop its parent's workers
             return
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(pickle.dumps(("stop", 0, b"")))
-        deadline = time.monotonic() + 2.0
         for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         for connection in self._connections:
             connection.close()
         if self._stack_folder is not None:
@@ -266,26 +236,17 @@ class Pool:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        with self._replace_on_failure():
+        with self._closed_by_failure():
             self._collect(range(NUM_RANKS), START_TIMEOUT_S)
 
     @contextlib.contextmanager
-    def _replace_on_failure(self) -> Iterator[None]:
-        """Whatever interrupts a conversation with the workers (a hang, Ctrl-C) makes them useless: start over."""
+    def _closed_by_failure(self) -> Iterator[None]:
+        """Whatever interrupts a conversation with the workers (a hang, Ctrl-C) makes them useless."""
         try:
             yield
         except BaseException:
-            for process in self._processes:
-                process.kill()
             self.close()
             raise
-
-    def _ask(self, verb: str, num_ranks: int, blob: bytes, ranks: range, timeout_s: float) -> list[Any]:
-        __tracebackhide__ = True
-        message = pickle.dumps((verb, num_ranks, blob))
-        for rank in ranks:
-            self._connections[rank].send_bytes(message)
-        return self._collect(ranks, timeout_s)
 
     def _collect(self, ranks: range, timeout_s: float) -> list[Any]:
         """One reply from each rank, or RankHang / RankFailure."""
