@@ -570,6 +570,10 @@ def test_an_lr_above_the_peak_is_warned_of_once(cls: Any, caplog: pytest.LogCapt
         optimizer.step()
         assert caplog.text.count("above initial_lr") == num_warnings
     assert "param_groups[1]: lr=0.3 is above initial_lr=0.1" in caplog.text and "3 times" in caplog.text
+    optimizer = cls([nn.Parameter(torch.ones(3))], lr=0.0)  # to be warmed up, but not by a scheduler
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert "param_groups[0]: lr=0.1 is above initial_lr=0," in caplog.text
 
 
 @either_class

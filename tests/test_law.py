@@ -272,11 +272,13 @@ CHANGES: dict[str, Callable[[DecoupledAdamW, Any], object]] = {
     "gradient in another memory format": lambda o, first: setattr(first, "grad", first.grad.t().contiguous().t()),
     "memory is swapped": lambda o, first: setattr(first, "data", first.data.clone()),
     "memory is set": lambda o, first: first.data.set_(first.data.clone()),
+    "another memory format in place": lambda o, first: setattr(first, "data", first.data.reshape(7, 5).t()),
     "another memory format": lambda o, first: setattr(first, "data", first.data.t().contiguous().t()),
     "state is replaced": replace_state,
     "state is moved": lambda o, first: setattr(
         o.state[first]["exp_avg"], "data", o.state[first]["exp_avg"].data.clone()
     ),
+    "a count of state is moved": lambda o, first: setattr(o.state[first]["step"], "data", torch.ones(())),
     "state is loaded": load_own_state,
     "a group is added": lambda o, first: o.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]}),
     "another switch": lambda o, first: o.param_groups[0].update(amsgrad=True),

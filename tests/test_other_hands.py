@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharded_dadamw import DecoupledAdamW, Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
 from tests.harness import FULL, ONE_EACH, SHARDED, assert_equal, loss_of, ranks, small, train_on, values_of
-from tests.models import draw_gradient, reduce_for_control
+from tests.models import BF16, F32, draw_gradient, reduce_for_control
 from tests.simulated import on_ranks
 
 either_residency = pytest.mark.parametrize("residency", [FULL, SHARDED])
@@ -38,9 +38,20 @@ def swap_tensors(model: nn.Module) -> None:
         torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
 
 
+def order_by_columns(model: nn.Module) -> None:
+    """Where they lie, as after ``p.data = p.data.t()``."""
+    for p in model.parameters():
+        if p.dim() == 2 and p.shape[0] == p.shape[1]:
+            p.data.copy_(p.data.t().clone())
+            p.data = p.data.t()
+
+
 @pytest.mark.parametrize(
     ("move", "residency", "is_attached"),
-    [(copy_data, FULL, False), (copy_data, SHARDED, True), (swap_tensors, FULL, True), (swap_tensors, SHARDED, False)],
+    [
+        *((copy_data, FULL, False), (copy_data, SHARDED, True), (swap_tensors, FULL, True)),
+        *((swap_tensors, SHARDED, False), (order_by_columns, FULL, True), (order_by_columns, SHARDED, False)),
+    ],
 )
 @ranks(2)
 def test_parameters_that_were_moved_are_taken_back_with_the_values_they_have(
@@ -74,6 +85,30 @@ def test_values_written_while_a_parameter_was_elsewhere_count(dtype: torch.dtype
     train_on(model, optimizer, 0, 0)
     train_on(other, control, 0, 0)
     assert_equal(values_of(other), values_of(model))
+
+
+def tie(model: Any) -> None:
+    model[2].bias.data = model[0].bias.data
+
+
+def swap(model: Any) -> None:
+    one, other = model[0].bias, model[2].bias
+    one.data, other.data = other.data, one.data
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [ONE_EACH, 1.0])
+@pytest.mark.parametrize("share", [tie, swap])
+def test_parameters_that_were_given_the_memory_of_others_are_an_error(
+    share: Callable[[nn.Module], None], bucket_cap_mb: float
+) -> None:
+    model, optimizer = small(None, bucket_cap_mb=bucket_cap_mb)
+    train_on(model, optimizer, 0, 0)
+    share(model)
+    loss_of(model, 0).backward()
+    before = values_of(model)
+    with pytest.raises(RuntimeError, match=r"bias is no longer.* it has the memory of [02]\.bias now\. To tie them"):
+        optimizer.step()
+    assert_equal(before, values_of(model))
 
 
 @pytest.mark.parametrize(
@@ -550,7 +585,12 @@ def put_what_is_there(state: Any, param: Tensor) -> None:
     state[param] = {key: value.to(param.device) for key, value in state[param].items()}
 
 
-BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there]
+def give_state_memory(state: Any, param: Tensor) -> None:
+    for value in state[param].values():
+        value.data = torch.zeros_like(value)
+
+
+BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there, give_state_memory]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -576,19 +616,23 @@ def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, reset:
     assert at_once == optimizer.fingerprint()
 
 
-@pytest.mark.parametrize("key", [None, "exp_avg"])
+@pytest.mark.parametrize(("key", "dtype"), [(None, F32), ("exp_avg", F32), (None, BF16)])
 @ranks(2)
-def test_two_parameters_may_swap_their_state(group: Any, key: str | None) -> None:
+def test_two_parameters_may_swap_their_state(group: Any, key: str | None, dtype: torch.dtype) -> None:
+    """But not their main parameters, which the weights are rounded from."""
     found = []
     for copies in (True, False):
-        model, optimizer = small(group)
+        model, optimizer = small(group, dtype=dtype)
         train_on(model, optimizer, group.rank(), 0, 1)
         state, one, other = optimizer.state, model[0].bias, model[2].bias
-        first, second = copy.deepcopy([state[one], state[other]]) if copies else (state[one], state[other])
+        entries = {param: copy.deepcopy(entry) if copies else entry for param, entry in state.items()}
         if key is None:
-            state[one], state[other] = second, first
+            state.clear()  # so that entries keep their order
+            state.update({{one: other, other: one}.get(param, param): entry for param, entry in entries.items()})
+            if copies and dtype is BF16:
+                state[one]["main_param"], state[other]["main_param"] = one.detach().float(), other.detach().float()
         else:
-            state[one][key], state[other][key] = second[key], first[key]
+            state[one][key], state[other][key] = entries[other][key], entries[one][key]
         train_on(model, optimizer, group.rank(), 2, 3)
         found.append(values_of(model))
     assert_equal(*found)

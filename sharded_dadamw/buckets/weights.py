@@ -77,6 +77,9 @@ class Weights(ABC):
     def note_update(self) -> None:  # noqa: B027 - of borrowed ones nobody tells
         """Take the parameters as they are now for the outcome of our own step."""
 
+    def note_edit(self) -> None:  # noqa: B027 - of borrowed ones nobody tells
+        """Take the parameters as they are now for what somebody else has made of them."""
+
 
 class OwnWeights(Weights):
     """Parameters that live in a flat buffer of ours.
@@ -95,26 +98,32 @@ class OwnWeights(Weights):
         _alive.add(self)
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
-        if list(map(Tensor.data_ptr, self._params)) == self._places:  # whatever moves or casts them changes that
+        # Whatever moves or casts them changes their addresses; what transposes them does not.
+        if list(map(Tensor.data_ptr, self._params)) == self._places and all(map(Tensor.is_contiguous, self._params)):
             return []
         return [
             (member, self._why(member.param, home))
             for member, home, place in zip(self._members, self._homes, self._places, strict=True)
-            if member.param.data_ptr() != place
+            if member.param.data_ptr() != place or not member.param.is_contiguous()
         ]
 
     def _why(self, param: Tensor, home: Tensor) -> str:
-        if any(param.data_ptr() in others._places for others in _alive if others is not self):
-            return "it was given to another optimizer, which has it now"
+        memory = param.untyped_storage().data_ptr()
+        for owner in _alive if memory else ():
+            for member, place in zip(owner._members, owner._places, strict=True):
+                if memory == place and member.param is not param:
+                    return f"it has the memory of {member.name} now. To tie them, use one Parameter for both"
+                if memory == place and owner is not self:
+                    return "it was given to another optimizer, which has it now"
         return _difference(param, tuple(home.shape), home.dtype, home.device)
 
     def take_back_(self) -> None:
         """Move parameters that are elsewhere back into the buffer, with the values that they have there."""
         for param, home, place in zip(self._params, self._homes, self._places, strict=True):
-            if param.data_ptr() != place:
-                home.copy_(param.data)
+            if param.data_ptr() != place or not param.is_contiguous():
+                home.copy_(param.data.clone())  # which may lie there, in another order
         self._move_in()
-        self._versions = [-1]  # whatever was written elsewhere is for main parameters, too
+        self.note_edit()  # whatever was written elsewhere is for main parameters, too
         log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
 
     def _move_in(self) -> None:
@@ -137,6 +146,9 @@ class OwnWeights(Weights):
 
     def note_update(self) -> None:
         self._versions = self._read_versions()
+
+    def note_edit(self) -> None:
+        self._versions = []
 
 
 class BorrowedWeights(Weights):

@@ -86,6 +86,7 @@ class ReadyUpdate:
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and all(map(Tensor.is_contiguous, compress(columns.params, self._is_fixed)))  # p.data = p.data.t()
             and _described(columns.grads) == self._gradients
             and all(map(Tensor.is_contiguous, compress(columns.grads, self._is_fixed)))
             and not any(map(Tensor.is_neg, columns.grads))
@@ -166,9 +167,18 @@ def _described(grads: Sequence[Tensor]) -> list[object]:
 
 def _joined(counts: Sequence[Tensor]) -> list[Tensor]:
     """The same numbers in one tensor where they are all that it has."""
+    base = base_of(counts)
+    return list(counts) if base is None or base.numel() != len(counts) else [base]
+
+
+def base_of(counts: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor of which all of these are elements, if there is one."""
     base = counts[0]._base if counts else None
-    is_all = base is not None and base.numel() == len(counts) and all(count._base is base for count in counts)
-    return [base] if base is not None and is_all else list(counts)
+    if base is None:
+        return None
+    # Where ``count.data`` was assigned, autograd still takes it for a view.
+    memory = range(base.data_ptr(), base.data_ptr() + base.nbytes)
+    return base if all(count._base is base and count.data_ptr() in memory for count in counts) else None
 
 
 def _prepare(fragments: Iterable[tuple[int, Operands]]) -> list[tuple[Update, list[int]]]:

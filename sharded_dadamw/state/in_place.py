@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_dadamw.kernels.ready import base_of
 from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
@@ -77,8 +78,8 @@ def _bring(of_param: dict[str, Tensor], param: Tensor, amsgrad: bool) -> bool:
 def _join_steps(states: list[dict[str, Tensor]], device: torch.device) -> None:
     """Make step counts views of one tensor: one addition counts them all, where a list takes one for every hundred."""
     steps = [of_param["step"] for of_param in states]
-    base = steps[0]._base
-    if base is not None and base.device == device and all(step._base is base for step in steps):
+    base = base_of(steps)
+    if base is not None and base.device == device:
         return
     joined = torch.zeros(len(steps), dtype=torch.float32, device=device)
     begun = [place for place, step in enumerate(steps) if step is not _NOT_BEGUN and not step.is_meta]

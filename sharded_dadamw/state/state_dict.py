@@ -37,46 +37,70 @@ class ShownState:
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
+        self._slots: dict[Tensor, tuple[Bucket, int]] = {}  # where the state of a parameter is
+        self._pieces: dict[Tensor, dict[str, Piece]] = {}  # what there is of it
         self._entries: list[dict[str, Tensor]] = []
         self._tensors: list[Tensor] = []
+        self._places: list[int] = []  # where those lie
 
     def show(self, bucket: Bucket, state: MutableMapping[Tensor, Any]) -> None:
         """Put the live tensors of a bucket into ``state``."""
         for slot, member in enumerate(bucket.members):
-            pieces = pieces_of(bucket, slot)
-            self._pieces[member.param] = member.name, pieces
-            self._tensors += [piece.live for piece in pieces.values()]
-            self._entries.append(_live(pieces))
+            self._slots[member.param] = bucket, slot
+            self._lay_out(member.param)
+            self._entries.append(_live(self._pieces[member.param]))
             state[member.param] = self._entries[-1]
+
+    def _lay_out(self, param: Tensor) -> None:
+        self._pieces[param] = pieces_of(*self._slots[param])
+        tensors = [piece.live for piece in self._pieces[param].values()]
+        self._tensors += tensors
+        self._places += map(Tensor.data_ptr, tensors)
 
     def take_back(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Copy what is in the place of live tensors into them, and clear those of parameters that have no entry.
 
-        ``state`` then shows live tensors again. Main parameters are not cleared. Returns whether there was anything. A
-        ValueError names what does not fit, and nothing has changed.
+        ``state`` then shows live tensors again. Main parameters are not cleared, and yield to weights that they do not
+        round to. Returns whether there was anything. A ValueError names what does not fit, and nothing has changed.
         """
-        if len(state) == len(self._entries) and all(map(is_, state.values(), self._entries)):
-            values = [*chain.from_iterable(map(dict.values, self._entries))]  # no parameter is looked up: 1 us each
-            if len(values) == len(self._tensors) and all(map(is_, values, self._tensors)):
-                return False
+        is_moved = list(map(Tensor.data_ptr, self._tensors)) != self._places  # as by ``exp_avg.data = ...``
+        if not is_moved and self._are_as_shown(state):
+            return False
         given = [state.get(param) or {} for param in self._pieces]
+        if is_moved:
+            self._tensors, self._places = [], []
+            for param in self._slots:
+                self._lay_out(param)
         pairs: _Pairs = []
-        for entry, (name, pieces) in zip(given, self._pieces.values(), strict=True):
+        for entry, pieces, (bucket, slot) in zip(given, self._pieces.values(), self._slots.values(), strict=True):
             if not entry:
                 pairs += [(piece.live, piece.live.new_zeros(())) for key, piece in pieces.items() if key not in MAINS]
             elif entry.keys() != pieces.keys():
+                name = bucket.members[slot].name
                 raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, or none, got {sorted(entry)}")
             else:
-                pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
+                replaced = [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
+                if replaced:  # perhaps its main parameter
+                    bucket.weights.note_edit()
+                pairs += replaced
         _copy(pairs)
         self.restore(state)
         return bool(pairs)
 
+    def _are_as_shown(self, state: MutableMapping[Tensor, Any]) -> bool:
+        """Whether ``state`` is what was put there; no parameter is looked up, which takes 1 us each."""
+        shown = chain(self._pieces, self._entries)
+        if len(state) != len(self._entries) or not all(map(is_, chain(state, state.values()), shown)):
+            return False
+        values = [*chain.from_iterable(map(dict.values, self._entries))]
+        return len(values) == len(self._tensors) and all(map(is_, values, self._tensors))
+
     def restore(self, state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` show the live tensors, and nothing else of their parameters."""
-        self._entries = [_live(pieces) for _, pieces in self._pieces.values()]
-        state.update(zip(self._pieces, self._entries, strict=True))
+        self._entries = [_live(pieces) for pieces in self._pieces.values()]
+        for param, entry in zip(self._pieces, self._entries, strict=True):
+            state.pop(param, None)  # so that they are in this order
+            state[param] = entry
 
 
 def _copy(pairs: _Pairs) -> None:
@@ -93,10 +117,8 @@ def _live(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
 
 def _match_replaced(piece: Piece, value: Any) -> _Pairs:
     """As ``_match_piece``, of a value in the place of this rank's fragment, and perhaps of its shape."""
-    if value is piece.live:
-        return []
     if torch.is_tensor(value) and value.shape == piece.live.shape and takes(piece.live.dtype, value):
-        return [(piece.live, value)]
+        return [] if value.data_ptr() == piece.live.data_ptr() else [(piece.live, value)]
     return _match_piece(piece, value)
 
 
