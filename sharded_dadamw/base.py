@@ -23,12 +23,17 @@ from sharded_dadamw.norms.norm_ranks import NormRanks
 from sharded_dadamw.norms.step_report import StepReport, named_values
 from sharded_dadamw.state.fingerprint import Fingerprint, Fingerprints, parts_of
 from sharded_dadamw.update.adamw import Step
-from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group, read_groups
+from sharded_dadamw.update.hyperparameters import (
+    FREE_OF_LR,
+    HIGH_WEIGHT_DECAY,
+    Hyperparameters,
+    check_group,
+    read_groups,
+)
 
 log = logging.getLogger("sharded_dadamw")
 
 _NOT_TRIED = "2.15"
-_HIGH_WEIGHT_DECAY = 1e-3
 _ROUNDING = 1e-4
 """By how much an lr may exceed the peak of its schedule for being computed in fp32."""
 
@@ -117,7 +122,7 @@ class DecoupledOptimizer(Optimizer):
         for index, group in enumerate(groups):
             self._check_group(group)
             weight_decay = float(group.get("weight_decay", 0.0))
-            if weight_decay > _HIGH_WEIGHT_DECAY and group.get("decoupled_weight_decay") != FREE_OF_LR:
+            if weight_decay > HIGH_WEIGHT_DECAY and group.get("decoupled_weight_decay") != FREE_OF_LR:
                 raise ValueError(
                     f"param_groups[{index}]['weight_decay']: expected one that does not scale with lr, got "
                     f"{weight_decay:g}, which is probably that of torch.optim.AdamW. Convert such a state, and load it "
@@ -367,7 +372,7 @@ class DecoupledOptimizer(Optimizer):
 
 
 def _warn_if_high(weight_decay: float) -> None:
-    if weight_decay >= _HIGH_WEIGHT_DECAY:
+    if weight_decay >= HIGH_WEIGHT_DECAY:
         log.warning(
             "weight_decay=%g is high for a decay that does not scale with lr: every step at the peak of the schedule "
             "multiplies the weights by %g. Multiply a value meant for torch.optim.AdamW by lr.",

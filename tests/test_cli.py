@@ -176,14 +176,24 @@ def test_a_target_that_cannot_be_written_is_one_sentence(files: dict[str, Path],
     assert said.startswith("error: ") and "Traceback" not in said
 
 
-def test_convert_multiplies_torchs_decay_by_the_peak(tmp_path: Path) -> None:
+def test_convert_multiplies_torchs_decay_by_the_peak(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = stepped(AdamW)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    for options, why in (
+        (["sharded-dadamw"], "got one without its mark; it is from torch or composer"),
+        *((["torch", "--peak-lr", wrong], "peak_lr: expected a finite number > 0, got") for wrong in ("0", "inf")),
+    ):
+        assert why in run("convert", tmp_path / "x.pt", tmp_path / "none", "--from", *options, code=1)
     run("convert", tmp_path / "x.pt", tmp_path / "a", "--from", "torch")
     run("convert", tmp_path / "x.pt", tmp_path / "b", "--from", "zero-redundancy", "--peak-lr", "0.5")
     run("convert", tmp_path / "x.pt", tmp_path / "c", "--from", "composer")
     decays = [Manifest.read(tmp_path / name).param_groups[0]["weight_decay"] for name in "abc"]
     assert decays == [pytest.approx(1e-6), pytest.approx(5e-5), 1e-4]
+    assert "it is to be converted from torch" not in caplog.text
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    torch.save(optimizer.state_dict(), tmp_path / "y.pt")
+    run("convert", tmp_path / "y.pt", tmp_path / "d", "--from", "composer")
+    assert "param_groups[0] decays by 0.1 a step: if torch's AdamW wrote it, it is to be" in caplog.text
 
 
 def test_convert_takes_names_and_weights_from_files_of_their_own(tmp_path: Path) -> None:
@@ -247,7 +257,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no archive")
     (tmp_path / "text.safetensors").write_text("no header")
     others = [("text.safetensors", "safetensors")] if importlib.util.find_spec("safetensors") else []
-    for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got"), *others):
+    (tmp_path / "folder").mkdir()
+    folder = ("folder", "expected a folder of torch.distributed.checkpoint, got one without .metadata")
+    for name, why in (("evil.pt", "no data"), ("text.pt", "torch.save"), ("gone", "got"), folder, *others):
         said = run("convert", tmp_path / name, "--from", "torch", "out", code=1)
         assert said.startswith("error: ") and why in said and "Traceback" not in said
     assert not (tmp_path / "marker").exists()

@@ -15,6 +15,7 @@ from torch import Tensor
 from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest, begin, found_at, step_of
+from sharded_dadamw.checkpoint.metadata import METADATA
 from sharded_dadamw.checkpoint.names import IS_DECOUPLED
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
@@ -82,10 +83,20 @@ def read_state(
     found = optimizers_in(contents)
     if len(found) != 1:
         where = ", ".join(at or "the top" for at, _ in found)
-        raise ValueError(f"{path}: expected one optimizer's state dict, got {f'those at {where}' if found else 'none'}")
+        got = f"those at {where}; save the right one in a file of its own" if found else "none"
+        raise ValueError(f"{path}: expected one optimizer's state dict, got {got}")
     state_dict = _once(found[0][1], manifest)
     if source is not Source.OURS and is_ours(state_dict):
         raise ValueError(f"{path}: expected a checkpoint of {source.value}, got ours; it is from {Source.OURS.value}")
+    if (
+        source is Source.OURS
+        and not is_ours(state_dict)
+        and any(g.get("weight_decay") for g in state_dict["param_groups"])
+    ):
+        others = f"{Source.TORCH.value} or {Source.COMPOSER.value}"
+        raise ValueError(
+            f"{path}: expected a checkpoint of {source.value}, got one without its mark; it is from {others}"
+        )
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
     if names is None and own_names(state_dict) is None and beside.is_file() and not _is_safetensors(beside):
@@ -153,6 +164,8 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
         folder = found_at(Path(path))[-1]
+        if not (folder / METADATA).exists():
+            raise ValueError(f"{path}: expected a folder of torch.distributed.checkpoint, got one without {METADATA}")
         saved = Entries(folder, Manifest.of(folder))
         values = saved.wholes(saved.under())
         saved.read(values, placeholders=True)

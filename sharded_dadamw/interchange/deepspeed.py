@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Path, Mapping[str, Any], list
     """Return the folder, what its model's file holds, and each rank's `optimizer_state_dict`; tensors are mapped."""
     folder = Path(path)
     if (folder / "latest").is_file():
-        folder = folder / read_text(folder / "latest").strip()
+        tag = read_text(folder / "latest").strip()
+        if tag not in {entry.name for entry in folder.iterdir() if entry.is_dir()}:
+            raise ValueError(f"{folder / 'latest'}: expected the name of a folder beside it, got {reprlib.repr(tag)}")
+        folder = folder / tag
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     models = [match for name in names if (match := _MODEL.fullmatch(name))]
     found = [match for name in names if (match := _PARTITION.fullmatch(name))]

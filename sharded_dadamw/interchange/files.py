@@ -19,7 +19,7 @@ if importlib.util.find_spec("safetensors"):
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a file of text in UTF-8, or raise a ValueError that names it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # as editors on Windows write it
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text, got {error}") from error
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange.contents import State, is_optimizer, nested_form, own_names, plain
-from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, check_group
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR, HIGH_WEIGHT_DECAY, Hyperparameters, check_group
 from sharded_dadamw.update.storage import MAINS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
@@ -136,6 +136,8 @@ def imported_group(
     that it asks for another update rule than AdamW's, or that the peak cannot be told.
     """
     missing = [key for key in _NEEDED if key not in group]
+    if "foreach" in group and "amsgrad" not in group:
+        missing.append("amsgrad")  # torch's RAdam, whose state looks the same
     if missing:
         raise ValueError(f"{where}: expected the hyperparameters of AdamW, got a group without {_few(missing)}")
     own = {key: plain(value) for key, value in group.items() if key not in _OF_THEIR_OWN}
@@ -146,9 +148,16 @@ def imported_group(
         check_group(ours)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if group.get("bias_correction", True) is False:
+    if False in (group.get("bias_correction"), group.get("correct_bias")):
         raise ValueError(f"{where}: expected AdamW with bias correction, got one without")
-    if coupled and group.get("decoupled_weight_decay") == FREE_OF_LR:
+    is_marked = group.get("decoupled_weight_decay") == FREE_OF_LR
+    if not (coupled or is_marked) and ours["weight_decay"] > HIGH_WEIGHT_DECAY:
+        log.warning(
+            "%s decays by %g a step: if torch's AdamW wrote it, it is to be converted from torch",
+            where,
+            ours["weight_decay"],
+        )
+    if coupled and is_marked:
         raise ValueError(f"{where}: expected a weight decay that scales with lr, got ours, which is to stay as it is")
     if coupled and group.get("decoupled_weight_decay") is False and ours["weight_decay"]:
         raise ValueError(
@@ -156,6 +165,8 @@ def imported_group(
             "to the gradient; no setting here continues that"
         )
     ours |= _SWITCHES
+    if peak_lr is not None and not 0.0 < peak_lr < math.inf:
+        raise ValueError(f"peak_lr: expected a finite number > 0, got {peak_lr}")
     if peak_lr is not None:
         ours |= {"initial_lr": peak_lr}
         ours.pop("max_lr", None)

@@ -14,6 +14,9 @@ FREE_OF_LR = "free of lr"
 """What our groups have as ``decoupled_weight_decay``, which is True in others'. A state dict has nothing else that
 tells what its weight decay means, and an entry of our own would be missing where torch's AdamW was saved."""
 
+HIGH_WEIGHT_DECAY = 1e-3
+"""Above which a decay per step is probably that of torch's AdamW."""
+
 _UNSUPPORTED_SWITCHES = ("maximize", "differentiable")
 
 
