@@ -99,7 +99,7 @@ class Corpus:
                     corpus = cls.read(source, context)
                     torch.save(vars(corpus), file)
                     told = str(file), None
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, RuntimeError) as error:  # the last is torch's, of a full disk
                     told = str(file), str(error)
             dist.all_gather_object(everyone, told)
             if errors := [error for _, error in filter(None, everyone) if error]:

@@ -27,7 +27,7 @@ if not __package__:
     # Run as a script: import from the checkout that holds this file, whatever the working directory.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.earlier import METRICS, OF_THIS_START, folder_to_resume, read_config, require_same
+from launch.earlier import METRICS, OF_THIS_START, folder_to_resume, option, read_config, require_same
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ class Settings:
     bucket_cap_mb: Annotated[
         float | None, typer.Option(help="Bucket size of the sharded optimizer. [default: the optimizer's]")
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the batches and the sample.")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights, the batches and the sample.")
+    ] = 0
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 1
     fingerprint_every: Annotated[
         int,
@@ -180,10 +182,12 @@ class Settings:
                 f"expected --global-batch to be at least the {self.num_micro_batches} micro-batches, got "
                 f"{self.global_batch}; use fewer of these, or fewer ranks"
             )
-        if self.lr <= 0:
-            raise ValueError(f"expected --lr to be above 0, got {self.lr}")
-        if self.bucket_cap_mb is not None and self.bucket_cap_mb <= 0:
-            raise ValueError(f"expected --bucket-cap-mb to be above 0, got {self.bucket_cap_mb}")
+        for name in ("lr", "bucket_cap_mb", "process_group_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise ValueError(f"expected {option(name)} to be above 0 and below 1e9, got {value}")
+        if self.weight_decay >= 1:
+            raise ValueError(f"expected --weight-decay to be a share below 1, got {self.weight_decay}")
         if self.data is not None and not self.data.exists():
             raise ValueError(f"expected --data to be a file or a folder, got {self.data}, which does not exist")
         if self.optimizer is Choice.FAIRSCALE_OSS and importlib.util.find_spec("fairscale") is None:
@@ -208,10 +212,14 @@ class Settings:
 
         if self.requeue and self.run_dir is None:
             raise ValueError("expected --run-dir beside --requeue, so that every start finds the same run")
-        if f"SIG{self.checkpoint_signal}" not in signal.Signals.__members__:
+        if self.requeue and not (self.checkpoint and self.can_resume):
+            raise ValueError(
+                f"expected checkpoints beside --requeue, without which every start begins again, got --optimizer "
+                f"{self.optimizer}{'' if self.checkpoint else ' --no-checkpoint'}"
+            )
+        signals = signal.Signals.__members__.keys() - {"SIGKILL", "SIGSTOP"}  # which no process hears of
+        if f"SIG{self.checkpoint_signal}" not in signals:
             raise ValueError(f"expected --checkpoint-signal to be a signal, such as USR1, got {self.checkpoint_signal}")
-        if self.process_group_timeout is not None and self.process_group_timeout <= 0:
-            raise ValueError(f"expected --process-group-timeout to be above 0, got {self.process_group_timeout}")
         if self.optimizer is not Choice.SHARDED and (self.precision is Precision.BF16 or self.shard_within_host):
             raise ValueError(
                 "--precision bfloat16 and --shard-within-host are the sharded optimizer's, got --optimizer "

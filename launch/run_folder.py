@@ -1,6 +1,7 @@
 """The folder a run writes: config.json, metrics.jsonl, checkpoints/, summary.json and loss.png."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lines = b""
         path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
@@ -91,9 +93,21 @@ class RunFolder:
         self._write(name, json.dumps(content, indent=2, default=str) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl; whoever reads the file meanwhile sees whole lines."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line to metrics.jsonl; whoever reads the file sees whole lines, also after a full disk.
+
+        Raises:
+            OSError: it cannot be written, and the file is as it was; the line comes with the next one.
+        """
+        self._lines += json.dumps(record).encode() + b"\n"
+        with (self.path / METRICS).open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(self._lines) < len(self._lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / METRICS))
+            except OSError:
+                file.truncate(end)
+                raise
+        self._lines = b""
 
     def sync_metrics(self) -> None:
         """Have metrics.jsonl on the disk, before a checkpoint that counts on it."""

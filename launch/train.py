@@ -119,7 +119,9 @@ class Training:
         report.say(f"held-out loss before training: {before:.3f} nats per byte")
         with report.progress():
             for step in range(first, settings.steps):
-                report.record(self.train_step(step), log=(step + 1) % settings.log_every == 0)
+                record = self.train_step(step)
+                with self.forgiven():
+                    report.record(record, log=(step + 1) % settings.log_every == 0)
                 if step + 1 == settings.steps:
                     break
                 if self.is_to_stop:
@@ -129,19 +131,19 @@ class Training:
                 if (step + 1) % settings.checkpoint_every == 0:
                     self.save_on_the_way(step + 1, before)
         after = self.held_out_loss()
-        report.close(
-            Summary(
-                num_parameters=sum(p.numel() for p in self.model.parameters()),
-                held_out_before=before,
-                held_out_after=after,
-                state_bytes=largest_over_ranks(contender.state_bytes, self.device),
-                wire_bytes=contender.wire_bytes,
-                hidden=contender.hidden,
-            )
+        self.save_at_the_end(before)  # before anything that can fail on one rank
+        summary = Summary(
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            held_out_before=before,
+            held_out_after=after,
+            state_bytes=largest_over_ranks(contender.state_bytes, self.device),
+            wire_bytes=contender.wire_bytes,
+            hidden=contender.hidden,
         )
+        with self.forgiven():
+            report.close(summary)
         if settings.sample_bytes and self.rank == 0:
             report.sample(PROMPT + generate(self.model, PROMPT, settings.sample_bytes, 0.6, settings.seed))
-        self.save_at_the_end(before)
         dist.barrier()
         report.say(f"written to {self.folder.path}")
 
@@ -163,8 +165,9 @@ class Training:
             OSError: it could not be written, on any rank, and so for every one.
             RuntimeError: it failed otherwise.
         """
-        if self.rank == 0:
-            self.folder.sync_metrics()
+        with self.forgiven():  # the others are on their way to the checkpoint
+            if self.rank == 0:
+                self.folder.sync_metrics()
         self.saving = save_checkpoint(
             self.folder.checkpoints,
             step=step,
@@ -207,7 +210,7 @@ class Training:
 
     @contextlib.contextmanager
     def forgiven(self) -> Iterator[None]:
-        """Within it, a checkpoint that cannot be written, which every rank hears of, is a warning."""
+        """Within it, what cannot be written is a warning: a checkpoint, of which every rank hears, or a metric."""
         try:
             yield
         except (OSError, RuntimeError) as error:

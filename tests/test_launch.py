@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from launch.cluster import join, name_of_start
 from launch.data import Corpus, share
 from launch.model import GPT
 from launch.options import PRESETS, Preset, Settings, read_settings
+from launch.run_folder import RunFolder
 from launch.train import Training
 from sharded_dadamw.checkpoint import load_checkpoint
 from sharded_dadamw.checkpoint.difference import difference
@@ -145,12 +147,16 @@ def test_every_other_way_draws_the_same_curve(ranks: int, options: list[str], tw
     [
         ("--ranks 2 --micro-batches 6 --global-batch 5", "at least the 6 micro-batches, got 5; use fewer of these, or"),
         ("--data /no/such/place", "expected --data to be a file or a folder, got /no/such/place"),
-        ("--lr 0", "expected --lr to be above 0, got 0.0"),
+        ("--lr nan", "expected --lr to be above 0 and below 1e9, got nan"),
+        ("--weight-decay 2", "expected --weight-decay to be a share below 1, got 2.0"),
+        ("--seed 4294967296", "Invalid value for '--seed'"),
         ("--optimizer adam", "'sharded', 'decoupled', 'torch-zero', 'fairscale-oss', 'ddp-adamw'"),
         ("--stpes 3", "No such option: --stpes"),
         ("--requeue", "expected --run-dir beside --requeue"),
+        ("--requeue --run-dir no --no-checkpoint", "expected checkpoints beside --requeue, without which every start"),
+        ("--checkpoint-signal KILL", "expected --checkpoint-signal to be a signal, such as USR1, got KILL"),
         ("--checkpoint-signal SIGUSR1", "expected --checkpoint-signal to be a signal, such as USR1, got SIGUSR1"),
-        ("--process-group-timeout 0", "expected --process-group-timeout to be above 0, got 0.0"),
+        ("--process-group-timeout 0", "expected --process-group-timeout to be above 0 and below 1e9, got 0.0"),
         ("--precision bfloat16 --optimizer ddp-adamw", "the sharded optimizer's, got --optimizer ddp-adamw"),
     ],
 )
@@ -169,6 +175,20 @@ def test_a_run_folder_that_cannot_be_written_is_one_sentence(place: str, tmp_pat
     assert ended.codes == [2, 2], ended.output
     expected = f"error: expected --run-dir to be a folder that every rank can write, got {tmp_path / place}: "
     assert expected in ended.output and ended.output.count("error: ") == 1 and "Traceback" not in ended.output
+
+
+def test_a_full_disk_leaves_whole_lines_of_metrics_and_loses_none(tmp_path: Path) -> None:
+    folder, (soft, hard) = RunFolder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(5):
+        is_full = 1 < step < 4
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30 if is_full else soft, hard))
+        try:
+            with pytest.raises(OSError) if is_full else contextlib.nullcontext():
+                folder.append_metrics({"step": step})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        assert lines == [f'{{"step": {number}}}\n' for number in range(2 if is_full else step + 1)]
 
 
 def settings_for(*options: str) -> Settings:

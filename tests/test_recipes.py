@@ -93,6 +93,18 @@ def test_three_hosts_go_on_as_two_when_one_is_killed(tmp_path: Path) -> None:
     assert curve(run) == curve(tmp_path / "as it was")
 
 
+def test_what_would_be_wrong_after_each_restart_is_said_before_the_first_start(tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho started\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    names = with_commands(NODES="1", HEAD="localhost", RUN_DIR=str(tmp_path / "run"))
+    names["PATH"] = f"{tmp_path}:{names['PATH']}"
+    for options, said in ((["--stpes", "3"], "No such option: --stpes"), (["--steps", "3"], "started\n")):
+        command = ["bash", str(RECIPES / "torchrun.sh"), *options]
+        ended = subprocess.run(command, cwd=CHECKOUT, env=names, capture_output=True, text=True, check=False)
+        assert said in ended.stdout + ended.stderr
+        assert ("started" in ended.stdout) == (ended.returncode == 0) == (said == "started\n")
+
+
 # --- Slurm ---
 
 SCONTROL = """#!/bin/sh

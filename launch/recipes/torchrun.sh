@@ -14,6 +14,7 @@ set -euo pipefail
 : "${NODES:?how many hosts, or MIN:MAX}" "${HEAD:?address of one of the hosts}"
 
 run_dir=${RUN_DIR:-runs/several-hosts}
+python3 launch/options.py --run-dir "$run_dir" --requeue "$@" # what is wrong here would be wrong after each restart
 if [[ -n ${NODE_RANK:-} ]]; then
     rendezvous=(--node-rank "$NODE_RANK" --master-addr "$HEAD" --master-port 29400)
 else
