@@ -65,6 +65,8 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     the manifest has files, to others.
     """
     path = folder / METADATA
+    if not path.exists():
+        raise ValueError(f"{folder}: expected a folder of torch.distributed.checkpoint, got one without {METADATA}")
     size_of(path)  # or of a pipe, reading would never end
     try:
         metadata = Unpickler(io.BytesIO(path.read_bytes()), table=_KNOWN, fills=_FILLS).load()

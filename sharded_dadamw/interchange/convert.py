@@ -15,7 +15,6 @@ from torch import Tensor
 from sharded_dadamw.checkpoint.dcp import versions, write
 from sharded_dadamw.checkpoint.entries import Entries, nested
 from sharded_dadamw.checkpoint.folder import Manifest, begin, found_at, step_of
-from sharded_dadamw.checkpoint.metadata import METADATA
 from sharded_dadamw.checkpoint.names import IS_DECOUPLED
 from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
@@ -164,8 +163,6 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
 def _contents(path: str | os.PathLike[str]) -> object:
     if Path(path).is_dir():
         folder = found_at(Path(path))[-1]
-        if not (folder / METADATA).exists():
-            raise ValueError(f"{path}: expected a folder of torch.distributed.checkpoint, got one without {METADATA}")
         saved = Entries(folder, Manifest.of(folder))
         values = saved.wholes(saved.under())
         saved.read(values, placeholders=True)
