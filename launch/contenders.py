@@ -143,28 +143,12 @@ class Fairscale(Contender):
 
 def contender_for(settings: Settings, model: nn.Module, device: torch.device) -> Contender:
     """Make the contender of `settings.optimizer` around `model`, which lies on `device`; called on every rank."""
-    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2]
-    vectors = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
     shared: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": settings.amsgrad}
-
-    def groups(weight_decay: float) -> list[dict[str, Any]]:
-        return [
-            {"params": [p for _, p in matrices], "weight_decay": weight_decay},
-            {"params": [p for _, p in vectors], "weight_decay": 0.0},
-        ]
-
-    def ddp() -> DistributedDataParallel:
-        on_gpu = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, on_gpu, gradient_as_bucket_view=True)
-
     # What torch's law, decay = lr * weight_decay, needs to decay as much.
     coupled = settings.weight_decay / settings.lr
     match settings.optimizer:
         case Choice.SHARDED:
-            named = [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
+            named = groups_of(model, settings.weight_decay, named=True)
             micro_batches = settings.num_micro_batches
             config = ShardingConfig(main_parameter=MainParameter.REMAINDER, micro_batches=micro_batches)
             if settings.bucket_cap_mb is not None:
@@ -181,17 +165,35 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
             except ValueError as error:  # such as of ranks that micro-batches cannot be shared out to
                 fail(error)
         case Choice.DECOUPLED:
-            return Contender(ddp(), DecoupledAdamW(groups(settings.weight_decay), **shared))
+            return Contender(
+                under_ddp(model, device), DecoupledAdamW(groups_of(model, settings.weight_decay), **shared)
+            )
         case Choice.DDP_ADAMW:
-            return Contender(ddp(), AdamW(groups(coupled), fused=True, **shared))
+            return Contender(under_ddp(model, device), AdamW(groups_of(model, coupled), fused=True, **shared))
         case Choice.TORCH_ZERO:
             zero_class = imported("torch.distributed.optim", "ZeroRedundancyOptimizer")
-            zero = zero_class(groups(coupled), AdamW, parameters_as_bucket_view=True, fused=True, **shared)
-            return Contender(ddp(), zero, zero.optim, gather="in update")
+            zero = zero_class(groups_of(model, coupled), AdamW, parameters_as_bucket_view=True, fused=True, **shared)
+            return Contender(under_ddp(model, device), zero, zero.optim, gather="in update")
         case Choice.FAIRSCALE_OSS:
-            oss = imported("fairscale.optim", "OSS")(groups(settings.weight_decay), DecoupledAdamW, **shared)
+            oss = imported("fairscale.optim", "OSS")(groups_of(model, settings.weight_decay), DecoupledAdamW, **shared)
             wrapper = imported("fairscale.nn.data_parallel", "ShardedDataParallel")
             return Fairscale(wrapper(model, oss), oss, oss.optim, gather="in update")
+
+
+def groups_of(model: nn.Module, weight_decay: float, *, named: bool = False) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, vectors do not."""
+    members = list(model.named_parameters())
+    matrices, vectors = (
+        [(name, param) if named else param for name, param in members if (param.ndim >= 2) is is_matrix]
+        for is_matrix in (True, False)
+    )
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def under_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """A model that lies on a device in torch's wrapper. Collective."""
+    on_gpu = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, on_gpu, gradient_as_bucket_view=True)
 
 
 def imported(module: str, name: str) -> Any:

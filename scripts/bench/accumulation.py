@@ -1,10 +1,8 @@
 """Steps whose bits do not depend on the number of ranks, beside steps of gradients that autograd adds up."""
 
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -12,8 +10,8 @@ import torch.distributed as dist
 import typer
 from torch import nn
 
-from scripts.bench import harness
-from scripts.bench.harness import OnRanks, Report, Spread
+from scripts.bench.harness import OnRanks, Report, ms, seconds_of, spread
+from scripts.bench.memory import bytes_held
 from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 
 WIDTH = 512
@@ -37,21 +35,25 @@ class Accumulation(OnRanks):
         contenders, held = [], []
         Contender(self, 1, True)(0)  # what a process needs once
         for passes, in_tree in cases:
-            before = resident()
+            before = bytes_held()
             contenders.append(Contender(self, passes, in_tree))
             contenders[-1](0)
-            held.append(resident() - before)
-        seconds = harness.interleave(contenders, self.rounds, self.warmup)
-        rows = []
-        for number, (passes, in_tree) in enumerate(cases):
-            backward, step = (1e3 * seconds[:, number].median(0).values).tolist()
-            totals = seconds.sum(2)
-            ratio = Spread.of(totals[:, number] / totals[:, number - in_tree])
-            cells = [f"{backward:.0f}", f"{step:.0f}", str(ratio), f"{held[number] / 2**20:.0f}"]
-            rows.append([str(passes), "micro_batches" if in_tree else "without", *cells])
+            held.append(bytes_held() - before)
+        seconds = self.interleave(contenders)
+        totals = seconds.sum(2)
+        rows = [
+            {
+                "passes": str(passes),
+                "": "micro_batches" if in_tree else "without",
+                "backward ms": ms(seconds[:, number, 0], 0),
+                "step ms": ms(seconds[:, number, 1], 0),
+                "/ without": spread(totals[:, number] / totals[:, number - in_tree]),
+                "MiB": f"{held[number] / 2**20:.0f}",
+            }
+            for number, (passes, in_tree) in enumerate(cases)
+        ]
         megabytes = self.layers * WIDTH * WIDTH * 4 / 2**20
-        notes = [f"{megabytes:.0f} MiB of fp32 parameters; {self.set_up} Memory: resident, model and optimizer."]
-        return Report(["passes", "", "backward ms", "step ms", "/ without", "MiB"], rows, notes, {})
+        return Report(rows, [f"{megabytes:.0f} MiB of fp32 parameters; {self.set_up} MiB: model and optimizer."])
 
 
 class Contender:
@@ -67,17 +69,12 @@ class Contender:
 
     def __call__(self, index: int) -> tuple[float, float]:
         """Seconds of all backward passes, and of the step."""
-        start = time.perf_counter()
-        for number in range(self._passes):
-            is_last = number + 1 == self._passes
-            with nullcontext() if is_last or self._in_tree else self._optimizer.no_sync():
-                self._model(self._x).square().mean().backward()
-        backward = time.perf_counter() - start
-        self._optimizer.step()
+        backward, _ = seconds_of(self._backward)
+        step, _ = seconds_of(self._optimizer.step)
         self._optimizer.zero_grad()
-        return backward, time.perf_counter() - start - backward
+        return backward, step
 
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    def _backward(self) -> None:
+        for left in reversed(range(self._passes)):
+            with self._optimizer.no_sync() if left and not self._in_tree else nullcontext():
+                self._model(self._x).square().mean().backward()

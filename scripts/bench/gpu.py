@@ -18,7 +18,7 @@ from scripts.bench.harness import Device, OnDevice, Report
 
 STEP = "step --ranks 1 --preset 125m --context 512 --batch 8 --rounds 10 --warmup 2 --steps 3"
 RIVALS = "--contenders ddp-adamw,adamw,sharded-attached,sharded,sharded-zero2,decoupled"
-BF16 = "--dtype bfloat16 --main-parameter remainder"
+BF16 = "--dtype bfloat16 --remainder"
 PARTS = {
     "tests": "pytest tests/gpu -q -p no:cacheprovider",
     "kernel": "kernel --numel 64 --rounds 6 --no-peers",
@@ -65,15 +65,15 @@ class Gpu(OnDevice):
     def run(self) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the part under way ends as well
         self.out.mkdir(parents=True, exist_ok=True)
-        started, done = time.monotonic(), {}
+        started, rows, printed_by = time.monotonic(), [], {}
         for part in self.parts.split(","):
             begun = time.monotonic()
-            command, outcome, printed = self.run_part(part, min(LIMIT_S, self.seconds - (begun - started)))
+            limit_s = min(LIMIT_S, self.seconds - (begun - started))
+            command, outcome, printed_by[part] = self.run_part(part, limit_s)
             seconds = time.monotonic() - begun
-            done[part] = {"command": command, "seconds": seconds, "outcome": outcome, "printed": printed}
-            harness.say(*printed, f"--- {part}: {outcome} after {seconds:.0f} s")
-            rows = [[name, one["command"], f"{one['seconds']:.0f}", one["outcome"]] for name, one in done.items()]
-            report = Report(["part", "command", "s", "outcome"], rows, record={"parts": done})
+            harness.say(*printed_by[part], f"--- {part}: {outcome} after {seconds:.0f} s")
+            rows.append({"part": part, "command": command, "s": f"{seconds:.0f}", "outcome": outcome})
+            report = Report(rows, record={"printed": printed_by})
             self.write(report, self.out / "gpu.json")
         harness.say(*report.table)
 

@@ -6,17 +6,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property, wraps
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -25,6 +27,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from torch import Tensor
+
+from launch.cluster import local_rank
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -42,21 +46,20 @@ class Report:
     """What a benchmark has found.
 
     Attributes:
-        titles: Of the table's columns.
-        rows: Of the table.
+        rows: Of a table, each its cells by the titles of their columns, of which a row may lack some.
         lines: Without which the table cannot be read.
         record: Everything measured, for the JSON file.
     """
 
-    titles: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Mapping[str, str]]
     lines: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> list[str]:
         """In markdown, its columns aligned."""
-        rows = [self.titles, *self.rows]
+        titles = dict.fromkeys(chain.from_iterable(self.rows))
+        rows = [list(titles), *([row.get(title, "") for title in titles] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * max(3, width) for width in widths])
         return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
@@ -78,8 +81,9 @@ class Benchmark:
         """Measure, and publish what was found."""
         raise NotImplementedError
 
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        """Where a rank of this host measures."""
+    @property
+    def torch_device(self) -> torch.device:
+        """Where this process measures."""
         return CPU
 
     def publish(self, report: Report) -> None:
@@ -95,7 +99,6 @@ class Benchmark:
             "benchmark": type(self).__name__.lower(),
             "options": asdict(self) | {"out": None},
             "surroundings": self.surroundings,
-            "titles": report.titles,
             "rows": report.rows,
             "lines": report.lines,
         }
@@ -107,12 +110,11 @@ class Benchmark:
     @cached_property
     def surroundings(self) -> dict[str, Any]:
         """Machine, versions, date and commit: what a figure is worth nothing without."""
-        device = self.torch_device()
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "cpu": cpu_model(),
             "cores": num_cores(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "gpu": torch.cuda.get_device_name() if self.torch_device.type == "cuda" else None,
             "system": platform.platform(),
             "python": platform.python_version(),
             "versions": {package: version_of(package) for package in ("torch", *self.packages)},
@@ -136,9 +138,20 @@ class OnRanks(Benchmark):
 
     def run(self) -> None:
         if "RANK" in os.environ:
-            _run_rank(int(os.environ["LOCAL_RANK"]), self, "env://")
+            self.run_rank(local_rank(), "env://")
         else:
-            start_ranks(_run_rank, self.ranks, self)
+            start_ranks(self.run_rank, self.ranks)
+
+    def run_rank(self, number: int, rendezvous: str) -> None:
+        """Do one rank's part; ``number`` is that of the rank on its host. Collective."""
+        with self.joined(number, rendezvous):
+            report = self.measure()
+            if dist.get_rank() == 0:
+                self.publish(report)
+
+    def interleave(self, contenders: Sequence[Callable[[int], Sequence[float]]]) -> Tensor:
+        """See the function; for as many rounds as were asked for."""
+        return interleave(contenders, self.rounds, self.warmup, self.torch_device)
 
     @property
     def threads_per_rank(self) -> int:
@@ -154,30 +167,41 @@ class OnRanks(Benchmark):
         )
 
     @contextmanager
-    def joined(self, local_rank: int, rendezvous: str) -> Iterator[int]:
-        """A context for one rank's work; yields its number. Collective."""
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which DeepSpeed wants to know
-        rank, device = int(os.environ.get("RANK", local_rank)), self.torch_device(local_rank)
-        with joined(rank, self.ranks, rendezvous, threads=self.threads_per_rank, device=device):
-            yield rank
+    def joined(self, number: int, rendezvous: str) -> Iterator[None]:
+        """A context for one rank's work, with the default group of all of them there. Collective."""
+        warnings.simplefilter("ignore")  # peers warn, once per rank, about their own use of what torch has deprecated
+        os.environ.setdefault("LOCAL_RANK", str(number))
+        torch.set_num_threads(self.threads_per_rank)
+        device = self.torch_device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=rendezvous,
+            rank=int(os.environ.get("RANK", number)),
+            world_size=self.ranks,
+            device_id=device if on_gpu else None,
+        )
+        try:
+            yield
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Benchmark):
-    """A benchmark of one process, on a GPU or on the CPU."""
+    """A benchmark on GPUs, one for each rank, or on the CPU."""
 
-    device: Annotated[Device | None, typer.Option(help="By default a GPU, if there is one.")] = None
+    device: Annotated[Device | None, typer.Option(help="By default a GPU per rank, if there are so many.")] = None
 
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        on_gpu = torch.cuda.is_available() if self.device is None else self.device is Device.CUDA
-        return torch.device("cuda", 0) if on_gpu else CPU  # with its number, which NCCL's groups ask for
-
-
-def _run_rank(local_rank: int, benchmark: OnRanks, rendezvous: str) -> None:
-    with benchmark.joined(local_rank, rendezvous) as rank:
-        report = benchmark.measure()
-        if rank == 0:
-            benchmark.publish(report)
+    @property
+    def torch_device(self) -> torch.device:
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", getattr(self, "ranks", 1)))
+        has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_here
+        on_gpu = has_gpus if self.device is None else self.device is Device.CUDA
+        return torch.device("cuda", local_rank()) if on_gpu else CPU
 
 
 def command_of(benchmark: type[Benchmark]) -> Callable[..., None]:
@@ -200,28 +224,6 @@ def start_ranks(work: Callable[..., None], num_ranks: int, *args: Any) -> None:
     """Call `work(rank, *args, rendezvous)` in a process per rank, and wait for all of them."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (*args, f"file://{folder}/rendezvous"), nprocs=num_ranks)  # type: ignore[attr-defined, no-untyped-call]
-
-
-@contextmanager
-def joined(rank: int, num_ranks: int, rendezvous: str, *, threads: int, device: torch.device = CPU) -> Iterator[None]:
-    """A context for one rank's work, with the default group of all of them there. Collective."""
-    warnings.simplefilter("ignore")  # peers warn, once per rank, about their own use of what torch has deprecated
-    torch.set_num_threads(threads)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=num_ranks,
-        device_id=device if on_gpu else None,
-    )
-    try:
-        yield
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def interleave(
@@ -264,24 +266,28 @@ def interleave(
     return samples.cpu()
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Quartiles and range of a quantity over the rounds."""
+def median(values: Tensor) -> float:
+    """Of 1-D values."""
+    return float(values.quantile(0.5))
 
-    median: float
-    q1: float
-    q3: float
-    min: float
-    max: float
 
-    @classmethod
-    def of(cls, values: Tensor) -> "Spread":
-        """The spread of 1-D `values`."""
-        at = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0], dtype=values.dtype)
-        return cls(*torch.quantile(values, at).tolist())
+def ms(seconds: Tensor, digits: int = 1) -> str:
+    """The median of 1-D seconds, to be read."""
+    return f"{1e3 * median(seconds):.{digits}f}"
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.q1:.2f}-{self.q3:.2f}]"
+
+def spread(ratios: Tensor) -> str:
+    """Median and quartiles of 1-D values, to be read."""
+    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
+    return f"{middle:.2f} [{low:.2f}-{high:.2f}]"
+
+
+def seconds_of(work: Callable[[], object], device: torch.device = CPU) -> list[float]:
+    """Seconds until work is done, and CPU seconds of all threads meanwhile, which hardly feel a busy machine."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    work()
+    Clock(device).settle()
+    return [time.perf_counter() - start, time.process_time() - cpu_start]
 
 
 class Clock:
@@ -332,11 +338,9 @@ def git(*arguments: str) -> str | None:
 
 def cpu_model() -> str:
     """The processor's name as Linux knows it, or what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    known = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", known.read_text(), re.MULTILINE) if known.exists() else None
+    return found[1].strip() if found else platform.machine()
 
 
 def num_cores() -> int:

@@ -1,6 +1,5 @@
 """What an optimizer's step costs the host as the same elements are cut into more parameters."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +9,16 @@ import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
-from scripts.bench import harness
-from scripts.bench.harness import OnRanks, Report, Spread
-from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW, ShardingConfig
+from scripts.bench.harness import OnRanks, Report, ms, numbers, seconds_of, spread
+from sharded_dadamw import ShardedDecoupledAdamW, ShardingConfig
 
-NONE = "none"
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "ShardedDecoupledAdamW": ShardedDecoupledAdamW,
+    "ShardedDecoupledAdamW(overlap=False)": partial(ShardedDecoupledAdamW, config=ShardingConfig(overlap=False)),
+    "torch.optim.AdamW(fused=True)": partial(AdamW, fused=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,44 +36,32 @@ class Host(OnRanks):
     counts: Annotated[str, typer.Option(help="Numbers of parameters; the first is compared with.")] = "100,1000,10000"
 
     def __post_init__(self) -> None:
-        if uneven := [count for count in harness.numbers(self.counts) if count < 1 or self.elements % count]:
+        if uneven := [count for count in numbers(self.counts) if count < 1 or self.elements % count]:
             raise typer.BadParameter(f"expected --counts to divide {self.elements} elements, got {uneven}")
 
     def measure(self) -> Report:
-        counts, in_step = harness.numbers(self.counts), ShardingConfig(overlap=False)
-        optimizers: dict[str, Callable[..., Any]] = {
-            "ShardedDecoupledAdamW": ShardedDecoupledAdamW,
-            "ShardedDecoupledAdamW(overlap=False)": partial(ShardedDecoupledAdamW, config=in_step),
-            "DecoupledAdamW": DecoupledAdamW,
-            "torch.optim.AdamW(fused=True)": partial(AdamW, fused=True),
-            NONE: partial(SGD, lr=0.0),  # whose step is not shown: what backward takes without ours
-        }
-        keys = [(name, count) for name in optimizers for count in counts]
-        contenders = [Contender(optimizers[name], count, self.elements) for name, count in keys]
-        seconds = harness.interleave(contenders, self.rounds, self.warmup).unflatten(-1, (2, 3))
+        counts = numbers(self.counts)
+        keys = [(name, count) for name in OPTIMIZERS for count in counts]
+        seconds = self.interleave([Contender(OPTIMIZERS[name], count, self.elements) for name, count in keys])
         rows = []
-        medians = 1e3 * seconds.median(0).values
         for number, (name, count) in enumerate(keys):
-            clock, cpu = (seconds[:, number, :, 1] / seconds[:, keys.index((name, counts[0])), :, 1]).T
-            (backward, step, _), (backward_cpu, step_cpu, zero_grad_cpu) = medians[number].tolist()
-            of_step = [f"{step:.2f}", str(Spread.of(clock)), f"{step_cpu:.2f}", str(Spread.of(cpu))]
-            if name == NONE:
-                of_step = ["-"] * len(of_step)
-            of_backward = [f"{backward:.2f}", f"{backward_cpu:.2f}"]
-            rows.append([name, f"{count:,}", *of_step, *of_backward, f"{zero_grad_cpu:.2f}"])
-        fewest = f"/ with {counts[0]:,}"
-        return Report(
-            [
-                *("optimizer", "parameters", "step ms", f"{fewest}: median [quartiles]", "step CPU ms", fewest),
-                *("backward ms", "CPU ms", "zero_grad CPU ms"),
-            ],
-            rows,
-            [
-                f"{self.elements / 1e6:.1f} M fp32 elements, {self.set_up}",
-                "CPU: of all threads of a rank, which hardly feels a busy machine.",
-            ],
-            {"contenders": keys, "seconds": seconds.tolist()},
-        )
+            (backward, backward_cpu, step, step_cpu), first = seconds[:, number].T, number - counts.index(count)
+            rows.append(
+                {
+                    "optimizer": name,
+                    "parameters": f"{count:,}",
+                    "step CPU ms": ms(step_cpu, 2),
+                    f"/ with {counts[0]:,}: median [quartiles]": spread(step_cpu / seconds[:, first, 3]),
+                    "step ms": ms(step, 2),
+                    "backward CPU ms": ms(backward_cpu, 2),
+                    "backward ms": ms(backward, 2),
+                }
+            )
+        lines = [
+            f"{self.elements / 1e6:.1f} M fp32 elements, {self.set_up}",
+            "CPU: of all threads of a rank, which hardly feels a busy machine.",
+        ]
+        return Report(rows, lines, {"contenders": keys, "seconds": seconds.tolist()})
 
 
 class Deliver(torch.autograd.Function):
@@ -100,11 +90,8 @@ class Contender:
         self.optimizer = make(self.params)
 
     def __call__(self, index: int) -> list[float]:
-        """Seconds of backward, step and zero_grad; and CPU seconds of the same."""
+        """Seconds and CPU seconds of backward, and of step."""
         loss = Deliver.apply(self.grads, *self.params)  # type: ignore[no-untyped-call]
-        marks = [(time.perf_counter(), time.process_time())]
-        for part in (loss.backward, self.optimizer.step, self.optimizer.zero_grad):
-            part()
-            marks.append((time.perf_counter(), time.process_time()))
-        seconds: list[float] = torch.tensor(marks, dtype=torch.float64).T.diff().flatten().tolist()
-        return seconds
+        found = [*seconds_of(loss.backward), *seconds_of(self.optimizer.step)]
+        self.optimizer.zero_grad()
+        return found

@@ -14,8 +14,8 @@ import typer
 from torch import Tensor
 
 from scripts.bench import harness
-from scripts.bench.harness import Clock, Device, OnDevice, Report, Spread
-from scripts.bench.peers import HYPER, LAW, STEP, peers_of_an_update
+from scripts.bench.harness import Clock, OnDevice, Report, median, spread
+from scripts.bench.peers import HYPER, PEERS_OF_AN_UPDATE, STEP
 from sharded_dadamw.kernels import choose
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
@@ -26,19 +26,15 @@ MAX_PLACES = 64  # parts of the arena that take turns, at most
 SAMPLE_S, MAX_CALLS = 0.01, 16  # what a sample should last, if no more calls are needed for that
 HEAD_START_CYCLES = 4_000_000  # about 2 ms of a GPU's time, in which the host can hand over a whole sample
 
-COPY, IN_PLACE = "copy", "in place"
+COPY = "copy"
 LINES = (
     "GB/s and % of copy count what one pass has to read and write (B/element), however many passes were made. "
-    "torch's copy_ of fp32, counted in the same way, is the 100 %.",
+    "torch's copy_ of fp32, counted in the same way, is the 100 %; a processor may first fetch the lines that a copy "
+    "is about to overwrite, which nobody counts, so that an update can exceed it.",
     "Our updates yield squared norms, which peers do not. Torch fused is torch's kernel on the same fragments in the "
     "same dtypes, or, where it has none in these, in fp32, and then marked (fp32).",
+    "Times on a GPU are its own: the host hands over a sample's calls while the GPU waits, for about 2 ms.",
 )
-LINE_OF_DEVICE = {
-    Device.CPU: "A processor may first fetch the lines that a copy is about to overwrite, which nobody counts; an "
-    "update has read them anyway. So it can exceed 100 %; 'in place' is what memory yields where every line that is "
-    "written was read.",
-    Device.CUDA: "Times are the GPU's own: the host hands over a sample's calls while the GPU waits, for about 2 ms.",
-}
 
 
 class Precision(NamedTuple):
@@ -90,35 +86,32 @@ class Kernel(OnDevice):
 
     def run(self) -> None:
         warnings.simplefilter("ignore")  # peers warn about their own use of what torch has deprecated
-        device = self.torch_device()
-        on_gpu = device.type == "cuda"
+        on_gpu = self.torch_device.type == "cuda"
         rows: list[dict[str, str]] = []
-        yardsticks, remarks, rounds = [], [], []
-        for threads in [None] if on_gpu else harness.numbers(self.threads):
-            if threads is not None:
-                torch.set_num_threads(threads)
-                torch.compiler.reset()  # what torch compiles for CPUs, as peers have it do, is for a number of threads
+        remarks, rounds = [], []
+        for threads in [1] if on_gpu else harness.numbers(self.threads):
+            torch.set_num_threads(threads)
+            torch.compiler.reset()  # what torch compiles for CPUs, as peers have it do, is for a number of threads
             for size in (self.numel or ("1,64,256,1000" if on_gpu else "1,16,50")).split(","):
                 numel = max(1, round(float(size) * 1e6 / ALIGNMENT)) * ALIGNMENT
                 try:
-                    case = Case(numel, device, threads, with_peers=self.peers)
+                    case = Case(numel, self.torch_device, with_peers=self.peers)
                 except torch.OutOfMemoryError:
                     remarks.append(f"{millions(numel)}: does not fit")
                     continue
                 case.measure(self.rounds)
-                harness.say(case.yardsticks)
-                rows += case.table()
-                yardsticks.append(case.yardsticks)
+                for row in case.table():
+                    rows.append({**row, "threads": str(threads)})
+                    harness.say(" ".join(rows[-1].values()))
                 remarks += case.remarks
                 seconds = {name: one.tolist() for name, one in case.seconds.items()}
                 rounds.append({"numel": numel, "threads": threads, "seconds": seconds})
                 del case  # its tensors, before there are the next one's
         lines = [
             f"{self.rounds} rounds; medians, with quartiles in brackets; ratios are taken within a round.",
-            *(*yardsticks, *LINES, LINE_OF_DEVICE[Device(device.type)], *dict.fromkeys(remarks)),
+            *(*LINES, *dict.fromkeys(remarks)),
         ]
-        titles = list(rows[0]) if rows else []  # no size may fit
-        self.publish(Report(titles, [list(row.values()) for row in rows], lines, {"rounds": rounds}))
+        self.publish(Report(rows, lines, {"rounds": rounds}))
 
 
 class Arena:
@@ -156,12 +149,9 @@ class Arena:
             fragments.append(Operands(*parts, self._steps[number], first_element))
         return fragments
 
-    def copies(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """The yardstick: one large copy, of something that may overwrite what is there. And the same in place."""
-        source, target = self._exp_avg_sq[torch.float32], self._max_exp_avg_sq[torch.float32]
-        yield COPY, partial(target.copy_, source)
-        if target.device.type == "cpu":
-            yield IN_PLACE, partial(target.mul_, 1.0)
+    def copy(self) -> Callable[[], object]:
+        """The yardstick: one large copy, of something that may overwrite what is there."""
+        return partial(self._max_exp_avg_sq[torch.float32].copy_, self._exp_avg_sq[torch.float32])
 
 
 class Row(NamedTuple):
@@ -185,25 +175,23 @@ class Row(NamedTuple):
 
 
 class Case:
-    """One size on one number of threads.
+    """One size.
 
     Attributes:
         numel: Elements that every row updates.
-        threads: Those of torch, on a CPU.
         seconds: Per call of every row that could be run, [rounds] each.
         remarks: What is not in the table, and why.
     """
 
-    def __init__(self, numel: int, device: torch.device, threads: int | None, *, with_peers: bool) -> None:
-        self.numel, self.threads = numel, threads
+    def __init__(self, numel: int, device: torch.device, *, with_peers: bool) -> None:
+        self.numel = numel
         self.seconds: dict[str, Tensor] = {}
         self.remarks: list[str] = []
         # So many places that they do not fit into the cache, in the narrowest dtypes: 8 bytes per element.
         self._num_places = min(MAX_PLACES, math.ceil(cache_bytes(device) / (8 * numel)))
         self._clock, self._turns = Clock(device), count()
         self._arena = Arena(numel * self._num_places, device)  # kernels keep nothing but addresses
-        self._yardsticks = {name: Row([copy], 8 * self._num_places) for name, copy in self._arena.copies()}
-        self._rows: dict[str, Row] = {}
+        self._rows = {COPY: Row([self._arena.copy()], 8 * self._num_places)}
         fused_rows = {}
         for precision, amsgrad, pieces in CASES:
             places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
@@ -218,13 +206,13 @@ class Case:
             if precision.fused is not None:
                 fused_rows[fused_title + cut] = Row(list(map(fused, places)), size, flat=flat_fused)
         self._rows |= fused_rows
-        for peer in peers_of_an_update() if with_peers else ():
+        for title, build in PEERS_OF_AN_UPDATE.items() if with_peers else ():
             try:
-                calls = [peer.build(fragments[0]) for fragments in self._places(FP32)]
-            except ImportError:
-                self.remarks.append(f"{peer.title}: not installed: pip install {peer.package}")
+                calls = [build(fragments[0]) for fragments in self._places(FP32)]
+            except ImportError as error:
+                self.remarks.append(f"{title}: not installed: {error}")
             else:
-                self._rows[peer.title] = Row(calls, 7 * 4, fused=FUSED_FP32)
+                self._rows[title] = Row(calls, 7 * 4, fused=FUSED_FP32)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
         """Equal pieces in each place, on multiples of ALIGNMENT if they are that large."""
@@ -236,7 +224,7 @@ class Case:
     def measure(self, rounds: int) -> None:
         """Time every row in every round; first drop what cannot be run."""
         samplers = {}
-        for name, row in (self._yardsticks | self._rows).items():
+        for name, row in self._rows.items():
             try:
                 self._sample(row, len(row.calls))  # compiles, allocates and touches everything once
                 (seconds,) = min(self._sample(row, 1) for _ in range(2))
@@ -261,42 +249,26 @@ class Case:
         self._clock.settle()
         return [self._clock.seconds(start, end) / num_calls]
 
-    @property
-    def yardsticks(self) -> str:
-        """What memory yields, to be read."""
-        rates = (
-            f"{name} {Spread.of(self._gb_per_s(name)).median:.1f} GB/s"
-            for name in self._yardsticks
-            if name in self.seconds
-        )
-        on = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{millions(self.numel)} elements{on}: {', '.join(rates)}"
-
-    def _gb_per_s(self, name: str) -> Tensor:
-        """In every round."""
-        return (self._yardsticks | self._rows)[name].size * self.numel / self.seconds[name] / 1e9
-
     def table(self) -> Iterator[dict[str, str]]:
         """Texts by the titles of their columns, for every row that could be run."""
+        rates = {name: self._rows[name].size * self.numel / one / 1e9 for name, one in self.seconds.items()}
 
         def ratio(name: str, to: str | None) -> str:
-            return str(Spread.of(self.seconds[name] / self.seconds[to])) if to in self.seconds else ""
+            return spread(self.seconds[name] / self.seconds[to]) if to in self.seconds else ""
 
-        for name, row in self._rows.items():
-            if name in self.seconds:
-                rates, over_fused = self._gb_per_s(name), ratio(name, row.fused)
-                yield {
-                    "update": name,
-                    "elements": millions(self.numel),
-                    "threads": str(self.threads or "-"),
-                    "kernel": row.kernel,
-                    "B/element": f"{row.size:.3g}",
-                    "ms": f"{1e3 * Spread.of(self.seconds[name]).median:.3g}",
-                    "GB/s": f"{Spread.of(rates).median:.3g}",
-                    "% of copy": f"{100 * Spread.of(rates / self._gb_per_s(COPY)).median:.0f}",
-                    "time / torch fused": over_fused + " (fp32)" * (row.in_other_dtypes and bool(over_fused)),
-                    "time / one flat tensor": ratio(name, row.flat),
-                }
+        for name, rate in rates.items():
+            row, over_fused = self._rows[name], ratio(name, self._rows[name].fused)
+            yield {
+                "update": name,
+                "elements": millions(self.numel),
+                "kernel": row.kernel,
+                "B/element": f"{row.size:.3g}",
+                "ms": f"{1e3 * median(self.seconds[name]):.3g}",
+                "GB/s": f"{median(rate):.3g}",
+                "% of copy": f"{100 * median(rate / rates[COPY]):.0f}",
+                "time / torch fused": over_fused + " (fp32)" * (row.in_other_dtypes and bool(over_fused)),
+                "time / one flat tensor": ratio(name, row.flat),
+            }
 
 
 def bytes_per_element(form: Form) -> int:
@@ -315,7 +287,8 @@ def fused(fragments: Sequence[Operands]) -> Callable[[], object]:
     *columns, maxima, _ = ([*column] for column in zip(*(each.tensors for each in fragments), strict=True))
     amsgrad = maxima[0] is not None
     steps = [each.count for each in fragments]
-    update = partial(torch._fused_adamw_, **LAW, amsgrad=amsgrad, maximize=False)
+    law = {key: getattr(HYPER, key) for key in ("lr", "beta1", "beta2", "eps", "weight_decay")}
+    update = partial(torch._fused_adamw_, **law, amsgrad=amsgrad, maximize=False)
     return partial(update, *columns, maxima if amsgrad else [], steps)
 
 

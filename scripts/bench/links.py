@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ import torch.distributed as dist
 import typer
 
 from launch.cluster import local_rank
-from scripts.bench import harness
-from scripts.bench.harness import CHECKOUT, CPU, Report
+from scripts.bench.harness import CHECKOUT, Report, median, ms, seconds_of
 from scripts.bench.hosts import DEVICE, Host, hosts
-from scripts.bench.peers import KINDS, Name, OverLinks, build
+from scripts.bench.overlap import OverLinks
+from scripts.bench.peers import KINDS, build
 
-CONTENDERS = (Name.DDP_ADAMW, Name.SHARDED, Name.SHARDED_ATTACHED, Name.SHARDED_MESH, Name.TORCH_ZERO)
+CONTENDERS = ("ddp-adamw", "sharded", "sharded-attached", "sharded-mesh", "torch-zero")
 TRANSFER = torch.zeros(16 * 2**20, dtype=torch.uint8)
 HOSTS = 2
 
@@ -33,8 +33,6 @@ class Links(OverLinks):
     sends goes through a token bucket of the kernel's (tc, tbf). Needs root on Linux. The first row is a plain transfer
     over the link. Both hosts share this machine's cores, also for the network's own work.
     """
-
-    packages = ("numba",)
 
     ranks: Annotated[int, typer.Option(min=2, envvar="WORLD_SIZE", help="Ranks of both hosts.")] = 4
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence; few, since hosts share cores.")] = 32
@@ -56,42 +54,38 @@ class Links(OverLinks):
         torchrun += ["--nproc-per-node", str(self.ranks // HOSTS), "--master-addr", made[0].address]
         return made[node].command([*torchrun, "--master-port", "29400", "-m", "scripts.bench", *sys.argv[1:]])
 
-    def measure(self) -> Report:
-        contenders = [build(name, self, CPU) for name in self.names]
-        turns = [
-            partial(self.in_turn, speed, turn)
-            for speed in self.all_speeds
-            for turn in (transfer, *(partial(self.take_steps, contender) for contender in contenders))
-        ]
-        samples = harness.interleave(turns, self.rounds, self.warmup).unflatten(1, (-1, 1 + len(contenders)))
-        seconds, cpu, sent = samples.unbind(-1)  # [rounds, speeds, turns] each
-        rates = TRANSFER.nbytes / seconds[:, :, 0].median(0).values / 1e9
-        rows = [["a plain transfer", *(f"{rate:.2f} GB/s" for rate in rates.tolist()), "-", "-"]]
-        for column, (name, cells) in enumerate(zip(self.names, self.rows(seconds[:, :, 1:]), strict=True), 1):
-            cpu_ms = f"{1e3 * float(cpu[:, :, column].median()):.0f}"
-            megabytes = f"{float(sent[:, :, column].median()) / self.steps / 1e6:.1f}"
-            rows.append([KINDS[name].description, *cells, cpu_ms, megabytes])
-        lines = [
-            f"{self.model_in_words}, buckets of ours {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and "
-            f"link; {HOSTS} hosts; {self.set_up}"
-        ]
-        record = {"contenders": self.names, "links": self.titles, "seconds": seconds.tolist()}
-        record |= {"cpu": cpu.tolist(), "sent": sent.tolist()}
-        columns = ["ms per step (ratio to the first) over", *self.titles, "CPU ms of a rank", "MB that a host sends"]
-        return Report(columns, rows, lines, record)
-
-    def in_turn(self, speed: float, turn: partial[list[float]], index: int) -> list[float]:
-        """Have a turn over a link of a speed; adds the bytes that this host has sent."""
+    def set_speed(self, bytes_per_s: float) -> None:
         if local_rank() == 0:
             discipline = ["pfifo"]
-            if not math.isinf(speed):
-                discipline = ["tbf", "rate", f"{8e9 * speed:.0f}bit", "burst", "256kb", "latency", "50ms"]
+            if not math.isinf(bytes_per_s):
+                discipline = ["tbf", "rate", f"{8 * bytes_per_s:.0f}bit", "burst", "256kb", "latency", "50ms"]
             subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *discipline], check=True)
-        dist.barrier()
-        before = bytes_sent()
-        found = turn(index)
-        dist.barrier()
-        return [*found, bytes_sent() - before]
+
+    def measure(self) -> Report:
+        turns = {name: partial(self.take_steps, build(name, self)) for name in self.names}
+        rows, samples = self.take_turns({name: partial(with_bytes, turn) for name, turn in turns.items()})
+        for number, row in enumerate(rows):
+            _, cpu, sent = samples[:, :, number].flatten(0, 1).T
+            row |= {"contender": KINDS[row["contender"]].description, "CPU ms of a rank": ms(cpu, 0)}
+            row["MB that a host sends"] = f"{median(sent) / self.steps / 1e6:.1f}"
+        plain, transfers = self.take_turns({"a plain transfer": transfer})
+        rates = TRANSFER.nbytes / transfers[:, :, 0, 0].T / 1e9
+        cells = dict(zip(list(plain[0])[1:], (f"{median(rate):.2f} GB/s" for rate in rates), strict=True))
+        lines = [
+            f"Milliseconds per step, and the ratio to the first, by the speed of the link. {self.model_in_words}, "
+            f"buckets of ours {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and link; {HOSTS} hosts; "
+            f"{self.set_up}"
+        ]
+        record = {"contenders": self.names, "samples": samples.tolist(), "transfers": transfers.tolist()}
+        return Report([plain[0] | cells, *rows], lines, record)
+
+
+def with_bytes(turn: Callable[[int], list[float]], index: int) -> list[float]:
+    """What a turn returns, and the bytes that this host has sent meanwhile."""
+    before = bytes_sent()
+    found = turn(index)
+    dist.barrier()
+    return [*found, bytes_sent() - before]
 
 
 def bytes_sent() -> int:
@@ -101,11 +95,7 @@ def bytes_sent() -> int:
 
 
 def transfer(index: int) -> list[float]:
-    """Seconds that a buffer takes from the first host to the second, and CPU seconds."""
+    """Seconds that a buffer takes from the first host to the second."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    start, cpu_start = time.perf_counter(), time.process_time()
-    if rank == 0:
-        dist.send(TRANSFER, last)
-    elif rank == last:
-        dist.recv(TRANSFER, 0)
-    return [time.perf_counter() - start, time.process_time() - cpu_start]
+    send_or_receive = {0: partial(dist.send, TRANSFER, last), last: partial(dist.recv, TRANSFER, 0)}
+    return seconds_of(send_or_receive.get(rank, dist.get_rank))

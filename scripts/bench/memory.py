@@ -14,9 +14,8 @@ import torch.distributed as dist
 import typer
 
 from launch.options import Precision
-from scripts.bench import harness
-from scripts.bench.harness import CPU, Report
-from scripts.bench.peers import DEEPSPEED_STAGES, Contest, Main, Name, build
+from scripts.bench.harness import Report, say, start_ranks
+from scripts.bench.peers import KINDS, Contest, build
 from sharded_dadamw import ShardedDecoupledAdamW
 
 ADDED_UP = re.compile(rb"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
@@ -39,68 +38,56 @@ class Memory(Contest):
         # Memory that is freed goes back at once, so that what is held is what is in use.
         os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**17)
         os.environ["MALLOC_ARENA_MAX"] = "2"
-        rows, held = [], {}
+        rows = []
         results = multiprocessing.get_context("spawn").SimpleQueue()
         for name in self.names:
-            harness.start_ranks(_run_rank, self.ranks, self, name, results)
+            start_ranks(self.train, self.ranks, name, results)
             found, *_ = [results.get() for _ in range(self.ranks)]
-            if isinstance(found, str):
-                rows.append([name, "not installed", found, ""])
-            else:
-                held[name] = {"computed": self.computed(name), **found}
-                rows.append([name, *(f"{value:.2f}" for value in held[name].values())])
-            harness.say(" ".join(rows[-1]))
+            computed = {"parameters + gradients + state, computed": f"{self.computed(name):.2f}"}
+            rows.append({"contender": name, **computed, **found})
+            say(" ".join(rows[-1].values()))
         lines = [
             f"Bytes per parameter and rank. {self.model_in_words}, {self.ranks} ranks (gloo), buckets of "
             f"{self.bucket_cap_mb:g} MiB.",
             "At rest: after zero_grad. At most: samples during a step, activations included.",
         ]
-        titles = ("contender", "parameters + gradients + state, computed", "at rest", "at most")
-        self.publish(Report(titles, rows, lines, {"bytes_per_parameter": held}))
+        self.publish(Report(rows, lines))
 
-    def computed(self, name: Name) -> float:
+    def computed(self, name: str) -> float:
         """Bytes per parameter of parameters, gradients and state that stay, without buffers in passing."""
-        size, ranks = self.torch_dtype.itemsize, self.ranks
-        main = {Main.FP32: 4, Main.REMAINDER: 2, Main.NONE: 0}[self.main_parameter]
-        ours = 8 + (main if self.dtype is Precision.BF16 else 0)
-        match name:
-            case Name.DDP_ADAMW | Name.DECOUPLED | Name.ADAMW:
-                return size + size + 2 * size
-            case Name.TORCH_ZERO | Name.FAIRSCALE_OSS:
-                return size + size + 2 * size / ranks
-            case Name.FSDP2:
-                return (size + size + 2 * size) / ranks
-            case Name.SHARDED_ZERO2:
-                return size + (size + ours) / ranks
-            case Name.DEEPSPEED_ZERO1 | Name.DEEPSPEED_ZERO2:
-                return size + size / (ranks if DEEPSPEED_STAGES[name] == 2 else 1) + 12 / ranks
-            case _:
-                return size + size + ours / ranks
+        size = self.torch_dtype.itemsize
+        moments = 2 * size
+        if KINDS[name].settings is not None:
+            main = (2 if self.remainder else 4) if self.dtype is Precision.BF16 else 0
+            moments = 8 + main
+        elif name.startswith("deepspeed"):
+            moments = 12  # and a main parameter in any case
+        held = {"p": size, "g": size, "s": moments}
+        return sum(num / (self.ranks if kind in KINDS[name].spread else 1) for kind, num in held.items())
 
-
-def _run_rank(rank: int, plan: Memory, name: Name, results: Any, rendezvous: str) -> None:
-    """Train with one contender; puts into `results` what it held, the mean over ranks, or why there is none."""
-    with plan.joined(rank, rendezvous):
-        batches = [plan.batch_of(step, CPU) for step in range(plan.rounds)]
-        warm_up(plan.torch_dtype)
-        before = bytes_held()
-        try:
-            contender = build(name, plan, CPU)
-        except ImportError as error:
-            results.put(str(error))
-            return
-        for batch in batches:
-            with Peak() as peak:
-                contender.model(*batch).backward()
-                contender.optimizer.step()
-                contender.synchronize()
-            contender.zero_grad()
-            gc.collect()
-            dist.barrier()
-            now = torch.tensor([bytes_held() - before, peak.num_bytes - before], dtype=torch.float64)
-        dist.all_reduce(now)
-        at_rest, at_most = (now / plan.ranks / plan.num_parameters).tolist()
-        results.put({"at_rest": at_rest, "at_most": at_most})
+    def train(self, number: int, name: str, results: Any, rendezvous: str) -> None:
+        """Train with one contender; puts into `results` what it held, the mean over ranks, or why there is none."""
+        with self.joined(number, rendezvous):
+            batches = [self.batch_of(step) for step in range(self.rounds)]
+            warm_up(self.torch_dtype)
+            before = bytes_held()
+            try:
+                contender = build(name, self)
+            except ImportError as error:
+                results.put({"at rest": "not installed", "at most": str(error)})
+                return
+            for batch in batches:
+                with Peak() as peak:
+                    contender.model(*batch).backward()
+                    contender.optimizer.step()
+                    contender.synchronize()
+                contender.zero_grad()
+                gc.collect()
+                dist.barrier()
+                now = torch.tensor([bytes_held() - before, peak.num_bytes - before], dtype=torch.float64)
+            dist.all_reduce(now)
+            at_rest, at_most = (now / self.ranks / self.num_parameters).tolist()
+            results.put({"at rest": f"{at_rest:.2f}", "at most": f"{at_most:.2f}"})
 
 
 def warm_up(dtype: torch.dtype) -> None:

@@ -1,23 +1,19 @@
 """A training step that reports norms beside the same step without."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from scripts.bench import harness
-from scripts.bench.harness import CPU, Report, Spread
-from scripts.bench.peers import Training, composers_optimizer
+from launch.contenders import under_ddp
+from scripts.bench.harness import CPU, Report, ms, seconds_of, spread
+from scripts.bench.peers import LAW, WEIGHT_DECAY, Training, composers_optimizer
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
-
-LAW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 3e-5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,50 +31,48 @@ class Metrics(Training):
         super().run()
 
     def measure(self) -> Report:
-        contenders, missing = self.build()
-        turns = [partial(self.take_step, *one, reports) for one in contenders.values() for reports in (False, True)]
-        seconds = harness.interleave(turns, self.rounds, self.warmup)[..., 0].unflatten(1, (len(contenders), 2))
-        rows = []
-        for number, name in enumerate(contenders):
-            plain, reporting = seconds[:, number].unbind(1)
-            rows.append([name, f"{1e3 * float(plain.median()):.0f}", str(Spread.of(reporting / plain))])
-        rows += [[name, "not installed", reason] for name, reason in missing.items()]
-        lines = [f"{self.model_in_words}, {len(list(self.new_model().parameters()))} tensors; {self.set_up}"]
-        record = {"contenders": list(contenders), "seconds": seconds.tolist()}
-        return Report(("contender", "step ms", "reporting / plain: median [quartiles]"), rows, lines, record)
-
-    def build(self) -> tuple[dict[str, tuple[nn.Module, Any, Callable[..., object]]], dict[str, str]]:
-        """Models with optimizers and how those report; and those that cannot be had, with the reason. Collective."""
-        contenders = {}
-        for name, report in (("metrics()", all_metrics), ("a monitor's calls", a_monitors_calls)):
-            model: nn.Module = self.new_model()
-            sharded = ShardedDecoupledAdamW(model.named_parameters(), **LAW)
-            contenders[f"ShardedDecoupledAdamW, {name}"] = (model, sharded, report)
-        model = DistributedDataParallel(self.new_model(), gradient_as_bucket_view=True)
-        whole = DecoupledAdamW(model.named_parameters(), **LAW)
-        contenders["DDP + DecoupledAdamW, metrics()"] = (model, whole, all_metrics)
+        contenders = {
+            "ShardedDecoupledAdamW, metrics()": self.contender(ShardedDecoupledAdamW, all_metrics),
+            "ShardedDecoupledAdamW, a monitor's calls": self.contender(ShardedDecoupledAdamW, a_monitors_calls),
+            "DDP + DecoupledAdamW, metrics()": self.contender(DecoupledAdamW, all_metrics),
+        }
+        missing = []
         theirs = "DDP + Composer's DecoupledAdamW, its monitor's calls"
         try:
-            composers = composers_optimizer()
+            contenders[theirs] = self.contender(composers_optimizer(), a_monitors_calls)
         except ImportError as error:
-            return contenders, {theirs: str(error)}
-        model = DistributedDataParallel(self.new_model(), gradient_as_bucket_view=True)
-        contenders[theirs] = (model, composers(model.parameters(), **LAW), a_monitors_calls)
-        return contenders, {}
+            missing = [{"contender": theirs, "step ms": f"not installed: {error}"}]
+        turns = [partial(take_step, reports) for take_step in contenders.values() for reports in (False, True)]
+        seconds = self.interleave(turns)[..., 0].unflatten(1, (len(contenders), 2))
+        rows = [
+            {"contender": name, "step ms": ms(plain, 0), "reporting / plain: median [quartiles]": spread(both / plain)}
+            for name, (plain, both) in zip(contenders, seconds.permute(1, 2, 0), strict=True)
+        ]
+        lines = [f"{self.model_in_words}, {len(list(self.new_model().parameters()))} tensors; {self.set_up}"]
+        return Report([*rows, *missing], lines, {"contenders": list(contenders), "seconds": seconds.tolist()})
 
-    def take_step(
-        self, model: nn.Module, optimizer: Any, report: Callable[..., object], reports: bool, index: int
-    ) -> list[float]:
-        """Seconds of a step, and of reporting it."""
-        batch = self.batch_of(index, CPU)
-        dist.barrier()
-        start = time.perf_counter()
-        model(*batch).backward()
-        optimizer.step()
-        if reports:
-            report(model, optimizer)
-        optimizer.zero_grad()
-        return [time.perf_counter() - start]
+    def contender(
+        self, make: type[Optimizer], report: Callable[[nn.Module, Any], object]
+    ) -> Callable[[bool, int], list[float]]:
+        """What takes a step of a model with an optimizer, and reports of it if it is to. Collective."""
+        model: nn.Module = self.new_model()
+        if make is not ShardedDecoupledAdamW:
+            model = under_ddp(model, CPU)
+        optimizer = make(model.parameters(), **LAW, weight_decay=WEIGHT_DECAY)
+
+        def take_step(reports: bool, index: int) -> list[float]:
+            tokens, targets = self.batch_of(index)
+
+            def step() -> None:
+                model(tokens, targets).backward()
+                optimizer.step()
+                if reports:
+                    report(model, optimizer)
+                optimizer.zero_grad()
+
+            return seconds_of(step)
+
+        return take_step
 
 
 def read_all(metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -4,9 +4,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any
 from unittest import mock
 
@@ -18,12 +18,67 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from launch.contenders import Contender
-from scripts.bench import harness
-from scripts.bench.harness import CPU, Report
-from scripts.bench.peers import Name, OverLinks, build
+from launch.options import Preset
+from scripts.bench.harness import Report, ms, seconds_of, spread
+from scripts.bench.peers import LAW, Contest, build
 from sharded_dadamw.buckets import shards
 
-CONTENDERS = (Name.DDP_ADAMW, Name.SHARDED_NO_OVERLAP, Name.SHARDED, Name.SHARDED_ATTACHED, Name.SHARDED_ZERO2)
+CONTENDERS = ("ddp-adamw", "sharded-no-overlap", "sharded", "sharded-attached", "sharded-zero2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverLinks(Contest):
+    """A contest in which each takes a few steps in a row over a link, at several speeds."""
+
+    packages = ("numba",)
+
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 8
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1
+    preset: Annotated[Preset, typer.Option(help="Size of the model in parameters.")] = Preset.SMALL
+    steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 2
+    speeds: Annotated[str, typer.Option(help="Of the link, 1e9 bytes/s; inf is one that does not matter.")] = (
+        "0.1,0.3,1,3,10,inf"
+    )
+
+    def set_speed(self, bytes_per_s: float) -> None:
+        """Have the link take from now on as long as it says."""
+        raise NotImplementedError
+
+    def take_turns(self, turns: Mapping[str, Callable[[int], list[float]]]) -> tuple[list[dict[str, str]], Tensor]:
+        """Let everybody have a turn at each speed; the first is compared with. Collective.
+
+        Returns:
+            A row for each, and what turns returned, [rounds, speeds, turns, values], of which seconds are the first.
+        """
+        speeds = [float(speed) for speed in self.speeds.split(",")]
+        at_speeds = [partial(self._at_speed, speed, turn) for speed in speeds for turn in turns.values()]
+        samples = self.interleave(at_speeds).unflatten(1, (len(speeds), len(turns)))
+        rows = []
+        for name, times in zip(turns, samples[..., 0].unbind(2), strict=True):
+            row = {"contender": name}
+            for speed, column, first in zip(speeds, times.T, samples[:, :, 0, 0].T, strict=True):
+                ratio = f" ({spread(column / first)})" if rows else ""
+                row["any" if math.isinf(speed) else f"{speed:g} GB/s"] = f"{ms(column, 0)}{ratio}"
+            rows.append(row)
+        return rows, samples
+
+    def _at_speed(self, speed: float, turn: Callable[[int], list[float]], index: int) -> list[float]:
+        self.set_speed(1e9 * speed)
+        dist.barrier()
+        return turn(index)
+
+    def take_steps(self, contender: Contender, index: int) -> list[float]:
+        """Seconds per step, and CPU seconds."""
+        batch = self.batch_of(index)
+
+        def steps() -> None:
+            for _ in range(self.steps):
+                contender.model(*batch).backward()
+                contender.optimizer.step()
+                contender.zero_grad()
+            contender.synchronize()
+
+        return [seconds / self.steps for seconds in seconds_of(steps)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +93,6 @@ class Overlap(OverLinks):
     What a contender still has under way after its last step of a round is waited for on its own time.
     """
 
-    packages = ("numba",)
-
     contenders: Annotated[str, typer.Option(help="ddp-adamw and some of ours, separated by commas.")] = ",".join(
         CONTENDERS
     )
@@ -47,45 +100,37 @@ class Overlap(OverLinks):
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 4
 
     def __post_init__(self) -> None:
-        if wrong := [speed for speed in self.all_speeds if not speed > 0]:
-            raise typer.BadParameter(f"expected --speeds above 0, got {wrong}")
-        if self.names[0] is not Name.DDP_ADAMW or not set(self.names) <= set(CONTENDERS):
+        if self.names[0] != CONTENDERS[0] or not set(self.names) <= set(CONTENDERS):
             raise typer.BadParameter(f"expected --contenders to be the first and others of {', '.join(CONTENDERS)}")
 
+    @cached_property
+    def link(self) -> "Link":
+        """What this rank sends through."""
+        return Link()
+
+    def set_speed(self, bytes_per_s: float) -> None:
+        self.link.bytes_per_s = bytes_per_s
+
     def measure(self) -> Report:
-        link, connect = Link(), shards.connect
-        with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(link, connect(*args, **kwargs))):
-            contenders = [self.contender(name, link) for name in self.names]
-        turns = [
-            partial(self.take_steps_over, link, speed, contender)
-            for speed in self.all_speeds
-            for contender in contenders
-        ]
-        samples = harness.interleave(turns, self.rounds, self.warmup)
-        seconds = samples.unflatten(1, (-1, len(contenders)))[..., 0]  # [rounds, speeds, contenders]
-        rows = [[name, *cells] for name, cells in zip(self.names, self.rows(seconds), strict=True)]
+        connect = shards.connect
+        with mock.patch.object(shards, "connect", lambda *args, **kwargs: over(self.link, connect(*args, **kwargs))):
+            contenders = {name: self.contender(name) for name in self.names}
+        rows, samples = self.take_turns({name: partial(self.take_steps, one) for name, one in contenders.items()})
         lines = [
-            f"{self.model_in_words}, buckets of {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and link; "
-            f"{self.set_up}",
+            f"Milliseconds per step, and the ratio to the first, by the speed of the link. {self.model_in_words}, "
+            f"buckets of {self.bucket_cap_mb:g} MiB, {self.steps} steps per round and link; {self.set_up}",
             "Links are modelled: full duplex, one transfer at a time, no latency.",
         ]
-        record = {"contenders": self.names, "links": self.titles, "seconds": seconds.tolist()}
-        return Report(["ms per step (ratio to DDP) over", *self.titles], rows, lines, record)
+        return Report(rows, lines, {"contenders": self.names, "seconds": samples[..., 0].tolist()})
 
-    def contender(self, name: Name, link: "Link") -> Contender:
+    def contender(self, name: str) -> Contender:
         """Ours as always; DDP with buckets as large, and the link in its communication hook. Collective."""
-        if name is not Name.DDP_ADAMW:
-            return build(name, self, CPU)
+        if name != CONTENDERS[0]:
+            return build(name, self)
         model = self.new_model()
         ddp = DistributedDataParallel(model, bucket_cap_mb=self.bucket_cap_mb, gradient_as_bucket_view=True)
-        ddp.register_comm_hook(None, AllReduceOver(link).average)
-        return Contender(ddp, AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), fused=True))
-
-    def take_steps_over(self, link: "Link", speed: float, contender: Contender, index: int) -> list[float]:
-        """Seconds per step over a link."""
-        link.bytes_per_s = 1e9 * speed
-        dist.barrier()
-        return self.take_steps(contender, index)
+        ddp.register_comm_hook(None, AllReduceOver(self.link).average)
+        return Contender(ddp, AdamW(model.parameters(), **LAW, fused=True))
 
 
 class Link:

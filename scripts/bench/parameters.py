@@ -14,16 +14,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.bench import harness
-from scripts.bench.harness import Clock, OnDevice, OnRanks, Report, Spread
+from scripts.bench.harness import Clock, OnDevice, OnRanks, Report, ms, numbers, spread
 from sharded_dadamw import DecoupledAdamW
 
 WIDTH = 64
-"""Of an FSDP2 layer."""
-ELEMENTS = WIDTH * WIDTH
-"""Of a plain parameter."""
+"""Of an FSDP2 layer; a plain parameter has as many elements."""
 OPTIMIZERS = {"DecoupledAdamW": DecoupledAdamW, "AdamW(fused=True)": partial(AdamW, fused=True)}
-YARDSTICK = 1
+"""Ours, and what it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +41,9 @@ class Parameters(OnDevice, OnRanks):
     layers: Annotated[int, typer.Option(min=1, help="FSDP2 layers.")] = 700
 
     def measure(self) -> Report:
-        device = self.torch_device()
+        device = self.torch_device
         cases: dict[str, Callable[[], list[nn.Parameter]]] = {
-            f"{count:,} parameters": partial(plain, count, device) for count in harness.numbers(self.counts)
+            f"{count:,} parameters": partial(plain, count, device) for count in numbers(self.counts)
         }
         cases[f"{self.layers:,} FSDP2 layers"] = partial(sharded_layers, self.layers, device)
         contenders = {
@@ -54,20 +51,16 @@ class Parameters(OnDevice, OnRanks):
             for case, make in cases.items()
             for name, optimizer in OPTIMIZERS.items()
         }
-        seconds = harness.interleave(list(contenders.values()), self.rounds, self.warmup, device)
+        seconds = self.interleave(list(contenders.values()))
         launches = {", ".join(key): one.launches() for key, one in contenders.items()}
         rows = []
         for number, (title, launched) in enumerate(launches.items()):
-            theirs = seconds[:, number - number % len(OPTIMIZERS) + YARDSTICK]
-            host, step = (1e3 * seconds[:, number].median(0).values).tolist()
-            of_host, of_step = (str(Spread.of(ratio)) for ratio in (seconds[:, number] / theirs).T)
-            rows.append([title, f"{host:.2f}", of_host, f"{step:.2f}", of_step, str(launched or "-")])
-        return Report(
-            ["", "host ms", "/ torch", "step ms", "/ torch", "launches"],
-            rows,
-            [f"fp32; {self.set_up}", "Launches: kernels and copies on the GPU in one step, by torch's profiler."],
-            {"contenders": list(launches), "seconds": seconds.tolist(), "launches": launches},
-        )
+            (host, step), (their_host, their_step) = seconds[:, number].T, seconds[:, number | 1].T
+            row = {"": title, "host ms": ms(host, 2), "host / torch": spread(host / their_host)}
+            row |= {"step ms": ms(step, 2), "step / torch": spread(step / their_step), "launches": str(launched or "-")}
+            rows.append(row)
+        lines = [f"fp32; {self.set_up}", "Launches: kernels and copies on the GPU in one step, by torch's profiler."]
+        return Report(rows, lines, {"contenders": list(launches), "seconds": seconds.tolist(), "launches": launches})
 
 
 class Contender:
@@ -76,23 +69,22 @@ class Contender:
     def __init__(self, params: list[nn.Parameter], make: Callable[..., Any], device: torch.device) -> None:
         self._params = params
         self._optimizer = make(params)
-        self._device = device
+        self._clock = Clock(device)
 
     def __call__(self, index: int) -> tuple[float, float]:
         """Seconds until `step` returned, and until the device was done."""
-        clock = Clock(self._device)
         for param in self._params:
             param.grad = torch.ones_like(param)
-        clock.settle()
+        self._clock.settle()
         start = time.perf_counter()
         self._optimizer.step()
         returned = time.perf_counter()
-        clock.settle()
+        self._clock.settle()
         return returned - start, time.perf_counter() - start
 
     def launches(self) -> int | None:
         """Kernels and copies of one step, on a GPU."""
-        if self._device.type != "cuda":
+        if not self._clock.on_gpu:
             return None
         self(0)  # gradients, outside of what is counted
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -104,7 +96,7 @@ class Contender:
 
 def plain(count: int, device: torch.device) -> list[nn.Parameter]:
     """As many parameters of 4,096 elements."""
-    return [nn.Parameter(torch.randn(ELEMENTS, device=device)) for _ in range(count)]
+    return [nn.Parameter(torch.randn(WIDTH * WIDTH, device=device)) for _ in range(count)]
 
 
 def sharded_layers(count: int, device: torch.device) -> list[nn.Parameter]:

@@ -5,8 +5,9 @@ import socket
 import struct
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -16,21 +17,21 @@ from torch import Tensor
 from launch.contenders import Sharded, largest_over_ranks
 from launch.options import Precision
 from scripts.bench import harness
-from scripts.bench.harness import Clock, Device, Report, Spread
-from scripts.bench.peers import KINDS, Contest, Name, build
+from scripts.bench.harness import Clock, OnDevice, Report, ms, spread
+from scripts.bench.peers import KINDS, Contest, build
 
 # What is measured of one contender's steps in one round, per step, in seconds and bytes; over ranks the largest counts.
 # cpu_s is what the process's threads used of the cores: the figure that survives a busy machine. host_s is what
 # clipping and step() took until they returned; forward_backward_s and optimizer_s are the device's own time.
 COLUMNS = (
     *("step_s", "forward_backward_s", "optimizer_s", "host_s", "reduce_s", "update_s", "gather_s"),
-    *("cpu_s", "wire_bytes", "rest_bytes", "peak_bytes"),
+    *("cpu_s", "socket_bytes", "counted_bytes", "rest_bytes", "peak_bytes"),
 )
 PARTS = ("reduce_s", "update_s", "gather_s")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(Contest):
+class Step(OnDevice, Contest):
     """Time a training step of the sharded optimizer and of its peers, interleaved in one run.
 
     Every contender holds its own copy of one model, with the same initial weights, and trains it on the same batches
@@ -45,93 +46,73 @@ class Step(Contest):
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 2
     steps: Annotated[int, typer.Option(min=1, help="Steps that a contender takes in a row.")] = 3
     clip: Annotated[float, typer.Option(min=0, help="Largest global gradient norm; 0 does not clip.")] = 0.0
-    device: Annotated[Device | None, typer.Option(help="By default a GPU per rank, if there are so many.")] = None
-
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
-        has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_here
-        on_gpu = has_gpus if self.device is None else self.device is Device.CUDA
-        return torch.device("cuda", local_rank) if on_gpu else harness.CPU
-
-    @property
-    def baseline(self) -> Name:
-        """Whom the others are compared with."""
-        return Name.DDP_ADAMW if Name.DDP_ADAMW in self.names else self.names[0]
 
     def measure(self) -> Report:
-        device = self.torch_device(int(os.environ["LOCAL_RANK"]))
-        trials: list[Trial] = []
-        missing: dict[Name, str] = {}
+        trials: dict[str, Trial] = {}
+        missing: dict[str, str] = {}
         for name in self.names:
             try:
-                trials.append(Trial(name, self, device))
+                trials[name] = Trial(name, self)
             except ImportError as error:
                 missing[name] = str(error)
-        harness.say(f"contenders: {', '.join(trial.name for trial in trials)}")
-        samples = harness.interleave(trials, self.rounds, self.warmup, device)
-        losses = torch.tensor([trial.losses for trial in trials], dtype=torch.float64, device=device)
+        harness.say(f"contenders: {', '.join(trials)}")
+        samples = self.interleave(list(trials.values()))
+        losses = torch.tensor([trial.losses for trial in trials.values()], dtype=torch.float64).to(self.torch_device)
         dist.all_reduce(losses)
         losses = losses.cpu() / self.ranks
-        found = {}
-        base = [trial.name for trial in trials].index(self.baseline)
-        for number, trial in enumerate(trials):
-            rounds = dict(zip(COLUMNS, samples[:, number].T.tolist(), strict=True))
-            difference = (losses[number] - losses[base]).abs() / losses[base].abs()
-            at_sockets = samples[:, number, COLUMNS.index("wire_bytes")].median().item()
-            found[trial.name] = {
-                "description": KINDS[trial.name].description,
-                "ratio": asdict(Spread.of(samples[:, number, 0] / samples[:, base, 0])),
-                "state_bytes": largest_over_ranks(trial.contender.state_bytes, device),
-                "sent": trial.sent(at_sockets),
-                "loss_difference": difference.max().item(),
-                "losses": losses[number].tolist(),
-                "rounds": rounds,
+        rows, found = [], {}
+        baseline = next(iter(trials))
+        for number, (name, trial) in enumerate(trials.items()):
+            of_one = dict(zip(COLUMNS, samples[:, number].T, strict=True))
+            difference = float(((losses[number] - losses[0]).abs() / losses[0].abs()).max())
+            state_bytes = largest_over_ranks(trial.contender.state_bytes, self.torch_device)
+            row = {
+                "contender": name,
+                "step ms": ms(of_one["step_s"]),
+                f"ratio to {baseline}: median [quartiles]": spread(samples[:, number, 0] / samples[:, 0, 0]),
             }
-        return self.report(found, missing)
+            rows.append(row | self.cells(of_one, KINDS[name].settings is not None, state_bytes, difference))
+            found[name] = {"losses": losses[number].tolist(), "rounds": {key: of_one[key].tolist() for key in COLUMNS}}
+        rows += [{"contender": name, "step ms": f"not installed: {reason}"} for name, reason in missing.items()]
+        return Report(rows, self.lines, {"contenders": found, "not_installed": missing})
 
-    def report(self, found: dict[Name, dict[str, Any]], missing: dict[Name, str]) -> Report:
-        """One row per contender asked for."""
-        on_gpu = self.torch_device().type == "cuda"
-        titles = [
-            *("contender", "step ms", f"ratio to {self.baseline}: median [quartiles] (range)"),
-            *("forward+backward ms", "optimizer ms", "CPU ms", "state MB per rank", "sent B per parameter"),
-            *("largest loss difference", *(("host ms", "GPU MB at rest, at most") if on_gpu else ())),
-        ]
-        rows = []
-        for name in self.names:
-            if name in missing:
-                rows.append([name, "not installed", missing[name], *[""] * (len(titles) - 3)])
-                continue
-            one = found[name]
-            median = {title: torch.tensor(rounds).median().item() for title, rounds in one["rounds"].items()}
-            ratio, optimizer = Spread(**one["ratio"]), f"{1e3 * median['optimizer_s']:.1f}"
-            if KINDS[name].settings is not None:
-                optimizer += f" ({'+'.join(f'{1e3 * median[part]:.1f}' for part in PARTS)})"
-            row = [
-                *(name, f"{1e3 * median['step_s']:.1f}", f"{ratio} ({ratio.min:.2f}-{ratio.max:.2f})"),
-                *(f"{1e3 * median['forward_backward_s']:.1f}", optimizer, f"{1e3 * median['cpu_s']:.1f}"),
-                *(f"{one['state_bytes'] / 1e6:.1f}", one["sent"]),
-                "-" if name is self.baseline else f"{one['loss_difference']:.1e}" if one["loss_difference"] else "0",
-            ]
-            if on_gpu:
-                row += [f"{1e3 * median['host_s']:.1f}"]
-                row += [f"{median['rest_bytes'] / 1e6:.0f}, {median['peak_bytes'] / 1e6:.0f}"]
-            rows.append(row)
+    def cells(self, measured: dict[str, Tensor], is_ours: bool, state_bytes: int, difference: float) -> dict[str, str]:
+        """Of a contender's row, of what was measured in each round."""
+        parts = f" ({'+'.join(ms(measured[part]) for part in PARTS)})" if is_ours else ""
+        typical = {key: harness.median(values) for key, values in measured.items()}
+        sent, counted = (typical[key] / self.num_parameters for key in ("socket_bytes", "counted_bytes"))
+        cells = {
+            "forward+backward ms": ms(measured["forward_backward_s"]),
+            "optimizer ms": ms(measured["optimizer_s"]) + parts,
+            "CPU ms": ms(measured["cpu_s"]),
+            "state MB per rank": f"{state_bytes / 1e6:.1f}",
+            "sent B per parameter": f"{sent:.2f}" + (f" ({counted:.2f})" if is_ours else ""),
+            "largest loss difference": f"{difference:.1e}" if difference else "0",
+        }
+        if self.torch_device.type == "cuda":
+            cells["host ms"] = ms(measured["host_s"])
+            cells["GPU MB at rest, at most"] = f"{typical['rest_bytes'] / 1e6:.0f}, {typical['peak_bytes'] / 1e6:.0f}"
+        return cells
+
+    @property
+    def lines(self) -> list[str]:
+        """What is under the table."""
         lines = [
             f"{self.model_in_words}, {self.steps} steps per round; {self.set_up}",
             "Wrappers reduce gradients within backward, and so do ours unless there is no overlap. In brackets, what "
             "is left for step() of reduction + update + gather, on the host; attached, gathers end in the next "
             "forward. CPU: what all threads of the rank used of the cores in a step; it hardly feels a busy machine.",
-            "Sent: data bytes of this rank's TCP connections. In memory: counted by the optimizer, since ranks of one "
-            "host read each other's memory and no socket sees it.",
+            "Sent: data bytes of this rank's TCP connections, as the kernel counts them; in brackets by ours, whose "
+            "bytes go through memory between ranks of one host.",
         ]
         if self.dtype is Precision.BF16:
-            lines.append(f"Main parameters of ours: {self.main_parameter}; others have none.")
+            kept = "16 bits of a remainder" if self.remainder else "fp32 main parameters"
+            lines.append(f"Ours keeps {kept}; others keep none.")
         if self.clip:
             lines.append(f"Gradients are clipped to a global norm of {self.clip:g}, within the optimizer's time.")
-        if on_gpu:
+        if self.torch_device.type == "cuda":
             lines.append("Host: until clipping and step() have returned. Other times are between events on the GPU.")
-        return Report(titles, rows, lines, {"baseline": self.baseline, "contenders": found, "not_installed": missing})
+        return lines
 
 
 class Trial:
@@ -141,25 +122,23 @@ class Trial:
         losses: Of all its steps.
     """
 
-    def __init__(self, name: Name, plan: Step, device: torch.device) -> None:
-        before = allocated(device)
-        self.name = name
-        self.contender = build(name, plan, device, plan.clip)
+    def __init__(self, name: str, plan: Step) -> None:
+        self._allocated = partial(allocated, plan.torch_device)
+        before = self._allocated()
+        self.contender = build(name, plan, plan.clip)
         self.losses: list[float] = []
         self._plan = plan
-        self._device = device
-        self._clock = Clock(device)
-        self._rest_bytes = allocated(device) - before
+        self._rest_bytes = self._allocated() - before
 
     def __call__(self, index: int) -> list[float]:
         """Take the steps of a round; returns what one cost, under COLUMNS."""
-        contender, clock, steps = self.contender, self._clock, self._plan.steps
+        contender, plan, clock = self.contender, self._plan, Clock(self._plan.torch_device)
         cost = dict.fromkeys(COLUMNS, 0.0)
-        batches = [self._plan.batch_of(index * steps + number, self._device) for number in range(steps)]
-        before = allocated(self._device)
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        sent_before = self._bytes_sent()
+        batches = [plan.batch_of(index * plan.steps + number) for number in range(plan.steps)]
+        before = self._allocated()
+        if clock.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        sent_before = bytes_sent_by_sockets()
         clock.settle()
         dist.barrier()
         started, cpu_before = time.perf_counter(), time.process_time()
@@ -170,12 +149,13 @@ class Trial:
             loss = contender.model(tokens, targets)
             loss.backward()
             after_backward, returned = clock.mark(), time.perf_counter()
-            if self._plan.clip:
-                contender.clip_grad_norm_(self._plan.clip)
+            if plan.clip:
+                contender.clip_grad_norm_(plan.clip)
             contender.optimizer.step()
             cost["host_s"] += time.perf_counter() - returned
             laps.append((start, after_backward, clock.mark()))
             if isinstance(contender, Sharded):
+                cost["counted_bytes"] += contender.optimizer.last_step.wire_bytes
                 for part in PARTS:
                     cost[part] += getattr(contender.optimizer.last_step, part)
             contender.zero_grad()
@@ -187,39 +167,21 @@ class Trial:
         for start, after_backward, after_step in laps:
             cost["forward_backward_s"] += clock.seconds(start, after_backward)
             cost["optimizer_s"] += clock.seconds(after_backward, after_step)
-        cost["wire_bytes"] = self._bytes_sent() - sent_before
+        dist.barrier()  # until then a rank may still be draining what it has handed to the kernel
+        cost["socket_bytes"] = bytes_sent_by_sockets() - sent_before
         self.losses += [float(loss) for loss in losses]
         del losses, loss
-        cost = {title: value / steps for title, value in cost.items()}
-        if self._device.type == "cuda":
-            cost["peak_bytes"] = self._rest_bytes + torch.cuda.max_memory_allocated(self._device) - before
-        self._rest_bytes += allocated(self._device) - before  # others' come and go in between
+        cost = {title: value / plan.steps for title, value in cost.items()}
+        if clock.on_gpu:
+            cost["peak_bytes"] = self._rest_bytes + torch.cuda.max_memory_allocated() - before
+        self._rest_bytes += self._allocated() - before  # others' come and go in between
         cost["rest_bytes"] = self._rest_bytes
         return list(cost.values())
-
-    def _bytes_sent(self) -> int:
-        if self._device.type != "cpu":
-            return 0
-        dist.barrier()  # until then a rank may still be draining what it has handed to the kernel
-        return bytes_sent_by_sockets() or 0
-
-    def sent(self, at_sockets: float) -> str:
-        """Bytes per parameter that a rank sends in a step, and who says so."""
-        plan = self._plan
-        share = (plan.ranks - 1) / plan.ranks
-        expected = KINDS[self.name].wire_units * share * plan.torch_dtype.itemsize
-        counted = (self.contender.wire_bytes or 0) / plan.num_parameters
-        if self._device.type != "cpu" or bytes_sent_by_sockets() is None:
-            return f"{counted:.2f} (counted)" if isinstance(self.contender, Sharded) else f"{expected:.2f} (computed)"
-        seen = at_sockets / plan.num_parameters
-        # What the optimizer moved, and the sockets have not seen.
-        is_shared = counted > 0 and expected - seen > counted / 2
-        return f"{seen:.2f} + {counted:.2f} in memory" if is_shared else f"{seen:.2f}"
 
 
 def allocated(device: torch.device) -> int:
     """Bytes that tensors take of a GPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 # In struct tcp_info (linux/tcp.h): where tcpi_bytes_sent and, behind it, tcpi_bytes_retrans lie, and where they end.
@@ -227,14 +189,14 @@ TCP_INFO_BYTES_SENT = 200
 TCP_INFO_SIZE = 216
 
 
-def bytes_sent_by_sockets() -> int | None:
-    """Data bytes that this process has sent over the TCP connections it holds open; None where that is not known.
+def bytes_sent_by_sockets() -> int:
+    """Data bytes that this process has sent over the TCP connections it holds open; 0 where that is not known.
 
     The kernel counts them, whichever library sends, so the measure is the same for everybody. It includes the headers
     of gloo's messages.
     """
     if sys.platform != "linux":
-        return None
+        return 0
     total = 0
     for entry in os.listdir("/proc/self/fd"):
         try:
@@ -247,7 +209,7 @@ def bytes_sent_by_sockets() -> int | None:
         except OSError:
             continue  # closed since it was listed
         if len(info) < TCP_INFO_SIZE:
-            return None  # Linux before 4.19
+            return 0  # Linux before 4.19
         sent, resent = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
         total += sent - resent
     return total
