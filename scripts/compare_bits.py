@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -287,13 +288,18 @@ def warm_up(job: Job) -> None:
 def run_rank(rank: int, num_ranks: int, job: Job, work: Any, rendezvous: str) -> None:
     """Do work on one rank, and write down what comes of it."""
     records: dict[str, Any] = {}
-    with harness.joined(rank, num_ranks, rendezvous, threads=1):
-        try:
-            for name, steps in work(job, num_ranks):
-                records[name] = steps
-        except Exception as error:
-            error.add_note(f"on {num_ranks} ranks with {job.checkout}, {work.__name__}: after {list(records)}")
-            raise
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_ranks)
+    try:
+        for name, steps in work(job, num_ranks):
+            records[name] = steps
+        dist.barrier()
+    except Exception as error:
+        error.add_note(f"on {num_ranks} ranks with {job.checkout}, {work.__name__}: after {list(records)}")
+        raise
+    finally:
+        dist.destroy_process_group()
     Path(job.results, f"{work.__name__}-{num_ranks}-{rank}.json").write_text(json.dumps(records))
 
 
@@ -391,7 +397,7 @@ def main(
         raise typer.BadParameter(f"expected --scenario of {', '.join(SCENARIOS)}, got {', '.join(unknown)}")
     names = list(scenario or SCENARIOS)
     sizes = [1, 2] if quick else list(MESHES)
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     with ExitStack() as stack:
         checkouts = [stack.enter_context(checkout_of(version)) for version in (old, new)]
         results = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in checkouts]
@@ -399,10 +405,9 @@ def main(
         run_both(jobs)
         for work, num_ranks in itertools.product((train, load), sizes):
             for name, verdict in verdicts(jobs, work.__name__, num_ranks).items():
-                rows.setdefault(name, []).append(verdict)
-    titles = ["scenario", *(f"on {size}" for size in sizes)]
-    harness.say(*harness.Report(titles, [[name, *found] for name, found in rows.items()]).table)
-    raise typer.Exit(any(verdict != SAME for found in rows.values() for verdict in found))
+                rows.setdefault(name, {})[f"on {num_ranks}"] = verdict
+    harness.say(*harness.Report([{"scenario": name, **found} for name, found in rows.items()]).table)
+    raise typer.Exit(any(verdict != SAME for found in rows.values() for verdict in found.values()))
 
 
 if __name__ == "__main__":
