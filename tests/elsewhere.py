@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,14 +27,13 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_dadamw.buckets import offload, weights
 from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.schedule.reducer import Reducer, _Delivery
 
 ELSEWHERE = torch.device("cuda", 0)
 
 _ANY: Any = Tensor
 _DEVICE, _IS_CUDA = _ANY.device.__get__, _ANY.is_cuda.__get__
-_READS = frozenset(
-    [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.cpu]
-)
+_READS = frozenset([Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__])
 _STRICT = frozenset([torch.stack, torch.cat])
 """Operations that do not even take the host's 0-d tensors."""
 
@@ -56,6 +56,10 @@ class _Stream:
     def wait_stream(self, stream: _Stream) -> None:
         assert stream is self.pretence.own_stream
         self.num_ops_waited_for = self.pretence.num_ops
+
+    def record_event(self) -> _Event:
+        assert self is self.pretence.own_stream
+        return _Event()  # of what is over
 
     def run(self, until: int) -> None:
         until -= self.num_done
@@ -118,6 +122,8 @@ class _Pretence(TorchFunctionMode):
             return bool(there)
         if func is Tensor.to:
             return self._move(args[0], bool(there), *args[1:], **kwargs)
+        if func is Tensor.cpu:
+            return self._move(args[0], bool(there), "cpu")
         if func is Tensor.copy_ and 0 < len(there) < len(tensors):
             return self._copy(*args, **kwargs)
         if func in _READS and there:
@@ -165,6 +171,19 @@ class _Pretence(TorchFunctionMode):
         return target
 
 
+def _as_on_the_device(pretence: _Pretence, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that autograd calls, which leaves modes behind, and makes gradients of its own."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for param in args:
+            if hasattr(param, "is_elsewhere") and param.grad is not None:
+                put_elsewhere(param.grad)
+        with pretence:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 def _on_the_device(verb: Callable[..., Any]) -> Callable[..., Any]:
     def look(self: Collectives, *args: Any, **kwargs: Any) -> Any:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
@@ -174,31 +193,43 @@ def _on_the_device(verb: Callable[..., Any]) -> Callable[..., Any]:
     return look
 
 
-def _from_dlpack(tensor: Tensor) -> Tensor:
+def _from_dlpack(exported: list[Tensor]) -> Tensor:
     """As a device's own memory, of which a tensor from outside is on that device."""
+    (tensor,) = exported  # and not the tensor itself, which torch refuses unless its device is the current one
     shared = from_dlpack(tensor)
     return put_elsewhere(shared) if hasattr(tensor, "is_elsewhere") else shared
+
+
+def _stream_of(pretence: _Pretence, device: torch.device) -> _Stream:
+    assert device == ELSEWHERE
+    return pretence.own_stream
 
 
 @contextmanager
 def pretended_device() -> Iterator[_Pretence]:
     """A context with a second device."""
     pretence = _Pretence()
+    stream_of = partial(_stream_of, pretence)
     module = SimpleNamespace(
         Stream=lambda device: _Stream(pretence),
         Event=_Event,
         stream=pretence.in_stream,
-        current_stream=lambda device: pretence.own_stream,
+        current_stream=stream_of,
     )
     offload._copiers.cache_clear()
     try:
         with (
             ExitStack() as verbs,
             mock.patch.object(torch, "get_device_module", lambda device: module),
-            mock.patch("torch.cuda.Event", _Event),
+            mock.patch("torch.cuda.current_stream", stream_of),
+            mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+            mock.patch.object(weights, "to_dlpack", lambda tensor: [tensor]),
             mock.patch.object(weights, "from_dlpack", _from_dlpack),
             pretence,
         ):
+            for kind, name in ((_Delivery, "__call__"), (Reducer, "_end_backward"), (Reducer, "_remember")):
+                method = _as_on_the_device(pretence, getattr(kind, name))
+                verbs.enter_context(mock.patch.object(kind, name, method))
             for name in ("reduce_scatter_mean", "all_gather_", "all_reduce_", "broadcast_"):
                 verbs.enter_context(mock.patch.object(Collectives, name, _on_the_device(getattr(Collectives, name))))
             yield pretence

@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
@@ -128,9 +128,9 @@ class OwnWeights(Weights):
 
     def _move_in(self) -> None:
         # Each gets a storage of its own over the buffer's memory. Who saves a tensor saves its storage, and takes those
-        # that share one for tied weights.
+        # that share one for tied weights. A tensor's own __dlpack__ refuses devices other than the current one.
         for param, home in zip(self._params, self._homes, strict=True):
-            param.data = from_dlpack(home)
+            param.data = from_dlpack(to_dlpack(home))
 
     def may_be_edited(self) -> bool:
         return self._read_versions() != self._versions

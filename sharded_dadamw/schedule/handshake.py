@@ -132,9 +132,8 @@ class Handshake:
     def _read_later(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
         host.copy_(note, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._unread = (host, event, describe, tolerance)
+        arrived = torch.cuda.current_stream(self._device).record_event()  # which need not be the current device
+        self._unread = (host, arrived, describe, tolerance)
 
     def _read_previous(self) -> None:
         # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
