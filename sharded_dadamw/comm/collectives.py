@@ -195,6 +195,8 @@ class BackendVerbs(Collectives):
         self._group_reference = weakref.ref(group)
         self._meetings = Meetings(self.rank, self.num_ranks)
         self.device = device
+        # Not get_backend(), which is "undefined" or a list where nobody named this one.
+        self._averages = "cuda:nccl" in dist.get_backend_config(group) and device.type == "cuda"
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -254,15 +256,14 @@ class BackendVerbs(Collectives):
             sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
             # The backend may write to where nothing else has to be kept, and in the dtype that it is given.
             target = out if out.dtype == sent.dtype and not add else torch.empty_like(self._slices(sent)[0])
-            averages = buffer.is_cuda and dist.get_backend(self.group) == "nccl"
-            op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+            op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
             work = _reduce_scatter(target, sent, op=op, group=self.group, async_op=True)
             self.bytes_sent += (self.num_ranks - 1) * target.nbytes
 
         def finish() -> None:
             work.wait()
             mean = target.to(out.dtype)
-            if not averages:
+            if not self._averages:
                 mean.div_(self.num_ranks)
             if add:
                 out.add_(mean)
