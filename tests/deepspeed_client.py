@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MODULES = ["deepspeed", "torch._inductor.compile_fx"]
+"""What ranks should find imported: it, and what it imports late."""
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
 WEIGHT_DECAY = 0.1
 NUM_STEPS = 3

@@ -1,10 +1,9 @@
-"""launch/train.py for ranks that are to die, or to find the disk full, at points named in the environment.
+"""launch/train.py for ranks that are to die, or to find the disk full.
 
-FAULTS is a list in JSON. Each has a `point` of POINTS, the `step` in which it strikes, as records count them, the
-`ranks` that it strikes and the `start` of these ranks: 0 for the first, 1 after torchrun has started them again once.
+A fault has a `point` of POINTS, the `step` in which it strikes, as records count them, the `ranks` that it strikes and
+the `start` of these ranks: 0 for the first, 1 after torchrun has started them again once.
 """
 
-import json
 import os
 import resource
 import signal
@@ -102,7 +101,6 @@ def arm(faults: list[dict[str, Any]]) -> None:
     for fault in faults:
         if rank in fault["ranks"] and start == fault["start"]:
             how, owner, name, strike = POINTS[fault["point"]]
-
             how(owner, name, Once(strike, now, fault["step"]))
     original = Training.train_step
 
@@ -118,7 +116,3 @@ def train(faults: list[dict[str, Any]], options: list[str]) -> None:
     arm(faults)
     sys.argv = ["train.py", *options]
     launch.train.main()
-
-
-if __name__ == "__main__":
-    train(json.loads(os.environ["FAULTS"]), sys.argv[1:])

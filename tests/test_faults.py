@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 from launch.cluster import START_AGAIN
 from sharded_dadamw.checkpoint import checkpoints
 from tests.forked import train
-from tests.test_launch import CHECKOUT, ROUNDING, TEXT, environment
+from tests.test_launch import ROUNDING, TEXT
 
 pytestmark = pytest.mark.clients
 
@@ -74,23 +72,6 @@ def test_whoever_dies_and_whenever_training_goes_on_by_itself_and_draws_the_same
     assert curve(folder) == uninterrupted
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {f"step_{at:08d}" for at in (16, 20, 24)}  # and nothing that dead saves left
-
-
-def test_torchrun_starts_all_again_when_one_has_died_and_they_go_on(
-    uninterrupted: list[tuple[Any, ...]], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "--module", "tests.dying_train", *OPTIONS, "--run-dir", str(tmp_path / "run")]
-    names = environment(FAULTS=json.dumps([fault("gather", 13, 1)]), PYTHONPATH=str(CHECKOUT))
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=names, stdout=log, stderr=log) as agent:
-        try:
-            agent.wait(timeout=300)  # five interpreters importing torch, on a machine that may be busy
-        finally:
-            agent.terminate()  # it takes its workers along, which it could not if it were killed
-    said = (tmp_path / "log").read_text()
-    assert agent.returncode == 0, said
-    assert f"resumed from {tmp_path}/run/checkpoints/step_00000012" in said
-    assert curve(tmp_path / "run") == uninterrupted
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_step_with_a_checkpoint_and_a_start_more_goes_on(

@@ -34,7 +34,7 @@ from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
 from sharded_dadamw.update.hyperparameters import Hyperparameters
 from tests import forked, pool, runs
-from tests.deepspeed_client import RUNS, Tied
+from tests.deepspeed_client import MODULES, RUNS, Tied
 from tests.harm import Calls
 from tests.simulated import on_ranks
 
@@ -220,7 +220,7 @@ def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     names = [*forked.names_for(1), *forked.names_for(2)]
     with forked.importer() as importer:
-        ended = importer.run(["deepspeed"], "tests.deepspeed_client:train_all", (folder,), names, folder / "logs")
+        ended = importer.run(MODULES, "tests.deepspeed_client:train_all", (folder,), names, folder / "logs")
     assert ended.codes == [0] * len(names), ended.output
     return folder
 

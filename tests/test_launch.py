@@ -1,4 +1,4 @@
-"""The launcher, run as people run it: real ranks, a tiny model, and what is left in the run folder."""
+"""The launcher: real ranks, a tiny model, and what is left in the run folder. torchrun starts it in test_recipes.py."""
 
 import argparse
 import contextlib
@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,7 +32,6 @@ from tests.pool import on_ranks
 pytestmark = pytest.mark.clients
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TRAIN = str(CHECKOUT / "launch" / "train.py")
 NUM_STEPS = 24
 TEXT = Path(argparse.__file__)  # one file of real code: reading the whole library takes longer than these runs
 OPTIONS = [
@@ -68,10 +65,6 @@ def environment(**added: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"} | added
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=300)
-
-
 def finished(folder: Path, output: str) -> Run:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Run(folder, output, [json.loads(line) for line in lines], json.loads((folder / "summary.json").read_text()))
@@ -79,12 +72,10 @@ def finished(folder: Path, output: str) -> Run:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """As people run it; other tests start ranks without waiting for torchrun."""
     folder = tmp_path_factory.mktemp("runs") / "two"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    ended = call(*torchrun, TRAIN, *OPTIONS, "--run-dir", str(folder))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return finished(folder, ended.stdout)
+    ended = forked.train(folder, *OPTIONS, ranks=2)
+    assert ended.codes == [0, 0], ended.output
+    return finished(folder, ended.output)
 
 
 def test_the_run_folder_holds_what_is_needed_to_read_the_run_and_to_go_on(two_ranks: Run) -> None:

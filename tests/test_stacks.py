@@ -42,6 +42,7 @@ STACKS = {
 """Examples, and what each needs."""
 AGAIN_ON_TWO = ("transformers_trainer", "torchtitan_fsdp2", "deepspeed_loop", "llm_foundry")
 """Those that also resume on as many ranks, of whole state dicts, of a folder of shards, and of DeepSpeed's files."""
+WITH_MODELS_OF_THEIR_OWN = ("transformers_trainer", "transformers_fsdp2", "lora_trainer", "llm_foundry")
 LOGS_NO_NORM = "llm_foundry"
 """Composer logs norms of clipped gradients, which tests/test_composer.py compares."""
 NOT_ON_ONE = "deepspeed_loop"
@@ -61,6 +62,10 @@ class Bench:
         modules = ["tests.composer_client"] if stack == "llmfoundry" else []  # it knows what Composer's imports need
         modules += [f"launch.stacks.{example}"] if example else []
         own = {"peft": "transformers", "accelerate": "transformers"}.get(stack, stack)  # each imports the other
+        late = {"transformers": ["deepspeed"], "deepspeed": deepspeed_client.MODULES}.get(
+            own, []
+        )  # what they import late
+        modules += late if find_spec("deepspeed") else []
         where = self.folder / "logs"
         return self.importer(own).run(modules, f"{__name__}:{function.__name__}", arguments, names, where)
 
@@ -77,11 +82,19 @@ class Bench:
         return torch.load(self.folder / "result.pt")
 
     def control(self, example: str) -> dict[str, Any]:
+        if example not in WITH_MODELS_OF_THEIR_OWN:
+            return common_control()
         path = self.folder / "control.pt"
         ended = self.call(STACKS[example], train_alone, example, path, example=example)
         assert ended.codes == [0], ended.output
         found: dict[str, Any] = torch.load(path)
         return found
+
+
+@cache
+def common_control() -> dict[str, Any]:
+    """What one process comes to with the model, data and schedule that most examples have."""
+    return common.control(common.build(), common.loss_of, 4)
 
 
 @pytest.fixture(scope="module")
