@@ -46,7 +46,12 @@ def names_for(ranks: int, **more: str) -> list[dict[str, str]]:
 
 
 def run(
-    context: Any, function: str, arguments: tuple[Any, ...], names: Sequence[Mapping[str, str]], folder: Path
+    context: Any,
+    function: str,
+    arguments: tuple[Any, ...],
+    names: Sequence[Mapping[str, str]],
+    folder: Path,
+    never_end: Sequence[int] = (),
 ) -> Ended:
     """Call "module:function" in a process for each rank, and wait for their ends. What they say goes to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +63,8 @@ def run(
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout=200)
+        for rank, process in enumerate(processes):
+            process.join(timeout=0 if rank in never_end else 200)
     finally:
         for process in processes:
             process.kill()

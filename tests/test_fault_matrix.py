@@ -4,8 +4,8 @@ Real processes, a table of faults and of the points where they strike. Each cell
 which all is well, and then each call once. The last rank is the one that fails.
 """
 
-import contextlib
 import importlib
+import json
 import os
 import re
 import signal
@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, product
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from sharded_dadamw.checkpoint.entries import Entries
 from sharded_dadamw.comm.messages import GlooVerbs, MessageVerbs
 from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.schedule.reducer import Reducer
+from tests import forked
 from tests.dying_train import Once, after, before
 from tests.pool import FORKS
 
@@ -152,20 +152,8 @@ class Run:
         self.train()
 
 
-def run_rank(
-    rank: int,
-    num_ranks: int,
-    port: int,
-    cell: tuple[str, str],
-    exchange: Exchange,
-    folder: Path,
-    output: Connection,
-) -> None:
-    log = (folder / f"{rank}.log").open("w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def run_rank(cell: tuple[str, str], exchange: Exchange, port: int, folder: Path) -> None:
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     importlib.import_module("tests.preloaded")  # which may take longer than the timeout
     timeout = timedelta(seconds=TIMEOUT_S)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
@@ -177,9 +165,9 @@ def run_rank(
     try:
         run.script()
     except Exception as error:
-        output.send((type(error).__name__, str(error), time.monotonic() - run.begun))
+        said = type(error).__name__, str(error), time.monotonic() - run.begun
+        (folder / f"{rank}.json").write_text(json.dumps(said))
         raise
-    output.send(None)
 
 
 @dataclass(frozen=True)
@@ -187,41 +175,32 @@ class Ended:
     """What one rank has come to.
 
     Attributes:
-        said: The kind of its error and what it says; None where all went well.
         code: The exit code of its process; None where it had to be ended.
+        kind: Of its error; empty where all went well.
+        said: What that says.
         seconds: How long its last call has taken.
     """
 
-    said: tuple[str, str] | None
     code: int | None
-    seconds: float
+    kind: str = ""
+    said: str = ""
+    seconds: float = 0.0
 
 
 def run_cell(num_ranks: int, cell: tuple[str, str], exchange: Exchange) -> list[Ended]:
     """Run one cell, and return how each rank ended."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # as torchrun serves it
-        pipes = [FORKS.Pipe(duplex=False) for _ in range(num_ranks)]
-        of_all = num_ranks, store.port, cell, exchange, Path(folder)
-        processes = [
-            FORKS.Process(target=run_rank, args=(rank, *of_all, theirs)) for rank, (_, theirs) in enumerate(pipes)
+        arguments = cell, exchange, store.port, folder
+        names = forked.names_for(num_ranks, GLOO_SOCKET_IFNAME="lo")
+        stops = [num_ranks - 1] if cell[0] == "SIGSTOP" else []
+        ended = forked.run(FORKS, f"{__name__}:run_rank", arguments, names, folder / "logs", never_end=stops)
+        told = [folder / f"{rank}.json" for rank in range(num_ranks)]
+        return [
+            Ended(code, *(json.loads(path.read_text()) if path.exists() else ()))
+            for code, path in zip(ended.codes, told, strict=True)
         ]
-        for process, (_, theirs) in zip(processes, pipes, strict=True):
-            process.start()
-            theirs.close()
-        deadline = time.monotonic() + 90
-        results = []
-        for rank, (process, (ours, _)) in enumerate(zip(processes, pipes, strict=True)):
-            stopped = cell[0] == "SIGSTOP" and rank == num_ranks - 1
-            process.join(0.0 if stopped else max(1.0, deadline - time.monotonic()))
-            last = None
-            with contextlib.suppress(EOFError):
-                last = ours.recv() if ours.poll() else None
-            results.append(Ended(last and last[:2], process.exitcode, last[2] if last else 0.0))
-        for process in processes:
-            process.kill()
-            process.join()
-        return results
 
 
 NAMES_RANK = re.compile(r"\branks? \d")
@@ -232,17 +211,15 @@ def faults_of(cell: tuple[str, str], ended: list[Ended]) -> list[str]:
     """What is wrong with the end of a run; nothing if it is as it should be."""
     wrong = []
     of_victim = ended[-1]
-    if cell[0] in ("SIGKILL", "SIGSTOP"):
+    if cell[0] in ("SIGKILL", "SIGSTOP") or of_victim.kind == "LookupError":
         ended = ended[:-1]
-    elif cell[0] == "exception":
-        ended = ended[:-1] if of_victim.said and of_victim.said[0] == "LookupError" else ended
-    if all(each.said is None and each.code == 0 for each in ended):
+    if all(each.code == 0 for each in ended):
         return []
     for rank, each in enumerate(ended):
-        if each.said is None:
+        if not each.kind:
             wrong.append(f"rank {rank} ended with {each.code} and said nothing")
-        elif each is not of_victim and not (NAMES_RANK.search(each.said[1]) and NAMES_CALL.search(each.said[1])):
-            wrong.append(f"rank {rank} does not say who or where: {each.said[0]}: {each.said[1]}")
+        elif each is not of_victim and not (NAMES_RANK.search(each.said) and NAMES_CALL.search(each.said)):
+            wrong.append(f"rank {rank} does not say who or where: {each.kind}: {each.said}")
         if each.seconds > LIMIT_S:
             wrong.append(f"rank {rank} took {each.seconds:.1f} s")
     return wrong
