@@ -8,7 +8,7 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +38,40 @@ from tests.simulated import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are the same on all ranks")  # as they are in some tests
 
+
+def saved(root: Path, kind: str, num_steps: int, group: Any = None, **settings: Any) -> Parts:
+    """A run that was saved after some steps."""
+    parts = build(kind, group, **settings)
+    fit(*parts, num_steps)
+    save_checkpoint(root, step=num_steps, **run(group, *parts))
+    return parts
+
+
+def loaded(root: Path, kind: str, group: Any = None, **settings: Any) -> Parts:
+    """Another run that goes on from there."""
+    parts = build(kind, group, seed=1, **settings)
+    load_checkpoint(root, **run(group, *parts))
+    return parts
+
+
+def assert_same(one: Sequence[Any], other: Sequence[Any]) -> None:
+    assert differences(whole(*one[:2]), whole(*other[:2])) == []
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
 
-def going_on(group: Any, kind: str, num_steps: int, root: Path) -> list[str]:
-    parts = build(kind, group)
-    fit(*parts, num_steps)
-    if kind == "ours" and group is not None:
-        parts[1].consolidate_state_dict(group.size() - 1)  # of which a checkpoint takes nothing
-    save_checkpoint(root, step=3, **run(group, *parts), data={"sample": 24})
-    fit(*parts, 3)
-    again = build(kind, group, seed=1)
-    torch.manual_seed(5)
-    resumed = load_checkpoint(root, **run(group, *again))
-    assert resumed is not None and (resumed.step, resumed.data) == (3, {"sample": 24})
-    fit(*again, 3)
-    assert again[2].state_dict() == parts[2].state_dict()
-    return differences(whole(*parts[:2]), whole(*again[:2]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "num_ranks", "num_steps"),
-    [
-        *[("ours", 3, 3), ("attached", 2, 3), ("fsdp2", 2, 3), ("DecoupledAdamW", 1, 3), ("AdamW", 2, 3)],
-        *[("ours", 1, 0), ("AdamW", 1, 0)],  # which has no state yet
-        ("ours", None, 3),  # without torch.distributed
-    ],
-)
-def test_a_resumed_run_takes_the_same_steps_bit_for_bit(
-    kind: str, num_ranks: int | None, num_steps: int, tmp_path: Path
-) -> None:
-    args = kind, num_steps, tmp_path
-    found = [going_on(None, *args)] if num_ranks is None else on_ranks(num_ranks, going_on, *args)
-    assert found == [[]] * (num_ranks or 1)
+@pytest.mark.parametrize("kind", ["ours", "AdamW"])
+def test_a_run_that_has_not_begun_is_saved_without_state(kind: str, tmp_path: Path) -> None:
+    parts, target = saved(tmp_path, kind, 0), build(kind, None, seed=1)
+    fit(*target, 2)
+    load_checkpoint(tmp_path, **run(None, *target))
+    for each in (parts, target):
+        torch.manual_seed(7)
+        fit(*each, 2)
+    assert_same(parts, target)
 
 
 def then_and_later(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -83,6 +84,8 @@ def then_and_later(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def saved_at(group: Any, kind: str, root: Path, through: str, settings: dict[str, Any]) -> Any:
     parts = build(kind, group, **settings)
     fit(*parts, 4)
+    if through == "load_checkpoint" and kind.startswith("ours"):
+        parts[1].consolidate_state_dict()  # of which a checkpoint takes nothing
     save(through, root, group, parts)
     return then_and_later(parts)
 
@@ -96,21 +99,20 @@ def loaded_at(group: Any, kind: str, root: Path, through: str, settings: dict[st
     return then_and_later(parts)
 
 
-F32, BF16 = torch.float32, torch.bfloat16
 FEW = ("frozen", "late")
 
 
 @pytest.mark.parametrize(
     ("wrote", "num_saving", "reads", "num_loading", "dtype", "through"),
     [
-        # A layout into itself, at more ranks and at fewer.
-        *[("ours", n, "ours", m, F32, "torch") for n, m in [(3, 3), (1, 3), (4, 1)]],
+        # A layout into itself, at as many ranks, at more and at fewer.
+        *[(kind, 2, kind, 2, F32, "load_checkpoint") for kind in ("attached", "AdamW", "fsdp2")],
+        *[("ours", n, "ours", m, F32, "torch") for n, m in [(1, 3), (4, 1)]],
         ("ours", 4, "ours", 3, F32, "load_checkpoint"),
-        *[("ours, remainder", n, "ours, remainder", m, BF16, "torch") for n, m in [(1, 4), (4, 3)]],
+        ("ours, remainder", 1, "ours, remainder", 4, BF16, "torch"),
         ("ours, remainder", 3, "ours, remainder", 2, BF16, "load_checkpoint"),
         ("ours", 1, "ours", 3, BF16, "load_checkpoint"),
         ("fsdp2, our law", 4, "fsdp2, our law", 1, F32, "torch"),
-        ("fsdp2", 2, "fsdp2", 4, F32, "load_checkpoint"),
         # Main parameters change their form and lose no bit.
         ("ours, remainder", 2, "ours, fp32 main", 3, BF16, "load_checkpoint"),
         ("ours, fp32 main", 3, "ours, remainder", 1, BF16, "load_checkpoint"),
@@ -125,15 +127,12 @@ FEW = ("frozen", "late")
         ("fsdp2, our law", 2, "ours", 3, F32, "load_checkpoint"),
         # The parameters of a group may come in another order, in other buckets, cut on other multiples.
         ("ours, in groups", 2, "ours, reordered", 2, F32, "torch"),
-        ("ours, in groups", 1, "ours, reordered", 3, F32, "torch"),
         ("ours, in groups", 3, "ours, reordered", 1, F32, "load_checkpoint"),
         # Whole tensors in a file of torch.save, loaded before the weights or after them.
         ("ours", 1, "ours", 3, F32, "whole, weights first"),
         ("ours, in groups", 2, "ours, in groups", 4, F32, "whole"),
         ("ours, in groups", 4, "ours, in groups", 1, F32, "whole, weights first"),
-        ("ours", 2, "ours", 2, BF16, "whole"),
         ("ours", 3, "ours", 2, BF16, "whole, weights first"),
-        ("ours, remainder", 3, "ours, remainder", 2, BF16, "whole"),
         ("ours, remainder", 2, "ours, remainder", 4, BF16, "whole, weights first"),
         ("ours", 3, "DecoupledAdamW", 1, F32, "whole"),  # whose state is what was consolidated
         ("AdamW", 1, "ours", 2, F32, "whole"),
@@ -157,8 +156,8 @@ def test_a_run_goes_on_on_any_number_of_ranks_in_any_layout(
         monkeypatch.setattr("sharded_dadamw.layout.bucket_layout.ALIGNMENT", 128)
     for loaded, loaded_later in on_ranks(num_loading, loaded_at, reads, tmp_path, through, settings):
         assert differences(expected, loaded) == []
-        if wrote.startswith("ours") and reads.startswith("ours"):  # whose ranks average nothing, so that nothing rounds
-            assert differences(later, loaded_later) == []
+        if (wrote.startswith("ours") and reads.startswith("ours")) or (wrote, num_saving) == (reads, num_loading):
+            assert differences(later, loaded_later) == []  # for nothing rounds otherwise
 
 
 @pytest.mark.parametrize(
@@ -176,10 +175,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_in_any_layout(
 def test_weight_decay_that_means_something_else_is_refused(
     group: Any, wrote: str, reads: str, command: str, tmp_path: Path
 ) -> None:
-    source = build(wrote, group)
-    fit(*source, 2)
-    save_checkpoint(tmp_path, step=2, **run(group, *source))
-    target = build(reads, group, seed=1)
+    source, target = saved(tmp_path, wrote, 2, group), build(reads, group, seed=1)
     before = whole(*target[:2])
     with pytest.raises(ValueError, match="weight_decay: expected that of") as error:
         load_checkpoint(tmp_path, **run(group, *target))
@@ -189,7 +185,7 @@ def test_weight_decay_that_means_something_else_is_refused(
         of_it["weight_decay"] = 0.0  # which means the same everywhere
     save_checkpoint(tmp_path, step=3, **run(group, *source))
     load_checkpoint(tmp_path, **run(group, *target))
-    assert differences(whole(*source[:2]), whole(*target[:2])) == []
+    assert_same(source, target)
 
 
 @pytest.mark.parametrize(
@@ -205,19 +201,14 @@ def test_weight_decay_that_means_something_else_is_refused(
 def test_where_no_main_parameter_is_kept_it_is_the_fp32_weight_or_left_out_with_a_word(
     group: Any, wrote: str, reads: str, tmp_path: Path
 ) -> None:
-    source = build(wrote, group, dtype=torch.bfloat16)
-    fit(*source, 3)
-    save_checkpoint(tmp_path, step=3, **run(group, *source))
-    expected = wide(whole(*source[:2]))
+    expected = wide(whole(*saved(tmp_path, wrote, 3, group, dtype=BF16)[:2]))
     keys = [key for key in expected if key.endswith(", main_param")]
     mains = {key.removesuffix(", main_param"): expected.pop(key) for key in keys}
     if reads == "ours, no main":
-        target = build(reads, group, seed=1, dtype=torch.bfloat16)
         with pytest.warns(UserWarning, match=rf"main parameters of {len(mains)} parameters, such as embedding\.weight"):
-            load_checkpoint(tmp_path, **run(group, *target))
+            target = loaded(tmp_path, reads, group, dtype=BF16)
     else:
-        target = build(reads, group, seed=1)
-        load_checkpoint(tmp_path, **run(group, *target))
+        target = loaded(tmp_path, reads, group)
         expected |= mains
     found = {key: value.float() for key, value in whole(*target[:2]).items()}
     assert differences({key: value.float() for key, value in expected.items()}, found) == []
@@ -236,11 +227,11 @@ def test_a_main_parameter_of_which_nothing_was_saved_is_the_weight(
     group: Any, num_steps: int, through: str, reads: str, tmp_path: Path
 ) -> None:
     """Also in an optimizer that has trained already, so that its main parameters are another run's."""
-    source = build("DecoupledAdamW", group, dtype=torch.bfloat16)
+    source = build("DecoupledAdamW", group, dtype=BF16)
     fit(*source, num_steps)
     save(through, tmp_path, group, source)
     dist.barrier(group)
-    fresh, target = (build(reads, group, seed=1, dtype=torch.bfloat16) for _ in range(2))
+    fresh, target = (build(reads, group, seed=1, dtype=BF16) for _ in range(2))
     fit(*target, 3)
     for parts in (fresh, target):
         load(through, tmp_path, group, parts)
@@ -272,16 +263,14 @@ def test_state_of_what_is_frozen_by_now_is_kept(kind: str, tmp_path: Path) -> No
 
 
 def test_state_of_what_was_frozen_from_the_start_is_left_out_with_a_word(tmp_path: Path) -> None:
-    model, optimizer, schedule = build("ours", None)
-    fit(model, optimizer, schedule, 2)
-    save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer)
+    expected = whole(*saved(tmp_path, "ours", 2)[:2])
     again = Model(seed=1)
     again.decoder.weight.requires_grad_(False)
     other = ShardedDecoupledAdamW(again.named_parameters(), **LAW)
     with pytest.warns(UserWarning, match=r"state of 1 parameters, such as decoder\.weight, is left out"):
         load_checkpoint(tmp_path, model=again, optimizer=other)
-    expected = {key: value for key, value in whole(model, optimizer).items() if not key.startswith("decoder.weight, ")}
-    assert differences(expected, whole(again, other)) == []
+    kept = {key: value for key, value in expected.items() if not key.startswith("decoder.weight, ")}
+    assert differences(kept, whole(again, other)) == []
 
 
 def test_groups_in_another_order_are_refused_and_one_may_be_empty(tmp_path: Path) -> None:
@@ -305,8 +294,7 @@ def test_groups_in_another_order_are_refused_and_one_may_be_empty(tmp_path: Path
     assert differences(before, whole(*target[:2])) == []
     target = make("abc")
     load_checkpoint(tmp_path, **run(None, *target))
-    assert differences(whole(*source[:2]), whole(*target[:2])) == []
-    assert [group["lr"] for group in target[1].param_groups] == [group["lr"] for group in source[1].param_groups]
+    assert_same(source, target)  # the rates of groups too
 
 
 def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
@@ -318,14 +306,12 @@ def test_weights_alone_load_without_an_optimizer(tmp_path: Path) -> None:
 
 
 def test_torchs_own_functions_read_it(tmp_path: Path) -> None:
-    parts = build("AdamW", None, tie=True)
-    fit(*parts, 2)
-    path = save_checkpoint(tmp_path, step=2, **run(None, *parts)).path
+    parts = saved(tmp_path, "AdamW", 2, tie=True)
     model, optimizer, _ = build("AdamW", None, seed=1, tie=True)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     assert {"embedding.weight", "decoder.weight"} <= state["model"].keys()
     del state["optimizer"]["param_groups"]
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path / "step_00000002", no_dist=True)
     for name, entries in state["optimizer"]["state"].items():
         live = get_optimizer_state_dict(*parts[:2])["state"][name]
         assert all(torch.equal(entries[key], value) for key, value in live.items())
@@ -445,29 +431,21 @@ def test_names_are_those_of_the_bare_model_whatever_it_is_wrapped_in(group: Any,
     save_checkpoint(tmp_path, step=2, **run(group, other, its))
     last, of_last = wrapped("none", group, 2)
     load_checkpoint(tmp_path, **run(group, last, of_last))
-    assert differences(whole(model, optimizer), whole(last, of_last)) == []
+    assert_same((model, optimizer), (last, of_last))
 
 
 @pytest.mark.parametrize(("kind", "tie"), [("fsdp1", False), ("fsdp1, flat", True)])
 @ranks(4, pool.on_ranks)  # all of them: torch 2.11 knows FSDP1's state in the default group only
 def test_what_fsdp1_shards_loads_there_and_without(group: Any, kind: str, tie: bool, tmp_path: Path) -> None:
-    parts = build(kind, group, tie=tie)
-    fit(*parts, 2)
-    save_checkpoint(tmp_path, step=2, **run(group, *parts))
-    again = build(kind, group, seed=1, tie=tie)
-    load_checkpoint(tmp_path, **run(group, *again))
-    save_checkpoint(tmp_path, step=3, **run(group, *again))
-    first, last = build("AdamW", group, tie=tie), build("AdamW", group, tie=tie)
-    load_checkpoint(tmp_path / "step_00000002", **run(group, *first))
-    load_checkpoint(tmp_path / "step_00000003", **run(group, *last))
+    saved(tmp_path, kind, 2, group, tie=tie)
+    save_checkpoint(tmp_path, step=3, **run(group, *loaded(tmp_path, kind, group, tie=tie)))
+    first, last = (loaded(tmp_path / f"step_0000000{step}", "AdamW", group, tie=tie) for step in (2, 3))
     assert [entries["step"].item() for entries in first[1].state.values()] == [2.0] * len(list(first[0].parameters()))
-    assert differences(whole(*first[:2]), whole(*last[:2])) == []
+    assert_same(first, last)
 
 
 def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> None:
-    parts = build("AdamW", None, tie=True)
-    fit(*parts, 1)
-    path = save_checkpoint(tmp_path, step=1, **run(None, *parts)).path
+    parts, path = saved(tmp_path, "AdamW", 1, tie=True), tmp_path / "step_00000001"
     assert Manifest.read(path).aliases == [["embedding.weight", "decoder.weight"]]
     metadata = dcp.FileSystemReader(path).read_metadata()
     assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id == path.name  # of no machine
@@ -478,10 +456,9 @@ def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> N
             if index.fqn in (entry.format("embedding.weight"), entry.format("decoder.weight"))
         ]
         assert len(places) == 2 and len(set(places)) == 1
-    again = build("AdamW", None, seed=1, tie=True)
-    load_checkpoint(path, **run(None, *again))
+    again = loaded(path, "AdamW", tie=True)
     assert again[0].decoder.weight is again[0].embedding.weight
-    assert differences(whole(*parts[:2]), whole(*again[:2])) == []
+    assert_same(parts, again)
     untied = Model(seed=1)
     load_checkpoint(path, model=untied)
     assert torch.equal(untied.decoder.weight, parts[0].decoder.weight)
@@ -501,7 +478,7 @@ def misfit(kind: str) -> tuple[Any, Any]:
     elif kind == "dtype":
         model.decoder.bfloat16()
     elif kind == "integers":
-        model.middle[1].num_batches_tracked = torch.zeros((), dtype=torch.bfloat16)
+        model.middle[1].num_batches_tracked = torch.zeros((), dtype=BF16)
     params = list(model.parameters())
     if kind == "groups":
         return model, AdamW([{"params": params[:1]}, {"params": params[1:]}], **LAW)
@@ -546,12 +523,10 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind: str, tmp
 
 
 def test_a_scheduler_of_another_kind_and_one_of_which_nothing_was_saved_are_refused(tmp_path: Path) -> None:
-    parts = build("AdamW", None)
-    fit(*parts, 2)
+    parts = saved(tmp_path, "AdamW", 2)
     save_checkpoint(tmp_path / "without", step=1, model=parts[0], optimizer=parts[1])
     with pytest.raises(ValueError, match=r"scheduler: expected .* to hold the state of one"):
         load_checkpoint(tmp_path / "without", **run(None, *parts))
-    save_checkpoint(tmp_path, step=2, **run(None, *parts))
     model, optimizer, cosine = build("AdamW", None, seed=1)
     schedule = SequentialLR(optimizer, [cosine, MultiStepLR(optimizer, [3])], milestones=[2])
     fit(model, optimizer, schedule, 1)
@@ -592,25 +567,18 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str, tmp_p
         save_checkpoint(tmp_path, **{"step": 1, **run(None, *parts), **arguments})
 
 
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [("model", "model: expected a torch"), ("optimizer", "optimizer: expected a torch")],
-)
+@pytest.mark.parametrize("what", ["model", "optimizer"])
 @ranks(2)
-def test_what_is_wrong_on_one_rank_is_told_on_all(group: Any, what: str, said: str, tmp_path: Path) -> None:
-    fails = dist.get_rank(group) == 1
-    parts = build("ours", group)
+def test_what_is_wrong_on_one_rank_is_told_on_all(group: Any, what: str, tmp_path: Path) -> None:
+    parts = saved(tmp_path, "ours", 1, group)
     arguments = run(group, *parts)
-    save_checkpoint(tmp_path, step=1, **arguments)
-    if fails:
+    if dist.get_rank(group) == 1:
         arguments[what] = {"model": None, "optimizer": 5}[what]
-    before = whole(*parts[:2])
-    for call in (
-        lambda: load_checkpoint(tmp_path, **arguments),
-        lambda: save_checkpoint(tmp_path, step=2, **arguments),
-    ):
-        with pytest.raises((ValueError, TypeError, KeyError), match=said):
-            call()
+    before, said = whole(*parts[:2]), f"{what}: expected a torch"
+    with pytest.raises((ValueError, TypeError), match=said):
+        load_checkpoint(tmp_path, **arguments)
+    with pytest.raises((ValueError, TypeError), match=said):
+        save_checkpoint(tmp_path, step=2, **arguments)
     assert differences(before, whole(*parts[:2])) == [] and [f.name for f in checkpoints(tmp_path)] == ["step_00000001"]
 
 
