@@ -132,8 +132,7 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process decides when to stop
     threading.Thread(target=_die_with_parent, daemon=True).start()
     stacks = open(stack_file, "w")  # noqa: SIM115 - stays open as long as the process
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     torch.set_num_threads(1)
     # Ranks meet on the loopback interface: no name resolution, no firewall.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -274,15 +273,11 @@ class Pool:
         return [replies[rank] for rank in ranks]
 
     def _stack_of(self, rank: int) -> str:
-        pid = self._processes[rank].pid
-        if self._stack_folder is None or pid is None or not hasattr(faulthandler, "register"):
-            return "(no stack on this platform)"
+        assert self._stack_folder is not None
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(self.pids[rank], signal.SIGUSR1)
         time.sleep(0.2)
-        with contextlib.suppress(OSError):
-            return Path(self._stack_folder.name, str(rank)).read_text()
-        return "(no stack)"
+        return Path(self._stack_folder.name, str(rank)).read_text()
 
 
 pool = Pool()

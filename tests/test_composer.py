@@ -19,14 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import nn
 
 from sharded_dadamw import DecoupledAdamW, Moments, ShardingConfig
 from sharded_dadamw.checkpoint.names import canonical_name
 from sharded_dadamw.interchange import Source, from_composer, read_state
-from tests import forked, runs
-from tests.simulated import on_ranks
+from tests import forked
 from tests.test_interchange import assert_goes_on, assert_same_state
 
 if importlib.util.find_spec("composer") is None:
@@ -144,44 +142,6 @@ def test_a_checkpoint_of_composers_trainer_is_imported(folder: Path, results: Re
     grads, after = ({name: of_it[key] for name, of_it in seen.items()} for key in ("grad", "after"))
     assert_goes_on(state, weights, grads, after, layers)
     assert_same_state(from_composer(saved), state)
-
-
-def load_ours_and_go_on(path: Path) -> None:
-    """Load what ours has saved into Composer's optimizer, tell what it holds then, and go on and save that."""
-    model = runs.Model(seed=2, extras=("frozen", "late"))
-    optimizer = importlib.import_module("composer.optim").DecoupledAdamW(list(model.named_parameters()), **runs.LAW)
-    parts = model, optimizer, CosineAnnealingLR(optimizer, T_max=10)
-    runs.fit(*parts, 1)
-    runs.load("torch", path / "ours", None, parts)
-    torch.save(runs.whole(model, optimizer), path / "loaded.pt")
-    runs.fit(*parts, 2)
-    runs.save("torch", path / "theirs", None, parts)
-    torch.save(runs.whole(model, optimizer), path / "further.pt")
-
-
-def save_ours(group: Any, root: Path) -> dict[str, Tensor]:
-    parts = runs.build("ours", group, extras=("frozen", "late"))
-    runs.fit(*parts, 4)
-    runs.save("torch", root, group, parts)
-    return runs.whole(*parts[:2])
-
-
-def load_theirs(group: Any, root: Path) -> dict[str, Tensor]:
-    parts = runs.build("ours", group, seed=1, extras=("frozen", "late"))
-    runs.load("torch", root, group, parts)
-    return runs.whole(*parts[:2])
-
-
-def test_composers_optimizer_loads_ours_and_we_load_theirs(composer: forked.Importer, tmp_path: Path) -> None:
-    expected = on_ranks(3, save_ours, tmp_path / "ours")[0]
-    ended = composer.run(
-        ["tests.composer_client"], f"{__name__}:load_ours_and_go_on", (tmp_path,), [{}], tmp_path / "logs"
-    )
-    assert ended.codes == [0], ended.output
-    assert runs.differences(torch.load(tmp_path / "loaded.pt"), expected) == []
-    further = torch.load(tmp_path / "further.pt")
-    for loaded in on_ranks(2, load_theirs, tmp_path / "theirs"):
-        assert runs.differences(loaded, further) == []
 
 
 def build_of_yaml() -> None:

@@ -66,7 +66,7 @@ SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
 
 @dataclass(frozen=True)
 class Call:
-    """One that users make, as a method of the interpreters."""
+    """One that users make, as a method of the interpreters or of the optimizer."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -252,7 +252,7 @@ class _Ours(_Both):
     def run(self, call: Call) -> Outcome:
         outcome = Outcome()
         try:
-            outcome.value = getattr(self, call.name)(*call.args)
+            outcome.value = self.call(call)
         except (RuntimeError, ValueError) as error:
             if "start again from a checkpoint" in str(error):
                 raise
@@ -264,6 +264,10 @@ class _Ours(_Both):
             states = {name: self.optimizer.state.get(param, {}) for name, param in self.params.items()}
             outcome.steps = {name: float(state["step"]) for name, state in states.items() if "step" in state}
         return outcome
+
+    def call(self, call: Call) -> Any:
+        """By a method of this class, or of the optimizer itself."""
+        return getattr(self if hasattr(self, call.name) else self.optimizer, call.name)(*call.args)
 
     def read(self) -> None:
         pass
@@ -294,18 +298,12 @@ class _Ours(_Both):
 
     def uneven(self, key: int, idle: int, without: str, to_none: bool, then: Call) -> Any:
         """One rank has no backward, or uses other parameters."""
-        self.zero_grad(to_none)
+        self.optimizer.zero_grad(to_none)
         if not self.setup.config.reduce_gradients or idle % self.num_ranks != self.rank or self.num_ranks == 1:
             self.backward(key, "")
         elif without:
             self.backward(key, without)
-        return getattr(self, then.name)(*then.args)
-
-    def clip(self, max_norm: float, norm_type: float) -> Tensor:
-        return self.optimizer.clip_grad_norm_(max_norm, norm_type)
-
-    def step(self) -> None:
-        self.optimizer.step()
+        return self.call(then)
 
     def closure(self, key: int) -> Any:
         def evaluate() -> Any:
@@ -313,9 +311,6 @@ class _Ours(_Both):
             return self.backward(key, "")
 
         return self.optimizer.step(evaluate)
-
-    def zero_grad(self, to_none: bool) -> None:
-        self.optimizer.zero_grad(to_none)
 
     def assign(self, name: str, key: int) -> None:
         if name in "".join(self.groups):
@@ -334,7 +329,7 @@ class _Ours(_Both):
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         if max_norm is not None:
-            self.clip(max_norm, 2.0)
+            self.optimizer.clip_grad_norm_(max_norm, 2.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -344,16 +339,13 @@ class _Ours(_Both):
         if self.setup.config.reduce_gradients and self.used(""):
             with Join([self.optimizer]):
                 for number in range(counts[self.rank]):
-                    self.zero_grad(True)
+                    self.optimizer.zero_grad(True)
                     self.backward(key + number, "")
-                    self.step()
-        self.zero_grad(True)  # to scale the zeros that ranks without data have is to clear them
+                    self.optimizer.step()
+        self.optimizer.zero_grad(True)  # to scale the zeros that ranks without data have is to clear them
 
     def drop(self, name: str) -> None:
         self.params[name].grad = None
-
-    def metrics(self) -> dict[str, Tensor]:
-        return self.optimizer.metrics()
 
     def attach(self) -> None:
         self.attachments.append(self.optimizer.attach(self.net))
@@ -361,9 +353,6 @@ class _Ours(_Both):
     def remove(self) -> None:
         if self.attachments:
             self.attachments.pop().remove()
-
-    def synchronize(self) -> None:
-        self.optimizer.synchronize()
 
     def reload(self, whole: bool) -> None:
         state_dict = whole_state_dict(self.optimizer, self.num_ranks) if whole else self.optimizer.state_dict()
@@ -390,7 +379,7 @@ def run_rank(
         warnings.simplefilter("ignore")
         ours = _Ours(group, setup, start)
         outcomes = [ours.run(call) for call in calls]
-    ours.zero_grad(True)
+    ours.optimizer.zero_grad(True)
     outcomes.append(ours.run(Call("read")))
     if any(ours.params[name] not in ours.optimizer.state for name in ours.used("")):  # unfrozen since the last step
         how = folder = ""
@@ -441,7 +430,7 @@ class _Oracle(_Both):
 
     def may_fail(self, call: Call) -> bool:
         config = self.setup.config
-        if call.name in ("step", "clip"):
+        if call.name in ("step", "clip_grad_norm_"):
             return self.is_touched or (self.is_used and self.setup.is_full and config.reduce_gradients)
         if call.name in ("backward", "accumulate") and config.reduce_gradients:
             return self.is_used or self.is_averaged or self.factor is not None or (self.is_touched and bool(self.means))
@@ -536,7 +525,7 @@ class _Oracle(_Both):
             self.local, self.means = kept
         return means
 
-    def clip(self, max_norm: float, norm_type: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float) -> Tensor:
         if self.is_touched and not self.setup.config.reduce_gradients:
             self.factor = None
             self.is_touched = False
@@ -551,7 +540,7 @@ class _Oracle(_Both):
     def step(self) -> None:
         means = self.present()
         if self.setup.max_grad_norm is not None:
-            self.clip(self.setup.max_grad_norm, 2.0)
+            self.clip_grad_norm_(self.setup.max_grad_norm, 2.0)
         for name, param in self.params.items():
             param.grad = means[name].float() if name in means else None
         is_finite = all(mean.isfinite().all() for mean in means.values())
@@ -601,7 +590,7 @@ class _Oracle(_Both):
         self.backward(key, "")
         if bad is None or not SIZES[self.used("")[0]]:
             if max_norm is not None:
-                self.clip(max_norm, 2.0)
+                self.clip_grad_norm_(max_norm, 2.0)
             self.step()
         self.zero_grad(True)
 
@@ -719,7 +708,7 @@ def call(name: str, *args: st.SearchStrategy[Any]) -> st.SearchStrategy[Call]:
     return st.tuples(*args).map(lambda values: Call(name, values))
 
 
-CLIP = call("clip", NORMS, st.sampled_from([2.0, float("inf")]))
+CLIP = call("clip_grad_norm_", NORMS, st.sampled_from([2.0, float("inf")]))
 STEP = call("step")
 SETTINGS = st.sampled_from(
     [("lr", 3e-3), ("lr", 0.0), ("weight_decay", 0.0), ("weight_decay", 5e-4), ("betas", (0.8, 0.9))]

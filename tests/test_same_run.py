@@ -25,7 +25,7 @@ from sharded_dadamw import (
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.difference import difference
 from sharded_dadamw.comm.connect import connect
-from sharded_dadamw.comm.tree import carries, fitting, mean_in_tree
+from sharded_dadamw.comm.tree import fitting
 from sharded_dadamw.kernels import exact_squares
 from sharded_dadamw.norms import held
 from sharded_dadamw.norms.global_norm import exact_norm
@@ -102,44 +102,6 @@ def trained(
     if root is not None:
         save_checkpoint(root, step=num_steps, model=model, optimizer=optimizer)
     return found
-
-
-@pytest.mark.parametrize("micro_batches", [1, 2, 4, 6, 7, 12, 16])
-def test_the_tree_is_the_same_whoever_adds_its_groups(micro_batches: int) -> None:
-    gradients = list(torch.randn(micro_batches, 64, generator=torch.Generator().manual_seed(0)).unbind())
-
-    def tree(numbers: range) -> Any:
-        """As nested pairs of numbers."""
-        waiting: dict[int, Any] = {}
-        node: Any = None
-        for index, number in enumerate(numbers):
-            node, levels = number, carries(index, len(numbers))
-            for level in levels:
-                node = (waiting.pop(level), node)
-            waiting[len(levels)] = node
-        return node
-
-    def joined(nodes: list[Any]) -> Any:
-        replaced = tree(range(len(nodes)))
-        return replace(replaced, nodes)
-
-    def replace(node: Any, nodes: list[Any]) -> Any:
-        return nodes[node] if isinstance(node, int) else tuple(replace(part, nodes) for part in node)
-
-    def added(node: Any) -> Any:
-        return gradients[node] if isinstance(node, int) else added(node[0]) + added(node[1])
-
-    whole = tree(range(micro_batches))
-    mean = torch.empty(64)
-    mean_in_tree(gradients, divisor=micro_batches, out=mean)
-    assert torch.equal(mean, added(whole) / micro_batches)
-    for num_ranks in fitting(micro_batches):
-        share = micro_batches // num_ranks
-        shares = [range(rank * share, (rank + 1) * share) for rank in range(num_ranks)]
-        assert joined([tree(numbers) for numbers in shares]) == whole, num_ranks
-    assert {n for n in range(1, 17) if micro_batches % n == 0 and (micro_batches // n).bit_count() == 1} <= set(
-        fitting(micro_batches)
-    )
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
