@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from sharded_dadamw.comm import shared_memory
+from sharded_dadamw.comm.calls import RankError
 from sharded_dadamw.comm.collectives import Collectives, RankOrderVerbs
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.messages import GlooVerbs, MessageVerbs
@@ -534,3 +535,18 @@ def test_without_torch_distributed_there_is_one_rank_and_nothing_is_sent() -> No
     assert torch.equal(out, torch.arange(1.0, 129.0).double() + (torch.arange(128) == 0) * 2**-12)
     assert not ours.new_buffer(3, BF16, CPU).any()
     assert (ours.num_ranks, ours.bytes_sent, ours.gather_texts("x")) == (1, 0, ["x"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@ranks()
+def test_who_runs_out_of_memory_hears_that_and_after_it_exchanges_nothing(group: Any) -> None:
+    """Where others may have gone on, that is; alone it may try again with a smaller batch."""
+    ours = RankOrderVerbs(group, CPU)
+    buffer = torch.ones(2 * ours.num_ranks)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), ours.explaining():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if ours.num_ranks == 1:
+        ours.reduce_scatter_mean(buffer, buffer[:2]).wait()
+    else:
+        with pytest.raises(RankError, match=rf"^rank {ours.rank} ran out of memory in .*from a checkpoint$"):
+            ours.reduce_scatter_mean(buffer, buffer[:2])

@@ -226,6 +226,13 @@ class BackendVerbs(Collectives):
             yield
         except RankError:
             raise
+        except torch.OutOfMemoryError:  # whose class loops go by, and which no other rank is to blame for
+            if self.num_ranks > 1:
+                self._meetings.failure = (
+                    f"rank {self.rank} ran out of memory in {here.call}, from where others went on; start again from a "
+                    "checkpoint"
+                )
+            raise
         except RuntimeError as error:
             self.check_alive()
             raise self._meetings.explain(self.group, error) from error
