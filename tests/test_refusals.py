@@ -521,6 +521,53 @@ def test_a_rank_that_is_out_of_step_is_an_error_on_all(case: str) -> None:
         assert seen[1].error == "KeyError" and "rank 1 has refused (KeyError: 'eps')" in seen[0].message
 
 
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("forward", r"the order in which optimizers of one process group.*1\.weight of optimizer 1, 0\.weight"),
+        ("step", "the number of the optimizer, as they were built: rank 0 has 0, rank 1 has 1"),
+    ],
+)
+@ranks(2)
+def test_optimizers_that_ranks_come_to_in_another_order_are_an_error_until_all_gradients_are_dropped(
+    group: Any, what: str, said: str
+) -> None:
+    """Their gradients have equal sizes, so no transport can tell them apart."""
+    torch.manual_seed(1)
+    model: Any = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(2))
+    twin = copy.deepcopy(model)
+
+    def build(towers: Any) -> list[Any]:
+        named = list(towers.named_parameters())
+        return [ShardedDecoupledAdamW([each], lr=1e-2, process_group=group) for each in named]
+
+    def run(towers: Any, optimizers: list[Any], step: int, wrong: str = "") -> None:
+        orders = {each: (1, -1)[group.rank() if each == wrong else 0] for each in ("forward", "step")}
+        x = torch.full((1, 3), 1.0 + group.rank() + step)
+        sum((number + 1.0) * towers[number](x).sum() for number in (1, 0)[:: orders["forward"]]).backward()
+        for optimizer in optimizers[:: orders["step"]]:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    ours, control = build(model), build(twin)
+    for step in (0, 1, 2):
+        if step == 1:
+            before = [p.detach().clone() for p in model.parameters()]
+            with pytest.raises(RuntimeError, match=said):
+                run(model, ours, step, what)
+            for optimizer in ours:
+                if what == "forward":
+                    with pytest.raises(RuntimeError, match="of one process group|zero_grad"):
+                        optimizer.step()
+            assert all(map(torch.equal, before, model.parameters()))
+            for optimizer in ours:
+                optimizer.zero_grad()
+        run(model, ours, step)
+        run(twin, control, step)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 # --- messages, each of which says what was expected, what came, and what to call ---
 
 PACKAGE = Path(sharded_dadamw.__file__).parent

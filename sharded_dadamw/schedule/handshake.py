@@ -8,17 +8,20 @@ descriptions, and all raise the same error.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.agreement import Description, find_difference
-from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 
 LOSS_SCALE = "the loss scale"
 FACTOR = "the factors by which gradients were multiplied"
+ORDER = "the order in which optimizers of one process group have averaged gradients"
 """Labels about which there is more to say."""
 
 _ADVICE = {
@@ -27,13 +30,20 @@ _ADVICE = {
     FACTOR: "gradients may only be multiplied by one number that is the same on every rank: use "
     "optimizer.clip_grad_norm_() in place of torch's, and give all loss scalers one scale; for any other change have "
     "DistributedDataParallel average them, and pass ShardingConfig(reduce_gradients=False)",
+    ORDER: "what one of them sent was taken for another's, so drop the gradients of all; evaluate models in one order "
+    "on every rank, or have them averaged in step() by ShardingConfig(overlap=False) with full gradients",
 }
 
 _DIGEST, _FOUND_INF, _SCALE, _LARGEST, _SMALLEST, _SUM = 0, 2, 3, 5, 6, 7
 """Places among the nine; behind digest, scale and sum there is the same number with the other sign."""
 
 _CONSENT = "whether it can be done"
+_NUMBER = "the number of the optimizer, as they were built"
 _BITS_OF_INF = 0x7FF0000000000000
+
+
+_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
+"""Of each process group, for all optimizers whose ranks it has."""
 
 
 class Handshake:
@@ -55,6 +65,8 @@ class Handshake:
         their averages are still equal.
         """
         self._collectives = collectives
+        shares = isinstance(collectives, BackendVerbs)
+        self._number = next(_numbers.setdefault(collectives.group, itertools.count())) if shares else 0
         self._after_refusal = after_refusal
         self._device = device
         self.sums_differ: bool | None = None
@@ -92,6 +104,7 @@ class Handshake:
             RuntimeError: Another rank refuses, or ranks differ; names the first difference and both sides. Everywhere.
         """
         self._read_previous()
+        key = b"%d %s" % (self._number, key)
         if refusal is not None:
             text = f"refused ({type(refusal).__name__}: {refusal})"
             describe, key = (lambda: {_CONSENT: text}), text.encode()
@@ -155,7 +168,7 @@ class Handshake:
             self.sums_differ = not _are_equal(note, _SUM)
         if _are_equal(note, _DIGEST) and not _differ(note, tolerance):
             return None
-        description = {_CONSENT: "agreed", **describe()}
+        description = {_CONSENT: "agreed", _NUMBER: str(self._number), **describe()}
         difference = find_difference(self._collectives, description, _ADVICE)
         # Or else every rank has changed gradients in the same way, but not by one number.
         return difference or f"{FACTOR} are {description.get(FACTOR)} on every rank; {_ADVICE[FACTOR]}"

@@ -38,6 +38,7 @@ from sharded_dadamw.buckets.gradients import HookedGradients, Stage
 from sharded_dadamw.buckets.sharded_gradients import ShardedGradients
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import ShardingConfig
+from sharded_dadamw.schedule.launches import Launches
 from sharded_dadamw.update.adamw import Step
 
 
@@ -48,6 +49,7 @@ class Reducer:
         is_accumulating: Whether backward passes leave gradients local.
         keeps_shards: Whether of averaged gradients there is nothing but this rank's shard.
         knows_source: Whether ranks have found out if something else averages these gradients.
+        launches: Those of this optimizer, and of others on the process group.
         num_rounds: Rounds since gradients were last used or dropped, or a call was refused by all ranks.
     """
 
@@ -58,6 +60,7 @@ class Reducer:
         self.keeps_shards = False
         self.num_rounds = 0
         self._collectives = collectives
+        self.launches = Launches(collectives)
         self.knows_source = collectives.everyone.num_ranks == 1
         self._overlap = config.overlap and not self.knows_source  # one rank has nothing to wait for
         self._is_overlapping = False  # in the first step we look at gradients first
@@ -207,6 +210,7 @@ class Reducer:
     def drop(self) -> None:
         """Forget all gradients, once no other rank waits for them; the next round is the first of its step."""
         self.num_rounds = 0
+        self.launches.drop()
         self._under_way.clear()
         for bucket in self.buckets():
             bucket.gradients.drop()
@@ -317,6 +321,7 @@ class Reducer:
             yield bucket
 
     def _launch(self, bucket: Bucket) -> None:
+        self.launches.note(bucket.members[0].name)
         bucket.gradients.reduce(self._collectives)
         self._under_way.append(bucket)
 

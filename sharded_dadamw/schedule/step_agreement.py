@@ -24,7 +24,7 @@ from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.agreement import Description, Refusal
 from sharded_dadamw.layout.parameters import NamedParameter, check_parameters
 from sharded_dadamw.norms.clipping import PendingClip, check_clip
-from sharded_dadamw.schedule.handshake import FACTOR, LOSS_SCALE, Handshake
+from sharded_dadamw.schedule.handshake import FACTOR, LOSS_SCALE, ORDER, Handshake
 from sharded_dadamw.schedule.reducer import Reducer
 from sharded_dadamw.update.hyperparameters import Hyperparameters, read_groups
 
@@ -132,7 +132,7 @@ class StepAgreement:
         # A clip is not told of a loss scaler. What it shards now is remembered as it is now, so the others have to be.
         is_unscaled = bool(unfrozen) or (asked.found_inf is not None and asked.grad_scale is None)
         changes = reducer.changes(is_unscaled=is_unscaled)
-        side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes)
+        side = _Side(asked, hypers, unfrozen, present, reducer.still_local(), changes, reducer.launches.order)
         void = self._handshake.check(
             side.describe,
             side.key(),
@@ -143,6 +143,7 @@ class StepAgreement:
             sums=None if reducer.knows_source else self._sum_of_gradients(),
             refusal=refusal.error,
         )
+        reducer.launches.agree()
         if not reducer.knows_source:
             self._learn_source()
         return Agreed(present, hypers, void, unfrozen)
@@ -240,6 +241,7 @@ class _Side:
             compare has scales and factors of its own, which need no reading on the host.
         local: The buckets whose gradients are still to be averaged.
         changes: Where somebody wrote into averages, per bucket by what factors elements were multiplied.
+        order: In which order optimizers of the process group have averaged.
     """
 
     asked: Asked
@@ -248,11 +250,12 @@ class _Side:
     present: Mapping[Bucket, Sequence[bool]]
     local: Sequence[Bucket]
     changes: Mapping[Bucket, Tensor]
+    order: str
 
     def key(self) -> bytes:
         """Bytes that differ where descriptions differ."""
         unfrozen = [member.index for member in self.unfrozen]
-        summary = (self.asked.call, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen)
+        summary = (self.asked.call, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen, self.order)
         # Ranks that hold other parts of the parameters may have other buckets.
         flags = bytes([bool(self.local), bool(self.changes)])
         return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
@@ -279,6 +282,7 @@ class _Side:
         }
         description.update(gradients[index] for index in sorted(gradients))
         description["the averages of gradients"] = "to come" if self.local else "made"
+        description[ORDER] = self.order or "one alone"
         if self.asked.grad_scale is not None:
             description[LOSS_SCALE] = str(float(self.asked.grad_scale))
         description[FACTOR] = _range(torch.cat([*self.changes.values()]).tolist()) if self.changes else "untouched"
