@@ -239,7 +239,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """Make the state that trainable parameters of a group lack."""
         if not group["params"]:  # torch's loading functions leave nothing else in such a group
             return
-        if fill_in(self.state, group["params"], beta2=float(group["betas"][1]), amsgrad=group["amsgrad"]):
+        if fill_in(self.state, group):
             self._updates.forget()  # of parameters that others have been put in place of
 
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
@@ -306,13 +306,16 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
-            ValueError: It is one rank's fragments, does not fit the groups, has a hyperparameter out of range, or a
-                weight decay above 1e-3 that nothing tells to be free of lr.
+            ValueError: It is one rank's fragments, does not fit the groups or the shapes of parameters, has a
+                hyperparameter out of range, or a weight decay above 1e-3 that nothing tells to be free of lr.
         """
         state = without_mains(state_dict["state"])
         self._check_loaded(state_dict["param_groups"])
+        names = [group.get("param_names") for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state})
-        for group in self.param_groups:
+        for group, of_group in zip(self.param_groups, names, strict=True):
+            if of_group is not None:
+                group["param_names"] = of_group
             self._fill_in_state(group)
 
 

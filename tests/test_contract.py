@@ -420,11 +420,13 @@ def test_a_high_decay_of_ours_loads_however_its_group_came_to_be(cls: Any) -> No
 
 
 @either_class
-def test_a_loaded_group_may_lack_entries(cls: Any) -> None:
-    optimizer = cls([nn.Parameter(torch.ones(3))])
+def test_a_loaded_group_may_lack_entries_and_gives_no_names(cls: Any) -> None:
+    optimizer = cls([("mine", nn.Parameter(torch.ones(3)))])
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["weight_decay"]
+    saved["param_groups"][0]["param_names"] = ["theirs"]
     optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["param_names"] == ["mine"]
 
 
 # --- edits from outside ---

@@ -424,6 +424,26 @@ def test_what_is_assigned_or_dropped_between_two_backwards_counts_as_in_torch(
     assert_equal(*found)
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"overlap": False, "bucket_cap_mb": 1.0}, {"gradient_residency": SHARDED, "bucket_cap_mb": 1.0}]
+)
+@ranks(2)
+def test_two_parameters_may_swap_their_gradients(group: Any, config: dict[str, Any]) -> None:
+    found = []
+    for copies in (True, False):
+        model, optimizer = small(group, **config)
+        one, other = model[0].bias, model[2].bias
+        for step in (0, 2, 4):
+            with optimizer.no_sync():
+                loss_of(model, group.rank(), step).backward()
+                one.grad, other.grad = (grad.clone() if copies else grad for grad in (other.grad, one.grad))
+            loss_of(model, group.rank(), step + 1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(values_of(model))
+    assert_equal(*found)
+
+
 @pytest.mark.parametrize("cleared", [True, False])
 def test_gradients_that_were_cast_and_cast_back_with_their_model_count(cleared: bool) -> None:
     found = []

@@ -624,6 +624,9 @@ MESSAGES: dict[str, Callable[[], Any]] = {
     "parameters per group: expected [1], got [2]": lambda: optimizer().load_state_dict(
         ShardedDecoupledAdamW([nn.Parameter(torch.ones(3)) for _ in range(2)]).state_dict()
     ),
+    "state of a: expected the parameter's shape [2, 2], got [3]; state is loaded in the order of": lambda: DecoupledAdamW(
+        [("a", nn.Parameter(torch.ones(2, 2)))]
+    ).load_state_dict(adamw({"weight_decay": 0.0})),
     "step: expected a whole number from 0 on, got -1": lambda: save_checkpoint(
         "nowhere", step=-1, model=(model := nn.Linear(2, 2)), optimizer=DecoupledAdamW(model.parameters())
     ),

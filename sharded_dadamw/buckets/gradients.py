@@ -301,6 +301,9 @@ class HookedGradients(Gradients):
         grad = member.param.grad
         if grad is not None and grad is not (view := self._target(slot)):
             check_gradient(member, grad, self._dtype)
+            if view._use_count() > 1:  # another parameter has it in p.grad, as where two swap theirs
+                view.data = view.clone()
+                view = self._target(slot)
             view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph
             member.param.grad = view
 

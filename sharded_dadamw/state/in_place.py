@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.ready import base_of
-from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, moments_of
+from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, MOMENTS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
 
@@ -19,21 +19,29 @@ _NOT_BEGUN = torch.zeros(())
 """Stands for the step count of new state until that has its place among the others."""
 
 
-def fill_in(state: MutableMapping[Any, Any], params: Iterable[Tensor], *, beta2: float, amsgrad: bool) -> bool:
+def fill_in(state: MutableMapping[Any, Any], group: Mapping[str, Any]) -> bool:
     """Make the state that parameters of a group lack, and bring what they have to where they are.
 
-    Frozen ones get no state, and keep what they have. ``beta2`` is for a warning where moments of 16 bits would freeze.
-    Returns whether any moment was made.
+    Frozen ones get no state, and keep what they have. Returns whether any moment was made. State of another shape is
+    made anew before its first step, and later a ValueError.
     """
     by_device: dict[torch.device, list[dict[str, Tensor]]] = {}
     is_any_new = False
-    for param in params:
+    for place, param in enumerate(group["params"]):
         if param.requires_grad or state.get(param):
             of_param = state.setdefault(param, {})
             if not of_param:
-                _check_freezing(param.dtype, beta2)
+                _check_freezing(param.dtype, float(group["betas"][1]))
                 of_param["step"] = _NOT_BEGUN
-            is_any_new |= _bring(of_param, param, amsgrad)
+            misfits = _misfits(of_param, param)
+            if misfits and not of_param["step"].is_meta and of_param["step"] != 0:
+                name = group["param_names"][place] if "param_names" in group else f"parameter {place} of its group"
+                raise ValueError(
+                    f"state of {name}: expected the parameter's shape {list(param.shape)}, got "
+                    f"{list(misfits[0].shape)}; state is loaded in the order of parameters, and to begin anew takes "
+                    "optimizer.state.pop(param)"
+                )
+            is_any_new |= _bring(of_param, param, group["amsgrad"])
             by_device.setdefault(param.device, []).append(of_param)
     for device, states in by_device.items():
         _join_steps(states, device)
@@ -60,6 +68,11 @@ def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) ->
     members = set(map(id, params))
     for stranger in [key for key in state if isinstance(key, Tensor) and id(key) not in members]:
         del state[stranger]
+
+
+def _misfits(of_param: Mapping[str, Tensor], param: Tensor) -> list[Tensor]:
+    """The moments that are not of the parameter's shape."""
+    return [moment for key in MOMENTS if (moment := of_param.get(key)) is not None and moment.shape != param.shape]
 
 
 def _bring(of_param: dict[str, Tensor], param: Tensor, amsgrad: bool) -> bool:
