@@ -336,7 +336,7 @@ def test_compilations_are_noticed() -> None:
     fragments = on_device(replace(KINDS["fp32"], grad=F16), [5], HYPER)  # which no other test here has
     with compilations() as compiled:
         prepared(fragments)(Step([HYPER]), 0)
-    assert len(compiled) == 1
+    assert sum("_update_kernel" in name for name in compiled) == 1  # beside the sums', where this test is the first
 
 
 def test_an_update_keeps_no_tensor_alive() -> None:

@@ -5,6 +5,7 @@ ranks no backend can deviate from the mean in rank order, and nothing here has a
 """
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from sharded_dadamw import MainParameter, ShardedDecoupledAdamW
-from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S
+from sharded_dadamw import Exchange, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from tests.gpu.probes import DEVICE, FIRST_CASE_TIMEOUT_S, no_host_sync, on_gpu
 from tests.harness import (
     ALL_IN_ONE,
     AS_UNSHARDED,
     ONE_EACH,
+    SHARDED,
     SOME_EACH,
     Scenario,
     assert_state_is_the_controls,
@@ -25,7 +27,7 @@ from tests.harness import (
     scenario,
     train_beside_control,
 )
-from tests.models import BF16, F32
+from tests.models import BF16, F32, draw_gradient, make_groups, named
 from tests.pool import on_ranks
 
 
@@ -57,6 +59,9 @@ SCENARIOS = {
         "tiny", amsgrad=True, clip=(0.1, 2.0), loss_scale=2.0**10, overflows={2: 0}
     ),
     "lr on the device": on_device("several groups", lr_on_device=True),
+    "sums in rank order": on_device("bf16", exchange=Exchange.RANK_ORDER),
+    "sharded gradients, several buckets": on_device(gradient_residency=SHARDED, bucket_cap_mb=SOME_EACH),
+    "void steps without a scaler": on_device(skip_nonfinite=True, overflows={1: 0, 3: 0}),
 }
 ALONE = SCENARIOS | {  # several ranks' scalers unscale gradients in place, which rounds in fp16
     "fp16, loss scaler that skips": on_device("fp16", loss_scale=2.0**6, overflows={1: 0, 3: 0})
@@ -83,6 +88,36 @@ def test_over_nccl_at_one_rank_a_step_never_waits_and_equals_the_unsharded_one_b
 @pytest.mark.parametrize("case", [*SCENARIOS.values(), *SIZES.values()], ids=[*SCENARIOS, *SIZES])
 def test_two_ranks_that_share_a_gpu_equal_the_unsharded_optimizer_bit_for_bit(case: Scenario) -> None:
     assert_state_is_the_controls(on_ranks(2, train_beside_control, case, timeout_s=FIRST_CASE_TIMEOUT_S))
+
+
+def same_run(group: Any, over_nccl: bool) -> list[str]:
+    """The fingerprint after each of a few clipped steps, of four micro-batches over all ranks."""
+    params = named(on_gpu(make_groups("bf16", seed=0)))
+    config = ShardingConfig(micro_batches=4, bucket_cap_mb=SOME_EACH, main_parameter=MainParameter.REMAINDER)
+    process_group = nccl_group() if over_nccl else group
+    optimizer = ShardedDecoupledAdamW(
+        params.items(), process_group=process_group, config=config, max_grad_norm=0.1, metrics_in_step=True
+    )
+    found = []
+    for step in range(4):
+        passes = [
+            [draw_gradient(p.detach().cpu(), step, number, index).to(DEVICE) for index, p in enumerate(params.values())]
+            for number in optimizer.micro_batches
+        ]
+        with no_host_sync() if over_nccl and step > 1 else nullcontext():
+            for gradients in passes:
+                torch.autograd.backward([p.view_as(p) for p in params.values()], gradients)
+            optimizer.step()
+            optimizer.metrics()
+        found.append(str(optimizer.fingerprint()))
+        optimizer.zero_grad()
+    return found
+
+
+def test_micro_batches_have_the_same_bits_on_one_rank_over_nccl_and_on_two_that_share_a_gpu() -> None:
+    (alone,) = on_ranks(1, same_run, True, timeout_s=FIRST_CASE_TIMEOUT_S)
+    assert len(set(alone)) == len(alone)
+    assert on_ranks(2, same_run, False, timeout_s=FIRST_CASE_TIMEOUT_S) == [alone, alone]
 
 
 def bytes_of(group: Any, over_nccl: bool, dtype: torch.dtype) -> tuple[int, int]:
