@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from sharded_dadamw.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint import dcp as checkpoint_dcp
-from sharded_dadamw.checkpoint.folder import FileSum, Manifest
+from sharded_dadamw.checkpoint.folder import FileSum, Manifest, clear
 from sharded_dadamw.interchange import Source, read_state
 from tests import pool
 from tests.harm import Calls, nested
@@ -216,6 +216,7 @@ NO_ROOTS: dict[str, tuple[str, str]] = {
     "another program's folder": ("deepspeed", "got a folder with latest in it$"),
     "the folder above": ("", "got a folder with .* in it; give .*run$"),
     "a step that is not there": ("run/step_5", "there is no such folder"),
+    "a link to a disk that is gone": ("symlinked", "step_00000009: there is no such folder, or this rank does not see"),
 }
 
 
@@ -227,6 +228,8 @@ def test_what_is_no_folder_of_checkpoints_is_not_taken_for_one_without_any_yet(k
     (tmp_path / "dcp" / ".metadata").touch()
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "latest").touch()
+    shutil.copytree(tmp_path / "run", tmp_path / "symlinked")
+    (tmp_path / "symlinked" / "step_00000009").symlink_to(tmp_path / "gone")
     name, said = NO_ROOTS[kind]
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         load_checkpoint(tmp_path / name, **run(None, *parts))
@@ -290,6 +293,26 @@ def test_what_dead_saves_left_is_never_loaded_and_cleared_by_the_next(tmp_path: 
     assert resumed is not None and resumed.step == 1
     save_checkpoint(tmp_path, step=2, **run(None, *parts))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000001", "step_00000002"]
+
+
+def test_a_save_whose_files_another_removes_fails_and_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, _ = saved(tmp_path, 1)
+
+    def begin_another(size: int) -> None:
+        if size == 0:
+            clear(tmp_path)
+
+    def remove_a_file_only(path: Path, **_: Any) -> None:
+        next(iter(path.glob("*.distcp")), path / "none").unlink(missing_ok=True)
+
+    with monkeypatch.context() as patches, writing(begin_another), pytest.raises(OSError, match="was not written"):
+        patches.setattr(shutil, "rmtree", remove_a_file_only)
+        save_checkpoint(tmp_path, step=2, **run(None, *parts), keep_last=1)
+    (tmp_path / "step_00000002").symlink_to(tmp_path / "gone")  # which is in nobody's way
+    save_checkpoint(tmp_path, step=2, **run(None, *parts))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:

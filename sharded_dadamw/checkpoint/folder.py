@@ -199,7 +199,8 @@ def folders(root: Path) -> list[Path]:
     """Return everything under ``root`` that has the name of a complete checkpoint, in the order of steps."""
     if not root.is_dir():
         return []
-    found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None]
+    found = [(step, path) for step, path in found if path.is_dir() or path.is_symlink()]  # to where it may be again
     return [path for _, path in sorted(found)]
 
 
@@ -262,16 +263,17 @@ def begin(final: Path) -> Path:
 
 
 def clear(root: Path) -> None:
-    """Remove what is unfinished. No save may be under way."""
+    """Remove what is unfinished. A save that is under way fails then, since each gets another name at first."""
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            _remove(path)
+            with contextlib.suppress(OSError):
+                _remove(path.rename(path.with_name(f"{path.name}{uuid.uuid4().hex[:8]}")))
 
 
 def publish(folder: Path, final: Path) -> None:
     """Give a folder, in which everything is on the disk, its final name. What had that name is removed."""
     sync(folder)
-    discarded = _set_aside(final) if final.exists() else None
+    discarded = _set_aside(final) if os.path.lexists(final) else None
     folder.rename(final)
     sync(final.parent)
     if discarded is not None:
