@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, S
 from sharded_dadamw import DecoupledAdamW, ShardedDecoupledAdamW
 from sharded_dadamw.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from sharded_dadamw.checkpoint.folder import Manifest
+from sharded_dadamw.interchange import write_state
 from tests import pool
 from tests.harm import Calls
 from tests.harness import ranks
@@ -446,6 +447,11 @@ def test_tied_weights_are_stored_once_under_all_their_names(tmp_path: Path) -> N
     again = loaded(path, "AdamW", tie=True)
     assert again[0].decoder.weight is again[0].embedding.weight
     assert_same(parts, again)
+    for name in ("embedding.weight", "decoder.weight"):  # of which others save one
+        weights = {key: value + 1 for key, value in parts[0].state_dict().items() if key != name}
+        write_state(tmp_path / name, {"state": {}, "param_groups": []}, weights)
+        load_checkpoint(tmp_path / name, model=again[0])
+        assert torch.equal(again[0].decoder.weight, parts[0].decoder.weight + 1)
     untied = Model(seed=1)
     load_checkpoint(path, model=untied)
     assert torch.equal(untied.decoder.weight, parts[0].decoder.weight)

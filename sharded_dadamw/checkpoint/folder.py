@@ -109,7 +109,8 @@ class Manifest:
         """
         path, name = folder / MANIFEST, folder.resolve().name
         if not path.exists():
-            raise ValueError(f"{folder}: expected a complete checkpoint, got one without {MANIFEST}")
+            got = f"one without {MANIFEST}" if folder.is_dir() else "no folder"
+            raise ValueError(f"{folder}: expected a complete checkpoint, got {got}")
         size_of(path)  # or of a pipe, reading would never end
         try:
             body = json.loads(path.read_bytes())

@@ -62,8 +62,9 @@ class Match:
         self._first = {name: names[0] for names in saved.manifest.aliases for name in names}
         self._twins: list[tuple[str, str]] = []
         self.stored_names: dict[str, str] = {}
-        self._match_weights()
-        self._tie(tied(model))
+        ties = tied(model)
+        self._match_weights(ties)
+        self._tie(ties)
         if optimizer is not None and state is not None:
             _require_same_decay(saved, name_of(optimizer))
             self._match_groups(state["param_groups"])
@@ -122,10 +123,10 @@ class Match:
         assert self._state is not None
         return self._saved.under("optimizer", "state", self.stored_names[name]), self._state["state"].get(name, {})
 
-    def _match_weights(self) -> None:
+    def _match_weights(self, ties: Sequence[Sequence[str]]) -> None:
         saved, nodes = self._saved, self._saved.under("model")
         held = [name for name, value in self._weights.items() if name in nodes or not holds_nothing(value)]
-        for live, name in _match_names(held, nodes, saved.folder).items():
+        for live, name in _match_names(held, nodes, saved.folder, ties).items():
             self.stored_names[live] = self._first.get(name, name)
             value, node = self._weights[live], nodes[self.stored_names[live]]
             if not isinstance(value, Tensor):
@@ -192,14 +193,19 @@ class Match:
             )
 
 
-def _match_names(live: Iterable[str], saved: Iterable[str], folder: Path) -> dict[str, str]:
-    """Return which saved name every live one has: the same, or the same without what wrappers add."""
+def _match_names(
+    live: Iterable[str], saved: Iterable[str], folder: Path, ties: Iterable[Sequence[str]]
+) -> dict[str, str]:
+    """Return which saved name every live one has: the same, the same without what wrappers add, or that of its tie."""
     names = dict.fromkeys(saved)
     canonical = {canonical_name(name): name for name in names}
     found = {name: name if name in names else canonical.get(canonical_name(name)) for name in live}
+    doubled = [name for name, its in found.items() if name != its and its in found]
+    for same in ties:  # of which others save one alone
+        there = next((found[name] for name in same if found.get(name)), None)
+        found |= {name: found[name] or there for name in same if name in found}
     missing = [name for name, its in found.items() if its is None]
     left_over = sorted(names.keys() - set(found.values()))
-    doubled = [name for name, its in found.items() if name != its and its in found]
     if doubled and not missing:
         raise ValueError(
             f"model: expected {folder} to have {doubled[0]} and {found[doubled[0]]}, got one weight of that name; "
