@@ -244,27 +244,29 @@ class Placed(NamedTuple):
 Hyper = dict[str, Any]
 
 
+def placed(
+    group: Any, hyper: Hyper, model: nn.Module, cls: type[DecoupledAdamW] = DecoupledAdamW, **options: Any
+) -> Placed:
+    """With data that is split over all ranks."""
+    return Placed(model, cls(groups_of(model), **hyper, **options), group.rank(), group.size())
+
+
 def alone(group: Any, hyper: Hyper) -> Placed:
-    model = Model()
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), 0, 1)
+    return placed(group, hyper, Model())
 
 
 def under_ddp(group: Any, hyper: Hyper) -> Placed:
-    model = DistributedDataParallel(Model(), process_group=group)
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
+    return placed(group, hyper, DistributedDataParallel(Model(), process_group=group))
 
 
 def sharded(group: Any, hyper: Hyper) -> Placed:
-    model = Model()
-    optimizer = ShardedDecoupledAdamW(groups_of(model), **hyper, process_group=group)
-    return Placed(model, optimizer, group.rank(), group.size())
+    return placed(group, hyper, Model(), ShardedDecoupledAdamW, process_group=group)
 
 
 def sharded_under_ddp(group: Any, hyper: Hyper) -> Placed:
     model = DistributedDataParallel(Model(), process_group=group)
     config = ShardingConfig(reduce_gradients=False, bucket_cap_mb=1e-3)
-    optimizer = ShardedDecoupledAdamW(groups_of(model), **hyper, process_group=group, config=config)
-    return Placed(model, optimizer, group.rank(), group.size())
+    return placed(group, hyper, model, ShardedDecoupledAdamW, process_group=group, config=config)
 
 
 def under_fsdp1(group: Any, hyper: Hyper, use_orig_params: bool, strategy: ShardingStrategy) -> Placed:
@@ -277,8 +279,7 @@ def under_fsdp1(group: Any, hyper: Hyper, use_orig_params: bool, strategy: Shard
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, and says of each strategy what it thinks of it
         model.block = FullyShardedDataParallel(model.block, **wrapping)  # type: ignore[assignment]
         fsdp = FullyShardedDataParallel(model, **wrapping)
-    optimizer = DecoupledAdamW(groups_of(fsdp), **hyper, norm_group=fsdp.process_group)
-    return Placed(fsdp, optimizer, group.rank(), group.size())
+    return placed(group, hyper, fsdp, norm_group=fsdp.process_group)
 
 
 def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[Any, Hyper], Placed]:
@@ -301,8 +302,7 @@ def fsdp2_over(mesh: DeviceMesh, model: Model) -> nn.Module:
 
 
 def under_fsdp2(group: Any, hyper: Hyper) -> Placed:
-    model = fsdp2_over(line(group), Model())
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
+    return placed(group, hyper, fsdp2_over(line(group), Model()))
 
 
 def fsdp2_and_plain(group: Any, hyper: Hyper) -> Placed:
@@ -317,24 +317,18 @@ def fsdp2_and_plain(group: Any, hyper: Hyper) -> Placed:
             dist.all_reduce(p.grad, group=group)
             p.grad /= group.size()
 
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size(), average)
+    return placed(group, hyper, model)._replace(after_backward=average)
 
 
 def under_hsdp(group: Any, hyper: Hyper) -> Placed:
-    model = fsdp2_over(grid("replicate", "shard"), Model())
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
+    return placed(group, hyper, fsdp2_over(grid("replicate", "shard"), Model()))
 
 
-def sharded_under_hsdp(group: Any, hyper: Hyper) -> Placed:
-    model = fsdp2_over(grid("replicate", "shard"), Model())
-    return Placed(model, ShardedDecoupledAdamW(groups_of(model), **hyper), group.rank(), group.size())
-
-
-def sharded_over_replicas(group: Any, hyper: Hyper) -> Placed:
+def sharded_under_hsdp(group: Any, hyper: Hyper, axis: str | None = None, **options: Any) -> Placed:
     mesh = grid("replicate", "shard")
-    model = fsdp2_over(mesh, Model())
-    optimizer = ShardedDecoupledAdamW(groups_of(model), **hyper, process_group=mesh["replicate"])
-    return Placed(model, optimizer, group.rank(), group.size())
+    if axis is not None:
+        options["process_group"] = mesh[axis]
+    return placed(group, hyper, fsdp2_over(mesh, Model()), ShardedDecoupledAdamW, **options)
 
 
 def tensor_parallel(mesh: DeviceMesh) -> Model:
@@ -352,22 +346,19 @@ def tensor_parallel(mesh: DeviceMesh) -> Model:
 
 
 def under_tp(group: Any, hyper: Hyper) -> Placed:
-    model = tensor_parallel(line(group))
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper), 0, 1)
+    return placed(group, hyper, tensor_parallel(line(group)))._replace(part=0, num_parts=1)
 
 
 def sharded_under_tp(group: Any, hyper: Hyper) -> Placed:
     mesh = grid("dp", "tp")
-    model = tensor_parallel(mesh["tp"])
-    optimizer = ShardedDecoupledAdamW(groups_of(model), **hyper, process_group=mesh["dp"])
-    return Placed(model, optimizer, mesh["dp"].get_local_rank(), 2)
+    data = mesh["dp"].get_group()
+    return placed(data, hyper, tensor_parallel(mesh["tp"]), ShardedDecoupledAdamW, process_group=mesh["dp"])
 
 
 def under_fsdp2_and_tp(group: Any, hyper: Hyper, with_norm_group: bool = False) -> Placed:
     mesh = grid("dp", "tp")
     model = fsdp2_over(mesh["dp"], tensor_parallel(mesh["tp"]))
-    options = {"norm_group": group} if with_norm_group else {}
-    return Placed(model, DecoupledAdamW(groups_of(model), **hyper, **options), mesh["dp"].get_local_rank(), 2)
+    return placed(mesh["dp"].get_group(), hyper, model, **({"norm_group": group} if with_norm_group else {}))
 
 
 @dataclass(frozen=True)
@@ -396,7 +387,10 @@ LAYOUTS = {
     "FSDP2 and plain parameters": Layout(2, fsdp2_and_plain, exact=True),
     "HSDP 2x2": Layout(4, under_hsdp, exact=True),
     "HSDP 2x2, sharded": Layout(4, sharded_under_hsdp, exact=True),
-    "HSDP 2x2, sharded over the replicate axis": Layout(4, sharded_over_replicas, exact=True),
+    "HSDP 2x2, sharded, state in host memory": Layout(
+        4, partial(sharded_under_hsdp, config={"state_residency": "host", "bucket_cap_mb": 1e-3}), exact=True
+    ),
+    "HSDP 2x2, sharded over the replicate axis": Layout(4, partial(sharded_under_hsdp, axis="replicate"), exact=True),
     "TP": Layout(2, under_tp),
     "TP x data-parallel 2x2, sharded": Layout(4, sharded_under_tp),
     "FSDP2 x TP 2x2": Layout(4, under_fsdp2_and_tp),

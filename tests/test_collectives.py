@@ -71,22 +71,6 @@ def mean_in_rank_order(num_ranks: int, numel: int, dtype: torch.dtype, out: torc
     return (total / num_ranks).to(out)
 
 
-def reduce(group: Any, verbs: str, shard_numel: int, dtypes: Any, add: bool, where: str) -> Any:
-    """This rank's shard of the mean: in place, in other memory, or of memory that peers cannot read."""
-    dtype, out_dtype, wire = dtypes
-    ours = verbs_of(group, verbs)
-    buffer = local_gradient(ours.rank, ours.num_ranks * shard_numel, dtype)
-    if where != "private":
-        buffer = ours.new_buffer(buffer.numel(), dtype, CPU).copy_(buffer)
-    before, own = buffer.clone(), slice(ours.rank * shard_numel, (ours.rank + 1) * shard_numel)
-    out = buffer[own] if where == "in place" else torch.full((shard_numel,), 0.1, dtype=out_dtype)
-    ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire).wait()
-    if where == "in place":
-        before[own] = out
-    assert torch.equal(buffer, before), "the local values stay as they are"
-    return out.clone(), ours.bytes_sent
-
-
 @pytest.mark.parametrize("verbs", ALL_VERBS)
 @pytest.mark.parametrize(
     ("num_ranks", "shard_numel", "dtypes", "add", "where"),
@@ -107,23 +91,32 @@ def reduce(group: Any, verbs: str, shard_numel: int, dtypes: Any, add: bool, whe
     ],
     ids=str,
 )
+@ranks(run=on_ranks)
 def test_the_mean_is_summed_in_rank_order_bit_for_bit(
-    num_ranks: int, verbs: str, shard_numel: int, dtypes: Any, add: bool, where: str
+    group: Any, verbs: str, shard_numel: int, dtypes: Any, add: bool, where: str
 ) -> None:
-    """The backend's own verbs add in another order."""
+    """In place, in other memory, or of memory that peers cannot read. The backend's own verbs add in another order."""
     dtype, out_dtype, wire = dtypes
     sent_as = wire if wire is not None and wire.itemsize < dtype.itemsize else dtype
-    mean = mean_in_rank_order(num_ranks, num_ranks * shard_numel, dtype, out_dtype, sent_as)
-    for rank, (out, sent) in enumerate(on_ranks(num_ranks, reduce, verbs, shard_numel, dtypes, add, where)):
-        expected = mean[rank * shard_numel : (rank + 1) * shard_numel]
-        if add:
-            expected = torch.full_like(expected, 0.1) + expected
-        if verbs == "native":
-            tolerance = 2**-6 if min(dtype.itemsize, sent_as.itemsize) == 2 else 2**-21
-            torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-        else:
-            assert torch.equal(out, expected)
-        assert sent == (num_ranks - 1) * shard_numel * sent_as.itemsize
+    ours = verbs_of(group, verbs)
+    buffer = local_gradient(ours.rank, ours.num_ranks * shard_numel, dtype)
+    if where != "private":
+        buffer = ours.new_buffer(buffer.numel(), dtype, CPU).copy_(buffer)
+    before, own = buffer.clone(), slice(ours.rank * shard_numel, (ours.rank + 1) * shard_numel)
+    out = buffer[own] if where == "in place" else torch.full((shard_numel,), 0.1, dtype=out_dtype)
+    ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire).wait()
+    if where == "in place":
+        before[own] = out
+    assert torch.equal(buffer, before), "the local values stay as they are"
+    expected = mean_in_rank_order(ours.num_ranks, buffer.numel(), dtype, out_dtype, sent_as)[own]
+    if add:
+        expected = torch.full_like(expected, 0.1) + expected
+    if verbs == "native":
+        tolerance = 2**-6 if min(dtype.itemsize, sent_as.itemsize) == 2 else 2**-21
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    else:
+        assert torch.equal(out, expected)
+    assert ours.bytes_sent == (ours.num_ranks - 1) * shard_numel * sent_as.itemsize
 
 
 @pytest.mark.parametrize("verbs", ALL_VERBS)
@@ -346,16 +339,6 @@ def test_a_mesh_with_one_replica_needs_no_verbs_of_its_own(_: Any) -> None:
 # --- memory that ranks share -----------------------------------------------------------------------------------------
 
 
-def kind_chosen(group: Any, choice: Exchange, unable: int = -1, missing: str = "") -> str:
-    """What ranks agree on where one of them, or none, lacks something of the system's."""
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank(group) == unable:
-            patch.setattr(*WAYS[missing])
-        ours = connect(group, CPU, exchange=choice)
-    ours.gather_texts("in step")
-    return type(ours).__name__
-
-
 def refuse(*_: Any) -> Any:
     raise OSError("not on this rank")
 
@@ -370,8 +353,14 @@ WAYS: dict[str, tuple[Any, str, Any]] = {
 
 
 @pytest.mark.parametrize("missing", WAYS)
-def test_where_one_rank_cannot_share_memory_all_ranks_send_messages(missing: str) -> None:
-    assert on_ranks(3, kind_chosen, Exchange.FASTEST, 1, missing) == ["MessageVerbs"] * 3
+@ranks(3, on_ranks)
+def test_where_one_rank_cannot_share_memory_all_ranks_send_messages(group: Any, missing: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank(group) == 1:
+            patch.setattr(*WAYS[missing])
+        ours = connect(group, CPU)
+    ours.gather_texts("in step")
+    assert type(ours) is MessageVerbs
 
 
 def shared_pages() -> int:
@@ -470,28 +459,21 @@ def test_connections_take_no_file_descriptors_and_leave_no_mappings_behind(group
     assert [with_them - fds, without - fds, mapped - of_others] == [0, 0, 0]
 
 
-def wait_for_one_who_left(_: Any, verbs: str) -> list[str]:
+@pytest.mark.parametrize("verbs", ["memory", "messages"])
+@ranks(4, on_ranks, timeout_s=30.0)
+def test_waiting_for_a_rank_that_has_left_is_an_error_each_time_and_no_hang(_: Any, verbs: str) -> None:
     group = dist.new_group([0, 1])
-    rank = dist.get_rank()
-    raised: list[str] = []
-    if rank < 2:
-        ours = verbs_of(group, verbs)
-        if rank == 0:
+    if dist.get_rank() < 2:
+        ours, said = verbs_of(group, verbs), []
+        if ours.rank == 0:
             buffer = ours.new_buffer(128, F32, CPU)
             handle = ours.reduce_scatter_mean(buffer, buffer[:64])
             for _ in range(2):
-                try:
+                with pytest.raises(RuntimeError) as error:
                     handle.wait()
-                except RuntimeError as error:
-                    raised.append(str(error))
+                said.append(str(error.value))
+            assert said[0] == said[1]
         dist.destroy_process_group(group)
-    return raised
-
-
-@pytest.mark.parametrize("verbs", ["memory", "messages"])
-def test_waiting_for_a_rank_that_has_left_is_an_error_each_time_and_no_hang(verbs: str) -> None:
-    errors = on_ranks(4, wait_for_one_who_left, verbs, timeout_s=30.0)[0]
-    assert len(errors) == 2 and errors[0] == errors[1]
 
 
 @ranks(4, on_ranks)

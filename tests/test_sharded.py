@@ -25,11 +25,13 @@ from tests.harness import (
     Report,
     Scenario,
     assert_state_is_the_controls,
+    give_gradients,
     on_numbers_of_ranks,
+    ranks,
     scenario,
     train_beside_control,
 )
-from tests.models import BF16, F32, F64, draw_gradient, make_groups, named, whole_state_dict
+from tests.models import BF16, F32, F64, make_groups, named, whole_state_dict
 from tests.simulated import on_ranks
 
 ALIGNMENT = 64  # elements
@@ -231,25 +233,6 @@ def test_odd_sizes_cost_at_most_one_alignment_unit_of_state_per_bucket(
     assert sum(reported for reported, _, _ in results) >= bytes_per_param * results[0][2]
 
 
-def wire_bytes(
-    group: Any, parameters: str, dtype: torch.dtype | None, reduce_gradients: bool, cap: float, clip: bool
-) -> tuple[int, int]:
-    """(wire_bytes of the third step, parameter bytes)."""
-    params = make_as(parameters, dtype)
-    config = ShardingConfig(reduce_gradients=reduce_gradients, bucket_cap_mb=cap)
-    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group, config=config)
-    for step in range(3):
-        for index, p in enumerate(params.values()):
-            p.grad = draw_gradient(p, step, group.rank() if reduce_gradients else 0, index)
-        if clip:
-            optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    cost = optimizer.last_step
-    assert min(cost.reduce_s, cost.update_s, cost.gather_s) >= 0.0
-    return cost.wire_bytes, sum(p.numel() * p.element_size() for p in params.values())
-
-
 @pytest.mark.parametrize(
     ("parameters", "dtype", "reduces", "clip", "cap", "num_buckets", "num_ranks"),
     [
@@ -262,15 +245,25 @@ def wire_bytes(
         ("odd sizes", None, True, False, ONE_EACH, 11, 3),
     ],
 )
+@ranks()
 def test_a_step_sends_each_gradient_and_each_parameter_once(
-    parameters: str, dtype: Any, reduces: bool, clip: bool, cap: float, num_buckets: int, num_ranks: int
-) -> None:
+    group: Any, parameters: str, dtype: Any, reduces: bool, clip: bool, cap: float, num_buckets: int
+) -> int:
     """(N-1)/N * (gradient + parameter bytes): to the byte without padding, else with an alignment unit per bucket."""
-    results = on_ranks(num_ranks, wire_bytes, parameters, dtype, reduces, cap, clip)
-    for reported, num_bytes in results:
-        exact = (num_ranks - 1) / num_ranks * (2 if reduces else 1) * num_bytes
-        assert exact <= reported <= exact + (num_ranks - 1) * 8 * ALIGNMENT * num_buckets
-    assert len({reported for reported, _ in results}) == 1, "ranks share the load equally"
+    params = make_as(parameters, dtype)
+    config = ShardingConfig(reduce_gradients=reduces, bucket_cap_mb=cap)
+    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group, config=config)
+    for step in range(3):
+        give_gradients(params, step, group.rank() if reduces else 0)
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    cost, num_ranks = optimizer.last_step, group.size()
+    assert min(cost.reduce_s, cost.update_s, cost.gather_s) >= 0.0
+    exact = (num_ranks - 1) / num_ranks * (2 if reduces else 1) * sum(p.nbytes for p in params.values())
+    assert exact <= cost.wire_bytes <= exact + (num_ranks - 1) * 8 * ALIGNMENT * num_buckets
+    return cost.wire_bytes  # ranks share the load equally
 
 
 def written_bytes() -> int:
@@ -279,7 +272,10 @@ def written_bytes() -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
 
 
-def written_by_a_large_step(group: Any) -> tuple[int, int]:
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="only Linux counts the bytes a process writes")
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@ranks(run=pool.on_ranks)
+def test_the_operating_system_counts_the_same_bytes(group: Any) -> None:
     param = nn.Parameter(torch.zeros(3 * 2**18))
     config = ShardingConfig(exchange=Exchange.RANK_ORDER)
     optimizer = ShardedDecoupledAdamW([param], process_group=group, config=config)
@@ -290,15 +286,8 @@ def written_by_a_large_step(group: Any) -> tuple[int, int]:
         optimizer.step()
         written = written_bytes() - before
         optimizer.zero_grad()
-    return optimizer.last_step.wire_bytes, written
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="only Linux counts the bytes a process writes")
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_the_operating_system_counts_the_same_bytes(num_ranks: int) -> None:
-    for reported, written in pool.on_ranks(num_ranks, written_by_a_large_step):
-        # Headers of messages, and the few words by which ranks agree that they are doing the same thing.
-        assert 0 <= written - reported <= 32 * 1024, f"{written} bytes written, {reported} reported"
+    # Headers of messages, and the few words by which ranks agree that they are doing the same thing.
+    assert 0 <= written - optimizer.last_step.wire_bytes <= 32 * 1024
 
 
 def train_on(group: Any, shape: tuple[int, int] | None) -> Any:

@@ -320,18 +320,16 @@ def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor
     state = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
     if main is MainParameter.FP32:
         return {name: entries["main_param"] for name, entries in state.items()}
-    remainders = {name: entries["main_remainder"] for name, entries in state.items()}
-    assert all(remainder.dtype is torch.int16 for remainder in remainders.values())
-    return {name: join(full(p), remainders[name]) for name, p in model.named_parameters()}
+    assert all(entries["main_remainder"].dtype is torch.int16 for entries in state.values())
+    return {name: join(full(p), state[name]["main_remainder"]) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", ["HSDP", "tensor parallel"])
-def test_remainders_of_dtensors_come_whole_bit_for_bit(layout: str) -> None:
+@ranks(4)
+def test_remainders_of_dtensors_come_whole_bit_for_bit(group: Any, layout: str) -> None:
     """No backend sends int16."""
-    expected = on_ranks(4, full_mains, layout, MainParameter.FP32)[0]
-    for mains in on_ranks(4, full_mains, layout, MainParameter.REMAINDER):
-        assert mains.keys() == expected.keys()
-        assert all(torch.equal(main, expected[name]) for name, main in mains.items())
+    expected, found = (full_mains(group, layout, main) for main in (MainParameter.FP32, MainParameter.REMAINDER))
+    assert differences(expected, found) == []
 
 
 # --- asynchronous saves ---

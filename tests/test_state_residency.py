@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from sharded_dadamw import (
     GradientResidency,
@@ -29,7 +26,6 @@ from sharded_dadamw.kernels import torch_kernel
 from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
 from tests.harness import ranks
 from tests.models import BF16, F16, F32, F64, draw_gradient, whole_state_dict
-from tests.simulated import on_ranks
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 SHAPES = [(65, 16), (300,), (), (4096,), (33, 3), (0,), (256, 20)]
@@ -122,52 +118,29 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 # --- the same bits ---
 
 
-def both_residencies(group: Any, dtype: torch.dtype, law: dict[str, Any], settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("precision", "num_ranks", "more"),
+    [
+        *((precision, num_ranks, {}) for precision, num_ranks in zip(PRECISIONS, itertools.cycle([2, 3, 1]))),
+        ("bf16, remainder", 2, dict(gradient_residency=GradientResidency.SHARDED, bucket_cap_mb=16.0)),
+        ("bf16, fp32 main", 2, dict(overlap=False)),
+        ("bf16, fp32 main", 2, dict(reduce_gradients=False, bucket_cap_mb=1e-6)),
+    ],
+)
+@ranks()
+def test_parameters_state_and_metrics_have_the_same_bits_with_state_in_host_memory(
+    group: Any, precision: str, more: dict[str, Any]
+) -> None:
+    """Clipped steps, a skipped one, gradients that are missing and weights that were edited among them."""
+    dtype, settings = PRECISIONS[precision]
+    settings = settings | more
     rank = group.rank() if settings.get("reduce_gradients", True) else 0  # else all have the mean
+    law = dict(amsgrad=group.size() == 2)
     device, host = (
         training(make_params(dtype), group, rank=rank, law=law, state_residency=residency, **settings)
         for residency in (StateResidency.DEVICE, StateResidency.HOST)
     )
     assert_equal(host, device)
-
-
-@pytest.mark.parametrize(
-    ("precision", "num_ranks", "more"),
-    [
-        *((precision, num_ranks, {}) for precision, num_ranks in zip(PRECISIONS, itertools.cycle([2, 3, 1]))),
-        ("bf16, remainder", 2, dict(gradient_residency=GradientResidency.SHARDED)),
-        ("bf16, fp32 main", 2, dict(overlap=False)),
-        ("bf16, fp32 main", 2, dict(reduce_gradients=False)),
-        ("bf16, fp32 main", 2, dict(bucket_cap_mb=16.0)),
-        ("bf16, fp32 main", 2, dict(bucket_cap_mb=1e-6)),
-    ],
-)
-def test_parameters_state_and_metrics_have_the_same_bits_with_state_in_host_memory(
-    precision: str, num_ranks: int, more: dict[str, Any]
-) -> None:
-    """Clipped steps, a skipped one, gradients that are missing and weights that were edited among them."""
-    dtype, settings = PRECISIONS[precision]
-    on_ranks(num_ranks, both_residencies, dtype, dict(amsgrad=num_ranks == 2), settings | more)
-
-
-@ranks(4)
-def test_parameters_that_belong_to_fsdp_have_the_same_bits(_: Any) -> None:
-    results = []
-    for residency in StateResidency:
-        mesh = DeviceMesh("cpu", torch.arange(4).view(2, -1), mesh_dim_names=("replicate", "shard"))
-        torch.manual_seed(0)
-        model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), mesh=mesh)
-        config = ShardingConfig(state_residency=residency, bucket_cap_mb=1e-3)
-        optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config)
-        for step in range(3):
-            model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
-            optimizer.clip_grad_norm_(1.0)
-            optimizer.step()
-            metrics = optimizer.metrics()
-            optimizer.zero_grad()
-        found = {name: p.full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
-        results.append(found | metrics)
-    assert_equal(*results)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["shards", "whole"])
