@@ -52,21 +52,13 @@ KINDS = {
 }
 
 
-def make_operands(
-    kind: Kind,
-    numels: Sequence[int],
-    *,
-    amsgrad: bool,
-    device: str = "cpu",
-    seed: int = 0,
-    offset: int = 0,
-) -> list[Operands]:
+def make_operands(kind: Kind, numels: Sequence[int], *, amsgrad: bool, device: str = "cpu") -> list[Operands]:
     """Fragments with values as in training: steps from 1 on, some moments still zero, gradients of many sizes.
 
-    They lie end to end in flat tensors, the first of them ``offset`` elements from an allocation's start.
+    They lie end to end in flat tensors.
     """
-    draw = torch.Generator().manual_seed(seed)
-    total = offset + sum(numels)
+    draw = torch.Generator().manual_seed(0)
+    total = sum(numels)
 
     def normal() -> Tensor:
         return torch.randn(total, generator=draw)
@@ -91,7 +83,7 @@ def make_operands(
         main,
     ]
     flat = [None if tensor is None else tensor.to(device) for tensor in flat]
-    fragments, start = [], offset
+    fragments, start = [], 0
     for index, numel in enumerate(numels):
         parts = [None if tensor is None else tensor[start : start + numel] for tensor in flat]
         step = torch.tensor(float((1, 2, 17, 1000, 123_456)[index % 5]), device=device)
@@ -99,6 +91,22 @@ def make_operands(
         fragments.append(Operands(*parts, step, first_element))  # type: ignore[arg-type]
         start += numel
     return fragments
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]
+
+
+def special_operands(kind: Kind, *, amsgrad: bool, device: str = "cpu") -> Operands:
+    """A fragment in which every special value of a gradient meets every one of the moments."""
+    values = torch.tensor(SPECIAL, device=device)
+    grid = torch.cartesian_prod(values, values)
+    (fragment,) = make_operands(kind, [len(grid)], amsgrad=amsgrad, device=device)
+    fragment.grad.copy_(grid[:, 0])
+    fragment.exp_avg.copy_(grid[:, 1])
+    fragment.exp_avg_sq.copy_(grid[:, 1].abs())
+    if fragment.max_exp_avg_sq is not None:
+        fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
+    return fragment
 
 
 def copied(fragments: Sequence[Operands]) -> list[Operands]:

@@ -43,6 +43,7 @@ from tests.forms import (
     make_operands,
     run,
     same_bits,
+    special_operands,
     value_of,
 )
 
@@ -169,22 +170,12 @@ def test_moments_rounded_to_the_nearest_go_to_even_from_a_tie(kernel: ModuleType
     assert torch.equal(fragment.exp_avg.float(), 1.0 + digit * half_way)
 
 
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]
-
-
 @with_amsgrad_and_some_without
 def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_them(
     kernel: ModuleType, kind: Kind, hyper: Hyperparameters
 ) -> None:
     """The fp32 reference says where: it overflows and underflows as fp32 does."""
-    values = torch.tensor(SPECIAL)
-    grid = torch.cartesian_prod(values, values)
-    (fragment,) = make_operands(kind, [len(grid)], amsgrad=hyper.amsgrad)
-    fragment.grad.copy_(grid[:, 0])
-    fragment.exp_avg.copy_(grid[:, 1])
-    fragment.exp_avg_sq.copy_(grid[:, 1].abs())
-    if fragment.max_exp_avg_sq is not None:
-        fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
+    fragment = special_operands(kind, amsgrad=hyper.amsgrad)
     (reference,) = copied([fragment])
     moments_are_finite = (fragment.exp_avg * 2).isfinite() & fragment.grad.isfinite()
     divisor = DIVISOR if hyper.amsgrad else 1.0

@@ -36,6 +36,7 @@ from tests.forms import (
     law_in_fp64,
     make_operands,
     same_bits,
+    special_operands,
     value_of,
 )
 from tests.gpu.probes import DEVICE, compilations
@@ -55,8 +56,8 @@ every_kind_with_either_gradient = pytest.mark.parametrize(
 every_amsgrad = pytest.mark.parametrize("hyper", [HYPER, HYPER_AMSGRAD], ids=["plain", "amsgrad"])
 
 
-def on_device(kind: Kind, numels: Sequence[int], hyper: Hyperparameters, *, offset: int = 0) -> list[Operands]:
-    return make_operands(kind, numels, amsgrad=hyper.amsgrad, device=DEVICE, offset=offset)
+def on_device(kind: Kind, numels: Sequence[int], hyper: Hyperparameters) -> list[Operands]:
+    return make_operands(kind, numels, amsgrad=hyper.amsgrad, device=DEVICE)
 
 
 def prepared(fragments: Sequence[Operands]) -> Update:
@@ -121,9 +122,6 @@ def test_the_kernel_obeys_the_law_within_fp32s_rounding(kind: Kind, hyper: Hyper
             assert_obeys(fragment, one, kind)
 
 
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1e-38, -1e-30, 1e-20, 1.0, 1e19, -1e30, 3e38, float("inf"), float("nan")]
-
-
 @every_amsgrad
 @every_kind
 def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_them(
@@ -134,14 +132,7 @@ def test_zeros_denormals_huge_values_infinities_and_nan_go_where_the_law_sends_t
     It divides by the root of the second bias correction where the kernel multiplies by its inverse, so the parameters
     differ by a few roundings: of the denominator, of both terms, and of what they are stored in.
     """
-    values = torch.tensor(SPECIAL, device=DEVICE)
-    grid = torch.cartesian_prod(values, values)
-    (fragment,) = on_device(kind, [len(grid)], hyper)
-    fragment.grad.copy_(grid[:, 0])
-    fragment.exp_avg.copy_(grid[:, 1])
-    fragment.exp_avg_sq.copy_(grid[:, 1].abs())
-    if fragment.max_exp_avg_sq is not None:
-        fragment.max_exp_avg_sq.copy_(grid[:, 0].abs())
+    fragment = special_operands(kind, amsgrad=hyper.amsgrad, device=DEVICE)
     (reference,) = copied([fragment])
     before = value_of(fragment)
     run([fragment], hyper)
