@@ -281,7 +281,8 @@ def train_beside_control(group: Any, case: Scenario, given: Callable[[Any], Any]
         if ours.model is None and not case.config.reduce_gradients:
             passes = [{name: mean.clone() for name, mean in means.items()}]
         loss, norm = torch.zeros((), device=case.device), None
-        with nullcontext() if step == 0 or num_ranks > 1 or case.device == "cpu" else no_host_sync():
+        must_not_wait = step > 0 and case.device != "cpu"  # once all is compiled
+        with no_host_sync() if must_not_wait and num_ranks == 1 else nullcontext():
             if scaler is not None:
                 scaler.scale(loss)  # as every loop does
             for number, drawn in enumerate(passes):
@@ -314,7 +315,8 @@ def train_beside_control(group: Any, case: Scenario, given: Callable[[Any], Any]
                 check_norm(norm, [p.grad for p in trained if p.grad is not None], case.clip[1])
                 for p in trained:
                     p.grad = clipped(p.grad, norm, case.clip[0])  # type: ignore[arg-type]
-            control.step()
+            with no_host_sync() if must_not_wait else nullcontext():
+                control.step()
         for scheduler in schedulers:
             scheduler.step()
         difference = first_difference(params, control_params)

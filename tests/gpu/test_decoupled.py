@@ -4,7 +4,6 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.profiler import ProfilerActivity, profile
 
 from sharded_dadamw import DecoupledAdamW
-from tests.forms import BF16, F16, F32
+from tests.forms import BF16, F32
 from tests.gpu.probes import DEVICE, no_host_sync
-from tests.models import Groups, draw_gradient, make_groups, named
 
 NUM_STEPS = 8
 
@@ -26,33 +24,6 @@ SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 1.0 / (1 + step)),
     "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, T_max=64),
 }
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
-
-
-def moved(groups: Groups, device: str, dtype: torch.dtype | None = None) -> Groups:
-    """Copies of parameters on a device, with the strides they have."""
-    return [
-        {
-            **group,
-            "params": [
-                (name, nn.Parameter(p.detach().clone().to(device, dtype), p.requires_grad))
-                for name, p in group["params"]
-            ],
-        }
-        for group in groups
-    ]
-
-
-def gradients_of(params: dict[str, nn.Parameter], step: int) -> dict[str, Tensor]:
-    return {
-        name: draw_gradient(p.detach().cpu(), step, index).to(p.device)
-        for index, (name, p) in enumerate(params.items())
-    }
-
-
-def assign(params: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
-    for name, p in params.items():
-        p.grad = gradients[name].clone() if name in gradients and p.requires_grad else None
 
 
 def everything(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -72,64 +43,8 @@ def assert_same_bits(some: dict[str, Tensor], others: dict[str, Tensor]) -> None
 # --- the host ---
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What to train, and how; the defaults are the plainest."""
-
-    parameters: str = "odd sizes"
-    dtype: torch.dtype | None = None
-    amsgrad: bool = False
-    lr_on_device: bool = False
-    some_are_missing: bool = False
-
-
-@every_schedule
-@pytest.mark.parametrize(
-    "setup",
-    [
-        pytest.param(Setup(), id="fp32"),
-        pytest.param(Setup(amsgrad=True), id="amsgrad"),
-        pytest.param(Setup("several groups"), id="several groups"),
-        pytest.param(Setup(dtype=BF16), id="bf16"),
-        pytest.param(Setup(dtype=F16, amsgrad=True), id="fp16, amsgrad"),
-        pytest.param(Setup("mixed dtypes"), id="mixed dtypes, fp64 among them"),
-        pytest.param(Setup("non-contiguous"), id="non-contiguous"),
-        pytest.param(Setup("frozen"), id="frozen"),
-        pytest.param(Setup("several groups", lr_on_device=True), id="lr on the device"),
-        pytest.param(Setup("several groups", some_are_missing=True), id="gradients missing now and then"),
-    ],
-)
-def test_a_step_never_waits_for_the_device(setup: Setup, schedule: Callable[[Optimizer], LRScheduler]) -> None:
-    """From the second step on; with an lr that changes, and gradients in a new place, in every one."""
-    groups = moved(make_groups(setup.parameters, seed=0), DEVICE, setup.dtype)
-    params = named(groups)
-    if setup.lr_on_device:
-        for group in groups:
-            group["lr"] = torch.tensor(3e-3, device=DEVICE)
-    optimizer = DecoupledAdamW(groups, lr=3e-3, amsgrad=setup.amsgrad)
-    scheduler = schedule(optimizer)
-    gradients = [gradients_of(params, step) for step in range(NUM_STEPS)]
-    if setup.some_are_missing:
-        for step, of_step in enumerate(gradients):
-            for index, name in enumerate(params):
-                if (step + index) % 3 == 0:
-                    del of_step[name]
-
-    def step_with(of_step: dict[str, Tensor]) -> None:
-        assign(params, of_step)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
-    step_with(gradients[0])
-    with no_host_sync():
-        for of_step in gradients[1:]:
-            step_with(of_step)
-    torch.cuda.synchronize()
-
-
 def test_a_wait_for_the_device_is_noticed() -> None:
-    """Else the test above would prove nothing."""
+    """Else the tests in test_sharded.py would prove nothing, in which both optimizers must not wait."""
     value = torch.ones((), device=DEVICE)
     with pytest.raises(RuntimeError, match="synchroniz"), no_host_sync():
         value.item()

@@ -48,6 +48,7 @@ SCENARIOS = {
     "bf16 with fp32 main": on_device("bf16", amsgrad=True),
     "bf16 with remainder": on_device("bf16", **IN_REMAINDER),
     "bf16 alone": on_device("bf16", **AS_UNSHARDED),
+    "fp16 alone, amsgrad": on_device("fp16", amsgrad=True, **AS_UNSHARDED),
     "fp16 with fp32 main": on_device("fp16"),
     "clipped": on_device("several groups", clip=(0.5, 2.0)),
     "bf16 with remainder, clipped": on_device("bf16", clip=(0.1, 2.0), **IN_REMAINDER),
@@ -80,7 +81,7 @@ def test_without_torch_distributed_a_step_never_waits_and_equals_the_unsharded_o
 
 @pytest.mark.parametrize("label", ALONE)
 def test_over_nccl_at_one_rank_a_step_never_waits_and_equals_the_unsharded_one_bit_for_bit(label: str) -> None:
-    """From the second step on the host does not wait, clipping and loss scaler included."""
+    """From the second step on the host does not wait, clipping and loss scaler included; nor for the unsharded one."""
     case = replace(ALONE[label], over_nccl=True)
     assert_state_is_the_controls(on_ranks(1, train_beside_control, case, timeout_s=FIRST_CASE_TIMEOUT_S))
 
