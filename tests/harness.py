@@ -18,8 +18,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -530,12 +530,15 @@ def go_on_as_if_nothing_had_been(group: Any, model: nn.Module, optimizer: Sharde
     assert_equal(list(twin.parameters()), list(model.parameters()))
 
 
-def overlap_changes_nothing(group: Any, loop: Callable[..., Any], **config: Any) -> Any:
-    """Runs `loop(model, optimizer, rank)` with reductions in backward and without, and returns what it returns."""
-    results = []
-    for overlap in (False, True):
-        model, optimizer = small(group, overlap=overlap, **config)
-        told = loop(model, optimizer, group.rank())
-        results.append([told, *everything_of(model, optimizer)])
-    assert_equal(*results)
-    return told
+@contextmanager
+def refused(
+    group: Any, model: nn.Module, optimizer: ShardedDecoupledAdamW, said: str, **config: Any
+) -> Iterator[pytest.ExceptionInfo[RuntimeError]]:
+    """What is done inside is an error that changes nothing; after `zero_grad` training is as if nothing had been."""
+    __tracebackhide__ = True
+    before = everything_of(model, optimizer)
+    with pytest.raises(RuntimeError, match=said) as error:
+        yield error
+    assert_equal(before, everything_of(model, optimizer))
+    optimizer.zero_grad()
+    go_on_as_if_nothing_had_been(group, model, optimizer, **config)

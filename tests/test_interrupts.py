@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import sharded_dadamw
-from sharded_dadamw import Exchange, GradientResidency, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import Exchange, ShardedDecoupledAdamW
 from sharded_dadamw.comm import collectives
+from tests.harness import SHARDED, loss_of, small
 from tests.models import reduce_for_control
 from tests.pool import on_ranks
 
@@ -53,32 +54,28 @@ def interrupted(at: int) -> Iterator[list[int]]:
         gc.enable()
 
 
-def small(group: Any, attached: bool, **config: Any) -> tuple[nn.Module, ShardedDecoupledAdamW]:
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    settings = ShardingConfig(bucket_cap_mb=4e-4, **config)
-    optimizer = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=settings)
+def build(group: Any, attached: bool, **config: Any) -> tuple[nn.Module, ShardedDecoupledAdamW]:
+    model, optimizer = small(group, bucket_cap_mb=1e-3, **config)
     if attached:
         optimizer.attach(model)
     return model, optimizer
 
 
 def train(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int, step: int) -> None:
-    data = torch.randn(6, 8, generator=torch.Generator().manual_seed(100 * step + rank))
     with optimizer.no_sync():
-        model(data).square().mean().backward()
-    model(-data).square().mean().backward()
+        loss_of(model, rank, step).backward()
+    loss_of(model, rank, step + 100).backward()
     optimizer.clip_grad_norm_(0.1)
     optimizer.step()
     optimizer.zero_grad()
-    model(data)  # where parameters that are in flight arrive
+    loss_of(model, rank)  # where parameters that are in flight arrive
 
 
 def interrupt_everywhere(group: Any, every: int, attached: bool, config: dict[str, Any]) -> int:
     """Returns at how many places it was interrupted."""
     gc.collect()  # an optimizer that lives on looks at every step, so ranks would count other calls
-    model, optimizer = small(group, attached, **config)
-    twin, control = small(group, attached, **config)
+    model, optimizer = build(group, attached, **config)
+    twin, control = build(group, attached, **config)
     rank = 0 if group is None else group.rank()
     for step in range(2):
         train(model, optimizer, rank, step)
@@ -115,7 +112,7 @@ def interrupt_everywhere(group: Any, every: int, attached: bool, config: dict[st
 
 def step_after_all(group: Any, config: dict[str, Any]) -> None:
     """Without zero_grad() a mean that was broken off is refused, and nothing has changed."""
-    model, optimizer = small(group, False, **config)
+    model, optimizer = build(group, False, **config)
     before = [param.detach().clone() for param in model.parameters()]
     for clears in (False, True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -142,11 +139,11 @@ def test_a_mean_that_was_broken_off_is_not_stepped_with(case: str) -> None:
 
 CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "full": (False, {}),
-    "sharded": (False, {"gradient_residency": GradientResidency.SHARDED}),
+    "sharded": (False, {"gradient_residency": SHARDED}),
     "without overlap": (False, {"overlap": False}),
     "attached, sharded, by messages": (
         True,
-        {"gradient_residency": GradientResidency.SHARDED, "exchange": Exchange.RANK_ORDER},
+        {"gradient_residency": SHARDED, "exchange": Exchange.RANK_ORDER},
     ),
 }
 

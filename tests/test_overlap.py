@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,8 +41,8 @@ from tests.harness import (
     go_on_as_if_nothing_had_been,
     loss_of,
     on_numbers_of_ranks,
-    overlap_changes_nothing,
     ranks,
+    refused,
     scenario,
     small,
     train_beside_control,
@@ -169,64 +168,23 @@ def test_the_order_in_which_gradients_come_is_learnt_from_the_first_backward(
 # --- loops that are not the plainest ---
 
 
-def call_it_twice(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
-    for step in range(3):
-        (loss_of(model, rank, step) + loss_of(model, rank, step + 50)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def halve_in_backward(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
-    """A hook of the user's, registered after ours, changes each gradient before it is averaged."""
-
+@either_residency
+@ranks(2)
+def test_overlap_changes_nothing_where_a_later_hook_of_the_users_changes_each_gradient(
+    group: Any, residency: GradientResidency
+) -> None:
     def halve(param: Tensor) -> None:
         assert param.grad is not None
         param.grad.mul_(0.5)
 
-    for param in model.parameters():
-        param.register_post_accumulate_grad_hook(halve)
-    train_on(model, optimizer, rank, 0, 1, 2)
-
-
-def load_in_the_middle(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
-    """State and weights are loaded between backward and step, and state while parameters are in flight."""
-    saved: tuple[Any, Any] = {}, {}
-    optimizer.attach(model)
-    for step in range(5):
-        loss_of(model, rank, step).backward()
-        if step == 1:
-            saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
-        if step == 3:
-            model.load_state_dict(saved[1])
-            optimizer.load_state_dict(saved[0])
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == 3:
-            optimizer.load_state_dict(saved[0])
-
-
-def halve_under_another_name(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> None:
-    """Rank 0 halves what rank 1 still has to read."""
-    loss_of(model, rank).backward()
-    grads = [param.grad.detach().flatten() for param in model.parameters() if param.grad is not None]
-    for grad in grads:
-        grad.mul_(0.5)
-    optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("loop", "residency"),
-    [
-        *itertools.product((call_it_twice, load_in_the_middle, halve_in_backward), (FULL, SHARDED)),
-        (halve_under_another_name, FULL),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-@ranks(2)
-def test_overlap_changes_nothing_about_loops_that_are_not_the_plainest(
-    group: Any, loop: Callable[..., None], residency: GradientResidency
-) -> None:
-    overlap_changes_nothing(group, loop, gradient_residency=residency)
+    results = []
+    for overlap in (False, True):
+        model, optimizer = small(group, overlap=overlap, gradient_residency=residency)
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(halve)
+        train_on(model, optimizer, group.rank(), 0, 1, 2)
+        results.append(everything_of(model, optimizer))
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize(("residency", "bucket_cap_mb"), [(FULL, ONE_EACH), (SHARDED, ALL_IN_ONE)])
@@ -297,29 +255,6 @@ def test_activation_checkpointing_changes_nothing(
             sent.append(optimizer.last_step.wire_bytes)
         results.append([values_of(parts), sent])
     assert_equal(*results)
-
-
-@ranks(2)
-def test_sharded_gradients_may_be_reduced_first_and_left_local_later(group: Any) -> None:
-    """What stays local after a mean is there is added to it in the step; not every pass uses every layer."""
-    results = []
-    for residency in (FULL, SHARDED):
-        model, optimizer = small(group, gradient_residency=residency, bucket_cap_mb=ALL_IN_ONE)
-        for step in range(2):
-            if residency is SHARDED:
-                loss_of(model, group.rank(), step).backward()
-            with optimizer.no_sync():
-                loss_of(model[:4], group.rank(), step + 10).backward()
-                with optimizer.no_sync():
-                    loss_of(model[:3], group.rank(), step + 20).backward()
-            if residency is FULL:
-                loss_of(model, group.rank(), step).backward()
-            optimizer.clip_grad_norm_(0.1)
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([optimizer.state[param]["exp_avg"] for param in model.parameters()])
-    for full, sharded in zip(*results, strict=True):
-        torch.testing.assert_close(sharded, full, rtol=1e-5, atol=1e-8)
 
 
 @over_each_exchange
@@ -420,13 +355,9 @@ def test_each_backward_is_a_round_also_after_one_that_was_broken_off(group: Any)
 def test_a_second_backward_that_was_not_announced_is_a_clear_error_and_nothing_is_lost(group: Any) -> None:
     model, optimizer = small(group)
     warm_up(group, model, optimizer)
-    before = values_of(model)
     loss_of(model, group.rank()).backward()
-    with pytest.raises(RuntimeError, match=r"(?s)backward reached.*no_sync.*overlap=False"):
+    with refused(group, model, optimizer, r"(?s)backward reached.*no_sync.*overlap=False"):
         loss_of(model, group.rank(), 1).backward()
-    assert_equal(before, values_of(model))
-    optimizer.zero_grad()
-    go_on_as_if_nothing_had_been(group, model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -444,56 +375,23 @@ def test_ranks_that_disagree_after_backward_hear_of_it_and_can_go_on(
 ) -> str:
     model, optimizer = small(group, gradient_residency=residency)
     rank = group.rank()
-    before = everything_of(model, optimizer)
     if what == "no backward after one that all dropped" or "only one" in what:
         loss_of(model, rank, 9).backward()
         if rank == 1 or "all" in what:
             optimizer.zero_grad()
     if what == "an unused layer":
         loss_of(model[:3] if rank == 1 else model, rank).backward()
-    elif what == "a pass that only one dropped":
-        optimizer.param_groups[0]["lr"] = 1.0 - 0.99 * rank
-    elif rank == 0:
+    elif what.startswith("no backward") and rank == 0:
         loss_of(model, rank).backward()
-    with pytest.raises(RuntimeError, match="ranks disagree") as error:
-        optimizer.step()
-    assert_equal(before, everything_of(model, optimizer))
-    optimizer.zero_grad()
-    optimizer.param_groups[0]["lr"] = 1e-2
-    go_on_as_if_nothing_had_been(group, model, optimizer)
+    with refused(group, model, optimizer, "ranks disagree") as error:
+        if what == "a pass that only one dropped":
+            optimizer.param_groups[0]["lr"] = 1.0 - 0.99 * rank
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups[0]["lr"] = 1e-2
     assert not what.startswith("no backward") or "rank 0 has a tensor, rank 1 has None" in str(error.value)
     return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("exchange", "residency", "set_to_none"),
-    [
-        (Exchange.RANK_ORDER, FULL, True),
-        (Exchange.RANK_ORDER, SHARDED, True),
-        (Exchange.BACKEND, FULL, False),
-    ],
-)
-@ranks(2)
-def test_a_rank_without_a_backward_takes_part_with_the_gradients_it_has_and_without_any_is_an_error_on_all(
-    group: Any, exchange: Exchange, residency: GradientResidency, set_to_none: bool
-) -> None:
-    """Rank 1 runs no backward in step 1, with more buckets than may be under way at once."""
-
-    def loop(model: nn.Module, optimizer: ShardedDecoupledAdamW, rank: int) -> list[str]:
-        messages = []
-        for step in range(3):
-            if step != 1 or rank == 0:
-                loss_of(model, rank, step).backward()
-            try:
-                optimizer.step()
-            except RuntimeError as error:
-                messages.append(str(error))
-            optimizer.zero_grad(set_to_none)
-        return messages
-
-    said = overlap_changes_nothing(group, loop, exchange=exchange, gradient_residency=residency)
-    assert len(said) == set_to_none
-    assert all("the gradient of 0.weight: rank 0 has a tensor, rank 1 has None" in message for message in said)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +418,7 @@ def test_a_rank_that_refuses_a_step_without_a_backward_holds_up_nobody(
         optimizer.zero_grad()
     if not refuses:
         loss_of(model, group.rank(), 1).backward()
-    said = "zero_grad" if why == "used gradients" else "no_sync"
+    said = "zero_grad" if why == "used gradients" else r"was called inside no_sync\(\)"
     inside = optimizer.no_sync() if refuses and why == "in no_sync" else contextlib.nullcontext()
     with pytest.raises(RuntimeError, match=said) as error, inside:
         optimizer.step()
@@ -709,7 +607,6 @@ def test_gradients_of_different_scales_are_an_error_on_all(group: Any, overlap: 
     model, optimizer = small(group, overlap=overlap)
     if how == "unscaled":
         warm_up(group, model, optimizer)
-    before = everything_of(model, optimizer)
     scale = 8.0 * (1 + group.rank())
     scaler = GradScaler("cpu", init_scale=scale)
     scaler.scale(loss_of(model, group.rank())).backward()
@@ -720,13 +617,12 @@ def test_gradients_of_different_scales_are_an_error_on_all(group: Any, overlap: 
     if how == "by hand":  # without a non-finite check
         optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
     said = "one scale" if how == "unscaled" else r"the loss scale: rank 0 has 8\.0, rank 1 has 16\.0"
-    with pytest.raises(RuntimeError, match=said) as error:
-        optimizer.step() if how == "by hand" else scaler.step(optimizer)
-    assert_equal(before, everything_of(model, optimizer))
-    for name in {"grad_scale", "found_inf"} & vars(optimizer).keys():
-        delattr(optimizer, name)  # which torch's scaler leaves behind where a step raises
-    optimizer.zero_grad()
-    go_on_as_if_nothing_had_been(group, model, optimizer)
+    with refused(group, model, optimizer, said) as error:
+        try:
+            optimizer.step() if how == "by hand" else scaler.step(optimizer)
+        finally:
+            for name in {"grad_scale", "found_inf"} & vars(optimizer).keys():
+                delattr(optimizer, name)  # which torch's scaler leaves behind where a step raises
     return str(error.value)
 
 
