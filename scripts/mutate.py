@@ -146,7 +146,7 @@ MUTATIONS = {
         ("not bool(self._void)", "True", "state_residency"),
     ],
     "buckets/weights.py": [
-        ("self._versions = [-1]", "pass", "contract precision other_hands"),
+        ("self._versions = []", "pass", "contract precision other_hands"),
         ("return self._read_versions() != self._versions", "return False", "contract precision"),
     ],
     "buckets/shards.py": [
@@ -176,7 +176,7 @@ MUTATIONS = {
     "schedule/step_agreement.py": [
         ("if reducer.is_accumulating:", "if False:", "contract overlap"),
         ("if built != asked_for:", "if False:", "contract"),
-        ("            self._require_own_parameters(groups)\n", "", "contract other_hands refusals"),
+        ("            self.require_own_parameters(groups)\n", "", "contract other_hands refusals"),
         ("and all(map(is_, given, self._own)):", "and self._own:", "contract other_hands refusals"),
     ],
     "norms/clipping.py": [

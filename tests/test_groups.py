@@ -95,17 +95,3 @@ def test_a_config_may_be_a_mapping_of_names() -> None:
     assert ShardingConfig.of(settings) == expected
     assert ShardedDecoupledAdamW(build().parameters(), config=settings).config == expected
     assert ShardingConfig.of(None) == ShardingConfig()
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        (3, TypeError, "expected a ShardingConfig, or a mapping of its settings, got 3"),
-        ({"buckets": 1}, ValueError, "expected settings among bucket_cap_mb, .*, got 'buckets'"),
-        ({"exchange": "telepathy"}, TypeError, "expected one of Exchange.FASTEST, .*, got 'telepathy'"),
-        ({"wire_dtype": "nn"}, TypeError, "expected a torch.dtype or None, got 'nn'"),
-    ],
-)
-def test_a_mapping_that_means_nothing_is_named(settings: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ShardedDecoupledAdamW(build().parameters(), config=settings)

@@ -79,6 +79,13 @@ def drawn(params: Params, step: int, rank: int = 0, without: Sequence[str] = ())
     }
 
 
+def through_protocol(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) -> dict[str, float]:
+    collected: dict[str, Any] = {}
+    for name, p in params.items():
+        optimizer.report_per_parameter_metrics(p, name, collected)
+    return numbers(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected)))
+
+
 both = pytest.mark.parametrize("kind", ["unsharded", "sharded"])
 
 
@@ -284,90 +291,67 @@ def test_the_norm_of_twenty_million_elements_is_right_to_one_in_a_million() -> N
 # --- keys that ranks could disagree about ---
 
 
-def keys_with_unused_parameters(group: Any, kind: str) -> tuple[list[str], list[str], list[str]]:
-    """Keys of metrics, and through Composer's protocol, and the names of all trainable parameters."""
+@pytest.mark.parametrize(("num_ranks", "kind"), [(3, "sharded"), (2, "FSDP2")])
+@ranks()
+def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(group: Any, kind: str) -> list[str]:
+    """About the keys of metrics, and about those that go through Composer's protocol."""
     model = TiedLanguageModel()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if kind == "FSDP2":
         fully_shard(model, mesh=line(group))
     optimizer = build("unsharded" if kind == "FSDP2" else "sharded", model.named_parameters(), group)
-    keys: list[list[str]] = []
     for step in range(2):
         model.loss(step + 10 * group.rank()).backward()
         optimizer.clip_grad_norm_(0.1)
         optimizer.step()
-        collected: dict[str, Any] = {}
-        for name, p in model.named_parameters():
-            if p.grad is not None and p.requires_grad:
-                collected.update(optimizer.report_per_parameter_metrics(p, name, collected))
-        reduced = optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected))
-        keys = [list(optimizer.metrics()), list(reduced)]
+        used = {name: p for name, p in model.named_parameters() if p.grad is not None and p.requires_grad}
+        reduced, keys = through_protocol(optimizer, used), list(optimizer.metrics())
         optimizer.zero_grad()
-    return keys[0], keys[1], names
-
-
-@pytest.mark.parametrize(("num_ranks", "kind"), [(3, "sharded"), (2, "FSDP2")])
-def test_unused_frozen_and_tied_parameters_do_not_make_ranks_disagree(num_ranks: int, kind: str) -> None:
-    first, *others = on_ranks(num_ranks, keys_with_unused_parameters, kind)
-    assert all(other == first for other in others)
-    keys, reduced, names = first
     assert keys[: 4 * len(names)] == [f"l2_norm/{norm}/{name}" for name in names for norm in KINDS]
-    used = [name for name in names if not name.startswith("unused")]
-    assert reduced == sorted(f"l2_norm/{norm}/{name}" for name in used for norm in KINDS)
+    reported = [name for name in names if not name.startswith("unused")]
+    assert list(reduced) == sorted(f"l2_norm/{norm}/{name}" for name in reported for norm in KINDS)
+    return keys
 
 
 # --- collectives ---
 
 
-def collectives_of(group: Any, layout: str) -> dict[str, list[dict[str, int]]]:
-    """Per call the collectives in each of three steps."""
+@pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
+@ranks(2)
+def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(group: Any, layout: str) -> None:
+    """The first time, ranks exchange names besides."""
     model = fsdp2_over(line(group), Model()) if layout == "FSDP2" else Model()
     optimizer = build("sharded" if layout == "sharded" else "unsharded", model.named_parameters(), group)
-    happened: dict[str, list[dict[str, int]]] = {}
     collected: dict[str, Any] = {}
-
-    def report() -> None:
-        for name, p in model.named_parameters():
-            optimizer.report_per_parameter_metrics(p, name, collected)
-
     calls: dict[str, Callable[[], Any]] = {
         "clip_grad_norm_": lambda: optimizer.clip_grad_norm_(1.0),
         "step": optimizer.step,
-        "report": report,
+        "report": lambda: [
+            optimizer.report_per_parameter_metrics(p, n, collected) for n, p in model.named_parameters()
+        ],
         "pre_reduce_metrics": lambda: optimizer.pre_reduce_metrics(collected),
         "dist_reduce_metrics": lambda: optimizer.dist_reduce_metrics(collected),
         "metrics": optimizer.metrics,
     }
+    seen: dict[str, list[dict[str, int]]] = {what: [] for what in calls}
     for step in range(3):
         loss_of(model, step, group.rank(), group.size()).backward()
         collected.clear()
         for what, call in calls.items():
             with started(group) as started_here:
                 call()
-            happened.setdefault(what, []).append(dict(Counter(verb for verb, _ in started_here)))
+            seen[what].append(dict(Counter(verb for verb, _ in started_here)))
         optimizer.zero_grad()
-    return happened
-
-
-ONE = {"all-reduce": 1}
-
-
-@pytest.mark.parametrize("layout", ["unsharded", "FSDP2", "sharded"])
-def test_one_all_reduce_for_metrics_one_for_a_norm_and_none_more_for_a_step(layout: str) -> None:
-    """The first time, ranks exchange names besides."""
-    one = {} if layout == "unsharded" else ONE
-    for calls in on_ranks(2, collectives_of, layout):
-        assert calls["dist_reduce_metrics"][1:] == [one, one]
-        assert calls["pre_reduce_metrics"][1:] == [{}, {}]
-        assert calls["metrics"][1:] == [one, one]
-        if layout == "sharded":
-            assert calls["report"][1:] == [ONE, ONE]
-            assert calls["clip_grad_norm_"][1:] == [{"all-reduce": 2}] * 2  # the norm and agreement
-            assert [step["all-reduce"] for step in calls["step"]] == [1] * 3
-        else:
-            assert calls["report"] == [{}] * 3
-            assert calls["step"] == [{}] * 3
-            assert calls["clip_grad_norm_"][1:] == [one, one]
+    one = {} if layout == "unsharded" else {"all-reduce": 1}
+    assert seen["dist_reduce_metrics"][1:] == seen["metrics"][1:] == [one, one]
+    assert seen["pre_reduce_metrics"][1:] == [{}, {}]
+    if layout == "sharded":
+        assert seen["report"][1:] == [one, one]
+        assert seen["clip_grad_norm_"][1:] == [{"all-reduce": 2}] * 2  # the norm and agreement
+        assert [step["all-reduce"] for step in seen["step"]] == [1] * 3
+    else:
+        assert seen["report"] == seen["step"] == [{}] * 3
+        assert seen["clip_grad_norm_"][1:] == [one, one]
 
 
 # --- Composer's protocol ---
@@ -467,48 +451,37 @@ def test_what_no_gradient_can_be_clipped_by_is_refused(kind: str) -> None:
 # --- stages of a pipeline ---
 
 
-def through_protocol(optimizer: DecoupledAdamW, params: Mapping[str, Tensor]) -> dict[str, float]:
-    collected: dict[str, Any] = {}
-    for name, p in params.items():
-        optimizer.report_per_parameter_metrics(p, name, collected)
-    return numbers(optimizer.dist_reduce_metrics(optimizer.pre_reduce_metrics(collected)))
-
-
 def parameters_of_stage(which: int) -> Params:
     draw = torch.Generator().manual_seed(which)
     shapes = [(13, 5), (7,), (3, 3)][: 2 + which]
     return {f"{which}.{i}": nn.Parameter(torch.randn(shape, generator=draw)) for i, shape in enumerate(shapes)}
 
 
-def stage(group: Any, kind: str) -> list[tuple[dict[str, float], float]]:
+@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
+@ranks()
+def test_pipeline_stages_add_up_over_the_group_they_are_given(group: Any, kind: str) -> list[Any]:
     """Each stage has parameters of its own; sharded, it is on two data-parallel ranks."""
     mesh = grid("pipeline", "dp") if kind == "sharded" else None
     which = group.rank() if mesh is None else mesh["pipeline"].get_local_rank()
-    params = parameters_of_stage(which)
+    stages = [parameters_of_stage(number) for number in (0, 1)]
+    pairs = [pair for params in stages for pair in params.items()]
+    control = Control([{**DEFAULTS, "params": pairs, "initial_lr": DEFAULTS["lr"]}])
+    params = stages[which]
     optimizer = build(kind, params.items(), norm_group=group, **({} if mesh is None else {"process_group": mesh["dp"]}))
     seen = []
     for step in range(2):
-        assign(params, drawn(params, step, which))  # the same on both data-parallel ranks: their mean is exact
-        norm = optimizer.clip_grad_norm_(0.2)
+        gradients = [drawn(of_stage, step, number) for number, of_stage in enumerate(stages)]
+        assign(params, gradients[which])  # the same on both data-parallel ranks: their mean is exact
+        norm = float(optimizer.clip_grad_norm_(0.2))
         optimizer.step()
-        seen.append((numbers(optimizer.metrics()), float(norm)))
+        metrics = numbers(optimizer.metrics())
         reduced = through_protocol(optimizer, params)
-        assert_close(reduced, dict(sorted(of_parameters(seen[-1][0]).items())), f"step {step}")
-        optimizer.zero_grad()
-    return seen
-
-
-@pytest.mark.parametrize(("kind", "num_ranks"), [("unsharded", 2), ("sharded", 4)])
-def test_pipeline_stages_add_up_over_the_group_they_are_given(kind: str, num_ranks: int) -> None:
-    stages = [parameters_of_stage(which) for which in (0, 1)]
-    pairs = [pair for params in stages for pair in params.items()]
-    control = Control([{**DEFAULTS, "params": pairs, "initial_lr": DEFAULTS["lr"]}])
-    first, *others = on_ranks(num_ranks, stage, kind)
-    assert all(other == first for other in others)
-    for step, (metrics, norm) in enumerate(first):
-        gradients = [drawn(params, step, which) for which, params in enumerate(stages)]
+        assert_close(reduced, dict(sorted(of_parameters(metrics).items())), f"step {step}")
         assert_close(metrics, control.step({**gradients[0], **gradients[1]}, 0.2), f"step {step}")
         assert norm == pytest.approx(control.norm, rel=1e-6)
+        optimizer.zero_grad()
+        seen += [norm, metrics]
+    return seen
 
 
 @both
@@ -543,12 +516,3 @@ def test_one_rank_may_ask_alone_where_steps_add_up(group: Any, layout: str) -> N
                     alone, together = optimizer.metrics(), of_twin[step]
                 assert not calls and list(alone) == list(together)
                 assert all(torch.equal(alone[key], together[key]) for key in together)
-
-
-@ranks(2)
-def test_ranks_that_disagree_about_it_say_so(group: Any) -> None:
-    model = Model()
-    optimizer = build("sharded", model.named_parameters(), group, metrics_in_step=group.rank() == 0)
-    loss_of(model, 0, group.rank(), group.size()).backward()
-    with pytest.raises(RuntimeError, match=r"the call: rank 0 has step\(\) with metrics_in_step"):
-        optimizer.step()

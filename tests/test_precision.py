@@ -294,9 +294,3 @@ def test_small_decays_of_bf16_weights_add_up() -> None:
         weights[MainParameter.REMAINDER].mean(), torch.tensor((1 - 1e-4) ** 300), rtol=0, atol=2e-4
     )
     assert (weights[MainParameter.NONE] == 1).all()
-
-
-def test_a_remainder_for_fp16_is_refused() -> None:
-    param = nn.Parameter(torch.zeros(8, dtype=torch.float16))
-    with pytest.raises(ValueError, match=r"main_parameter.*float16.*REMAINDER"):
-        ShardedDecoupledAdamW([param], config=ShardingConfig(main_parameter=MainParameter.REMAINDER))

@@ -34,8 +34,8 @@ from sharded_dadamw.checkpoint import save_checkpoint
 from sharded_dadamw.interchange import from_torch
 from sharded_dadamw.layout.param_groups import weight_decay_groups
 from sharded_dadamw.plan import plan
-from tests.harness import Pair, Params, ranks
-from tests.models import F64, draw_gradient
+from tests.harness import Pair, Params, give_gradients, ranks
+from tests.models import F64
 from tests.simulated import on_ranks
 
 
@@ -108,6 +108,8 @@ BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "maximize: expected False, got True; decoupled AdamW does not have": lambda: dict(
         params=[{"params": list(plain_params().items()), "maximize": True}]
     ),
+    r"max_grad_norm: expected a number > 0, or None for no clipping, got 0\.0": lambda: dict(max_grad_norm=0.0),
+    "max_grad_norm: .*nan": lambda: dict(max_grad_norm=NAN),
     "metrics_in_step: expected True or False, got 1": lambda: dict(metrics_in_step=1),
     "empty parameter list": lambda: dict(params=[]),
     "'params'": lambda: dict(params=[{"lr": 1e-3}]),
@@ -133,6 +135,10 @@ BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "second shares memory with first": lambda: dict(
         params=[("first", nn.Parameter((whole := torch.zeros(10))[:6])), ("second", nn.Parameter(whole[5:]))]
+    ),
+    "main_parameter: .*float16.*REMAINDER": lambda: dict(
+        params=with_param("odd", nn.Parameter(torch.zeros(8, dtype=torch.float16))),
+        config=ShardingConfig(main_parameter=MainParameter.REMAINDER),
     ),
     "config: expected a ShardingConfig, or a mapping": lambda: dict(config=[1.0]),
 }
@@ -209,8 +215,7 @@ def test_a_destroyed_group_is_refused_whenever_it_is_needed(_: Any, verb: str) -
 
     optimizer = None if verb == "construct" else build()
     dist.destroy_process_group(mine)
-    for index, p in enumerate(params.values()):
-        p.grad = draw_gradient(p, 0, index)
+    give_gradients(params, 0)
     act = {"construct": build, "step": lambda: optimizer.step(), "clip": lambda: optimizer.clip_grad_norm_(1.0)}[verb]
     said = "process_group.*destroyed" if verb == "construct" else "destroyed"
     assert_refused([attempt(act, list(params.values()))], ("ValueError", "RuntimeError"), said)
@@ -466,11 +471,6 @@ def test_a_step_that_every_rank_takes_wrongly_is_refused_by_all(case: str) -> No
     assert_refused(seen, ("RuntimeError", "ValueError", "TypeError"), *SPOILT_STEPS[case][1])
 
 
-def step_in_no_sync(optimizer: Any) -> None:
-    with optimizer.no_sync():
-        optimizer.step()
-
-
 def clip_and_step(optimizer: Any, *arguments: Any) -> None:
     optimizer.clip_grad_norm_(*arguments)
     optimizer.step()
@@ -483,32 +483,20 @@ def step_without_eps(optimizer: Any) -> None:
 
 # (what every rank says, what rank 1 does, what rank 0 does)
 OUT_OF_STEP: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "inside no_sync": ("no_sync", step_in_no_sync, lambda o: o.step()),
     "clip where others step": ("clip", lambda o: o.clip_grad_norm_(1.0), lambda o: o.step()),
     "clipped by one rank only": ("clip", lambda o: clip_and_step(o, 1.0), lambda o: o.step()),
     "another max_norm": ("max_norm", lambda o: clip_and_step(o, 2.0), lambda o: clip_and_step(o, 1.0)),
     "another norm_type": ("norm_type", lambda o: clip_and_step(o, 1.0, INF), lambda o: clip_and_step(o, 1.0)),
     "negative max_norm": ("max_norm", lambda o: o.clip_grad_norm_(-1.0), lambda o: o.clip_grad_norm_(1.0)),
-    "used gradients": ("zero_grad", lambda o: o.step(), lambda o: o.step()),
     "an error of any kind": ("'eps'", step_without_eps, lambda o: o.step()),
 }
 
 
 def out_of_step(group: Any, case: str) -> Seen:
-    """Rank 1 does something else than rank 0 at the same time."""
+    """Rank 1 does something else than rank 0 at the same time. More such calls are in tests/test_overlap.py."""
     params = plain_params()
     optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, process_group=group)
-
-    def give(step: int) -> None:
-        for index, p in enumerate(params.values()):
-            p.grad = draw_gradient(p, step, group.rank(), index)
-
-    give(0)
-    if case == "used gradients":
-        optimizer.step()
-        if group.rank() == 0:
-            optimizer.zero_grad()
-            give(1)
+    give_gradients(params, 0, group.rank())
     _, odd, others = OUT_OF_STEP[case]
     return attempt(lambda: (odd if group.rank() == 1 else others)(optimizer), list(params.values()))
 
@@ -558,7 +546,7 @@ def test_optimizers_that_ranks_come_to_in_another_order_are_an_error_until_all_g
                 run(model, ours, step, what)
             for optimizer in ours:
                 if what == "forward":
-                    with pytest.raises(RuntimeError, match="of one process group|zero_grad"):
+                    with pytest.raises(RuntimeError, match=r"of one process group|zero_grad"):
                         optimizer.step()
             assert all(map(torch.equal, before, model.parameters()))
             for optimizer in ours:
@@ -566,6 +554,22 @@ def test_optimizers_that_ranks_come_to_in_another_order_are_an_error_until_all_g
         run(model, ours, step)
         run(twin, control, step)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"max_grad_norm": 1.0}, r"max_grad_norm=1\.0"), ({"metrics_in_step": True}, r"step\(\) with metrics_in_step")],
+)
+@ranks(2)
+def test_what_one_rank_alone_was_built_to_do_in_each_step_is_an_error_on_all(
+    group: Any, asked: dict[str, Any], said: str
+) -> str:
+    params = plain_params()
+    optimizer = ShardedDecoupledAdamW(params.items(), process_group=group, **(asked if group.rank() == 0 else {}))
+    give_gradients(params, 0, group.rank())
+    seen = attempt(optimizer.step, list(params.values()))
+    assert_refused([seen], ("RuntimeError",), "the call: rank 0 has .*" + said)
+    return seen.message
 
 
 # --- messages, each of which says what was expected, what came, and what to call ---
@@ -598,13 +602,6 @@ def without(key: str) -> dict[str, Any]:
     return found
 
 
-def sparse_step() -> None:
-    param = nn.Parameter(torch.ones(3, 3))
-    ours = DecoupledAdamW([("a", param)])
-    param.grad = torch.ones(3, 3).to_sparse()
-    ours.step()
-
-
 def plan_of(config: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config, file)
@@ -619,14 +616,15 @@ MESSAGES: dict[str, Callable[[], Any]] = {
     "overlap: expected True or False, got 1": lambda: ShardingConfig(overlap=1),  # type: ignore[arg-type]
     "moments: expected one of Moments.FP32": lambda: ShardingConfig(moments="bf16"),  # type: ignore[arg-type]
     "config: expected settings among bucket_cap_mb": lambda: ShardingConfig.of({"buckets": 1}),
-    "gradient of a: expected a dense tensor, got layout": sparse_step,
+    "exchange: expected one of Exchange.FASTEST": lambda: ShardingConfig.of({"exchange": "telepathy"}),
+    "wire_dtype: expected a torch.dtype or None, got 'nn'": lambda: ShardingConfig.of({"wire_dtype": "nn"}),
     "process_group: expected a ProcessGroup, a DeviceMesh or None, got 'gloo'": lambda: optimizer(process_group="gloo"),
     "parameters per group: expected [1], got [2]": lambda: optimizer().load_state_dict(
         ShardedDecoupledAdamW([nn.Parameter(torch.ones(3)) for _ in range(2)]).state_dict()
     ),
-    "state of a: expected the parameter's shape [2, 2], got [3]; state is loaded in the order of": lambda: DecoupledAdamW(
-        [("a", nn.Parameter(torch.ones(2, 2)))]
-    ).load_state_dict(adamw({"weight_decay": 0.0})),
+    "state of a: expected the parameter's shape [2, 2], got [3]; state is loaded in the order of": lambda: (
+        DecoupledAdamW([("a", nn.Parameter(torch.ones(2, 2)))]).load_state_dict(adamw({"weight_decay": 0.0}))
+    ),
     "step: expected a whole number from 0 on, got -1": lambda: save_checkpoint(
         "nowhere", step=-1, model=(model := nn.Linear(2, 2)), optimizer=DecoupledAdamW(model.parameters())
     ),
