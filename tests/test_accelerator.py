@@ -20,9 +20,11 @@ from sharded_dadamw import (
     ShardedDecoupledAdamW,
     ShardingConfig,
 )
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.kernels import choose as kernels
-from tests.elsewhere import parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
-from tests.models import BF16, draw_gradient, make_groups, named
+from sharded_dadamw.schedule.handshake import Handshake
+from tests.elsewhere import ELSEWHERE, parameters_elsewhere, pretended_device, put_elsewhere, without_waiting
+from tests.models import BF16, F64, draw_gradient, make_groups, named
 
 LAW: dict[str, Any] = dict(lr=3e-3, weight_decay=2e-4)
 NUM_STEPS = 5
@@ -115,3 +117,53 @@ def test_clipping_metrics_and_a_loss_scaler_mix_no_devices_and_wait_for_none(
 ) -> None:
     options = OPTIONS[label] | ({} if config is None else {"config": config})
     assert_trains_there_as_here("odd sizes", has_scaler=has_scaler, **options)
+
+
+@pytest.mark.parametrize(
+    ("describes", "updates", "outcome"),
+    [
+        ("step()", True, "the step before this call; .*; that has changed nothing"),
+        ("another", True, "the step before this call; .*; that was taken with wrong numbers, so go back to .*"),
+        ("another", False, r"the clip_grad_norm_\(\) before this call; .*; that has changed nothing"),
+    ],
+)
+def test_a_disagreement_is_told_in_the_next_call_with_what_came_of_it(
+    describes: str, updates: bool, outcome: str
+) -> None:
+    """Of a rank that is in step(), and another one that says what it is in, and has multiplied gradients by 2."""
+    refused: list[bool] = []
+    with pretended_device() as pretence:
+        ranks = Beside(describes)
+        handshake = Handshake(ranks, ELSEWHERE, after_refusal=lambda *, differ: refused.append(differ))
+
+        def check(**given: Any) -> Tensor | None:
+            nothing = dict(found_inf=None, grad_scale=None, sums=None, refusal=None)
+            return handshake.check(lambda: {"the call": "step()"}, b"step()", tolerance=0.0, **nothing | given)
+
+        with without_waiting(pretence):
+            void = check(factors=[put_elsewhere(torch.ones(2, dtype=F64))], updates=updates)
+        assert void is not None and void == 1.0
+        with pytest.raises(RuntimeError, match=f"^ranks disagreed about {outcome}$"):
+            check(factors=[], updates=True)
+        assert refused == [True]
+        ranks.differs = False
+        assert check(factors=[], updates=True) is None
+        assert check(factors=[], updates=True) is None
+
+
+class Beside(Collectives):
+    """One rank beside another that is not there, while they differ."""
+
+    def __init__(self, describes: str) -> None:
+        super().__init__(0, 2)
+        self.describes, self.differs = describes, True
+
+    def all_reduce_(self, tensor: Tensor, op: Any) -> None:
+        """See Collectives.all_reduce_; of a handshake's digest and factors, and of both with the other sign."""
+        if self.differs:
+            tensor[1] += self.describes != "step()"
+            tensor[5] = put_elsewhere(torch.tensor(2.0, dtype=F64)).view(torch.int64)
+
+    def gather_texts(self, text: str) -> list[str]:
+        """See Collectives.gather_texts."""
+        return [text, text.replace("step()", self.describes)]

@@ -70,7 +70,7 @@ class Handshake:
         self._after_refusal = after_refusal
         self._device = device
         self.sums_differ: bool | None = None
-        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Description], float] | None = None
+        self._unread: tuple[Tensor, torch.cuda.Event, Callable[[], Description], float, bool] | None = None
 
     def check(
         self,
@@ -82,6 +82,7 @@ class Handshake:
         factors: Sequence[Tensor],
         tolerance: float,
         sums: Tensor | None,
+        updates: bool,
         refusal: Exception | None,
     ) -> Tensor | None:
         """Compare what every rank is about to do in this step. Collective.
@@ -94,6 +95,7 @@ class Handshake:
             factors: fp64 [k] each, >= 0: by what averages were multiplied since they were made; nan if unknown.
             tolerance: By how much factors may differ relatively, between ranks and on one.
             sums: 0-d int64, >= 0, to be compared for ``sums_differ``, where it is of interest to all ranks.
+            updates: Whether it changes parameters, as a clip does not.
             refusal: The error with which this rank refuses the step, or None; raised here.
 
         Returns:
@@ -129,7 +131,7 @@ class Handshake:
         self._collectives.all_reduce_(note, dist.ReduceOp.MAX)
         difference = None
         if note.is_cuda:
-            self._read_later(note, describe, tolerance)
+            self._read_later(note, describe, tolerance, updates)
         else:
             difference = self._difference(note, describe, tolerance)
         if difference is not None or refusal is not None:
@@ -142,25 +144,26 @@ class Handshake:
             return None
         return ((note[_FOUND_INF] != 0) | _differ(note, tolerance)).to(torch.float32)
 
-    def _read_later(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> None:
+    def _read_later(self, note: Tensor, describe: Callable[[], Description], tolerance: float, updates: bool) -> None:
         host = torch.empty(note.shape, dtype=note.dtype, pin_memory=True)
         host.copy_(note, non_blocking=True)
         arrived = torch.cuda.current_stream(self._device).record_event()  # which need not be the current device
-        self._unread = (host, arrived, describe, tolerance)
+        self._unread = (host, arrived, describe, tolerance, updates)
 
     def _read_previous(self) -> None:
-        # It waits for the answer of the step before, which has long come: whether it has must not differ between ranks,
-        # since a disagreement makes them exchange descriptions.
+        # It waits for the answer of the step before, which has long come, or of a clip of this one, behind backward.
+        # Whether it has come must not differ between ranks, since a disagreement makes them exchange descriptions.
         if self._unread is not None:
-            host, arrived, describe, tolerance = self._unread
+            host, arrived, describe, tolerance, has_updated = self._unread
             self._unread = None
             arrived.synchronize()
             if (difference := self._difference(host, describe, tolerance)) is not None:
                 self._after_refusal(differ=True)
+                what = "step" if has_updated else "clip_grad_norm_()"
                 outcome = "was taken with wrong numbers, so go back to a checkpoint"
-                if _are_equal(host, _DIGEST):  # then scales or factors differed, which made it void
+                if not has_updated or _are_equal(host, _DIGEST):  # scales or factors differed, which made it void
                     outcome = "has changed nothing"
-                raise RuntimeError(f"ranks disagreed about the step before this one; {difference}; that step {outcome}")
+                raise RuntimeError(f"ranks disagreed about the {what} before this call; {difference}; that {outcome}")
 
     def _difference(self, note: Tensor, describe: Callable[[], Description], tolerance: float) -> str | None:
         """The first difference between ranks, or None; collective where there is one."""

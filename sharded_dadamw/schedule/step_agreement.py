@@ -141,6 +141,7 @@ class StepAgreement:
             factors=list(changes.values()),
             tolerance=side.tolerance,
             sums=None if reducer.knows_source else self._sum_of_gradients(),
+            updates=asked.to_clip is None,
             refusal=refusal.error,
         )
         reducer.launches.agree()

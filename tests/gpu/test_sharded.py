@@ -121,6 +121,26 @@ def test_micro_batches_have_the_same_bits_on_one_rank_over_nccl_and_on_two_that_
     assert on_ranks(2, same_run, False, timeout_s=FIRST_CASE_TIMEOUT_S) == [alone, alone]
 
 
+def differ_in_lr(group: Any) -> str:
+    param = nn.Parameter(torch.ones(5, device=DEVICE))
+    optimizer = ShardedDecoupledAdamW([param], process_group=group)
+    for step in range(3):
+        (param * (1 + group.rank())).sum().backward()
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + group.rank()) if step == 1 else 1e-3
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+        optimizer.zero_grad()
+    return "no error"
+
+
+def test_ranks_that_disagree_hear_of_it_in_the_next_step() -> None:
+    for heard in on_ranks(2, differ_in_lr, timeout_s=FIRST_CASE_TIMEOUT_S):
+        assert heard.startswith("2: ranks disagreed about the step before this call; the first difference is param_gro")
+        assert heard.endswith("that was taken with wrong numbers, so go back to a checkpoint")
+
+
 def bytes_of(group: Any, over_nccl: bool, dtype: torch.dtype) -> tuple[int, int]:
     """What the optimizer says it holds, and what the device says has come into use."""
     gc.collect()
