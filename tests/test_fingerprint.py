@@ -94,8 +94,8 @@ def test_a_sum_is_that_of_the_specification_however_a_tensor_is_cut(dtype: torch
 
 @pytest.mark.parametrize("by", SUMS)
 def test_every_form_of_a_value_has_one_sum_and_any_change_another(by: str) -> None:
-    value = torch.randn(200_001, generator=torch.Generator().manual_seed(1))
-    (rows,) = rows_of((200_001,), (0,), (200_001,), 0, 200_001)
+    value = torch.randn(70_001, generator=torch.Generator().manual_seed(1))
+    (rows,) = rows_of((70_001,), (0,), (70_001,), 0, 70_001)
     param, remainder = split(value)
     forms = {"fp32": Span(value, None, rows), "remainder": Span(param, remainder, rows)}
     by_hand = sum_by_hand(value)
@@ -110,9 +110,9 @@ def test_every_form_of_a_value_has_one_sum_and_any_change_another(by: str) -> No
     for change in ("flip", "swap", "sign"):
         other = value.clone()
         if change == "flip":
-            other.view(torch.int32)[77_777] ^= 1
+            other.view(torch.int32)[67_777] ^= 1
         elif change == "swap":
-            other[[5, 100_005]] = other[[100_005, 5]]
+            other[[5, 66_005]] = other[[66_005, 5]]
         else:
             other[[3, 4]] *= -1
         assert sum_of_parts([Span(other, None, rows)], by) != by_hand, change
