@@ -82,9 +82,11 @@ def test_values_written_while_a_parameter_was_elsewhere_count(dtype: torch.dtype
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             p.data = p.data + 1.0
             q.add_(1.0)
-    train_on(model, optimizer, 0, 0)
-    train_on(other, control, 0, 0)
-    assert_equal(values_of(other), values_of(model))
+    for step, is_frozen in enumerate((True, False)):
+        for each, its in ((model, optimizer), (other, control)):
+            each[0].weight.requires_grad_(not is_frozen)
+            train_on(each, its, 0, step)
+        assert_equal(values_of(other), values_of(model))
 
 
 def tie(model: Any) -> None:
@@ -329,6 +331,26 @@ def test_a_second_optimizer_takes_over_and_the_first_says_so(group: Any, residen
     loss_of(model, group.rank()).backward()
     with pytest.raises(RuntimeError, match=r"(?s)given to another optimizer.*use one optimizer for a parameter"):
         first.step()
+
+
+@pytest.mark.parametrize(("residency", "num_ranks"), [(FULL, 2), (SHARDED, 1), (SHARDED, 2)])
+@ranks()
+def test_what_is_left_of_an_earlier_optimizers_averages_is_an_error_until_it_is_dropped(
+    group: Any, residency: GradientResidency
+) -> None:
+    model, first = small(group, gradient_residency=residency)
+    train_on(model, first, group.rank(), 0)
+    loss_of(model, group.rank(), 1).backward()
+    config, before = first.config, values_of(model)
+    del first
+    gc.collect()
+    second = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+    with pytest.raises(RuntimeError, match=r"was averaged for an earlier optimizer, and is still there; call zero_grad"):
+        second.step()
+    assert_equal(before, values_of(model))
+    second.zero_grad()
+    train_on(model, second, group.rank(), 2, 3)
+    assert not torch.equal(before, values_of(model))
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ from operator import and_, is_, is_not
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
+from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
@@ -77,6 +77,7 @@ class FullGradients(HookedGradients):
         out = self.shard
         if self.stage is Stage.LOCAL:
             self.stage = Stage.REDUCED
+            setattr(self.buffer, HOLDS_MEANS, self._layout.num_ranks > 1)
             self._version, self._sample = self.buffer._version, None
         else:
             out = torch.empty_like(self.shard)
@@ -90,6 +91,7 @@ class FullGradients(HookedGradients):
 
     def _reset(self) -> None:
         super()._reset()
+        setattr(self.buffer, HOLDS_MEANS, False)
         self._sample = None
 
     def look(self) -> None:

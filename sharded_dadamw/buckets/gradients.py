@@ -33,6 +33,10 @@ GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+HOLDS_MEANS = "_holds_means"
+"""An attribute of tensors: whether they are what is left of averaged gradients. It outlives the optimizer."""
+
+
 class Stage(Enum):
     """What the gradients of a bucket mean right now."""
 
@@ -301,6 +305,11 @@ class HookedGradients(Gradients):
         grad = member.param.grad
         if grad is not None and grad is not (view := self._target(slot)):
             check_gradient(member, grad, self._dtype)
+            if _holds_means(grad):
+                raise RuntimeError(
+                    f"the gradient of {member.name} was averaged for an earlier optimizer, and is still there; call "
+                    "zero_grad() between the last step of that one and the first backward for this one"
+                )
             if view._use_count() > 1:  # another parameter has it in p.grad, as where two swap theirs
                 view.data = view.clone()
                 view = self._target(slot)
@@ -323,6 +332,11 @@ class HookedGradients(Gradients):
             f"backward reached {self._members[slot].name} again after its gradient was averaged over ranks; run every "
             f"backward of a step but the last inside optimizer.no_sync(), {instead}"
         )
+
+
+def _holds_means(grad: Tensor) -> bool:
+    whole = grad if grad._base is None else grad._base  # which it still has where it was given other memory
+    return bool(getattr(whole, HOLDS_MEANS, False)) and 0 <= grad.data_ptr() - whole.data_ptr() < whole.nbytes
 
 
 def are_present(params: Sequence[Tensor]) -> tuple[bool, ...]:

@@ -13,7 +13,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import GRAD_OF, HookedGradients, Stage, are_present
+from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
@@ -148,6 +148,7 @@ class ShardedGradients(HookedGradients):
                 if slot == self._witness_slot and is_as_delivered:  # else DistributedDataParallel wants its own view
                     param.grad = self._witness = torch.zeros(param.shape, dtype=self._dtype, device=self._device)
                     self._version = self._witness._version
+                    setattr(self._witness, HOLDS_MEANS, True)
             else:
                 view.zero_()
         self._buffer, self._views, self._places, self._leaving = None, [], [], buffer
@@ -191,6 +192,7 @@ class ShardedGradients(HookedGradients):
         if self._witness is not None and slot == self._witness_slot:
             if self._witness._version == self._version:  # backward has found another one, or none
                 raise self._touched(slot)
+            setattr(self._witness, HOLDS_MEANS, False)
             self._witness = None
         if self._holds_a_mean and not self._is_cleared:  # model.zero_grad(), which finds p.grad at None, drops no mean
             raise RuntimeError(

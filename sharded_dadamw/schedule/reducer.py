@@ -91,8 +91,11 @@ class Reducer:
         here, there = weakref.ref(self), weakref.ref(bucket)
         hooks = []
         for slot, member in enumerate(bucket.members):
-            _unhook(member.param)
-            hooks.append(member.param.register_post_accumulate_grad_hook(_Delivery(here, there, slot)))
+            param, is_trained = member.param, member.param.requires_grad
+            _unhook(param)
+            param.requires_grad_(True)  # it may be frozen for now
+            hooks.append(param.register_post_accumulate_grad_hook(_Delivery(here, there, slot)))
+            param.requires_grad_(is_trained)
         weakref.finalize(bucket, _remove, hooks).atexit = False
 
     @contextmanager
