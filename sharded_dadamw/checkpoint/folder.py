@@ -111,12 +111,10 @@ class Manifest:
         if not path.exists():
             got = f"one without {MANIFEST}" if folder.is_dir() else "no folder"
             raise ValueError(f"{folder}: expected a complete checkpoint, got {got}")
-        size_of(path)  # or of a pipe, reading would never end
+        text = read_file(path)
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(text)
             is_sound = body.pop("checksum") == _checksum(body)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
             is_sound = False
         if not is_sound:
@@ -154,9 +152,8 @@ class Manifest:
 def _read_fingerprint(folder: Path) -> dict[str, Any]:
     """Return what a file says; nothing of an earlier formula, or damaged, of which ``Manifest.damage`` tells."""
     try:
-        size_of(folder / FINGERPRINT)  # or of a pipe, reading would never end
-        found = json.loads((folder / FINGERPRINT).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_file(folder / FINGERPRINT))
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and found.get("formula") == FORMULA else {}
 
@@ -174,6 +171,15 @@ def size_of(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: expected a file, got something else")
     return found.st_size
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file; a ValueError as in ``size_of``: reading a pipe would never end."""
+    size_of(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -122,10 +122,10 @@ def load_checkpoint(
     enter("load_checkpoint()")
     collectives = run.ranks_of(model, process_group)
     arguments = {
-        "path": str(path),
-        "optimizer": str(optimizer is not None),
-        "scheduler": str(scheduler is not None),
-        "fall_back": str(fall_back),
+        "path": path,
+        "optimizer": optimizer is not None,
+        "scheduler": scheduler is not None,
+        "fall_back": fall_back,
     }
     refusal = run.refuse_parts(model, [] if optimizer is None else [optimizer])
     require_agreement(collectives, arguments, refusal, advice="load with equal arguments on every rank")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from sharded_dadamw.checkpoint.folder import Manifest, size_of
+from sharded_dadamw.checkpoint.folder import Manifest, read_file
 from sharded_dadamw.checkpoint.pickles import DTYPES, Unpickler
 
 METADATA = ".metadata"
@@ -67,9 +67,9 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     path = folder / METADATA
     if not path.exists():
         raise ValueError(f"{folder}: expected a folder of torch.distributed.checkpoint, got one without {METADATA}")
-    size_of(path)  # or of a pipe, reading would never end
+    file = io.BytesIO(read_file(path))
     try:
-        metadata = Unpickler(io.BytesIO(path.read_bytes()), table=_KNOWN, fills=_FILLS).load()
+        metadata = Unpickler(file, table=_KNOWN, fills=_FILLS).load()
     except Exception as error:  # a pickle made up to harm ends in any of them
         raise ValueError(f"{path}: expected the metadata of a checkpoint, got what cannot be read: {error}") from error
     try:

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -34,18 +35,17 @@ from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect, group_in_background
 
 
+@dataclass(eq=False)
 class Saving:
-    """A save that may still be under way.
+    """A save that may still be under way; only ``save_checkpoint`` makes one.
 
     Attributes:
         path: The checkpoint's folder, once it is complete.
     """
 
-    def __init__(self, path: Path, written: Future[None]) -> None:
-        """Only ``save_checkpoint`` makes one."""
-        self.path = path
-        self._written = written
-        self._was_heard = False
+    path: Path
+    _written: Future[None]
+    _was_heard: bool = False
 
     @property
     def done(self) -> bool:
@@ -67,9 +67,9 @@ class Saving:
 
     def _unheard_failure(self) -> Exception | None:
         """Wait, and return the failure that nobody has been told of, once."""
-        failure = self._written.exception()
-        was_heard, self._was_heard = self._was_heard, True
-        return failure if isinstance(failure, Exception) and not was_heard else None
+        failure = None if self._was_heard else self._written.exception()
+        self._was_heard = True
+        return failure if isinstance(failure, Exception) else None
 
 
 _latest: Saving | None = None  # only one save at a time, whatever it is of
@@ -129,11 +129,11 @@ def save_checkpoint(
     collectives = run.ranks_of(model, process_group)
     step = index(step) if isinstance(step, SupportsIndex) else step  # NumPy's too
     arguments = {
-        "root": str(root),
-        "step": str(step),
-        "keep_last": str(keep_last),
-        "asynchronous": str(asynchronous),
-        "scheduler": str(scheduler is not None),
+        "root": root,
+        "step": step,
+        "keep_last": keep_last,
+        "asynchronous": asynchronous,
+        "scheduler": scheduler is not None,
     }
     refusal = None if _latest is None else _latest._unheard_failure()
     packed = None

@@ -47,19 +47,19 @@ class Refusal:
 
 def require_agreement(
     collectives: Collectives,
-    description: Description,
+    arguments: Mapping[str, object],
     refusal: Exception | None,
     *,
     advice: str = "build the same model and optimizer on every rank of the group",
 ) -> None:
     """Check that every rank's arguments are valid and equal. Collective, and host-blocking.
 
-    ``refusal`` is the error with which this rank refuses its own, whose description then is ignored; it is raised here.
+    They are compared as texts. With ``refusal`` this rank refuses its own, which then are ignored; it is raised here.
 
     Raises:
         ValueError: Another rank refuses its arguments, or ranks differ; names the first difference and both sides.
     """
-    description = {"the call": here.call, **description}
+    description = {"the call": here.call, **{label: str(value) for label, value in arguments.items()}}
     message = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
     answers = [json.loads(text) for text in collectives.gather_texts(json.dumps([_digest(description), message]))]
     if refusal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -11,9 +12,6 @@ from pathlib import Path
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.folder import hidden, sync
-
-if importlib.util.find_spec("safetensors"):
-    from safetensors.torch import load_file
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -57,6 +55,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "safetensors is not installed; install it with: pip install 'sharded_dadamw[safetensors]'"
         )
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
+        return tensors
     except Exception as error:  # its own type, which is none of Python's
         raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
