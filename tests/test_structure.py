@@ -49,6 +49,12 @@ def test_every_room_has_a_floor() -> None:
     assert sorted(room for rooms in FLOORS for room in rooms) == sorted({room_of(module) for module in modules()})
 
 
+def test_a_room_says_what_its_modules_are_for() -> None:
+    for module, path in modules().items():
+        about = path.with_name("__init__.py").read_text()
+        assert "/" not in module or re.search(rf"\b{path.stem}\b", about), f"{about[:60]} ... is silent on {path.stem}"
+
+
 def test_modules_import_only_from_their_own_room_and_from_lower_floors() -> None:
     floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
     uphill = [

@@ -26,13 +26,12 @@ MAX_PLACES = 64  # parts of the arena that take turns, at most
 SAMPLE_S, MAX_CALLS = 0.01, 16  # what a sample should last, if no more calls are needed for that
 HEAD_START_CYCLES = 4_000_000  # about 2 ms of a GPU's time, in which the host can hand over a whole sample
 
-COPY = "copy"
+COPY, FUSED = "copy", "torch._fused_adamw_, "
 LINES = (
     "GB/s and % of copy count what one pass has to read and write (B/element), however many passes were made. "
     "torch's copy_ of fp32, counted in the same way, is the 100 %; a processor may first fetch the lines that a copy "
     "is about to overwrite, which nobody counts, so that an update can exceed it.",
-    "Our updates yield squared norms, which peers do not. Torch fused is torch's kernel on the same fragments in the "
-    "same dtypes, or, where it has none in these, in fp32, and then marked (fp32).",
+    "Our updates yield squared norms, which peers do not.",
     "Times on a GPU are its own: the host hands over a sample's calls while the GPU waits, for about 2 ms.",
 )
 
@@ -41,7 +40,7 @@ class Precision(NamedTuple):
     """In what dtypes an optimizer keeps what it updates.
 
     Attributes:
-        fused: Torch's fused kernel in the same dtypes, where there is one.
+        fused: Of torch's fused kernel beside it: what has the same dtypes, or where there is none, fp32.
     """
 
     title: str
@@ -49,18 +48,17 @@ class Precision(NamedTuple):
     main: torch.dtype | None
     moments: torch.dtype
     is_stochastic: bool = False
-    fused: str | None = None
+    fused: str = "fp32"
 
 
-FUSED_FP32 = "torch._fused_adamw_, fp32"
-FP32 = Precision("fp32", torch.float32, None, torch.float32, fused=FUSED_FP32)
+FP32 = Precision("fp32", torch.float32, None, torch.float32)
 PRECISIONS = (
     FP32,
     Precision("fp32, moments bf16", torch.float32, None, torch.bfloat16, is_stochastic=True),
     Precision("bf16, main fp32", torch.bfloat16, torch.float32, torch.float32),
     Precision("bf16, remainder int16", torch.bfloat16, torch.int16, torch.float32),
     Precision("bf16, remainder int16, moments bf16", torch.bfloat16, torch.int16, torch.bfloat16, is_stochastic=True),
-    Precision("bf16 throughout", torch.bfloat16, None, torch.bfloat16, fused="torch._fused_adamw_, bf16"),
+    Precision("bf16 throughout", torch.bfloat16, None, torch.bfloat16, fused="bf16 throughout"),
 )
 CASES = [*((*case, 1) for case in product(PRECISIONS, (False, True))), (FP32, False, PIECES)]
 """Precision, amsgrad, and the number of fragments."""
@@ -161,17 +159,13 @@ class Row(NamedTuple):
         calls: The same work in different places, each to be done in its turn.
         size: Bytes per element that one call has to read and write.
         kernel: Which of ours runs.
-        fused: Torch's fused kernel on the same fragments, by name.
-        in_other_dtypes: Whether it has none in these dtypes, and ``fused`` is the one in fp32.
-        flat: The same on one flat tensor, by name, where this is about many.
+        fused: Torch's fused kernel on fragments as large, by name.
     """
 
     calls: Sequence[Callable[[], object]]
     size: float
     kernel: str = ""
     fused: str | None = None
-    in_other_dtypes: bool = False
-    flat: str | None = None
 
 
 class Case:
@@ -192,27 +186,24 @@ class Case:
         self._clock, self._turns = Clock(device), count()
         self._arena = Arena(numel * self._num_places, device)  # kernels keep nothing but addresses
         self._rows = {COPY: Row([self._arena.copy()], 8 * self._num_places)}
-        fused_rows = {}
         for precision, amsgrad, pieces in CASES:
             places = self._places(precision, amsgrad=amsgrad, pieces=pieces)
-            cut, title = f", {pieces:,} pieces" * (pieces > 1), f"{precision.title}{', amsgrad' * amsgrad}"
-            fused_title = f"{precision.fused or FUSED_FP32}{', amsgrad' * amsgrad}"
+            also = ", amsgrad" * amsgrad + f", {pieces:,} pieces" * (pieces > 1)
             kernel, size = choose.kernel_for(places[0][0].form), bytes_per_element(places[0][0].form)
             step = Step([replace(HYPER, amsgrad=amsgrad)])
             calls = [partial(kernel(fragments), step, 0) for fragments in places]
             name = kernel.__module__.rpartition(".")[2].removesuffix("_kernel")
-            flat, flat_fused = (title, fused_title) if cut else (None, None)
-            self._rows[title + cut] = Row(calls, size, name, fused_title + cut, precision.fused is None, flat)
-            if precision.fused is not None:
-                fused_rows[fused_title + cut] = Row(list(map(fused, places)), size, flat=flat_fused)
-        self._rows |= fused_rows
+            beside = FUSED + precision.fused + also
+            self._rows[precision.title + also] = Row(calls, size, name, beside)
+            if precision.fused == precision.title:
+                self._rows[beside] = Row(list(map(fused, places)), size)
         for title, build in PEERS_OF_AN_UPDATE.items() if with_peers else ():
             try:
                 calls = [build(fragments[0]) for fragments in self._places(FP32)]
             except ImportError as error:
                 self.remarks.append(f"{title}: not installed: {error}")
             else:
-                self._rows[title] = Row(calls, 7 * 4, fused=FUSED_FP32)
+                self._rows[title] = Row(calls, 7 * 4, fused=FUSED + FP32.fused)
 
     def _places(self, precision: Precision, *, amsgrad: bool = False, pieces: int = 1) -> list[list[Operands]]:
         """Equal pieces in each place, on multiples of ALIGNMENT if they are that large."""
@@ -252,22 +243,18 @@ class Case:
     def table(self) -> Iterator[dict[str, str]]:
         """Texts by the titles of their columns, for every row that could be run."""
         rates = {name: self._rows[name].size * self.numel / one / 1e9 for name, one in self.seconds.items()}
-
-        def ratio(name: str, to: str | None) -> str:
-            return spread(self.seconds[name] / self.seconds[to]) if to in self.seconds else ""
-
         for name, rate in rates.items():
-            row, over_fused = self._rows[name], ratio(name, self._rows[name].fused)
+            row, seconds = self._rows[name], self.seconds[name]
             yield {
                 "update": name,
                 "elements": millions(self.numel),
                 "kernel": row.kernel,
                 "B/element": f"{row.size:.3g}",
-                "ms": f"{1e3 * median(self.seconds[name]):.3g}",
+                "ms": f"{1e3 * median(seconds):.3g}",
                 "GB/s": f"{median(rate):.3g}",
                 "% of copy": f"{100 * median(rate / rates[COPY]):.0f}",
-                "time / torch fused": over_fused + " (fp32)" * (row.in_other_dtypes and bool(over_fused)),
-                "time / one flat tensor": ratio(name, row.flat),
+                "time over": row.fused or "",
+                "": spread(seconds / self.seconds[row.fused]) if row.fused in self.seconds else "",
             }
 
 

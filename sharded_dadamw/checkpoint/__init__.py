@@ -7,6 +7,7 @@
     run        what there is to save of a run
     matching   whether what was saved fits a run
     save, load the calls, which sequence the rest on all ranks
+    difference at which step and in which tensor two runs part
 
 This room knows optimizers by their class and their state dicts, and of other people's files torch's alone: the rest are
 `interchange`'s.

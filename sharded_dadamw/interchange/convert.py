@@ -39,6 +39,11 @@ class Source(Enum):
     DEEPSPEED = "deepspeed"
     OURS = "sharded-dadamw"
 
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether its weight decay is free of lr."""
+        return self in (Source.COMPOSER, Source.OURS)
+
 
 def read_state(
     path: str | os.PathLike[str],
@@ -69,8 +74,7 @@ def read_state(
         ValueError: If it is not that optimizer's checkpoint, is not whole, or holds more than data; or `names` or
             `weights` are needed, or do not fit.
     """
-    is_decoupled = source in (Source.COMPOSER, Source.OURS)
-    if peak_lr is not None and is_decoupled:
+    if peak_lr is not None and source.is_decoupled:
         raise ValueError(
             "expected no peak of the schedule, since this state's weight_decay does not scale with lr, got one"
         )
@@ -101,7 +105,7 @@ def read_state(
     if names is None and own_names(state_dict) is None and beside.is_file() and not _is_safetensors(beside):
         alike = [(at, model) for at, model in models if names_by_shape(state_dict, model) is not None]
         names = names_by_shape(state_dict, _the_one(beside, alike)) if alike else None
-    state = from_composer(state_dict, names) if is_decoupled else from_torch(state_dict, names, peak_lr=peak_lr)
+    state = from_composer(state_dict, names) if source.is_decoupled else from_torch(state_dict, names, peak_lr=peak_lr)
     fitting = [(at, model) for at, model in models if not _misfit(state, model)]
     if models and not fitting:
         _, largest = max(models, key=lambda item: sum(tensor.numel() for tensor in item[1].values()))
@@ -178,13 +182,12 @@ def _contents(path: str | os.PathLike[str]) -> object:
 
 def _check_optimizer(path: str | os.PathLike[str], source: Source, name: str) -> None:
     """Refuse a checkpoint whose manifest names an optimizer with another meaning of weight decay than the source's."""
-    if IS_DECOUPLED.get(name):
-        fits, hint = source in (Source.COMPOSER, Source.OURS), f"it is from {Source.OURS.value}"
-    elif name in ("AdamW", "torch.optim.adam.Adam"):  # which may decouple it too, and says so in its groups
-        fits, hint = source not in (Source.COMPOSER, Source.OURS), f"it is from {Source.TORCH.value}"
-    else:
-        fits, hint = name == "", "nothing is known of how that compares"
-    if not fits:
+    # torch's Adam may decouple it, too, and says so in its groups.
+    is_decoupled = False if name == "torch.optim.adam.Adam" else IS_DECOUPLED.get(name)
+    if name and is_decoupled is not source.is_decoupled:
+        hint = "nothing is known of how that compares"
+        if is_decoupled is not None:
+            hint = f"it is from {(Source.OURS if is_decoupled else Source.TORCH).value}"
         raise ValueError(
             f"{path}: expected a checkpoint of {source.value}, got one of {name}, whose weight decay means something "
             f"else; {hint}"

@@ -134,7 +134,7 @@ def checkpoint_bytes(model: Model) -> int:
     total = _frozen(model)
     for bucket, count in model.counted():
         counters = len(bucket.members) * torch.float32.itemsize
-        per_element = bucket.storage.param.itemsize + _per_element(model, bucket)
+        per_element = bucket.storage.param.itemsize + model.state_bytes(bucket)
         total += count * (bucket.layout.used * per_element + counters)
     return total
 
@@ -168,16 +168,11 @@ def _frozen(model: Model) -> int:
     return sum(m.placement.local_numel * m.param.itemsize for m in model.members if not m.param.requires_grad)
 
 
-def _per_element(model: Model, bucket: Arrangement) -> int:
-    """Bytes of state of one element."""
-    return sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=model.amsgrad).values())
-
-
 def _resident(model: Model, bucket: Arrangement) -> Phase:
     """What the optimizer allocates for a bucket."""
     shard, whole, dtype = bucket.layout.shard_numel, bucket.layout.numel, bucket.members[0].gradient_dtype
     main = 0 if bucket.storage.main is None else shard * bucket.storage.main.itemsize
-    state = Bytes(main=main, moments=shard * _per_element(model, bucket) - main)
+    state = Bytes(main=main, moments=shard * model.state_bytes(bucket) - main)
     held = Bytes(parameters=whole * bucket.storage.param.itemsize)
     if not bucket.reduces:  # p.grad is somebody else's, and a copy of this rank's part ours
         held += Bytes(gradients=bucket.layout.used * dtype.itemsize, staging=shard * dtype.itemsize)

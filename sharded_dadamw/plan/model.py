@@ -144,6 +144,10 @@ class Model:
         of_kind = list(map(told, self.kinds))
         return [of_kind[kind] for kind in self.kind_of]
 
+    def state_bytes(self, bucket: Arrangement) -> int:
+        """Of one element of a bucket."""
+        return sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=self.amsgrad).values())
+
     def means_of(self, bucket: Arrangement) -> tuple[Mean, Mean]:
         """How gradients of a bucket are averaged over a row of shards, and then over a column of replicas."""
         shard, dtype, wire = bucket.layout.shard_numel, bucket.members[0].gradient_dtype, self.config.wire_dtype

@@ -230,10 +230,10 @@ class _Schedule(Follower):
 
     def _update_of(self, bucket: Arrangement) -> float:
         """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
-        state = sum(dtype.itemsize for dtype in bucket.storage.state(amsgrad=self._model.amsgrad).values())
         reads_param = bucket.storage.main is None or bucket.storage.main.itemsize < 4
         param = bucket.storage.param.itemsize * (2 if reads_param else 1)
-        num_bytes = bucket.layout.shard_numel * (bucket.members[0].gradient_dtype.itemsize + param + 2 * state)
+        gradient, state = bucket.members[0].gradient_dtype.itemsize, self._model.state_bytes(bucket)
+        num_bytes = bucket.layout.shard_numel * (gradient + param + 2 * state)
         on_host = self._model.config.state_residency is StateResidency.HOST
         return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
 
