@@ -309,17 +309,11 @@ def _scratch_of(mean: Mean, *, is_direct: bool, in_tree: bool) -> tuple[int, int
 
 
 def _in_tree(mean: Mean) -> int:
-    """What ``comm.tree.mean_in_tree`` allocates at most: sums, and then the quotient in fp32 or wider."""
+    """What ``comm.tree.mean_in_tree`` allocates at most: a sum for each level that waits, and then the quotient.
+
+    That is in fp32 or wider, and there is one sum by then, unless a single rank has it all.
+    """
     wide = torch.promote_types(mean.dtype, torch.float32)
     divided = wide.itemsize * (1 if wide == mean.dtype else 2)
-    sums, held = _sums_of(mean.ranks)
-    return mean.numel * max(sums * mean.dtype.itemsize, held * mean.dtype.itemsize + divided)
-
-
-def _sums_of(parts: int) -> tuple[int, int]:
-    """Buffers for the sum of so many: at most, and in the end."""
-    if parts == 1:
-        return 0, 0
-    half = 1 << (parts - 1).bit_length() - 1
-    (most, left), (of_right, right) = _sums_of(half), _sums_of(parts - half)
-    return max(most, left + of_right, left + right, 1), 1
+    sums = mean.ranks.bit_length() - 1
+    return mean.numel * max(sums * mean.dtype.itemsize, min(sums, 1) * mean.dtype.itemsize + divided)

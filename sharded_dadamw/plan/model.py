@@ -116,18 +116,17 @@ class Model:
         Raises:
             ValueError: A setting is not for a parameter's dtype, or micro-batches cannot be shared out.
         """
-        kinds: dict[object, Arrangement] = {}
-        keys, gradients = [], {}
+        kinds: dict[object, tuple[int, Arrangement]] = {}
+        kind_of, gradients = [], {}
         trainable = [member for member in self.members if member.param.requires_grad]
         for number, bucket in enumerate(Bucketing(Collectives(0, self.shards), config).arrange(trainable)):
-            keys.append((bucket.layout, bucket.storage, bucket.members[0].gradient_dtype, bucket.reduces))
-            kinds.setdefault(keys[-1], bucket)
+            key = bucket.layout, bucket.storage, bucket.members[0].gradient_dtype, bucket.reduces
+            kind_of.append(kinds.setdefault(key, (len(kinds), bucket))[0])
             for member, numel in zip(bucket.members, bucket.layout.numels, strict=True):
                 gradients[member.index] = Gradient(member.name, numel, number)
-        places = {key: place for place, key in enumerate(kinds)}
-        kind_of = tuple(places[key] for key in keys)
         last_first = tuple(gradients[index] for index in sorted(gradients, reverse=True))
-        return replace(self, config=config, kinds=tuple(kinds.values()), kind_of=kind_of, gradients=last_first)
+        each_once = tuple(bucket for _, bucket in kinds.values())
+        return replace(self, config=config, kinds=each_once, kind_of=tuple(kind_of), gradients=last_first)
 
     def over(self, shards: int, replicas: int = 1) -> Model:
         """The same buckets, cut for other ranks; raises as ``under``."""
@@ -223,7 +222,7 @@ class Model:
             means.wait(number)
 
     def step(self, follower: Follower, *, attached: bool) -> None:
-        """Tell of ``step``; where the model is attached, what forward reads first is updated last."""
+        """Tell of ``step``; where the model is attached, what forward reads first is updated first."""
         in_step = self.config.reduce_gradients and not self._reduces_in_backward
         reduced = self._reduced(follower) if in_step else self._order
         for number in list(reduced)[::-1] if attached else reduced:
