@@ -28,8 +28,6 @@ import torch.multiprocessing as mp
 import typer
 from torch import Tensor
 
-from launch.cluster import local_rank
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SECONDS_OF_SILENCE = 10
@@ -138,7 +136,7 @@ class OnRanks(Benchmark):
 
     def run(self) -> None:
         if "RANK" in os.environ:
-            self.run_rank(local_rank(), "env://")
+            self.run_rank(int(os.environ["LOCAL_RANK"]), "env://")
         else:
             start_ranks(self.run_rank, self.ranks)
 
@@ -201,7 +199,7 @@ class OnDevice(Benchmark):
         num_here = int(os.environ.get("LOCAL_WORLD_SIZE", getattr(self, "ranks", 1)))
         has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_here
         on_gpu = has_gpus if self.device is None else self.device is Device.CUDA
-        return torch.device("cuda", local_rank()) if on_gpu else CPU
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else CPU
 
 
 def command_of(benchmark: type[Benchmark]) -> Callable[..., None]:
