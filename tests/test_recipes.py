@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scripts.bench.hosts import hosts
+from scripts.bench.namespaces import hosts
 from tests import forked
 from tests.test_faults import curve
 from tests.test_launch import CHECKOUT, TEXT, environment

@@ -16,7 +16,7 @@ import typer
 
 from launch.cluster import local_rank
 from scripts.bench.harness import CHECKOUT, Report, median, ms, seconds_of
-from scripts.bench.hosts import DEVICE, Host, hosts
+from scripts.bench.namespaces import DEVICE, Host, hosts
 from scripts.bench.overlap import OverLinks
 from scripts.bench.peers import KINDS, build
 
