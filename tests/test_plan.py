@@ -36,7 +36,7 @@ from sharded_dadamw.config import StateResidency
 from sharded_dadamw.plan import plan
 from sharded_dadamw.plan.memory import Bytes, at_rest, checkpoint_bytes, fully_sharded, phases, sent
 from sharded_dadamw.plan.model import Model
-from sharded_dadamw.plan.models import parameters_of
+from sharded_dadamw.plan.parameters import parameters_of
 from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Protocol, axes_of, play, transfer
 from tests.models import BF16, F32
 from tests.simulated import on_ranks

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scripts.bench.harness import Benchmark, Report, ms
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout, plan_buckets
-from sharded_dadamw.plan.models import parameters_of
+from sharded_dadamw.plan.parameters import parameters_of
 from sharded_dadamw.state.fragment_tensor import FragmentTensor
 from sharded_dadamw.state.piece import Piece
 

@@ -18,7 +18,7 @@ from sharded_dadamw.comm.tree import fitting
 from sharded_dadamw.config import GradientResidency, MainParameter, Moments, ShardingConfig, StateResidency
 from sharded_dadamw.plan.memory import Bytes, Phase, Sent, at_rest, checkpoint_bytes, fully_sharded, phases, sent
 from sharded_dadamw.plan.model import Model
-from sharded_dadamw.plan.models import parameters_of
+from sharded_dadamw.plan.parameters import parameters_of
 from sharded_dadamw.plan.time import GPUS, Axis, Gpu, Time, axes_of, on_links, play
 
 _MOST_RANKS = 2**16
