@@ -28,7 +28,7 @@ class Fingerprint(OnDevice, OnRanks):
     def measure(self) -> Report:
         device = self.torch_device
         rows = []
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             values = torch.randn(self.mib * 2**20 // dtype.itemsize, device=device).to(dtype)
             span = Span(values, None, Rows(0, values.numel(), values.numel(), 0, values.numel(), 0))
             contenders: dict[str, Callable[[], Tensor]] = {
@@ -37,9 +37,10 @@ class Fingerprint(OnDevice, OnRanks):
                 "fingerprint by torch's operations": partial(fingerprint.sum_by_torch, span),
             }
             turns = [lambda index, work=work: seconds_of(work, device) for work in contenders.values()]
-            seconds = self.interleave(turns)[:, :, 0].T
-            for name, one in zip(contenders, seconds, strict=True):
+            seconds, cpu = self.interleave(turns).permute(2, 1, 0)
+            own = seconds if device.type == "cuda" else cpu
+            for name, one, its_own in zip(contenders, seconds, own, strict=True):
                 row = {"dtype": f"{dtype}"[6:], "": name, "ms": ms(one)}
                 row["GB/s"] = f"{values.nbytes / 1e9 / median(one):.1f}"
-                rows.append(row | {"/ a plain read": spread(one / seconds[0])})
-        return Report(rows, [f"{self.mib} MiB; {self.set_up}"])
+                rows.append(row | {"/ a plain read": spread(its_own / own[0])})
+        return Report(rows, [f"{self.mib} MiB; {self.set_up}", "Ratios are of a CPU's own seconds, or a GPU's time."])
