@@ -144,7 +144,11 @@ class DecoupledOptimizer(Optimizer):
     def _warn_above_peak(self, hypers: Sequence[Hyperparameters]) -> None:
         """Warn once of a step whose lr is above the peak of its schedule."""
         for index, hyper in enumerate(hypers if self._may_warn else ()):
-            if hyper.weight_decay and not isinstance(hyper.lr, Tensor) and hyper.lr > hyper.initial_lr * (1 + _ROUNDING):
+            if (
+                hyper.weight_decay
+                and not isinstance(hyper.lr, Tensor)
+                and hyper.lr > hyper.initial_lr * (1 + _ROUNDING)
+            ):
                 log.warning(
                     "param_groups[%d]: lr=%g is above initial_lr=%g, which should be the peak of the schedule: the "
                     "weights decay %g times as fast as weight_decay says. Set the group's initial_lr.",
