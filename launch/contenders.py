@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from launch.cluster import ranks_per_host
 from launch.options import Choice, Settings, fail
-from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
+from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig, weight_decay_groups
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,8 @@ def contender_for(settings: Settings, model: nn.Module, device: torch.device) ->
 
 def groups_of(model: nn.Module, weight_decay: float, *, named: bool = False) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay, vectors do not."""
-    members = list(model.named_parameters())
-    matrices, vectors = (
-        [(name, param) if named else param for name, param in members if (param.ndim >= 2) is is_matrix]
-        for is_matrix in (True, False)
-    )
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = weight_decay_groups(model, weight_decay)
+    return groups if named else [{**group, "params": [param for _, param in group["params"]]} for group in groups]
 
 
 def under_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
