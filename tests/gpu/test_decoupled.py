@@ -11,19 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.profiler import ProfilerActivity, profile
 
 from sharded_dadamw import DecoupledAdamW
 from tests.forms import BF16, F32
 from tests.gpu.probes import DEVICE, no_host_sync
+from tests.harness import SCHEDULES
 
 NUM_STEPS = 8
-
-SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
-    "LambdaLR": lambda o: LambdaLR(o, lambda step: 1.0 / (1 + step)),
-    "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, T_max=64),
-}
 
 
 def everything(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -185,7 +181,7 @@ def fill_free_memory() -> list[Tensor]:
     ("schedule", "dtype", "amsgrad"),
     [
         pytest.param(SCHEDULES["LambdaLR"], F32, False, id="LambdaLR, fp32"),
-        pytest.param(SCHEDULES["CosineAnnealingLR"], F32, True, id="CosineAnnealingLR, fp32, amsgrad"),
+        pytest.param(lambda o: CosineAnnealingLR(o, T_max=64), F32, True, id="CosineAnnealingLR, fp32, amsgrad"),
         pytest.param(SCHEDULES["LambdaLR"], BF16, False, id="LambdaLR, bf16"),
         pytest.param(
             lambda o: OneCycleLR(o, max_lr=[2e-2, 1e-2], total_steps=50, cycle_momentum=False),
