@@ -80,17 +80,15 @@ class First(nn.Module):
 
 
 class Checkpointed(nn.Sequential):
-    use_reentrant = False
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__(*linears())
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.requires_grad_()
         for layer in self:
             x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
         return x
-
-
-class CheckpointedReentrant(Checkpointed):
-    use_reentrant = True
 
 
 def parametrized() -> nn.Module:
@@ -111,20 +109,12 @@ def encoder(**settings: Any) -> nn.Module:
     return nn.TransformerEncoder(layer, 2)
 
 
-class ReadsElsewhere(nn.Module):
+def reads_elsewhere() -> nn.Module:
     """A hook reads the weights of a module that is never called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.never_called = nn.Linear(WIDTH, WIDTH)
-        self.first.register_forward_hook(self._add)
-
-    def _add(self, _module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-        return out + F.linear(out, self.never_called.weight) + self.never_called.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    other = model[0].never_called = nn.Linear(WIDTH, WIDTH)
+    model[0].register_forward_hook(lambda _module, _args, out: out + F.linear(out, other.weight) + other.bias)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -134,9 +124,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: First(nn.MultiheadAttention(WIDTH, 2), 3),
     "encoder": encoder,
     "parametrized": parametrized,
-    "checkpointed": lambda: Checkpointed(*linears()),
-    "checkpointed, reentrant": lambda: CheckpointedReentrant(*linears()),
-    "reads elsewhere": ReadsElsewhere,
+    "checkpointed": lambda: Checkpointed(use_reentrant=False),
+    "checkpointed, reentrant": lambda: Checkpointed(use_reentrant=True),
+    "reads elsewhere": reads_elsewhere,
     "mlp in bf16": lambda: Mlp().bfloat16(),
     "frozen": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, WIDTH)),
 }
