@@ -260,29 +260,18 @@ SHARDS_OF_A_MESH = (77, 80, 77)
 """Elements of them, which replicas can share out evenly or not."""
 
 
-def reduce_over_both_axes(_: Any, shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool) -> Any:
+def mean_over_both_axes(first: int, shape: tuple[int, ...], k: int, shard: int, dtypes: Any) -> Tensor:
+    """A shard of the k-th mean, whose ranks begin at `first`."""
     dtype, out_dtype, wire = dtypes
-    ours = connect(mesh_of(shape), CPU, exchange=choice)
-    outs, buffers = [], []
-    for k, shard_numel in enumerate(SHARDS_OF_A_MESH):
-        numel = shard_numel * ours.num_ranks
-        buffer = ours.new_buffer(numel, dtype, CPU).copy_(local_gradient(dist.get_rank() + 10 * k, numel, dtype))
-        in_place = out_dtype == dtype and not add
-        outs.append(
-            buffer[ours.rank * shard_numel :][:shard_numel]
-            if in_place
-            else torch.full((shard_numel,), 0.1, dtype=out_dtype)
-        )
-        buffers.append(buffer)
-    handles = [
-        ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire)
-        for buffer, out in zip(buffers, outs, strict=True)
-    ]
-    for handle in handles[:: -1 if dist.get_rank() % 2 else 1]:
-        handle.wait()
-        handle.wait()
-    ours.all_gather_(buffers[0]).wait()
-    return ours.rank, [out.clone() for out in outs], buffers[0].clone(), len(ours.gather_texts("")), ours.bytes_sent
+    num_replicas, num_shards = shape[-2:]
+    sent, numel = wire or dtype, SHARDS_OF_A_MESH[k]
+    mean = torch.zeros(numel)
+    for replica in range(num_replicas):
+        ranks = range(first + replica * num_shards, first + (replica + 1) * num_shards)
+        parts = [local_gradient(r + 10 * k, numel * num_shards, dtype).to(sent).float() for r in ranks]
+        of_shards = sum(parts[1:], start=parts[0]) / num_shards
+        mean = mean + of_shards.to(sent if num_replicas > 1 and wire else F32)[numel * shard :][:numel]
+    return (mean / num_replicas).to(out_dtype)
 
 
 @pytest.mark.parametrize("choice", [Exchange.FASTEST, Exchange.RANK_ORDER])
@@ -299,32 +288,41 @@ def reduce_over_both_axes(_: Any, shape: tuple[int, ...], choice: Exchange, dtyp
     ],
     ids=str,
 )
+@ranks(4, on_ranks)
 def test_a_mesh_averages_over_shards_and_then_over_replicas(
-    shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool
+    _: Any, shape: tuple[int, ...], choice: Exchange, dtypes: Any, add: bool
 ) -> None:
     dtype, out_dtype, wire = dtypes
     sent, num_replicas, num_shards = wire or dtype, *shape[-2:]
-    results = on_ranks(4, reduce_over_both_axes, shape, choice, dtypes, add)
-    for rank, (shard, outs, gathered, num_texts, num_bytes) in enumerate(results):
-        assert shard == rank % num_shards
-        assert num_texts == num_replicas * num_shards
-        first = rank - rank % num_texts
-        for k, (out, numel) in enumerate(zip(outs, SHARDS_OF_A_MESH, strict=True)):
-            mean = torch.zeros(numel)
-            for replica in range(num_replicas):
-                ranks = range(first + replica * num_shards, first + (replica + 1) * num_shards)
-                parts = [local_gradient(r + 10 * k, numel * num_shards, dtype).to(sent).float() for r in ranks]
-                of_shards = sum(parts[1:], start=parts[0]) / num_shards
-                mean = mean + of_shards.to(sent if num_replicas > 1 and wire else F32)[numel * shard :][:numel]
-            expected = (mean / num_replicas).to(out_dtype)
-            assert torch.equal(out, torch.full_like(expected, 0.1) + expected if add else expected)
-        if not add and dtype == out_dtype:
-            row = results[rank - shard : rank - shard + num_shards]
-            assert torch.equal(gathered, torch.cat([other[1][0] for other in row]))
-        within = (num_shards - 1) * (sum(SHARDS_OF_A_MESH) * sent.itemsize + SHARDS_OF_A_MESH[0] * dtype.itemsize)
-        pieces = sum(-(-numel // num_replicas) for numel in SHARDS_OF_A_MESH)
-        between = (num_replicas - 1) * pieces * ((wire or F32).itemsize + out_dtype.itemsize)
-        assert num_bytes == within + between
+    ours = connect(mesh_of(shape), CPU, exchange=choice)
+    rank, num_texts, is_in_place = dist.get_rank(), len(ours.gather_texts("")), not add and dtype == out_dtype
+    assert ours.rank == rank % num_shards and num_texts == num_replicas * num_shards
+    outs, buffers = [], []
+    for k, numel in enumerate(SHARDS_OF_A_MESH):
+        buffer = ours.new_buffer(numel * num_shards, dtype, CPU)
+        buffer.copy_(local_gradient(rank + 10 * k, numel * num_shards, dtype))
+        own = buffer[ours.rank * numel :][:numel]
+        outs.append(own if is_in_place else torch.full((numel,), 0.1, dtype=out_dtype))
+        buffers.append(buffer)
+    handles = [
+        ours.reduce_scatter_mean(buffer, out, add=add, wire_dtype=wire)
+        for buffer, out in zip(buffers, outs, strict=True)
+    ]
+    for handle in handles[:: -1 if rank % 2 else 1]:
+        handle.wait()
+        handle.wait()
+    first = rank - rank % num_texts
+    for k, out in enumerate(outs):
+        expected = mean_over_both_axes(first, shape, k, ours.rank, dtypes)
+        assert torch.equal(out, torch.full_like(expected, 0.1) + expected if add else expected)
+    ours.all_gather_(buffers[0]).wait()
+    if is_in_place:
+        row = [mean_over_both_axes(first, shape, 0, shard, dtypes) for shard in range(num_shards)]
+        assert torch.equal(buffers[0], torch.cat(row))
+    within = (num_shards - 1) * (sum(SHARDS_OF_A_MESH) * sent.itemsize + SHARDS_OF_A_MESH[0] * dtype.itemsize)
+    pieces = sum(-(-numel // num_replicas) for numel in SHARDS_OF_A_MESH)
+    between = (num_replicas - 1) * pieces * ((wire or F32).itemsize + out_dtype.itemsize)
+    assert ours.bytes_sent == within + between
 
 
 @ranks(4, on_ranks)

@@ -325,41 +325,34 @@ DIFFERENT_BUILDS: dict[str, tuple[Build, tuple[str, ...]] | tuple[Build, tuple[s
 }
 
 
-def build_differently(group: Any, case: str, wrong_rank: int) -> Seen:
-    wrong, _, *right = DIFFERENT_BUILDS[case]
-    params, arguments = (wrong if group.rank() == wrong_rank else (right or [plainly()])[0])()
-    flat = [p for g in params for _, p in g["params"]] if isinstance(params[0], dict) else [p for _, p in params]
-    return attempt(lambda: ShardedDecoupledAdamW(params, process_group=group, **arguments), flat)
-
-
 @pytest.mark.parametrize(
     ("case", "num_ranks", "wrong_rank"),
     [(case, *ranks) for case, ranks in zip(DIFFERENT_BUILDS, itertools.cycle([(2, 1), (3, 2), (2, 0)]))],
 )
-def test_ranks_that_build_different_things_all_say_what_differs(case: str, num_ranks: int, wrong_rank: int) -> None:
-    seen = on_ranks(num_ranks, build_differently, case, wrong_rank)
-    other = wrong_rank if wrong_rank else 1
-    assert_refused(seen, VALUE, *DIFFERENT_BUILDS[case][1], "rank 0", f"rank {other}")
-    assert len({one.message for one in seen}) == 1, "ranks tell different stories"
-
-
-def add_group_differently(group: Any, kind: str) -> list[Any]:
-    pair = Pair(group)
-    extra = nn.Parameter(torch.ones(4 if kind == "another shape" and group.rank() == 1 else 5))
-    lr = -1.0 if kind == "a bad lr on one rank" and group.rank() == 1 else 1e-3
-    seen = attempt(lambda: pair.optimizer.add_param_group({"params": [("extra", extra)], "lr": lr}), [extra])
-    num_groups = len(pair.optimizer.param_groups)
-    pair.train(0)
-    return [seen, num_groups]
+@ranks()
+def test_ranks_that_build_different_things_all_say_what_differs(group: Any, case: str, wrong_rank: int) -> str:
+    wrong, said, *right = DIFFERENT_BUILDS[case]
+    params, arguments = (wrong if group.rank() == wrong_rank else (right or [plainly()])[0])()
+    flat = [p for g in params for _, p in g["params"]] if isinstance(params[0], dict) else [p for _, p in params]
+    seen = attempt(lambda: ShardedDecoupledAdamW(params, process_group=group, **arguments), flat)
+    assert_refused([seen], VALUE, *said, "rank 0", f"rank {wrong_rank or 1}")
+    return seen.message
 
 
 @pytest.mark.parametrize(
     ("kind", "said"), [("another shape", ("extra", "4", "5")), ("a bad lr on one rank", (r"-1\.0",))]
 )
-def test_a_group_added_differently_is_refused_everywhere_and_training_goes_on(kind: str, said: tuple[str, ...]) -> None:
-    results = on_ranks(2, add_group_differently, kind)
-    assert_refused([seen for seen, _ in results], VALUE, *said)
-    assert [num_groups for _, num_groups in results] == [1, 1]
+@ranks(2)
+def test_a_group_added_differently_is_refused_everywhere_and_training_goes_on(
+    group: Any, kind: str, said: tuple[str, ...]
+) -> None:
+    pair = Pair(group)
+    extra = nn.Parameter(torch.ones(4 if kind == "another shape" and group.rank() == 1 else 5))
+    lr = -1.0 if kind == "a bad lr on one rank" and group.rank() == 1 else 1e-3
+    seen = attempt(lambda: pair.optimizer.add_param_group({"params": [("extra", extra)], "lr": lr}), [extra])
+    assert_refused([seen], VALUE, *said)
+    assert len(pair.optimizer.param_groups) == 1
+    pair.train(0)
 
 
 # --- disagreement at a step ---
@@ -492,21 +485,18 @@ OUT_OF_STEP: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] =
 }
 
 
-def out_of_step(group: Any, case: str) -> Seen:
+@pytest.mark.parametrize("case", OUT_OF_STEP)
+@ranks(2)
+def test_a_rank_that_is_out_of_step_is_an_error_on_all(group: Any, case: str) -> None:
     """Rank 1 does something else than rank 0 at the same time. More such calls are in tests/test_overlap.py."""
     params = plain_params()
     optimizer = ShardedDecoupledAdamW(params.items(), lr=1e-2, process_group=group)
     give_gradients(params, 0, group.rank())
-    _, odd, others = OUT_OF_STEP[case]
-    return attempt(lambda: (odd if group.rank() == 1 else others)(optimizer), list(params.values()))
-
-
-@pytest.mark.parametrize("case", OUT_OF_STEP)
-def test_a_rank_that_is_out_of_step_is_an_error_on_all(case: str) -> None:
-    seen = on_ranks(2, out_of_step, case)
-    assert_refused(seen, ("RuntimeError", "ValueError", "KeyError"), OUT_OF_STEP[case][0])
+    said, odd, others = OUT_OF_STEP[case]
+    seen = attempt(lambda: (odd if group.rank() == 1 else others)(optimizer), list(params.values()))
+    assert_refused([seen], ("RuntimeError", "ValueError", "KeyError"), said)
     if case == "an error of any kind":
-        assert seen[1].error == "KeyError" and "rank 1 has refused (KeyError: 'eps')" in seen[0].message
+        assert (seen.error == "KeyError") if group.rank() else "rank 1 has refused (KeyError: 'eps')" in seen.message
 
 
 @pytest.mark.parametrize(

@@ -284,31 +284,16 @@ def test_a_partial_load_leaves_the_rest_alone(group: Any, tmp_path: Path) -> Non
 # --- on DTensors ---
 
 
-class TwoLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(6, 11), nn.Linear(11, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(torch.tanh(self.first(x)))
-        return y
-
-
-def full(tensor: Any) -> Tensor:
-    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return gathered.clone()
-
-
 def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor]:
     """By name the main parameters, whole, of a model whose parameters are DTensors."""
-    model: nn.Module = TwoLayers().bfloat16()
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 3)).bfloat16()
     sharing = {}
     if layout == "HSDP":
         model = fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     else:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(output_layouts=Replicate())})
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(output_layouts=Replicate())})
         sharing = {"process_group": mesh["dp"]}
     config = ShardingConfig(main_parameter=main)
     optimizer = ShardedDecoupledAdamW(model.named_parameters(), **LAW, config=config, **sharing)
@@ -321,7 +306,8 @@ def full_mains(group: Any, layout: str, main: MainParameter) -> dict[str, Tensor
     if main is MainParameter.FP32:
         return {name: entries["main_param"] for name, entries in state.items()}
     assert all(entries["main_remainder"].dtype is torch.int16 for entries in state.values())
-    return {name: join(full(p), state[name]["main_remainder"]) for name, p in model.named_parameters()}
+    params = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {name: join(p.detach(), state[name]["main_remainder"]) for name, p in params.items()}
 
 
 @pytest.mark.parametrize("layout", ["HSDP", "tensor parallel"])
