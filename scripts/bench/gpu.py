@@ -23,6 +23,7 @@ PARTS = {
     "tests": "pytest tests/gpu -q -p no:cacheprovider",
     "kernel": "kernel --numel 64 --rounds 6 --no-peers",
     "parameters": "parameters --counts 1000,5000 --layers 700 --rounds 20",
+    "fingerprint": "fingerprint --mib 1024",
     "step-fp32": f"{STEP} {RIVALS}",
     "step-bf16": f"{STEP} {RIVALS} {BF16}",
     "step-bf16-clip": f"{STEP} {RIVALS} {BF16} --clip 1",
@@ -33,6 +34,7 @@ PARTS = {
 SMALLEST = {
     "kernel": "--numel 0.1 --threads 1 --rounds 2",
     "parameters": "--counts 10,20 --layers 3 --rounds 2",
+    "fingerprint": "--mib 1 --rounds 2",
     "step": "--preset tiny --context 16 --batch 1 --rounds 2 --warmup 1 --steps 1",
 }
 """By command: with what the device CPU is tried out; of options given twice the last counts."""
