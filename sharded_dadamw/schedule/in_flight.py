@@ -125,8 +125,11 @@ def finish(gathers: Sequence[AllGather]) -> None:
 
 
 def _wait_at_exit() -> None:
-    if wait_for_all() and torch.cuda.is_initialized():  # where waiting holds up the stream only
-        torch.cuda.synchronize()
+    devices = {param.device for gather in _in_flight.values() for param in gather._params}
+    wait_for_all()
+    for device in devices:
+        if device.type == "cuda":  # where waiting holds up the stream only
+            torch.cuda.synchronize(device)
 
 
 atexit.register(_wait_at_exit)  # the other ranks wait for our shards
