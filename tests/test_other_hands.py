@@ -345,7 +345,8 @@ def test_what_is_left_of_an_earlier_optimizers_averages_is_an_error_until_it_is_
     del first
     gc.collect()
     second = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    with pytest.raises(RuntimeError, match=r"was averaged for an earlier optimizer, and is still there; call zero_grad"):
+    kept = "was averaged for an earlier optimizer, and is still there; call zero_grad"
+    with pytest.raises(RuntimeError, match=kept):
         second.step()
     assert_equal(before, values_of(model))
     second.zero_grad()

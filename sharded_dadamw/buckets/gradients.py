@@ -310,7 +310,7 @@ class HookedGradients(Gradients):
                     f"the gradient of {member.name} was averaged for an earlier optimizer, and is still there; call "
                     "zero_grad() between the last step of that one and the first backward for this one"
                 )
-            if view._use_count() > 1:  # another parameter has it in p.grad, as where two swap theirs
+            if view._use_count() > 1:  # type: ignore[attr-defined] # another parameter has it in p.grad, as where two swap theirs
                 view.data = view.clone()
                 view = self._target(slot)
             view.copy_(grad.detach())  # backward with create_graph must not draw the buffer into its graph

@@ -65,8 +65,9 @@ class Handshake:
         their averages are still equal.
         """
         self._collectives = collectives
-        shares = isinstance(collectives, BackendVerbs)
-        self._number = next(_numbers.setdefault(collectives.group, itertools.count())) if shares else 0
+        self._number = 0
+        if isinstance(collectives, BackendVerbs):
+            self._number = next(_numbers.setdefault(collectives.group, itertools.count()))
         self._after_refusal = after_refusal
         self._device = device
         self.sums_differ: bool | None = None

@@ -30,9 +30,9 @@ class Launches:
 
     def __init__(self, collectives: Collectives) -> None:
         """Number this optimizer. All ranks build the same ones in the same order."""
-        everyone = collectives.everyone
-        shares = isinstance(everyone, BackendVerbs)
-        self._of_all = _of_all.setdefault(everyone.group, _OfAll()) if shares else _OfAll()
+        everyone, self._of_all = collectives.everyone, _OfAll()
+        if isinstance(everyone, BackendVerbs):
+            self._of_all = _of_all.setdefault(everyone.group, self._of_all)
         self._number = next(self._of_all.numbers)
 
     def note(self, bucket: str) -> None:
