@@ -49,9 +49,11 @@ def main() -> None:
         fail(f"expected --ranks {world_size}, the ranks that were started, got {settings.ranks}; use scripts/train.sh")
     if settings.max_restarts and "TORCHELASTIC_MAX_RESTARTS" not in os.environ:
         fail(f"expected --max-restarts 0 without torchrun, got {settings.max_restarts}; use scripts/train.sh")
-    if settings.checkpoint and settings.can_resume:
-        stop_signals.listen(settings.stop_signals)
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        fail(f"WORLD_SIZE is {world_size}, and MASTER_ADDR is not set: start all ranks by torchrun")
     device = join(settings.process_group_timeout)
+    if settings.checkpoint and settings.can_resume:
+        stop_signals.listen(settings.stop_signals)  # who still waits for others has nothing to save, and ends at once
     try:
         train(settings, device)
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import launch.train
 from launch.cluster import join, name_of_start
 from launch.data import Corpus, share
 from launch.model import GPT
@@ -156,6 +159,23 @@ def test_a_wrong_option_is_one_clear_error(options: str, message: str, capsys: p
         read_settings(options.split())
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.out == "" and message in said.err
+
+
+def test_who_cannot_find_or_still_waits_for_the_others_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait_for_others(_: float | None) -> None:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        raise TimeoutError
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(launch.train, "join", wait_for_others)
+    with pytest.raises(TimeoutError):
+        launch.train.main()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        launch.train.main()
+    assert "WORLD_SIZE is 2, and MASTER_ADDR is not set: start all ranks by torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["a file", "run"])

@@ -408,6 +408,8 @@ def test_a_function_and_a_config_are_read(tmp_path: Path) -> None:
     }
     codes = parameters_of(f"{tmp_path}/build.py:quantised", F32)["codes"]
     assert codes.nbytes == 100, "what is no number of the model's stays what it is"
+    with pytest.raises(ValueError, match="b is the same parameter as a; pass it once"):
+        parameters_of({"a": codes, "b": codes})
     config = SMALL_LLAMA | {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}
     config |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936}
     config |= {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}

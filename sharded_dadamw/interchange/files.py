@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -40,7 +40,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's tells a wrong place
         raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            beside.unlink(missing_ok=True)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
