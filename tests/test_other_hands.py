@@ -621,12 +621,7 @@ def put_what_is_there(state: Any, param: Tensor) -> None:
     state[param] = {key: value.to(param.device) for key, value in state[param].items()}
 
 
-def give_state_memory(state: Any, param: Tensor) -> None:
-    for value in state[param].values():
-        value.data = torch.zeros_like(value)
-
-
-BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there, give_state_memory]
+BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -38,24 +38,19 @@ class ShownState:
 
     def __init__(self) -> None:
         self._slots: dict[Tensor, tuple[Bucket, int]] = {}  # where the state of a parameter is
-        self._pieces: dict[Tensor, dict[str, Piece]] = {}  # what there is of it
+        self._pieces: list[dict[str, Piece]] = []  # what there is of it
         self._entries: list[dict[str, Tensor]] = []
         self._tensors: list[Tensor] = []
-        self._places: list[int] = []  # where those lie
 
     def show(self, bucket: Bucket, state: MutableMapping[Tensor, Any]) -> None:
         """Put the live tensors of a bucket into ``state``."""
         for slot, member in enumerate(bucket.members):
+            pieces = pieces_of(bucket, slot)
             self._slots[member.param] = bucket, slot
-            self._lay_out(member.param)
-            self._entries.append(_live(self._pieces[member.param]))
+            self._pieces.append(pieces)
+            self._entries.append(_live(pieces))
+            self._tensors += self._entries[-1].values()
             state[member.param] = self._entries[-1]
-
-    def _lay_out(self, param: Tensor) -> None:
-        self._pieces[param] = pieces_of(*self._slots[param])
-        tensors = [piece.live for piece in self._pieces[param].values()]
-        self._tensors += tensors
-        self._places += map(Tensor.data_ptr, tensors)
 
     def take_back(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Copy what is in the place of live tensors into them, and clear those of parameters that have no entry.
@@ -63,16 +58,11 @@ class ShownState:
         ``state`` then shows live tensors again. Main parameters are not cleared, and yield to weights that they do not
         round to. Returns whether there was anything. A ValueError names what does not fit, and nothing has changed.
         """
-        is_moved = list(map(Tensor.data_ptr, self._tensors)) != self._places  # as by ``exp_avg.data = ...``
-        if not is_moved and self._are_as_shown(state):
+        if self._are_as_shown(state):
             return False
-        given = [state.get(param) or {} for param in self._pieces]
-        if is_moved:
-            self._tensors, self._places = [], []
-            for param in self._slots:
-                self._lay_out(param)
         pairs: _Pairs = []
-        for entry, pieces, (bucket, slot) in zip(given, self._pieces.values(), self._slots.values(), strict=True):
+        for (param, (bucket, slot)), pieces in zip(self._slots.items(), self._pieces, strict=True):
+            entry = state.get(param)
             if not entry:
                 pairs += [(piece.live, piece.live.new_zeros(())) for key, piece in pieces.items() if key not in MAINS]
             elif entry.keys() != pieces.keys():
@@ -89,7 +79,7 @@ class ShownState:
 
     def _are_as_shown(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Whether ``state`` is what was put there; no parameter is looked up, which takes 1 us each."""
-        shown = chain(self._pieces, self._entries)
+        shown = chain(self._slots, self._entries)
         if len(state) != len(self._entries) or not all(map(is_, chain(state, state.values()), shown)):
             return False
         values = [*chain.from_iterable(map(dict.values, self._entries))]
@@ -97,8 +87,8 @@ class ShownState:
 
     def restore(self, state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` show the live tensors, and nothing else of their parameters."""
-        self._entries = [_live(pieces) for pieces in self._pieces.values()]
-        for param, entry in zip(self._pieces, self._entries, strict=True):
+        self._entries = [_live(pieces) for pieces in self._pieces]
+        for param, entry in zip(self._slots, self._entries, strict=True):
             state.pop(param, None)  # so that they are in this order
             state[param] = entry
 
