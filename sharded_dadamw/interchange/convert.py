@@ -89,17 +89,10 @@ def read_state(
         got = f"those at {where}; save the right one in a file of its own" if found else "none"
         raise ValueError(f"{path}: expected one optimizer's state dict, got {got}")
     state_dict = _once(found[0][1], manifest)
-    if source is not Source.OURS and is_ours(state_dict):
-        raise ValueError(f"{path}: expected a checkpoint of {source.value}, got ours; it is from {Source.OURS.value}")
-    if (
-        source is Source.OURS
-        and not is_ours(state_dict)
-        and any(g.get("weight_decay") for g in state_dict["param_groups"])
-    ):
-        others = f"{Source.TORCH.value} or {Source.COMPOSER.value}"
-        raise ValueError(
-            f"{path}: expected a checkpoint of {source.value}, got one without its mark; it is from {others}"
-        )
+    is_marked, decays = is_ours(state_dict), any(group.get("weight_decay") for group in state_dict["param_groups"])
+    if is_marked is not (source is Source.OURS) and (is_marked or decays):
+        got = "ours; it is from sharded-dadamw" if is_marked else "one without its mark; it is from torch or composer"
+        raise ValueError(f"{path}: expected a checkpoint of {source.value}, got {got}")
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
     if names is None and own_names(state_dict) is None and beside.is_file() and not _is_safetensors(beside):
