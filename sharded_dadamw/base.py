@@ -55,6 +55,21 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
         return None if closure is None else closure()
 
 
+def _require_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a state dict that has parameters of these groups in other places, which are what counts."""
+    if not all(isinstance(key, int) for group in saved for key in group["params"]):
+        return  # by torch's functions, which went by names
+    theirs, ours = ([name for group in each for name in group.get("param_names", ())] for each in (saved, groups))
+    moved = set(theirs) & set(ours)
+    for their, our in zip(theirs, ours, strict=False):
+        if their != our and {their, our} <= moved and len(theirs) == len(ours):
+            raise ValueError(
+                f"param_groups: expected the state of {our} in the place of {their}, since state goes by the order "
+                "of parameters; give them to the optimizer in the order in which they were saved, or load by torch's "
+                "set_optimizer_state_dict"
+            )
+
+
 @cache
 def _meet_torch() -> None:
     """Have dynamo break its graph where it meets this package, and say once if this torch is newer than those tried."""
@@ -119,6 +134,7 @@ class DecoupledOptimizer(Optimizer):
 
     def _check_loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuse groups of a state dict, or warn of them."""
+        _require_order(groups, self.param_groups)
         for index, group in enumerate(groups):
             self._check_group(group)
             weight_decay = float(group.get("weight_decay", 0.0))

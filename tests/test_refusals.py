@@ -573,6 +573,10 @@ def optimizer(**arguments: Any) -> Any:
     return ShardedDecoupledAdamW([("a", nn.Parameter(torch.ones(3)))], **arguments)
 
 
+def named(kind: Any, names: str) -> Any:
+    return kind([(name, nn.Parameter(torch.ones(3))) for name in names])
+
+
 def adamw(group: dict[str, Any] | None = None, state: Any = None) -> dict[str, Any]:
     """A state dict of torch's AdamW for one parameter."""
     param = nn.Parameter(torch.ones(3))
@@ -612,6 +616,9 @@ MESSAGES: dict[str, Callable[[], Any]] = {
     "parameters per group: expected [1], got [2]": lambda: optimizer().load_state_dict(
         ShardedDecoupledAdamW([nn.Parameter(torch.ones(3)) for _ in range(2)]).state_dict()
     ),
+    "param_groups: expected the state of b in the place of a, since": lambda: named(
+        ShardedDecoupledAdamW, "ba"
+    ).load_state_dict(named(DecoupledAdamW, "ab").state_dict()),
     "state of a: expected the parameter's shape [2, 2], got [3]; state is loaded in the order of": lambda: (
         DecoupledAdamW([("a", nn.Parameter(torch.ones(2, 2)))]).load_state_dict(adamw({"weight_decay": 0.0}))
     ),

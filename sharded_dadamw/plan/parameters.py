@@ -58,10 +58,10 @@ def parameters_of(model: str | nn.Module | Mapping[str, Tensor], dtype: torch.dt
         model = _named(model, dtype)
     if isinstance(model, nn.Module):
         model = dict(model.named_parameters())
-    owners = {id(tensor): name for name, tensor in reversed(model.items())}
+    owners: dict[int, str] = {}
     for name, tensor in model.items():
-        if owners[id(tensor)] != name:
-            raise ValueError(f"{name} is the same parameter as {owners[id(tensor)]}; pass it once")
+        if (owner := owners.setdefault(id(tensor), name)) != name:
+            raise ValueError(f"{name} is the same parameter as {owner}; pass it once")
     if lazy := [name for name, tensor in model.items() if is_lazy(tensor)]:
         raise ValueError(f"model: expected parameters with shapes, got {lazy[0]} of a lazy module; name its sizes")
     held = {name: _without_memory(tensor, dtype) for name, tensor in model.items()}
