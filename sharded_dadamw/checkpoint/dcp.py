@@ -157,6 +157,8 @@ def write(
     except CheckpointException as error:
         rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
         message = f"{final} was not written; rank {rank}: {failure}; checkpoints from before are as they were"
+        if isinstance(failure, FileNotFoundError):
+            message += f"; another job may save into {final.parent}, and two must not"
         if not isinstance(failure, OSError):
             raise RuntimeError(message) from error
         raise (OSError(message) if failure.errno is None else OSError(failure.errno, message)) from error

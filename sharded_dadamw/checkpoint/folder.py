@@ -289,7 +289,7 @@ def publish(folder: Path, final: Path) -> None:
 
 def keep(newest: Path, count: int) -> None:
     """Remove checkpoints that are older than ``newest``, so that with it ``count`` are left. Later ones stay."""
-    before = older(newest)
+    before = [path for path in older(newest) if path.is_dir()]  # and no link to what is not there
     for path in before[: max(0, len(before) - (count - 1))]:
         with contextlib.suppress(OSError):  # the new checkpoint is complete whatever becomes of old ones
             _remove(_set_aside(path))
