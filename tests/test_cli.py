@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import resource
 from pathlib import Path
@@ -205,18 +206,27 @@ def test_names_and_weights_are_taken_from_files_of_their_own(tmp_path: Path) -> 
     torch.save(optimizer.state_dict(), path)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     safetensors.save_file(model.state_dict(), sorts)
+    index = tmp_path / "model.safetensors.index.json"
+    files = {name: f"{number % 2}.safetensors" for number, name in enumerate(model.state_dict())}
+    for file in ("0.safetensors", "1.safetensors"):
+        safetensors.save_file({n: model.state_dict()[n] for n in files if files[n] == file}, tmp_path / file)
+    index.write_text(json.dumps({"weight_map": files}))
     names.write_text("\n".join(f"module.{name}" for name, _ in model.named_parameters()))
-    for options in ((), ("--weights", sorts)):
+    for options in ((), ("--weights", sorts), ("--weights", index)):
         assert "names for the 11 parameters" in convert(path, tmp_path / "a", "torch", *options, code=1)
-    told = (("--weights", tmp_path / "model.pt"), ("--weights", sorts, "--names", names), ("--names", names))
-    for index, options in enumerate(told):
-        convert(path, tmp_path / str(index), "torch", *options)
-        state, weights = read_state(tmp_path / str(index), Source.OURS)
+    sorted_ones = (("--weights", path, "--names", names) for path in (sorts, index))
+    told = (("--weights", tmp_path / "model.pt"), *sorted_ones, ("--names", names))
+    for number, options in enumerate(told):
+        convert(path, tmp_path / str(number), "torch", *options)
+        state, weights = read_state(tmp_path / str(number), Source.OURS)
         for saved, (name, param) in zip(
             optimizer.state_dict()["state"].values(), model.named_parameters(), strict=True
         ):
             assert torch.equal(state["state"][name]["exp_avg"], saved["exp_avg"])
             assert torch.equal(weights[name], param) if "--weights" in options else weights == {}
+    (tmp_path / "1.safetensors").unlink()
+    said = convert(path, tmp_path / "b", "torch", "--weights", index, "--names", names, code=1)
+    assert f"expected a .safetensors file, got {index}: " in said and "1.safetensors" in said
 
 
 def test_convert_reads_deepspeed(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def convert(
         Source, typer.Option("--from", help="The optimizer that wrote it; what weight_decay means depends on that.")
     ],
     weights: Annotated[
-        Path | None, typer.Option(help="The model's state dict, if it is not in the same place; also .safetensors.")
+        Path | None,
+        typer.Option(help="The model's state dict, if not in the same place; also .safetensors, or its .index.json."),
     ] = None,
     names: Annotated[
         Path | None,

@@ -20,7 +20,7 @@ from sharded_dadamw.checkpoint.pickles import load_torch
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.interchange.contents import State, models_in, names_by_shape, optimizers_in, own_names
 from sharded_dadamw.interchange.deepspeed import from_deepspeed
-from sharded_dadamw.interchange.files import read_safetensors, replacing
+from sharded_dadamw.interchange.files import is_safetensors, read_safetensors, replacing
 from sharded_dadamw.interchange.state_dicts import from_composer, from_torch, has_main, is_ours, to_torch
 
 log = logging.getLogger("sharded_dadamw")
@@ -59,8 +59,9 @@ def read_state(
         path: A file of `torch.save`, whatever the state dict lies in; a folder of ours (of several the newest), of
             torch.distributed.checkpoint or of DeepSpeed.
         source: Which optimizer wrote it.
-        weights: The model's state dict, in a file or folder of its own, which may be a `.safetensors` file; needed if
-            it is not beside the optimizer's, or if others that fit the state are there too, such as an average.
+        weights: The model's state dict, in a file or folder of its own, which may be a `.safetensors` file, or the
+            `.safetensors.index.json` of several; needed if it is not beside the optimizer's, or if others that fit the
+            state are there too, such as an average.
         names: The optimizer's parameters, in the order of its groups, where the state dict only numbers them. They can
             be left out where there is one group, which has every parameter of the model, whose state dict is in a file
             of `torch.save`: that alone keeps the order.
@@ -95,7 +96,7 @@ def read_state(
         raise ValueError(f"{path}: expected a checkpoint of {source.value}, got {got}")
     beside = Path(path if weights is None else weights)
     models = models_in(contents if weights is None else _contents(weights))
-    if names is None and own_names(state_dict) is None and beside.is_file() and not _is_safetensors(beside):
+    if names is None and own_names(state_dict) is None and beside.is_file() and not is_safetensors(beside):
         alike = [(at, model) for at, model in models if names_by_shape(state_dict, model) is not None]
         names = names_by_shape(state_dict, _the_one(beside, alike)) if alike else None
     state = from_composer(state_dict, names) if source.is_decoupled else from_torch(state_dict, names, peak_lr=peak_lr)
@@ -139,7 +140,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], weights:
             torch.save(theirs, file)
     else:
         final = Path(path).resolve()
-        if _is_safetensors(final):
+        if is_safetensors(final):
             raise ValueError(f"expected a .pt file or a folder to write state to, got {path}")
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise ValueError(f"expected a folder that is new or empty, got {path}")
@@ -170,7 +171,7 @@ def _contents(path: str | os.PathLike[str]) -> object:
         return contents
     if not Path(path).is_file():
         raise ValueError(f"expected a file or a folder, got {path}, which is not there")
-    return read_safetensors(path) if _is_safetensors(path) else load_torch(path)
+    return read_safetensors(path) if is_safetensors(path) else load_torch(path)
 
 
 def _check_optimizer(path: str | os.PathLike[str], source: Source, name: str) -> None:
@@ -194,10 +195,6 @@ def _once(state_dict: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any
     if not others:
         return state_dict
     return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key not in others}}
-
-
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix == ".safetensors"
 
 
 def _the_one(path: Path, models: Sequence[tuple[str, Weights]]) -> Weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from sharded_dadamw.checkpoint.folder import hidden, sync
+
+_INDEX = ".safetensors.index.json"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -44,19 +47,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is by its name a file of safetensors, or the index of several, as large models have it."""
+    return Path(path).name.endswith((".safetensors", _INDEX))
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of a `.safetensors` file, on the CPU.
+    """Read all tensors of a `.safetensors` file, or of those beside a `.safetensors.index.json` that it names.
+
+    They are on the CPU.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
-        ValueError: It is no such file.
+        ValueError: It is no such file, or one that it names is missing.
     """
     if not importlib.util.find_spec("safetensors"):
         raise ModuleNotFoundError(
             "safetensors is not installed; install it with: pip install 'sharded_dadamw[safetensors]'"
         )
+    files = [Path(path)]
     try:
-        tensors: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
-        return tensors
+        load_file = importlib.import_module("safetensors.torch").load_file
+        if Path(path).name.endswith(_INDEX):
+            names = json.loads(read_text(path))["weight_map"].values()
+            files = [Path(path).parent / Path(name).name for name in dict.fromkeys(names)]
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except Exception as error:  # its own type, which is none of Python's
         raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
