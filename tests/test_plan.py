@@ -375,6 +375,9 @@ def quantised():
     model = good()
     model.codes = torch.nn.Parameter(torch.empty(100, dtype=torch.uint8), requires_grad=False)
     return model
+def talks():
+    print("number of parameters: 20")
+    return good()
 def exits():
     sys.exit(3)
 def lazy():
@@ -515,7 +518,7 @@ def test_wrong_input_is_one_line(arguments: str, expected: str, tmp_path: Path) 
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and expected in result.stderr
 
 
-def test_the_command_says_what_the_function_says() -> None:
+def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     arguments = "llama3-8b --ranks 64 --gradients sharded --main remainder --tokens 8192 --mfu 0.5 --memory 19"
     config = ShardingConfig(gradient_residency=SHARDED, main_parameter=MainParameter.REMAINDER)
     planned = plan("llama3-8b", ranks=64, config=config, tokens=8192, mfu=0.5, memory=19e9)
@@ -523,6 +526,9 @@ def test_the_command_says_what_the_function_says() -> None:
     assert json.loads(shown.stdout) == json.loads(json.dumps(planned.as_dict()))
     text = CliRunner().invoke(app, ["plan", *arguments.split()]).stdout
     assert f"at most {planned.peak / 1e9:.2f} GB and activations, of 19.00 GB: DOES NOT FIT" in text
+    write_build(tmp_path)
+    shown = CliRunner().invoke(app, ["plan", f"{tmp_path}/build.py:talks", "--ranks", "2", "--json"])
+    assert json.loads(shown.stdout)["num_parameters"] == 20, "and not what the model says"
 
 
 def test_the_command_does_not_import_what_a_plan_does_not_need() -> None:

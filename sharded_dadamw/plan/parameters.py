@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,10 @@ def _built_by(path: Path, function: str) -> nn.Module:
     beside = str(path.resolve().parent)
     sys.path.insert(0, beside)
     try:
-        spec.loader.exec_module(module)
-        with torch.device("meta"):
-            built = getattr(module, function)()
+        with redirect_stdout(sys.stderr):  # what it says is no part of the plan
+            spec.loader.exec_module(module)
+            with torch.device("meta"):
+                built = getattr(module, function)()
     except (Exception, SystemExit) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
