@@ -7,7 +7,6 @@ on processes, whose gathers go on by themselves where they are messages.
 
 import copy
 import gc
-import io
 import os
 import pickle
 import socket
@@ -253,13 +252,6 @@ def _hears(model: nn.Module) -> list[Any]:
 # --- ways to read ----------------------------------------------------------------------------------------------------
 
 
-def _saved(model: nn.Module) -> list[Tensor]:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return list(torch.load(file).values())
-
-
 def _evaluated(model: nn.Module) -> Tensor:
     with torch.inference_mode():
         return model.eval()(data_of(0, 77)).clone()
@@ -316,7 +308,6 @@ READINGS: dict[str, Callable[[Any], Any]] = {
     "copy of a parameter": lambda m: copy.copy(m[2].weight),
     "its own class": lambda m: type(m[2].weight)(m[2].weight.data.clone()),
     "pickle": lambda m: [p.clone() for p in pickle.loads(pickle.dumps(m)).parameters()],
-    "torch.save": _saved,
     "edits by hand": _edited,
     "print": lambda m: [str(m[2].weight), f"{m[4].bias}", repr(m.unused)],
     "data_ptr": lambda m: [m[2].weight.data_ptr() and m[2].weight.data.clone()],
@@ -592,16 +583,6 @@ def test_buckets_go_out_as_they_were_registered_and_then_as_forward_reads_them_o
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def _compile_a_layer(model: Any) -> Any:
-    model[2] = torch.compile(model[2], backend="aot_eager")
-    return model
-
-
-def _compile_forward(model: Any) -> Any:
-    model.forward = torch.compile(model.forward, backend="aot_eager")
-    return model
-
-
 @ranks(2, pool.on_ranks)
 def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(group: Any) -> None:
     results = []
@@ -624,10 +605,10 @@ def test_a_compiled_training_step_breaks_its_graph_and_has_the_same_bits(group: 
 
 COMPILED: dict[str, Callable[[Any], Any]] = {
     "the whole": lambda model: torch.compile(model, backend="aot_eager"),
-    "a layer": _compile_a_layer,
+    "a layer": lambda model: setattr(model, "2", torch.compile(model[2], backend="aot_eager")) or model,
     "in place": lambda model: model.compile(backend="aot_eager") or model,
     "a layer in place": lambda model: model[2].compile(backend="aot_eager") or model,
-    "forward": _compile_forward,
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="aot_eager")) or model,
 }
 
 

@@ -65,7 +65,7 @@ def test_kinds_of_modules_and_patterns_do_not_decay_and_multiply() -> None:
         ({"no_decay": [nn.Conv2d]}, "Conv2d fits no trainable parameter"),
         ({"no_decay": ["frozen.*"]}, "fits no trainable parameter"),
         ({"multipliers": {"norm.*": {"weight_decay": 2.0}, "norm.bias": {"weight_decay": 3.0}}}, "earlier pattern"),
-        ({"multipliers": {"norm.*": {"lr": 2.0}}}, "give lr="),
+        ({"multipliers": {"norm.*": {"lr": 2.0}}}, "has one of lr: give lr= as well, which it multiplies"),
         ({"multipliers": {"norm.*": {"wd": 2.0}}}, "expected lr or weight_decay, got wd"),
     ],
 )

@@ -252,19 +252,6 @@ def test_a_copy_continues_exactly_like_the_original(copier: Callable[[Any], Any]
     assert copied.param_groups[0]["initial_lr"] == 3e-3 and copied.metrics()["grad_norm"] > 0.5
 
 
-def load_own_state(optimizer: DecoupledAdamW, _: Any) -> None:
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-
-
-def replace_state(optimizer: DecoupledAdamW, first: Any) -> None:
-    optimizer.state[first].update({key: value.clone() for key, value in optimizer.state[first].items()})
-
-
-def share_memory(optimizer: DecoupledAdamW, first: Any) -> None:
-    for value in (first, *optimizer.state[first].values()):
-        value.data.share_memory_()
-
-
 # What a step may have made ready for the next one, of which this is the first parameter.
 CHANGES: dict[str, Callable[[DecoupledAdamW, Any], object]] = {
     "nothing": lambda o, first: None,
@@ -274,16 +261,18 @@ CHANGES: dict[str, Callable[[DecoupledAdamW, Any], object]] = {
     "memory is set": lambda o, first: first.data.set_(first.data.clone()),
     "another memory format in place": lambda o, first: setattr(first, "data", first.data.reshape(7, 5).t()),
     "another memory format": lambda o, first: setattr(first, "data", first.data.t().contiguous().t()),
-    "state is replaced": replace_state,
+    "state is replaced": lambda o, first: o.state[first].update(
+        {key: value.clone() for key, value in o.state[first].items()}
+    ),
     "state is moved": lambda o, first: setattr(
         o.state[first]["exp_avg"], "data", o.state[first]["exp_avg"].data.clone()
     ),
     "a count of state is moved": lambda o, first: setattr(o.state[first]["step"], "data", torch.ones(())),
-    "state is loaded": load_own_state,
+    "state is loaded": lambda o, first: o.load_state_dict(copy.deepcopy(o.state_dict())),
     "a group is added": lambda o, first: o.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]}),
     "another switch": lambda o, first: o.param_groups[0].update(amsgrad=True),
     "frozen": lambda o, first: first.requires_grad_(False),
-    "shared memory": share_memory,
+    "shared memory": lambda o, first: [value.data.share_memory_() for value in (first, *o.state[first].values())],
 }
 
 

@@ -142,29 +142,22 @@ def test_parameters_that_were_replaced_in_the_groups_are_an_error(group: Any) ->
         optimizer.step()
 
 
-def reverse(groups: list[dict[str, Any]]) -> None:
-    groups.reverse()
+OTHER_GROUPS: dict[str, Callable[[list[dict[str, Any]]], object]] = {
+    "reversed": lambda groups: groups.reverse(),
+    "with one in another": lambda groups: groups[1]["params"].insert(0, groups[0]["params"].pop()),
+    "merged": lambda groups: groups[0]["params"].extend(groups.pop()["params"]),
+}
 
 
-def move_one(groups: list[dict[str, Any]]) -> None:
-    groups[1]["params"].insert(0, groups[0]["params"].pop())
-
-
-def merge(groups: list[dict[str, Any]]) -> None:
-    groups[0]["params"] += groups.pop()["params"]
-
-
-@pytest.mark.parametrize("change", [reverse, move_one, merge])
+@pytest.mark.parametrize("how", OTHER_GROUPS)
 @ranks(2)
-def test_parameters_in_other_groups_are_an_error_that_changes_nothing(
-    group: Any, change: Callable[[list[dict[str, Any]]], None]
-) -> None:
+def test_parameters_in_other_groups_are_an_error_that_changes_nothing(group: Any, how: str) -> None:
     model, _ = small(group)
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2:].parameters()), "lr": 1e-3}]
     optimizer = ShardedDecoupledAdamW(groups, lr=1e-2, process_group=group)
     train_on(model, optimizer, group.rank(), 0)
     before = values_of(model)
-    change(optimizer.param_groups)
+    OTHER_GROUPS[how](optimizer.param_groups)
     loss_of(model, group.rank()).backward()
     with pytest.raises(RuntimeError, match="param_groups hold parameters in other groups, or in another order"):
         optimizer.step()
@@ -595,40 +588,26 @@ def test_a_clip_stays_for_the_rest_where_gradients_are_dropped_after_it(num_grou
 # --- state that is replaced ---
 
 
-def forget_all(state: Any, param: Tensor) -> None:
-    state.clear()
-
-
-def forget_one(state: Any, param: Tensor) -> None:
-    state.pop(param)
-
-
-def put_nothing(state: Any, param: Tensor) -> None:
-    state[param] = {}
-
-
-def put_zeros(state: Any, param: Tensor) -> None:
-    for key, value in state[param].items():
-        state[param][key] = torch.zeros_like(value)
-
-
-def put_whole_zeros(state: Any, param: Tensor) -> None:
-    state[param]["exp_avg"] = torch.zeros_like(param)
-
-
-def put_what_is_there(state: Any, param: Tensor) -> None:
-    """As Lightning does, and whoever moves what was loaded to a device."""
-    state[param] = {key: value.to(param.device) for key, value in state[param].items()}
-
-
-BY_RESETTING = [forget_all, forget_one, put_nothing, put_zeros, put_whole_zeros, put_what_is_there]
+RESETS: dict[str, Callable[[Any, Tensor], object]] = {
+    "all are removed": lambda state, param: state.clear(),
+    "one is removed": lambda state, param: state.pop(param),
+    "nothing is put": lambda state, param: state.update({param: {}}),
+    "zeros are put": lambda state, param: state[param].update(
+        {key: torch.zeros_like(value) for key, value in state[param].items()}
+    ),
+    "zeros of the whole are put": lambda state, param: state[param].update(exp_avg=torch.zeros_like(param)),
+    # As Lightning does, and whoever moves what was loaded to a device.
+    "what is there is put": lambda state, param: state.update(
+        {param: {key: value.to(param.device) for key, value in state[param].items()}}
+    ),
+}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("reset", BY_RESETTING)
+@pytest.mark.parametrize("how", RESETS)
 @ranks()
-def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, reset: Callable[[Any, Tensor], None]) -> None:
-    results = []
+def test_state_that_is_replaced_or_removed_counts_as_in_torch(group: Any, how: str) -> None:
+    reset, results = RESETS[how], []
     for cls in (DecoupledAdamW, ShardedDecoupledAdamW):
         model, made = small(group, reduce_gradients=False)
         optimizer: Any = made if cls is ShardedDecoupledAdamW else cls(model.parameters(), lr=made.defaults["lr"])
