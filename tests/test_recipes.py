@@ -31,7 +31,7 @@ pytestmark = pytest.mark.clients
 
 RECIPES = CHECKOUT / "launch" / "recipes"
 PAGE = (CHECKOUT / "docs" / "launch.md").read_text()
-NUM_STEPS, EVERY = 60, 5
+NUM_STEPS, EVERY = 100, 10
 LINES_BEFORE_A_FAULT = EVERY + 2  # so that there is a checkpoint, and steps that it does not have
 OPTIONS = [
     *("--preset", "tiny", "--steps", str(NUM_STEPS), "--warmup", "4", "--lr", "5e-3", "--weight-decay", "1e-3"),
