@@ -180,7 +180,9 @@ class Subject:
         else:
             self.groups = make_groups(case.parameters, seed)
             for group in self.groups:
-                group["params"] = [(name, _moved(p, case.device)) for name, p in group["params"]]
+                group["params"] = [
+                    (name, nn.Parameter(p.detach().to(case.device), p.requires_grad)) for name, p in group["params"]
+                ]
         self.params = named(self.groups)
 
     def draw(self, step: int, rank: int, number: int, scale: float) -> Any:
@@ -223,10 +225,6 @@ class _Loss(nn.Module):
     def forward(self, seed: int) -> Tensor:
         loss: Tensor = self.model.loss(seed)  # type: ignore[operator]
         return loss
-
-
-def _moved(p: nn.Parameter, device: str) -> nn.Parameter:
-    return p if device == "cpu" else nn.Parameter(p.detach().to(device), p.requires_grad)
 
 
 @cache
@@ -325,7 +323,13 @@ def train_beside_control(group: Any, case: Scenario, given: Callable[[Any], Any]
             for name, p in twin.params.items():
                 p.copy_(weight_of(control_params[name].detach(), p.dtype))
     assert scaler is None or scaler.get_scale() == scale
-    return report_state(optimizer, control, params, control_params)
+    return Report(
+        fragments={name: on_cpu(optimizer.state[p]) for name, p in params.items() if p in optimizer.state},
+        params=on_cpu(params),
+        control_state={name: on_cpu(control.state[p]) for name, p in control_params.items() if p in control.state},
+        control_params=on_cpu(control_params),
+        trainable=[name for name, p in params.items() if p.requires_grad],
+    )
 
 
 def _scaler(group: Any, case: Scenario) -> Any:
@@ -359,21 +363,6 @@ def first_difference(params: Mapping[str, Tensor], control: Mapping[str, Tensor]
             difference = (param.detach().double() - expected.double()).abs().max().item()
             return f"{name} {tuple(param.shape)} {param.dtype} differs by up to {difference:.3g}"
     return None
-
-
-def report_state(
-    optimizer: ShardedDecoupledAdamW,
-    control: DecoupledAdamW,
-    params: Mapping[str, nn.Parameter],
-    control_params: Mapping[str, nn.Parameter],
-) -> Report:
-    return Report(
-        fragments={name: on_cpu(optimizer.state[p]) for name, p in params.items() if p in optimizer.state},
-        params=on_cpu(params),
-        control_state={name: on_cpu(control.state[p]) for name, p in control_params.items() if p in control.state},
-        control_params=on_cpu(control_params),
-        trainable=[name for name, p in params.items() if p.requires_grad],
-    )
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
