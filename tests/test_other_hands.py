@@ -338,9 +338,10 @@ def test_what_is_left_of_an_earlier_optimizers_averages_is_an_error_until_it_is_
     del first
     gc.collect()
     second = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
-    kept = "was averaged for an earlier optimizer, and is still there; call zero_grad"
-    with pytest.raises(RuntimeError, match=kept):
-        second.step()
+    model.zero_grad(set_to_none=False)  # which leaves them where they are
+    for call in (second.step, loss_of(model, group.rank(), 2).backward):
+        with pytest.raises(RuntimeError, match=r"averaged for an earlier optimizer.*zero_grad\(set_to_none=True\)"):
+            call()
     assert_equal(before, values_of(model))
     second.zero_grad()
     train_on(model, second, group.rank(), 2, 3)

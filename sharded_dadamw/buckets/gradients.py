@@ -308,8 +308,8 @@ class HookedGradients(Gradients):
             check_gradient(member, grad, self._dtype)
             if _holds_means(grad):
                 raise RuntimeError(
-                    f"the gradient of {member.name} was averaged for an earlier optimizer, and is still there; call "
-                    "zero_grad() between the last step of that one and the first backward for this one"
+                    f"the gradient of {member.name} is one that was averaged for an earlier optimizer; call "
+                    "zero_grad(set_to_none=True) between the last step of that one and the first backward for this one"
                 )
             if view._use_count() > 1:  # type: ignore[attr-defined] # another parameter has it in p.grad, as where two swap theirs
                 view.data = view.clone()
