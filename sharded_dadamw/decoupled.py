@@ -302,7 +302,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 
         Moments take the dtype of their parameter, as in torch. Main parameters, which a whole state dict of
-        ``ShardedDecoupledAdamW`` may have, are left out.
+        ``ShardedDecoupledAdamW`` may have, are left out. After an error nothing has changed.
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
@@ -311,12 +311,16 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """
         state = without_mains(state_dict["state"])
         self._check_loaded(state_dict["param_groups"])
-        names = [group.get("param_names") for group in self.param_groups]
+        before: dict[str, Any] = {"state": self.state, "param_groups": self.param_groups}
         super().load_state_dict({**state_dict, "state": state})
-        for group, of_group in zip(self.param_groups, names, strict=True):
-            if of_group is not None:
-                group["param_names"] = of_group
-            self._fill_in_state(group)
+        try:
+            for group, ours in zip(self.param_groups, before["param_groups"], strict=True):
+                if "param_names" in ours:
+                    group["param_names"] = ours["param_names"]
+                self._fill_in_state(group)
+        except ValueError:
+            self.__setstate__(before)
+            raise
 
 
 def _with_gradients(group: Mapping[str, Any]) -> _ToUpdate:

@@ -392,6 +392,20 @@ def test_a_loaded_group_may_lack_entries_and_gives_no_names(cls: Any) -> None:
     assert optimizer.param_groups[0]["param_names"] == ["mine"]
 
 
+def test_state_in_other_shapes_changes_nothing() -> None:
+    sizes: dict[int, DecoupledAdamW] = {}
+    for size in (2, 3):
+        param = nn.Parameter(torch.ones(size))
+        param.grad = torch.ones(size)
+        sizes[size] = DecoupledAdamW([param], lr=size / 10)
+        sizes[size].step()
+    ours, before = sizes[2], repr(sizes[2].state_dict())
+    with pytest.raises(ValueError, match="expected the parameter's shape"):
+        ours.load_state_dict(sizes[3].state_dict())
+    assert repr(ours.state_dict()) == before
+    ours.step()
+
+
 # --- edits from outside ---
 
 
