@@ -116,7 +116,6 @@ MUTATIONS = {
     "buckets/bucket.py": [
         ("prepared.counted * (1 - step.void)", "prepared.counted", "contract sharded"),
         ("if present[fragment.slot]]", "]", "sharded"),
-        ("& (self.main.to(self.param.dtype) != self.param)", "", "precision contract"),
         ("increment_version(updated)", "pass", "contract"),
         ("first if self.storage.is_stochastic else None", "0 if self.storage.is_stochastic else None", "precision"),
     ],
@@ -142,12 +141,11 @@ MUTATIONS = {
         ("view.zero_()", "pass", "overlap"),
     ],
     "buckets/offload.py": [
-        ("if self._takes_edits or not self._absorbs_edits:", "if not self._absorbs_edits:", "state_residency"),
+        (", (self._param, self.weights.shard)]", "]", "state_residency"),
         ("not bool(self._void)", "True", "state_residency"),
     ],
     "buckets/weights.py": [
-        ("self._versions = []", "pass", "contract precision other_hands"),
-        ("return self._read_versions() != self._versions", "return False", "contract precision"),
+        ("home.copy_(param.data.clone())", "home.copy_(param.data)", "other_hands"),
     ],
     "buckets/shards.py": [
         ("del groups[first_group:]", "pass", "refusals sharded contract"),

@@ -7,6 +7,7 @@ are derived in ``tests/forms.py``; everything else is compared bit by bit.
 import gc
 import importlib
 import logging
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from sharded_dadamw.kernels import numba_kernel, torch_kernel, triton_kernel
 from sharded_dadamw.kernels.operands import NORMS, Form, Operands
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import Hyperparameters
+from sharded_dadamw.update.precision import weight_of
 from tests.forms import (
     BF16,
     F16,
@@ -291,6 +293,33 @@ def test_a_skipped_update_leaves_every_byte_and_its_norms_say_so(kernel: ModuleT
     run(kernel, fragments[:2], HYPER_AMSGRAD, divisor=DIVISOR, found_inf=0.0)
     run(kernel, control[:2], HYPER_AMSGRAD, divisor=DIVISOR)
     assert same_bits(fragments[:2], control[:2]), "a flag of 0 is no skip"
+
+
+# --- weights that were written into ---
+
+TIE = 1 + 2**-8
+WRITTEN = [0.0, 1e-40, -1e-20, 1.0, 1 + 2**-7, TIE, -TIE, 1e19, math.inf, math.nan]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [row for label, kind in KINDS.items() if kind.main is F32 for row in each(label)]
+)
+@pytest.mark.parametrize("found_inf", [None, 1.0])
+def test_a_weight_that_was_written_into_counts_and_not_its_main_parameter(
+    kernel: ModuleType, kind: Kind, found_inf: float | None
+) -> None:
+    """Every value of one meets every value of the other; a tie that others have rounded is none that was written."""
+    grid = torch.cartesian_prod(torch.tensor(WRITTEN), torch.tensor(WRITTEN))
+    (written,) = make_operands(kind, [len(grid)], amsgrad=False)
+    written.param.copy_(grid[:, 0])
+    main, param = grid[:, 1], written.param
+    is_rounded = (main.to(kind.param) == param) | (weight_of(main, kind.param) == param)
+    (control,) = copied([replace(written, main=torch.where(is_rounded, main, param.float()))])
+    assert written.main is not None and 10 <= is_rounded.sum() < len(grid)
+    written.main.copy_(main)
+    norms = [run(kernel, [one], HYPER, divisor=DIVISOR, found_inf=found_inf) for one in (written, control)]
+    assert found_inf is not None or same_bits([written], [control])
+    assert norms[0] is None or torch.equal(norms[0].nan_to_num(), norms[1].nan_to_num())
 
 
 # --- long runs ---

@@ -225,32 +225,6 @@ def test_metrics_that_no_update_measures_are_computed_in_host_memory(monkeypatch
     assert_equal(found, expected)
 
 
-def copies_of_a_step(precision: str, *, edited: bool) -> int:
-    dtype, settings = PRECISIONS[precision]
-    with pretended_device() as pretence:
-        params = parameters_elsewhere(make_params(dtype))
-        config = ShardingConfig(state_residency=StateResidency.HOST, **settings)
-        optimizer = ShardedDecoupledAdamW(params.items(), **LAW, config=config)
-        for _ in range(2):
-            for p in params.values():
-                p.grad = torch.ones_like(p)
-            if edited:
-                with torch.no_grad():
-                    params["p1"].mul_(2)
-            pretence.num_copies = 0
-            optimizer.step()
-            optimizer.zero_grad()
-        return pretence.num_copies
-
-
-def test_parameters_come_down_only_where_the_law_acts_on_them() -> None:
-    """With one bucket a gradient comes down and a parameter goes up, in one copy each."""
-    assert copies_of_a_step("bf16, fp32 main", edited=False) == 2
-    assert copies_of_a_step("bf16, fp32 main", edited=True) == 3
-    assert copies_of_a_step("bf16, remainder", edited=False) == 3
-    assert copies_of_a_step("fp32", edited=False) == 3
-
-
 def test_the_next_gradient_is_on_its_way_down_while_a_bucket_is_updated() -> None:
     with pretended_device() as pretence:
         params = parameters_elsewhere(make_params(F32))

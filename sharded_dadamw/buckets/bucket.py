@@ -26,7 +26,6 @@ from sharded_dadamw.kernels.ready import keep
 from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.adamw import Step
-from sharded_dadamw.update.precision import weight_of
 from sharded_dadamw.update.storage import MAINS, Storage
 
 
@@ -77,7 +76,6 @@ class Bucket:
         self._params = [member.param for member in members]
         self._prepared: dict[tuple[object, ...], _Prepared] = {}
         self._runs: dict[tuple[bool, ...], list[slice]] = {}
-        self._takes_edits = False
 
         numel, device = layout.shard_numel, self.param.device
         self.state_shards = {
@@ -151,7 +149,6 @@ class Bucket:
     def fetch_(self, step: Step) -> None:
         """Begin to bring in what ``update_`` reads, once gradients are reduced."""
         self.weights.refresh_()
-        self._takes_edits = self._absorbs_edits and self.weights.may_be_edited()
 
     def update_(self, step: Step, present: tuple[bool, ...]) -> tuple[list[Tensor], Tensor | None]:
         """Apply the update rule to this rank's shard, after ``fetch_`` with the same ``step``.
@@ -163,8 +160,6 @@ class Bucket:
             The parameters of which this rank has updated fragments, and if they came out of the same pass the squared
             norms of those, fp64 [num_params, 4] in the order of NORMS, on the state's device.
         """
-        if self._takes_edits:
-            self._absorb_edits_()
         prepared = self._prepared_for(present)
         self.counts.add_(prepared.counted if step.void is None else prepared.counted * (1 - step.void))
         return prepared.params, None if prepared.update is None else prepared.update(step, self.group_index)
@@ -213,26 +208,8 @@ class Bucket:
         fragment = self.layout.fragment(slot, self.rank)
         return self._operands_at(fragment, self.current_param(fragment.in_shard))
 
-    @property
-    def _absorbs_edits(self) -> bool:
-        return self.main is not None and self.main.dtype is not torch.int16
-
-    def _absorb_edits_(self) -> None:
-        """Let weights that were edited in place since the last step win over the fp32 main parameter.
-
-        ``model.load_state_dict`` and ``p.copy_`` write the model's narrow weights and know nothing of the wider copy.
-        Only weights that are no longer the main parameter's are taken over, so that swapping weights out and back in
-        loses no precision; nor are those that torch's rounding makes of it, as others save them. A remainder needs no
-        such care: it is less than half of the weight's last digit.
-        """
-        assert self.main is not None
-        edited = (weight_of(self.main, self.param.dtype) != self.param) & (self.main.to(self.param.dtype) != self.param)
-        self.main.copy_(torch.where(edited, self.param.to(self.main.dtype), self.main))
-
     def announce_update(self, present: Sequence[bool]) -> list[Tensor]:
         """Let autograd know of the update, so that a backward through an older graph fails; returns who was updated."""
         updated = self._params if all(present) else list(compress(self._params, present))
         increment_version(updated)
-        if self._absorbs_edits:
-            self.weights.note_update()
         return updated

@@ -58,11 +58,9 @@ class OffloadedBucket(Bucket):
         return self.weights.shard[part].to(self._param.device, copy=True)
 
     def fetch_(self, step: Step) -> None:
-        """See ``Bucket.fetch_``; begin to copy gradients down, and the parameters where the update reads them."""
+        """See ``Bucket.fetch_``; begin to copy gradients and parameters down."""
         super().fetch_(step)
-        pairs = [(self._grad, self.gradients.shard)]
-        if self._takes_edits or not self._absorbs_edits:
-            pairs.append((self._param, self.weights.shard))
+        pairs = [(self._grad, self.gradients.shard), (self._param, self.weights.shard)]
 
         def bring(scalar: Any) -> Any:
             if isinstance(scalar, Tensor):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from operator import attrgetter
 from weakref import WeakSet
 
 import torch
@@ -24,7 +23,6 @@ from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.update.storage import Allocate, zeros
 
-_VERSION = attrgetter("_version")
 log = logging.getLogger("sharded_dadamw")
 _alive: WeakSet[OwnWeights] = WeakSet()
 
@@ -60,10 +58,6 @@ class Weights(ABC):
         """Bring ``shard`` up to what the parameters are now."""
 
     @abstractmethod
-    def may_be_edited(self) -> bool:
-        """Whether something may have written into parameters since our last step."""
-
-    @abstractmethod
     def whole(self) -> Tensor:
         """A flat buffer [num_ranks * n] with all parameters in it."""
 
@@ -73,12 +67,6 @@ class Weights(ABC):
 
     def accept_(self, buffer: Tensor) -> None:  # noqa: B027 - own ones lie in it
         """Write what ``whole`` or ``outgoing`` returned, filled by all ranks, into the parameters."""
-
-    def note_update(self) -> None:  # noqa: B027 - of borrowed ones nobody tells
-        """Take the parameters as they are now for the outcome of our own step."""
-
-    def note_edit(self) -> None:  # noqa: B027 - of borrowed ones nobody tells
-        """Take the parameters as they are now for what somebody else has made of them."""
 
 
 class OwnWeights(Weights):
@@ -94,7 +82,6 @@ class OwnWeights(Weights):
         self._homes = views_of(self.buffer, self._members, layout.offsets)
         self._move_in()
         self._places = list(map(Tensor.data_ptr, self._params))
-        self.note_update()
         _alive.add(self)
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
@@ -123,7 +110,6 @@ class OwnWeights(Weights):
             if param.data_ptr() != place or not param.is_contiguous():
                 home.copy_(param.data.clone())  # which may lie there, in another order
         self._move_in()
-        self.note_edit()  # whatever was written elsewhere is for main parameters, too
         log.info("%s and others were moved, and are back in the optimizer's bucket", self._members[0].name)
 
     def _move_in(self) -> None:
@@ -132,23 +118,11 @@ class OwnWeights(Weights):
         for param, home in zip(self._params, self._homes, strict=True):
             param.data = from_dlpack(to_dlpack(home))
 
-    def may_be_edited(self) -> bool:
-        return self._read_versions() != self._versions
-
-    def _read_versions(self) -> list[int]:
-        return list(map(_VERSION, self._params))
-
     def whole(self) -> Tensor:
         return self.buffer
 
     def outgoing(self) -> Tensor:
         return self.buffer
-
-    def note_update(self) -> None:
-        self._versions = self._read_versions()
-
-    def note_edit(self) -> None:
-        self._versions = []
 
 
 class BorrowedWeights(Weights):
@@ -170,10 +144,6 @@ class BorrowedWeights(Weights):
     def refresh_(self) -> None:
         for fragment in self._fragments:
             self.shard[fragment.in_shard].copy_(self._members[fragment.slot].local.reshape(-1)[fragment.in_param])
-
-    def may_be_edited(self) -> bool:
-        """See ``Weights.may_be_edited``; nobody tells."""
-        return True
 
     def whole(self) -> Tensor:
         return self._copied()

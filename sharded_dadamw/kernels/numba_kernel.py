@@ -186,6 +186,15 @@ def _round(value: Any, storage: int) -> Any:
 
 
 @njit(forceinline=True)
+def _without_edits(value: Any, param: Any, storage: int) -> Any:
+    """As ``sharded_dadamw.update.precision.without_edits``."""
+    if storage == BF16:
+        left = uint32(pattern_of(value) - pattern_of(param) + uint32(0x8000))
+        return param if left > uint32(0x10000) else value
+    return value if _round(value, storage) == param else param
+
+
+@njit(forceinline=True)
 def _weight_of(value: Any, storage: int) -> Any:
     """As ``sharded_dadamw.update.precision.weight_of``."""
     return _cut(uint32(_canonical(value) + uint32(0x8000))) if storage == BF16 else _round(value, storage)
@@ -244,6 +253,8 @@ def _compile(form: Form, *, divide: bool) -> Any:
                         value = load(value_at, value_column, value_as, i)
                         if main_as == INT16:
                             value = join(value, load(main_at, _MAIN, INT16, i))
+                        elif main_as == FP32:
+                            value = _without_edits(value, load(param_at, _PARAM, param_as, i), param_as)
                         exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
                         sum_grad = _add(sum_grad, grad * grad)
                         sum_param = _add(sum_param, value * value)
@@ -273,6 +284,8 @@ def _compile(form: Form, *, divide: bool) -> Any:
                         value = load(value_at, value_column, value_as, i)
                         if main_as == INT16:
                             value = join(value, load(main_at, _MAIN, INT16, i))
+                        elif main_as == FP32:
+                            value = _without_edits(value, load(param_at, _PARAM, param_as, i), param_as)
                         exp_avg = load(exp_avg_at, _EXP_AVG, moments_as, i)
                         exp_avg_sq = load(exp_avg_sq_at, _EXP_AVG_SQ, moments_as, i)
                         exp_avg = beta1 * exp_avg + rest1 * grad

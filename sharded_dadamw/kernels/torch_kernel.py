@@ -18,7 +18,7 @@ from torch import Tensor
 from sharded_dadamw.kernels.operands import Form, Operands
 from sharded_dadamw.layout.bucket_layout import ALIGNMENT
 from sharded_dadamw.update.adamw import Step, adamw_
-from sharded_dadamw.update.precision import weight_of
+from sharded_dadamw.update.precision import weight_of, without_edits
 
 _Columns = list[list[Tensor]]
 """Per argument of torch's kernel a tensor of each fragment: value, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq (none
@@ -62,6 +62,9 @@ class Update:
 
     def _call_fused(self, step: Step, group: int) -> None:
         """Update everything in one call, and put back what was worked on as a copy."""
+        for each in self._operands:
+            if each.main is not None:
+                each.main.copy_(without_edits(each.main, each.param))
         *ends, counts = self._ends
         dtype = self._operands[0].exp_avg.dtype
         blocks = [_padded(column, dtype) for column in ends]

@@ -45,6 +45,7 @@ from sharded_dadamw.kernels.triton_language import (
     store,
     upper_half,
     widen,
+    without_edits,
 )
 from sharded_dadamw.kernels.triton_sums import add_up, levels_of_sums
 from sharded_dadamw.update.adamw import Step
@@ -269,7 +270,8 @@ def _update_kernel(
             exp_avg = widen(load(exp_avg_at, first, places, inside, width), moments_dtype)
             exp_avg_sq = widen(load(exp_avg_sq_at, first, places, inside, width), moments_dtype)
             if main_dtype == tl.float32:
-                value = load(main_at, first, places, inside, width)
+                stored = load(param_at, first, places, inside, width)
+                value = without_edits(load(main_at, first, places, inside, width), stored, param_dtype)
             elif main_dtype == tl.int16:
                 stored = load(param_at, first, places, inside, width)
                 pattern = join(stored, load(main_at, first, places, inside, width))

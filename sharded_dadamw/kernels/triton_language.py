@@ -56,6 +56,17 @@ def join(param: tl.tensor, remainder: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def without_edits(value: tl.tensor, stored: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """As ``sharded_dadamw.update.precision.without_edits``, of an fp32 and its parameter as it is stored."""
+    if dtype == tl.bfloat16:
+        left = value.to(tl.int32, bitcast=True) - (stored.to(tl.int32) << 16) + 0x8000  # wraps around
+        is_edited = (left < 0) | (left > 0x10000)
+    else:
+        is_edited = value.to(dtype) != stored
+    return tl.where(is_edited, widen(stored, dtype), value)
+
+
+@triton.jit
 def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """An fp32 as it is stored, rounded to the nearest, ties to even."""
     is_bf16: tl.constexpr = dtype == tl.bfloat16

@@ -229,11 +229,9 @@ class _Schedule(Follower):
         return parts
 
     def _update_of(self, bucket: Arrangement) -> float:
-        """Seconds of one pass over a shard: gradients are read, parameters written, and state both."""
-        reads_param = bucket.storage.main is None or bucket.storage.main.itemsize < 4
-        param = bucket.storage.param.itemsize * (2 if reads_param else 1)
-        gradient, state = bucket.members[0].gradient_dtype.itemsize, self._model.state_bytes(bucket)
-        num_bytes = bucket.layout.shard_numel * (gradient + param + 2 * state)
+        """Seconds of one pass over a shard: gradients are read, parameters and state are written, too."""
+        gradient, kept = bucket.members[0].gradient_dtype.itemsize, self._model.state_bytes(bucket)
+        num_bytes = bucket.layout.shard_numel * (gradient + 2 * (bucket.storage.param.itemsize + kept))
         on_host = self._model.config.state_residency is StateResidency.HOST
         return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
 

@@ -37,8 +37,7 @@ class ShownState:
     """
 
     def __init__(self) -> None:
-        self._slots: dict[Tensor, tuple[Bucket, int]] = {}  # where the state of a parameter is
-        self._pieces: list[dict[str, Piece]] = []  # what there is of it
+        self._pieces: dict[Tensor, tuple[str, dict[str, Piece]]] = {}  # by parameter its name and what there is of it
         self._entries: list[dict[str, Tensor]] = []
         self._tensors: list[Tensor] = []
 
@@ -46,8 +45,7 @@ class ShownState:
         """Put the live tensors of a bucket into ``state``."""
         for slot, member in enumerate(bucket.members):
             pieces = pieces_of(bucket, slot)
-            self._slots[member.param] = bucket, slot
-            self._pieces.append(pieces)
+            self._pieces[member.param] = member.name, pieces
             self._entries.append(_live(pieces))
             self._tensors += self._entries[-1].values()
             state[member.param] = self._entries[-1]
@@ -61,25 +59,21 @@ class ShownState:
         if self._are_as_shown(state):
             return False
         pairs: _Pairs = []
-        for (param, (bucket, slot)), pieces in zip(self._slots.items(), self._pieces, strict=True):
+        for param, (name, pieces) in self._pieces.items():
             entry = state.get(param)
             if not entry:
                 pairs += [(piece.live, piece.live.new_zeros(())) for key, piece in pieces.items() if key not in MAINS]
             elif entry.keys() != pieces.keys():
-                name = bucket.members[slot].name
                 raise ValueError(f"state of {name}: expected entries {sorted(pieces)}, or none, got {sorted(entry)}")
             else:
-                replaced = [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
-                if replaced:  # perhaps its main parameter
-                    bucket.weights.note_edit()
-                pairs += replaced
+                pairs += [pair for key, piece in pieces.items() for pair in _match_replaced(piece, entry[key])]
         _copy(pairs)
         self.restore(state)
         return bool(pairs)
 
     def _are_as_shown(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Whether ``state`` is what was put there; no parameter is looked up, which takes 1 us each."""
-        shown = chain(self._slots, self._entries)
+        shown = chain(self._pieces, self._entries)
         if len(state) != len(self._entries) or not all(map(is_, chain(state, state.values()), shown)):
             return False
         values = [*chain.from_iterable(map(dict.values, self._entries))]
@@ -87,8 +81,8 @@ class ShownState:
 
     def restore(self, state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` show the live tensors, and nothing else of their parameters."""
-        self._entries = [_live(pieces) for pieces in self._pieces]
-        for param, entry in zip(self._slots, self._entries, strict=True):
+        self._entries = [_live(pieces) for _, pieces in self._pieces.values()]
+        for param, entry in zip(self._pieces, self._entries, strict=True):
             state.pop(param, None)  # so that they are in this order
             state[param] = entry
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.update.hyperparameters import Hyperparameters
-from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of
+from sharded_dadamw.update.precision import join, random_bits, round_stochastically, split, weight_of, without_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ def adamw_(
         step: Scalars of the groups, and what holds for all of them.
         group: Position of the parameter's group.
         main: Shape of ``param``; updated in place. fp32: the value that the rule acts on, which ``param`` becomes
-            rounded. int16: what a bf16 ``param`` lacks of that value. None: the rule acts on ``param``.
+            rounded; where ``param`` was written into since, the rule acts on that. int16: what a bf16 ``param`` lacks
+            of that value. None: the rule acts on ``param``.
         first_element: Number of the first element, counted over all parameters: the key of the stochastic rounding of
             bf16 moments. None: moments are rounded to the nearest.
     """
@@ -108,7 +109,7 @@ def value_of(param: Tensor, main: Tensor | None) -> Tensor:
     """Return what the rule acts on, in fp32 or wider, given what ``adamw_`` is given."""
     if main is None:
         return param.to(torch.promote_types(param.dtype, torch.float32))
-    return join(param, main) if main.dtype is torch.int16 else main
+    return join(param, main) if main.dtype is torch.int16 else without_edits(main, param)
 
 
 def applied_update(

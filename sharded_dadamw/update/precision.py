@@ -52,6 +52,21 @@ def remainder_of(value: Tensor, param: Tensor) -> Tensor:
     return torch.where(fits, left.clamp(max=0x7FFF), 0).to(torch.int16)
 
 
+def without_edits(value: Tensor, param: Tensor) -> Tensor:
+    """What an fp32 main parameter stands for, given the narrower parameter that it was rounded to; same shapes.
+
+    That is itself, or the parameter where somebody has written into that since, as ``model.load_state_dict`` does and
+    ``p.data.clamp_``. To round half of what lies between two numbers to either of them is no edit: ``weight_of`` and
+    torch, by which others save weights, differ in that.
+    """
+    if param.dtype is torch.bfloat16:
+        left = value.view(torch.int32) - (param.view(torch.int16).to(torch.int32) << 16) + 0x8000  # wraps around
+        is_edited = (left < 0) | (left > 0x10000)
+    else:
+        is_edited = value.to(param.dtype) != param
+    return torch.where(is_edited, param.to(value.dtype), value)
+
+
 def weight_of(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round an fp32 main parameter to what the model holds of it: to bf16 as ``split``, to other dtypes as torch."""
     return split(value)[0] if dtype is torch.bfloat16 and value.dtype is torch.float32 else value.to(dtype)
