@@ -260,13 +260,8 @@ class Case:
 
 def bytes_per_element(form: Form) -> int:
     """What one pass over an element reads and writes."""
-    once, both = [form.grad], [form.moments] * (3 if form.amsgrad else 2)
-    if form.main is torch.float32:
-        once.append(form.param)  # rounded from its main parameter, never read
-        both.append(form.main)
-    else:
-        both += [form.param] if form.main is None else [form.param, form.main]
-    return 2 * sum(dtype.itemsize for dtype in both) + sum(dtype.itemsize for dtype in once)
+    both = [form.param, *[form.moments] * (3 if form.amsgrad else 2), *([form.main] if form.main else [])]
+    return form.grad.itemsize + 2 * sum(dtype.itemsize for dtype in both)
 
 
 def fused(fragments: Sequence[Operands]) -> Callable[[], object]:
