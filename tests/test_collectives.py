@@ -474,6 +474,19 @@ def test_waiting_for_a_rank_that_has_left_is_an_error_each_time_and_no_hang(_: A
         dist.destroy_process_group(group)
 
 
+@ranks(2, on_ranks)
+def test_what_is_under_way_comes_though_the_group_has_been_destroyed(_: Any) -> None:
+    """As where training ends with parameters in flight, and somebody reads them afterwards, or nobody."""
+    group = dist.new_group([0, 1])
+    ours = verbs_of(group, "native")
+    values = torch.tensor([1.0, 2.0]) * (torch.arange(2) == ours.rank)
+    handle = ours.all_gather_(values)
+    dist.destroy_process_group(group)
+    del group
+    handle.wait()
+    assert values.tolist() == [1.0, 2.0]
+
+
 @ranks(4, on_ranks)
 def test_no_wait_is_longer_than_the_groups_timeout(_: Any) -> None:
     group = dist.new_group([0, 1], timeout=timedelta(seconds=1))

@@ -214,9 +214,12 @@ class BackendVerbs(Collectives):
     def explaining(self) -> Iterator[None]:
         with self._translating():
             yield
-        last_met[self.group] = here.call  # no function is called, for a Ctrl-C would find the verb to be half done
-        if left and self.group in left:
-            self._meetings.take_back(self.group)
+        group = self._group_reference()
+        if group is None:
+            return  # it was destroyed meanwhile, and what was under way has come all the same
+        last_met[group] = here.call  # no function is called, for a Ctrl-C would find the verb to be half done
+        if left and group in left:
+            self._meetings.take_back(group)
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
