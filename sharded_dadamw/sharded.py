@@ -51,9 +51,9 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
 
     ``optimizer.state[p]`` holds ``step`` (0-d fp32) and of what there is of ``exp_avg``, ``exp_avg_sq``,
     ``max_exp_avg_sq``, ``main_param`` and ``main_remainder`` this rank's part of the flattened whole, in rank order. It
-    may be changed in place. Put a tensor in the place of one, and the next ``step`` copies it there; a main parameter
-    that does not round to its weight then yields to that. Remove all entries of a parameter, and its state begins anew,
-    but for a main parameter.
+    may be changed in place. Put a tensor in the place of one, and the next ``step`` copies it there. A main parameter
+    that was changed to what does not round to its weight yields to that. Remove all entries of a parameter, and its
+    state begins anew, but for a main parameter.
 
     A parameter whose ``grad`` is None on all ranks stays as it is. Gradients are averaged in place by the end of
     backward: call it once per step outside ``no_sync``, and ``zero_grad`` before the next. Averages may be multiplied

@@ -270,7 +270,7 @@ def begin(final: Path) -> Path:
 
 
 def clear(root: Path) -> None:
-    """Remove what is unfinished. A save that is under way fails then, since each gets another name at first."""
+    """Remove what is unfinished. It gets another name first, so that a save that is still under way there fails."""
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             with contextlib.suppress(OSError):
