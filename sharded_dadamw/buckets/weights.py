@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakSet
 
 import torch
@@ -88,20 +88,23 @@ class OwnWeights(Weights):
         # Whatever moves or casts them changes their addresses; what transposes them does not.
         if list(map(Tensor.data_ptr, self._params)) == self._places and all(map(Tensor.is_contiguous, self._params)):
             return []
+        owners = {
+            place: (each, member) for each in _alive for member, place in zip(each._members, each._places, strict=True)
+        }
         return [
-            (member, self._why(member.param, home))
+            (member, self._why(member.param, home, owners))
             for member, home, place in zip(self._members, self._homes, self._places, strict=True)
             if member.param.data_ptr() != place or not member.param.is_contiguous()
         ]
 
-    def _why(self, param: Tensor, home: Tensor) -> str:
+    def _why(self, param: Tensor, home: Tensor, owners: Mapping[int, tuple[OwnWeights, NamedParameter]]) -> str:
         memory = param.untyped_storage().data_ptr()
-        for owner in _alive if memory else ():
-            for member, place in zip(owner._members, owner._places, strict=True):
-                if memory == place and member.param is not param:
-                    return f"it has the memory of {member.name} now. To tie them, use one Parameter for both"
-                if memory == place and owner is not self:
-                    return "it was given to another optimizer, which has it now"
+        if memory in owners and param.numel():
+            owner, member = owners[memory]
+            if member.param is not param:
+                return f"it has the memory of {member.name} now. To tie them, use one Parameter for both"
+            if owner is not self:
+                return "it was given to another optimizer, which has it now"
         return _difference(param, tuple(home.shape), home.dtype, home.device)
 
     def take_back_(self) -> None:
