@@ -763,6 +763,12 @@ def test_computing_takes_longer_while_something_is_sent() -> None:
     assert taken["forward other"] == pytest.approx(1.5)
 
 
+def test_the_page_shows_what_the_command_prints() -> None:
+    page = (Path(__file__).parents[1] / "docs/planning.md").read_text()
+    command, _, rest = page.partition("$ sharded-dadamw ")[2].partition("\n")
+    assert CliRunner().invoke(app, command.split()).stdout.strip() == rest.partition("```")[0].strip()
+
+
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "plan.png"
     for told in ([], ["--compute", "0.5"]):

@@ -30,28 +30,31 @@ def witness_of(members: Sequence[NamedParameter]) -> int | None:
 
 
 class SpareBuffers:
-    """Memory for gradients between backward and their reduction; the largest buffer is kept for the next ones.
+    """Memory for gradients between backward and their reduction, which is kept for the next buckets of about its size.
 
-    It comes back whole from a smaller bucket: new memory costs a page fault for every 4 KiB.
+    New memory costs a page fault for every 4 KiB. A bucket that would fill less than half of a buffer does not get it:
+    it may be that of an embedding, whose turn comes meanwhile.
     """
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
-        self._spare: Tensor | None = None
+        self._spares: list[Tensor] = []
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer [numel] with anything in it."""
-        spare, self._spare = self._spare, None
-        if spare is None or spare.numel() < numel or spare.dtype != dtype or spare.device != device:
-            spare = self._allocate(numel, dtype, device)
-        return spare[:numel]
+        alike = (spare for spare in self._spares if spare.dtype == dtype and spare.device == device)
+        near = [spare for spare in alike if numel / 2 <= spare.numel() <= 2 * numel]
+        if near:
+            largest = max(near, key=Tensor.numel)
+            self._spares = [spare for spare in self._spares if spare is not largest]
+            if largest.numel() >= numel:  # else a larger one comes back in its place
+                return largest[:numel]
+        return self._allocate(numel, dtype, device)[:]
 
     def give_back(self, buffer: Tensor) -> None:
         """Take back what nobody reads any more."""
-        whole = buffer._base  # of which ``take`` has handed out a part
-        assert whole is not None
-        if self._spare is None or self._spare.numel() < whole.numel():
-            self._spare = whole
+        assert buffer._base is not None  # of which ``take`` has handed out a part
+        self._spares.append(buffer._base)
 
 
 class ShardedGradients(HookedGradients):
