@@ -82,11 +82,12 @@ class OwnWeights(Weights):
         self._homes = views_of(self.buffer, self._members, layout.offsets)
         self._move_in()
         self._places = list(map(Tensor.data_ptr, self._params))
+        self._matrices = [param for param in self._params if param.dim() > 1]
         _alive.add(self)
 
     def misplaced(self) -> list[tuple[NamedParameter, str]]:
         # Whatever moves or casts them changes their addresses; what transposes them does not.
-        if list(map(Tensor.data_ptr, self._params)) == self._places and all(map(Tensor.is_contiguous, self._params)):
+        if list(map(Tensor.data_ptr, self._params)) == self._places and all(map(Tensor.is_contiguous, self._matrices)):
             return []
         owners = {
             place: (each, member) for each in _alive for member, place in zip(each._members, each._places, strict=True)
