@@ -51,5 +51,5 @@ def test_two_ranks_train_and_disagree_without_numpy_on_a_torch_that_was_not_trie
     names = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     result = subprocess.run(command, env=names, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "trained without NumPy\n" * 2
+    assert result.stdout.replace("\n", "") == "trained without NumPy" * 2  # they may write at one moment
     assert result.stderr.count("torch 99.1 was not tried") == 2  # once on each rank
