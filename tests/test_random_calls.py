@@ -820,12 +820,14 @@ IN_TURN = settings(deadline=None, database=None, suppress_health_check=list(Heal
 
 PLAIN = Setup(2, ShardingConfig(), False, None, False, "", "ae", None)
 ASSIGNED_ON_ONE = [Call("assign", ("d", 0)), Call("uneven", (0, 0, "d", False, Call("step")))]
+OVERFLOW = [Call("scaled", (0, 0, 0.1))]
 ANEW = [Call("closure", (0,)), Call("reset", ("a", "empty")), Call("on_other_ranks", (1, "checkpoint"))]
 
 
 @seed(SEED)
 @settings(IN_TURN, max_examples=NUM_SEQUENCES)
 @example(PLAIN, ASSIGNED_ON_ONE)  # what random sequences have found
+@example(replace(PLAIN, num_ranks=3, frozen="a", narrow=""), OVERFLOW)
 @example(PLAIN, ANEW)
 @given(setups(), SEQUENCES)
 def test_every_sequence_of_calls_does_what_the_update_rule_does_on_whole_tensors(

@@ -114,7 +114,7 @@ class FullGradients(HookedGradients):
             return None
         before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
         if not may_differ and torch.equal(_bits(before), _bits(self._sample)):
-            return _ONE if before.nan_to_num().any() else _UNKNOWN
+            return _ONE if before.nan_to_num(0.0, 0.0, 0.0).any() else _UNKNOWN  # infinity times a number is infinity
         then, now = before.to(torch.float64), self._sample.to(torch.float64)
         shows = then.isfinite() & ((then != 0) | (now != 0))
         if self._dtype is torch.float16:  # which has few digits below its smallest normal number
