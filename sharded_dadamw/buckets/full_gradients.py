@@ -14,7 +14,7 @@ from operator import and_, is_, is_not
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, INTEGERS, HookedGradients, Stage, are_present
+from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
@@ -22,8 +22,6 @@ from sharded_dadamw.update.storage import Allocate
 
 _NUM_SAMPLES = 64
 """Elements of a shard that are remembered, to tell how averages were changed."""
-_ONE, _UNKNOWN = torch.ones(1, dtype=torch.float64), torch.full((1,), torch.nan, dtype=torch.float64)
-"""Factors."""
 
 
 class FullGradients(HookedGradients):
@@ -109,12 +107,9 @@ class FullGradients(HookedGradients):
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         may_differ = is_unscaled or self._is_written
-        # torch does not count what is written through ``p.grad.data``; on an accelerator, to look is to wait for it.
-        if self.stage is Stage.CONSUMED or self._sample is None or (self.buffer.is_cuda and not may_differ):
+        if self.stage is Stage.CONSUMED or self._sample is None or not may_differ:
             return None
         before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
-        if not may_differ and torch.equal(_bits(before), _bits(self._sample)):
-            return _ONE if before.nan_to_num(0.0, 0.0, 0.0).any() else _UNKNOWN  # infinity times a number is infinity
         then, now = before.to(torch.float64), self._sample.to(torch.float64)
         shows = then.isfinite() & ((then != 0) | (now != 0))
         if self._dtype is torch.float16:  # which has few digits below its smallest normal number
@@ -164,11 +159,11 @@ class FullGradients(HookedGradients):
     def _adopt_all(self, held: list[bool]) -> None:
         """Bring in gradients that were assigned, where ``_held`` says that there may be some; raises as ``collect``."""
         if not all(held):
-            version = self.buffer._version
+            is_written = self._is_written
             for slot in range(len(self._members)):
                 self._adopt(slot)
-            if version == self._version != self.buffer._version:  # what others have written is theirs to answer for
-                self._version, self._sample = self.buffer._version, None
+            if not is_written:  # which is for others to answer for
+                self._version = self.buffer._version
             held = self._held()
         self._has_grad = held
 
@@ -208,10 +203,6 @@ class FullGradients(HookedGradients):
             and self.buffer._version - self._version >= num_changes
             and not any(self._views[slot].any() for slot in filled if slot != arriving)
         )
-
-
-def _bits(sample: Tensor) -> Tensor:
-    return sample.view(INTEGERS[sample.itemsize])
 
 
 def _uncleared(name: str) -> RuntimeError:

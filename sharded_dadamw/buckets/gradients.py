@@ -30,8 +30,7 @@ from sharded_dadamw.layout.parameters import NamedParameter, views_of
 from sharded_dadamw.layout.placement import local
 
 GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the size of an element, as what its bits are read."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 HOLDS_MEANS = "_holds_means"
@@ -133,7 +132,7 @@ class Gradients(ABC):
 
         Returns:
             fp64 [k], of a sample of elements; nan where that does not show, inf where it is no multiplication. None
-            where nobody wrote into them, as far as can be known without waiting for an accelerator.
+            where nobody wrote into them.
         """
         return None
 
@@ -148,7 +147,7 @@ class Gradients(ABC):
         """
         # One copy at a time: of the first step's memory little may be left.
         grads = (local(param.grad.detach()).nan_to_num() for param in self._params if param.grad is not None)
-        sums = [grad.view(INTEGERS[grad.itemsize]).sum(dtype=torch.int64) for grad in grads]
+        sums = [grad.view(_INTEGERS[grad.itemsize]).sum(dtype=torch.int64) for grad in grads]
         return torch.stack([torch.zeros((), dtype=torch.int64, device=self.shard.device), *sums]).sum() & (2**60 - 1)
 
     def _name(self) -> str:

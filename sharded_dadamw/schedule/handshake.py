@@ -100,8 +100,8 @@ class Handshake:
             refusal: The error with which this rank refuses the step, or None; raised here.
 
         Returns:
-            0-d fp32 on the device, 1 where the step is void: where any rank's flag is set, and on an accelerator where
-            scales or factors differ. None where this rank has none of them.
+            0-d fp32 on the device, 1 where the step is void: where any rank's flag is set, and where scales or factors
+            differ. None where this rank has none of them.
 
         Raises:
             RuntimeError: Another rank refuses, or ranks differ; names the first difference and both sides. Everywhere.
@@ -141,7 +141,7 @@ class Handshake:
                 f"ranks disagree about this step; {difference}; no parameter or state has been changed, but drop "
                 "gradients that backward has averaged by optimizer.zero_grad()"
             )
-        if found_inf is None and grad_scale is None and not (factors and note.is_cuda):
+        if found_inf is None and grad_scale is None and not factors:
             return None
         return ((note[_FOUND_INF] != 0) | _differ(note, tolerance)).to(torch.float32)
 

@@ -229,10 +229,9 @@ class Reducer:
             return {}
         found = {}
         for bucket, factor in factors.items():
-            if factor is None:
-                untouched = 1.0 if any(bucket.gradients.present) else torch.nan
-                factor = bucket.gradients.shard.new_full((1,), untouched, dtype=torch.float64)
-            found[bucket] = factor
+            untouched = 1.0 if any(bucket.gradients.present) else torch.nan
+            like = bucket.gradients.shard
+            found[bucket] = like.new_full((1,), untouched, dtype=torch.float64) if factor is None else factor
         return found
 
     def buckets(self) -> list[Bucket]:

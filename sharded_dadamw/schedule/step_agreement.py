@@ -258,8 +258,7 @@ class _Side:
         unfrozen = [member.index for member in self.unfrozen]
         summary = (self.asked.call, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen, self.order)
         # Ranks that hold other parts of the parameters may have other buckets.
-        # On a CPU factors say whether somebody wrote into averages, also where nobody did, and not on every rank.
-        flags = bytes([bool(self.local), any(factor.is_cuda for factor in self.changes.values())])
+        flags = bytes([bool(self.local), bool(self.changes)])
         return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
 
     @property
