@@ -148,7 +148,9 @@ def _worker(rank: int, port: int, connection: Connection, stack_file: str) -> No
     connection.send_bytes(pickle.dumps("ready"))
     with contextlib.suppress(EOFError):
         while True:
-            num_ranks, blob = pickle.loads(connection.recv_bytes())
+            case, num_ranks, blob = pickle.loads(connection.recv_bytes())
+            # torch names a new group by counting on each rank, and a case on two ranks counts on these alone.
+            dist.distributed_c10d._world.group_count = 1000 * case
             connection.send_bytes(pickle.dumps(run_case(rank, groups[num_ranks - 1], blob)))
     os._exit(0)
 
@@ -165,6 +167,7 @@ class Pool:
         self._store: dist.TCPStore | None = None
         self._stack_folder: tempfile.TemporaryDirectory[str] | None = None
         self._owner_pid = 0
+        self._num_cases = 0
 
     def outcomes(
         self, num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S
@@ -179,9 +182,10 @@ class Pool:
         assert 1 <= num_ranks <= NUM_RANKS, f"expected 1 to {NUM_RANKS} ranks, got {num_ranks}"
         blob = pickle.dumps((fn, args))
         self._start_if_needed()
+        self._num_cases += 1
         with self._closed_by_failure():
             for connection in self._connections[:num_ranks]:
-                connection.send_bytes(pickle.dumps((num_ranks, blob)))
+                connection.send_bytes(pickle.dumps((self._num_cases, num_ranks, blob)))
             results: list[Outcome] = self._collect(range(num_ranks), timeout_s)
         if any(outcome.error is not None for outcome in results):
             self.close()  # a message may be left behind, which nobody may ever receive

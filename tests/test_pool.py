@@ -22,6 +22,10 @@ def fail_on(group: Any, bad_ranks: list[int]) -> Any:
     return "fine" if bad_ranks else lambda: None
 
 
+def meet_anew(group: Any) -> int:
+    return dist.new_group(list(range(group.size()))).size()
+
+
 def wait_for_nobody(group: Any) -> None:
     if group.rank() == 0:
         dist.recv(torch.zeros(1), 1, group=group)
@@ -39,6 +43,11 @@ def test_results_come_back_in_rank_order_from_one_set_of_workers() -> None:
         expected = [(rank, num_ranks, sum(range(num_ranks))) for rank in range(num_ranks)]
         assert on_ranks(num_ranks, rank_and_sum) == expected
     assert pool.pids == workers
+
+
+def test_groups_made_by_a_few_ranks_do_not_part_the_names_of_later_ones() -> None:
+    assert on_ranks(2, meet_anew) == [2, 2]
+    assert on_ranks(4, meet_anew, timeout_s=10.0) == [4, 4, 4, 4]
 
 
 def test_a_failure_names_the_rank_shows_its_traceback_and_the_next_case_gets_fresh_workers() -> None:
