@@ -17,27 +17,14 @@ START_AGAIN = 75
 """The exit code of a run that has more to do and was asked to end: sysexits' EX_TEMPFAIL."""
 
 
-class StopSignals:
-    """Whether this rank has been asked to end.
-
-    Attributes:
-        was_sent: one of the signals has come.
-    """
-
-    def __init__(self) -> None:
-        self.was_sent = False
-
-    def listen(self, names: Sequence[str]) -> None:
-        """From now on take note of signals, such as TERM, instead of dying of them."""
-        for name in names:
-            signal.signal(signal.Signals[f"SIG{name}"], self._take_note)
-
-    def _take_note(self, *_: object) -> None:
-        self.was_sent = True
+signals_to_stop: list[int] = []
+"""Those that this process has been sent, and has listened to."""
 
 
-stop_signals = StopSignals()
-"""Those of this process."""
+def listen_for(names: Sequence[str]) -> None:
+    """From now on take note of signals, such as TERM, instead of dying of them."""
+    for name in names:
+        signal.signal(signal.Signals[f"SIG{name}"], lambda number, _: signals_to_stop.append(number))
 
 
 def local_rank() -> int:

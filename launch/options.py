@@ -227,11 +227,6 @@ class Settings:
             )
 
     @property
-    def stop_signals(self) -> tuple[str, ...]:
-        """Names of the signals after which the run ends with a checkpoint."""
-        return ("TERM", self.checkpoint_signal)
-
-    @property
     def model(self) -> GPTConfig:
         """The preset's shape."""
         return PRESETS[self.preset]

@@ -28,7 +28,7 @@ if not __package__:
     # Run as a script: import from the checkout that holds this file, whatever the working directory.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.cluster import START_AGAIN, join, stop_signals
+from launch.cluster import START_AGAIN, join, listen_for, signals_to_stop
 from launch.contenders import contender_for, largest_over_ranks
 from launch.data import Corpus, share
 from launch.model import GPT, generate
@@ -53,7 +53,8 @@ def main() -> None:
         fail(f"WORLD_SIZE is {world_size}, and MASTER_ADDR is not set: start all ranks by torchrun")
     device = join(settings.process_group_timeout)
     if settings.checkpoint and settings.can_resume:
-        stop_signals.listen(settings.stop_signals)  # who still waits for others has nothing to save, and ends at once
+        # Who still waits for others has nothing to save, and ends at once.
+        listen_for(("TERM", settings.checkpoint_signal))
     try:
         train(settings, device)
     except KeyboardInterrupt:
@@ -272,7 +273,7 @@ class Training:
 
         A collective, in which ranks also hear whether one of them is to stop.
         """
-        found = torch.cat((terms, torch.full_like(terms[:1], stop_signals.was_sent)))
+        found = torch.cat((terms, torch.full_like(terms[:1], bool(signals_to_stop))))
         dist.all_reduce(found)
         *terms_of_all, num_sent = found.tolist()
         self.is_to_stop = num_sent > 0
