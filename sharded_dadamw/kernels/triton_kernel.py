@@ -64,19 +64,8 @@ _LINE = 64
 """Elements of a multiple of which tiles start, so that accesses do not straddle cache lines: 128 bytes of bf16."""
 
 # The columns of the table of fragments; the first seven are Operands.addresses.
-_PARAM = tl.constexpr(0)
-_GRAD = tl.constexpr(1)
-_EXP_AVG = tl.constexpr(2)
-_EXP_AVG_SQ = tl.constexpr(3)
-_MAX_EXP_AVG_SQ = tl.constexpr(4)
-_MAIN = tl.constexpr(5)
-_STEP = tl.constexpr(6)
-_NUMEL = tl.constexpr(7)
-_FIRST_ELEMENT = tl.constexpr(8)
-_FIRST_TILE = tl.constexpr(9)
-_SHIFT = tl.constexpr(10)
-_BEHIND = tl.constexpr(11)
-_NUM_COLUMNS = tl.constexpr(12)
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MAIN, _STEP = map(tl.constexpr, range(7))
+_NUMEL, _FIRST_ELEMENT, _FIRST_TILE, _SHIFT, _BEHIND, _NUM_COLUMNS = map(tl.constexpr, range(7, 13))
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
