@@ -7,8 +7,11 @@ dtype, nor an all-gather whose memory it fills.
 import gc
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from sharded_dadamw.comm.calls import RankError
 from sharded_dadamw.comm.collectives import Collectives, RankOrderVerbs
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.comm.messages import GlooVerbs, MessageVerbs
+from sharded_dadamw.comm.pending import Pending
 from sharded_dadamw.comm.shared_memory import SharedMemoryVerbs
 from sharded_dadamw.config import Exchange
 from tests.harness import ranks
@@ -543,3 +547,19 @@ def test_who_runs_out_of_memory_hears_that_and_after_it_exchanges_nothing(group:
     else:
         with pytest.raises(RankError, match=rf"^rank {ours.rank} ran out of memory in .*from a checkpoint$"):
             ours.reduce_scatter_mean(buffer, buffer[:2])
+
+
+def test_a_verb_may_be_waited_for_within_its_own_wait() -> None:
+    """As by a signal handler that reads a parameter in flight."""
+    queue: deque[Pending] = deque()
+    calls = []
+
+    def finish(name: str) -> None:
+        calls.append(name)
+        if len(calls) == 1:
+            last.wait()
+
+    first, last = (Pending(name, partial(finish, name), nullcontext, queue) for name in ("first", "last"))
+    first.wait()
+    last.wait()
+    assert calls == ["first", "first", "last"] and not queue

@@ -66,21 +66,27 @@ class Pending:
             first = self._queue[0]
             while first._left:
                 first.go_on()
-            self._queue.popleft()  # and not before: what was interrupted is still to be done
+            if self._queue and self._queue[0] is first:
+                self._queue.popleft()  # and not before: what was interrupted is still to be done
 
     def go_on(self) -> None:
-        """For the verbs' own use: do the next part of what is left for the result, if there is any."""
+        """For the verbs' own use: do the next part of what is left for the result, if there is any.
+
+        A signal handler that reads a parameter in flight may come back here meanwhile, and do all that is left.
+        """
         if not self._left:
             return
+        part = self._left[0]
         with record_function(self._name):
             try:
                 with self._explaining():
-                    self._left[0]()
+                    part()
             except Exception as error:  # who waits for this verb hears of it, not who waits for a later one
                 self._failure = error
                 self._left.clear()
                 return
-        self._left.popleft()
+        if self._left and self._left[0] is part:
+            self._left.popleft()
 
 
 DONE = Pending("", None, nullcontext)
