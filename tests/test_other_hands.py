@@ -5,6 +5,7 @@ DistributedDataParallel, or given to a second optimizer.
 """
 
 import copy
+import dataclasses
 import gc
 import warnings
 import weakref
@@ -309,16 +310,22 @@ def test_averages_that_were_replaced_are_an_error(group: Any, replace: Callable[
 
 @either_residency
 @ranks(2)
-def test_a_second_optimizer_takes_over_and_the_first_says_so(group: Any, residency: GradientResidency) -> None:
+def test_a_second_optimizer_takes_over_and_the_first_says_so(
+    group: Any, residency: GradientResidency, overlap: bool, first_layer: int
+) -> None:
+    """The whole model, or the rest from a layer on, with its own way to average."""
     results = []
     for drops_first in (True, False):
         model, first = small(group, gradient_residency=residency)
         train_on(model, first, group.rank(), 0)
-        config = first.config
+        config = dataclasses.replace(first.config, overlap=overlap)
         if drops_first:
             del first
-        second = ShardedDecoupledAdamW(model.named_parameters(), lr=1e-2, process_group=group, config=config)
+        taken = model[first_layer:].parameters()
+        second = ShardedDecoupledAdamW(taken, lr=1e-2, process_group=group, config=config)
         train_on(model, second, group.rank(), 1, 2)
+@pytest.mark.parametrize("first_layer", [0, 2])
+@pytest.mark.parametrize("overlap", [True, False])
         results.append(values_of(model))
     assert_equal(*results)
     loss_of(model, group.rank()).backward()

@@ -65,6 +65,7 @@ class Reducer:
         self._overlap = config.overlap and not self.knows_source  # one rank has nothing to wait for
         self._is_overlapping = False  # in the first step we look at gradients first
         self._remembers = not self.knows_source
+        self._is_replaced = False  # by an optimizer that has taken some of the parameters
         self._hooked: list[Bucket] = []
         self._others: list[Bucket] = []
         self._is_begun = False
@@ -89,14 +90,26 @@ class Reducer:
             return
         # Hooks live as long as the parameters; through weak references they do not keep the buffers alive as well.
         here, there = weakref.ref(self), weakref.ref(bucket)
+        self._is_replaced = False
         hooks = []
         for slot, member in enumerate(bucket.members):
             param, is_trained = member.param, member.param.requires_grad
-            _unhook(param)
+            self._unhook(param)
             param.requires_grad_(True)  # it may be frozen for now
             hooks.append(param.register_post_accumulate_grad_hook(_Delivery(here, there, slot)))
             param.requires_grad_(is_trained)
         weakref.finalize(bucket, _remove, hooks).atexit = False
+
+    def _unhook(self, param: Tensor) -> None:
+        """Remove the hooks of whatever optimizer had a parameter; others fall silent with all of theirs."""
+        hooks = getattr(param, "_post_accumulate_grad_hooks", None)
+        if hooks is not None:
+            for key, hook in [(key, hook) for key, hook in hooks.items() if isinstance(hook, _Delivery)]:
+                if (earlier := hook.reducer()) not in (None, self):
+                    earlier._is_replaced = True
+                del hooks[key]
+            # torch.utils.swap_tensors, which model.to may use, leaves them here and does not call them any more.
+            param._post_accumulate_grad_hooks = hooks
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -113,6 +126,8 @@ class Reducer:
 
     def deliver(self, bucket: Bucket, slot: int) -> None:
         """Take a gradient that backward has just accumulated; raises as ``HookedGradients.deliver``."""
+        if self._is_replaced:  # no step can use them
+            return
         gradients = cast(HookedGradients, bucket.gradients)  # isinstance() of an abstract class costs 1 us
         reduces = self._reduces_in_backward and not self.is_accumulating and gradients.is_last_pass(slot)
         graph_task = torch._C._current_graph_task_id()
@@ -368,10 +383,10 @@ class _Delivery:
     """The hook of one parameter: hands its fresh gradient over."""
 
     def __init__(self, reducer: weakref.ref[Reducer], bucket: weakref.ref[Bucket], slot: int) -> None:
-        self._reducer, self._bucket, self._slot = reducer, bucket, slot
+        self.reducer, self._bucket, self._slot = reducer, bucket, slot
 
     def __call__(self, _param: Tensor) -> None:
-        reducer, bucket = self._reducer(), self._bucket()
+        reducer, bucket = self.reducer(), self._bucket()
         if reducer is not None and bucket is not None:
             reducer.deliver(bucket, self._slot)
 
@@ -384,15 +399,6 @@ def _is_nested() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _unhook(param: Tensor) -> None:
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None)
-    if hooks is not None:
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Delivery)]:
-            del hooks[key]
-        # torch.utils.swap_tensors, which model.to may use, leaves them here and does not call them any more.
-        param._post_accumulate_grad_hooks = hooks
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
