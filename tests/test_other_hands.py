@@ -210,6 +210,18 @@ def test_strides_by_which_ddp_would_go_are_refused_with_what_works(group: Any) -
         assert float((p.grad - q.grad).abs().max() / q.grad.abs().max()) < 1e-5
 
 
+@ranks(2)
+def test_an_order_in_memory_that_ddp_has_not_found_is_refused_in_the_step(group: Any) -> None:
+    model, optimizer = small(group, reduce_gradients=False)
+    ddp = DistributedDataParallel(model, process_group=group)
+    model[2].weight.data = model[2].weight.data.t().contiguous().t()
+    loss_of(ddp, group.rank()).backward()
+    before = values_of(model)
+    with pytest.raises(ValueError, match=r"2\.weight: expected a row-major parameter where reduce_gradients=False"):
+        optimizer.step()
+    assert_equal(before, values_of(model))
+
+
 # --- who averages, and who clips ---
 
 
@@ -308,6 +320,8 @@ def test_averages_that_were_replaced_are_an_error(group: Any, replace: Callable[
 # --- a second optimizer over the same model ---
 
 
+@pytest.mark.parametrize("first_layer", [0, 2])
+@pytest.mark.parametrize("overlap", [True, False])
 @either_residency
 @ranks(2)
 def test_a_second_optimizer_takes_over_and_the_first_says_so(
@@ -324,8 +338,6 @@ def test_a_second_optimizer_takes_over_and_the_first_says_so(
         taken = model[first_layer:].parameters()
         second = ShardedDecoupledAdamW(taken, lr=1e-2, process_group=group, config=config)
         train_on(model, second, group.rank(), 1, 2)
-@pytest.mark.parametrize("first_layer", [0, 2])
-@pytest.mark.parametrize("overlap", [True, False])
         results.append(values_of(model))
     assert_equal(*results)
     loss_of(model, group.rank()).backward()

@@ -76,18 +76,24 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
                 f"{member.name}: expected a parameter that all ranks of the process group hold alike, got a DTensor "
                 "that is sharded among them already; use DecoupledAdamW, which updates the local shards as they are"
             )
-        if not (config.reduce_gradients or member.placement.is_borrowed or member.param.is_contiguous()):
-            # DistributedDataParallel writes gradients in the order in which it found parameters to lie in memory.
-            raise ValueError(
-                f"{member.name}: expected a row-major parameter where reduce_gradients=False, got strides "
-                f"{member.param.stride()}; call model.to(memory_format=torch.contiguous_format), or make it "
-                "contiguous(), before the model is wrapped"
-            )
+        if not (config.reduce_gradients or member.placement.is_borrowed):
+            require_row_major(member)
         if replicated and config.reduce_gradients and not member.placement.is_borrowed:
             raise ValueError(
                 f"{member.name}: expected a DTensor like {replicated[0].name}, got a plain parameter, whose gradient "
                 "nobody would average over all ranks; put it into an optimizer of its own"
             )
+
+
+def require_row_major(member: NamedParameter) -> None:
+    """Refuse a parameter whose gradient something else reduces, and whose elements do not lie in the order of rows."""
+    if not member.param.is_contiguous():
+        # DistributedDataParallel writes gradients in the order in which it found parameters to lie in memory.
+        raise ValueError(
+            f"{member.name}: expected a row-major parameter where reduce_gradients=False, got strides "
+            f"{member.param.stride()}; call model.to(memory_format=torch.contiguous_format), or make it "
+            "contiguous(), before the model is wrapped"
+        )
 
 
 def _check_absence(members: Sequence[NamedParameter]) -> None:

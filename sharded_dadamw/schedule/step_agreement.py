@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.admission import describe_hyperparameters
+from sharded_dadamw.buckets.admission import describe_hyperparameters, require_row_major
 from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.gradients import HookedGradients, warn_of_forgotten_clip
 from sharded_dadamw.buckets.shards import Shards
@@ -116,6 +116,9 @@ class StepAgreement:
                 if misplaced := bucket.weights.misplaced():
                     moved += [(member, why) for member, why in misplaced if why]
                     if not moved:
+                        if not isinstance(bucket.gradients, HookedGradients):
+                            for member, _ in misplaced:
+                                require_row_major(member)
                         bucket.weights.take_back_()
                         reducer.hook(bucket)
                 if moved:  # which explains whatever else is wrong
