@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from sharded_dadamw.update.hyperparameters import (
 )
 
 log = logging.getLogger("sharded_dadamw")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _NOT_TRIED = "2.15"
 _ROUNDING = 1e-4
@@ -47,6 +49,20 @@ def checked_defaults(
     beta1, beta2 = betas
     model = AdamW([torch.empty(0)], lr, (float(beta1), float(beta2)), eps, weight_decay, amsgrad)
     return {**model.defaults, "decoupled_weight_decay": FREE_OF_LR}
+
+
+def without_graph(call: Callable[P, T]) -> Callable[P, T]:
+    """Have a method build no graph, and allocate tensors that training can write into.
+
+    Within ``torch.inference_mode``, where some evaluate, save and clip, it would allocate others.
+    """
+
+    @wraps(call)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return call(*args, **kwargs)
+
+    return called
 
 
 def evaluate(closure: Callable[[], float] | None) -> float | None:
@@ -239,7 +255,7 @@ class DecoupledOptimizer(Optimizer):
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         """Return the norm of the gradients as they are, 0-d fp32, if they can be clipped so. Collective."""
 
-    @torch.no_grad()
+    @without_graph
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients by their norm over all parameters and ranks. Collective where anything is sharded.
 
@@ -264,7 +280,7 @@ class DecoupledOptimizer(Optimizer):
         norm = self._norm_to_clip(max_norm, norm_type)
         return self._clip.add(norm, max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
-    @torch.no_grad()
+    @without_graph
     def metrics(self) -> dict[str, Tensor]:
         """Everything about the most recent step. Collective: one all-reduce, and an exchange of names the first time.
 
@@ -291,7 +307,7 @@ class DecoupledOptimizer(Optimizer):
         table, owners = self._norms.table(held), self._norms.owners(held)
         return named_values(self._norms.report, owners.names, table, len(self.param_groups))
 
-    @torch.no_grad()
+    @without_graph
     def fingerprint(self, process_group: dist.ProcessGroup | DeviceMesh | None = None) -> Fingerprint:
         """A 64-bit number of every parameter and of its state, the same in every layout and on any number of ranks.
 
@@ -317,7 +333,7 @@ class DecoupledOptimizer(Optimizer):
         self._settle()
         return self._fingerprints.make(parts_of(self._held(), names), ranks, self._device)
 
-    @torch.no_grad()
+    @without_graph
     def report_per_parameter_metrics(
         self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
     ) -> dict[str, Any]:
@@ -354,7 +370,7 @@ class DecoupledOptimizer(Optimizer):
             report.values = {key: norms[place] for key, place in places.items()}
         return self._norms.composer.report(report, param, name, optimizer_metrics)
 
-    @torch.no_grad()
+    @without_graph
     def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Turn norms that were reported into squares that can be added up. Composer's protocol.
 
@@ -372,7 +388,7 @@ class DecoupledOptimizer(Optimizer):
         counted = owners.first_here if self._reports_whole else owners.counted
         return self._norms.composer.pre_reduce(self._norms.report, counted, optimizer_metrics)
 
-    @torch.no_grad()
+    @without_graph
     def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
         """Add up over ranks what ``pre_reduce_metrics`` returned. Composer's protocol.
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate, without_graph
 from sharded_dadamw.comm.dtensors import local_gradient
 from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
@@ -160,7 +160,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
+    @without_graph
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; the others, and their state, stay as they are.
 
@@ -234,7 +234,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             params, *moments = [[*map(local, tensors)] for tensors in (params, *moments)]
         return Columns(params, grads, moments[0], moments[1], moments[2] if amsgrad else [], steps)
 
-    @torch.no_grad()
+    @without_graph
     def _fill_in_state(self, group: Mapping[str, Any]) -> None:
         """Make the state that trainable parameters of a group lack."""
         if not group["params"]:  # torch's loading functions leave nothing else in such a group

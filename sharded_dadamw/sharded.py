@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate
+from sharded_dadamw.base import DecoupledOptimizer, checked_defaults, evaluate, without_graph
 from sharded_dadamw.buckets.shards import Shards, refuse_other_optimizers, with_lists
 from sharded_dadamw.config import ShardingConfig
 from sharded_dadamw.norms.held import HeldInBuckets
@@ -162,7 +162,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
+    @without_graph
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Average gradients, update this rank's shard, and gather the parameters. Collective.
 
@@ -333,7 +333,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._take_back_state()
         return super().state_dict()
 
-    @torch.no_grad()
+    @without_graph
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state in host memory of one rank, whose next ``state_dict()`` returns it. Collective.
 
@@ -351,7 +351,7 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
         self._consolidated.update(gather_state(self._shards.buckets, self._shards.collectives, to=to))
         self._clock.skip_bytes()
 
-    @torch.no_grad()
+    @without_graph
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` has returned on this rank, or whole tensors from anywhere; all or nothing.
 

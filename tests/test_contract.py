@@ -23,7 +23,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.checkpoint import load_checkpoint, save_checkpoint
 from sharded_dadamw.interchange import from_torch
-from tests.harness import Pair, Params, backward_onto, give_gradients, make, ranks, same_gradients
+from tests import pool
+from tests.harness import (
+    Pair,
+    Params,
+    assert_equal,
+    backward_onto,
+    give_gradients,
+    loss_of,
+    make,
+    ranks,
+    same_gradients,
+    train_on,
+    values_of,
+)
 from tests.models import BF16, TiedLanguageModel, draw_gradient
 
 either_class = pytest.mark.parametrize("cls", [DecoupledAdamW, ShardedDecoupledAdamW])
@@ -172,17 +185,47 @@ def test_backward_through_a_graph_from_before_the_step_fails_instead_of_mixing_w
         loss.backward()
 
 
-@either_class
-def test_sparse_gradients_are_refused_before_anything_changes(cls: Any) -> None:
+@pytest.mark.parametrize(
+    ("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)]
+)
+@ranks()
+def test_sparse_gradients_are_refused_before_anything_changes(group: Any, cls: Any) -> None:
     """Where others reduce them, too; where we do, tests/test_refusals.py says so on every rank."""
     table, dense = nn.Embedding(5, 3, sparse=True), nn.Parameter(torch.ones(3))
     before = table.weight.detach().clone()
-    settings = {"config": ShardingConfig(reduce_gradients=False)} if cls is ShardedDecoupledAdamW else {}
-    optimizer = cls([dense, table.weight], **settings)
+    settings = dict(config=ShardingConfig(reduce_gradients=False), process_group=group)
+    optimizer = cls([dense, table.weight], **(settings if cls is ShardedDecoupledAdamW else {}))
     (table(torch.tensor([1, 2])) * dense).sum().backward()
     with pytest.raises((RuntimeError, ValueError), match=r"gradient of param_groups\[0\]\['params'\]\[1\]: .*sparse"):
         optimizer.step()
     assert torch.equal(table.weight, before) and torch.equal(dense, torch.ones(3))
+
+
+# --- inference mode ---
+
+
+@same_gradients
+@pytest.mark.parametrize(
+    ("cls", "num_ranks"), [(DecoupledAdamW, 1), (ShardedDecoupledAdamW, 1), (ShardedDecoupledAdamW, 2)]
+)
+@ranks(run=pool.on_ranks)
+def test_calls_in_inference_mode_change_nothing(group: Any, cls: Any) -> None:
+    """Processes exchange gradients through memory that the first of them allocates, and later ones write into."""
+    results = []
+    for context in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 4)
+        settings = {"process_group": group} if cls is ShardedDecoupledAdamW else {}
+        optimizer = cls(model.named_parameters(), lr=1e-2, **settings)
+        for step in range(3):
+            loss_of(model, group.rank(), step).backward()
+            with context():
+                optimizer.clip_grad_norm_(0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        train_on(model, optimizer, group.rank(), 3, 4)
+        results.append(values_of(model))
+    assert_equal(*results)
 
 
 # --- clips ---

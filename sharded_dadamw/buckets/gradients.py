@@ -145,8 +145,9 @@ class Gradients(ABC):
 
         It does not depend on the order of addition, so equal gradients have equal sums on any rank.
         """
-        # One copy at a time: of the first step's memory little may be left.
-        grads = (local(param.grad.detach()).nan_to_num() for param in self._params if param.grad is not None)
+        present = [param.grad for param in self._params if param.grad is not None]
+        # One copy at a time: of the first step's memory little may be left. Sparse ones are refused anyway.
+        grads = (local(grad.detach()).nan_to_num() for grad in present if grad.layout is torch.strided)
         sums = [grad.view(_INTEGERS[grad.itemsize]).sum(dtype=torch.int64) for grad in grads]
         return torch.stack([torch.zeros((), dtype=torch.int64, device=self.shard.device), *sums]).sum() & (2**60 - 1)
 
