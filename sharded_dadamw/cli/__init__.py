@@ -1,7 +1,7 @@
 """The command `sharded-dadamw`: convert checkpoints, look into ours and compare them, and plan a run.
 
-``commands`` names the commands, ``checkpoints`` and ``planning`` have them, each imported when it is called, and
-``errors`` turns what they raise into a line.
+``commands`` names the commands and turns what they raise into a line; ``checkpoints`` and ``planning`` have them, each
+imported when it is called.
 """
 
 from sharded_dadamw.cli.commands import app, main

@@ -7,7 +7,6 @@ import typer
 
 from sharded_dadamw.checkpoint.difference import difference
 from sharded_dadamw.checkpoint.folder import Manifest, found_at
-from sharded_dadamw.cli.errors import one_line_errors
 from sharded_dadamw.interchange.convert import Source, read_state, write_state
 from sharded_dadamw.interchange.files import read_text
 
@@ -45,10 +44,9 @@ def convert(
     ] = None,
 ) -> None:
     """Convert optimizer state from another optimizer, or to another."""
-    with one_line_errors():
-        listed = None if names is None else list(filter(None, map(str.strip, read_text(names).split("\n"))))
-        state, held = read_state(source, written_by, weights=weights, names=listed, peak_lr=peak_lr)
-        write_state(target, state, held)
+    listed = None if names is None else list(filter(None, map(str.strip, read_text(names).split("\n"))))
+    state, held = read_state(source, written_by, weights=weights, names=listed, peak_lr=peak_lr)
+    write_state(target, state, held)
     typer.echo(f"{target}: state of {len(state['state'])} parameters in {len(state['param_groups'])} groups")
     for index, group in enumerate(state["param_groups"]):
         typer.echo(
@@ -63,9 +61,8 @@ def inspect(
     ],
 ) -> None:
     """Show what one of our checkpoints says that it is, and whether its checksums hold."""
-    with one_line_errors():
-        folder = found_at(path)[-1]
-        manifest = Manifest.read(folder)
+    folder = found_at(path)[-1]
+    manifest = Manifest.read(folder)
     damage = list(manifest.damage(folder))
     facts = [
         ("step", f"{manifest.step:,}"),
@@ -90,8 +87,7 @@ def diff(
     other: Annotated[Path, typer.Argument(help="Another one, written on any number of ranks.")],
 ) -> None:
     """Tell at which step and in which tensor two runs first differ, by their fingerprints; exit code 1 if so."""
-    with one_line_errors(code=2):
-        found = difference(one, other)
+    found = difference(one, other)
     typer.echo("the same" if found is None else found)
     if found is not None:
         raise typer.Exit(1)

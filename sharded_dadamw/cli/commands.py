@@ -17,7 +17,10 @@ _MODULES = {"convert": "checkpoints", "inspect": "checkpoints", "diff": "checkpo
 
 
 class _Commands(TyperGroup):
-    """Imports what a command needs: torch.distributed.checkpoint alone takes longer than most plans."""
+    """Imports what a command needs: torch.distributed.checkpoint alone takes longer than most plans.
+
+    What a user can do something about is one sentence, without a traceback.
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_MODULES)
@@ -27,6 +30,15 @@ class _Commands(TyperGroup):
             return None
         module = importlib.import_module(f"sharded_dadamw.cli.{_MODULES[cmd_name]}")
         return get_group(module.app).commands[cmd_name]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # of which typer says nothing
+            raise
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2 if ctx.invoked_subcommand == "diff" else 1) from error
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -8,7 +8,6 @@ from typing import Annotated, TypeVar
 import torch
 import typer
 
-from sharded_dadamw.cli.errors import one_line_errors
 from sharded_dadamw.config import (
     Exchange,
     GradientResidency,
@@ -71,36 +70,35 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="A picture to write, such as plan.png.")] = None,
 ) -> None:
     """Say what a training run will hold, send and wait for, on every rank, before it runs."""
-    with one_line_errors():
-        planned = plan_run(
-            model,
-            ranks=ranks,
-            per_host=per_host,
-            mesh=None if mesh is None else _mesh(mesh),
-            gpu=gpu,
-            config=ShardingConfig(
-                bucket_cap_mb=bucket_cap_mb,
-                overlap=overlap,
-                gradient_residency=_chosen(GradientResidency.__members__, "--gradients", gradients),
-                state_residency=_chosen(StateResidency.__members__, "--state", state),
-                exchange=_chosen(Exchange.__members__, "--exchange", exchange),
-                wire_dtype=None if wire is None else _chosen(_DTYPES, "--wire", wire),
-                main_parameter=_chosen(MainParameter.__members__, "--main", main_parameter),
-                moments=_chosen(Moments.__members__, "--moments", moments),
-                micro_batches=micro_batches,
-            ),
-            dtype=None if precision is None else _chosen(_DTYPES, "--precision", precision),
-            gradient_dtype=None if gradient_dtype is None else _chosen(_DTYPES, "--gradient-dtype", gradient_dtype),
-            amsgrad=amsgrad,
-            attached=attach,
-            memory=None if memory is None else 1e9 * memory,
-            activations=1e9 * activations,
-            compute=compute,
-            tokens=tokens,
-            mfu=mfu,
-        )
-        if plot is not None:
-            draw(planned, plot)
+    planned = plan_run(
+        model,
+        ranks=ranks,
+        per_host=per_host,
+        mesh=None if mesh is None else _mesh(mesh),
+        gpu=gpu,
+        config=ShardingConfig(
+            bucket_cap_mb=bucket_cap_mb,
+            overlap=overlap,
+            gradient_residency=_chosen(GradientResidency.__members__, "--gradients", gradients),
+            state_residency=_chosen(StateResidency.__members__, "--state", state),
+            exchange=_chosen(Exchange.__members__, "--exchange", exchange),
+            wire_dtype=None if wire is None else _chosen(_DTYPES, "--wire", wire),
+            main_parameter=_chosen(MainParameter.__members__, "--main", main_parameter),
+            moments=_chosen(Moments.__members__, "--moments", moments),
+            micro_batches=micro_batches,
+        ),
+        dtype=None if precision is None else _chosen(_DTYPES, "--precision", precision),
+        gradient_dtype=None if gradient_dtype is None else _chosen(_DTYPES, "--gradient-dtype", gradient_dtype),
+        amsgrad=amsgrad,
+        attached=attach,
+        memory=None if memory is None else 1e9 * memory,
+        activations=1e9 * activations,
+        compute=compute,
+        tokens=tokens,
+        mfu=mfu,
+    )
+    if plot is not None:
+        draw(planned, plot)
     typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else "\n".join(lines_of(planned)))
 
 
