@@ -21,7 +21,7 @@ from sharded_dadamw.kernels.ready import Columns, ReadyUpdate, ReadyUpdates
 from sharded_dadamw.layout.placement import is_of_fsdp1, local
 from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.held import HeldAsTheyLie
-from sharded_dadamw.state.in_place import drop_strangers, fill_in, without_mains
+from sharded_dadamw.state.in_place import drop_strangers, fill_in, unshare, without_mains
 from sharded_dadamw.update.adamw import Step
 from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
 from sharded_dadamw.update.storage import moments_of
@@ -302,7 +302,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 
         Moments take the dtype of their parameter, as in torch. Main parameters, which a whole state dict of
-        ``ShardedDecoupledAdamW`` may have, are left out. After an error nothing has changed.
+        ``ShardedDecoupledAdamW`` may have, are left out. The tensors in it are copied, unless they are this optimizer's
+        own. After an error nothing has changed.
 
         Raises:
             TypeError: As the constructor, for a hyperparameter in it.
@@ -321,6 +322,9 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         except ValueError:
             self.__setstate__(before)
             raise
+        unshare(self.state, state, before["state"])
+        for group in self.param_groups:
+            self._fill_in_state(group)
 
 
 def _with_gradients(group: Mapping[str, Any]) -> _ToUpdate:

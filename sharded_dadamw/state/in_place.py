@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.kernels.ready import base_of
+from sharded_dadamw.layout.placement import local
 from sharded_dadamw.update.storage import LARGEST_BETA2_FOR_NEAREST, MAINS, MOMENTS, moments_of
 
 log = logging.getLogger("sharded_dadamw")
@@ -61,6 +62,26 @@ def without_mains(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str,
             "call its consolidate_state_dict(), or go through torch.distributed.checkpoint"
         )
     return {key: {name: entries[name] for name in entries if name not in MAINS} for key, entries in state.items()}
+
+
+def unshare(
+    state: Mapping[Any, dict[str, Any]], given: Mapping[Any, Mapping[str, Any]], earlier: MutableMapping[Any, Any]
+) -> None:
+    """Copy what loaded state has of the caller's own tensors: training would write into them.
+
+    What lies where the ``earlier`` state of the parameter does is ours. That is emptied meanwhile, to make room.
+    """
+    theirs = {_memory(value) for entries in given.values() for value in entries.values() if isinstance(value, Tensor)}
+    for param, entries in state.items():
+        before = earlier.pop(param, {})
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and _memory(value) in theirs:
+                is_ours = key in before and _memory(value) == _memory(before[key])
+                entries[key] = value if is_ours else value.clone()
+
+
+def _memory(tensor: Tensor) -> int:
+    return local(tensor).untyped_storage().data_ptr()
 
 
 def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) -> None:
