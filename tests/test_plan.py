@@ -552,6 +552,14 @@ def test_the_fewest_ranks_are_the_fewest() -> None:
     assert {planned.smallest for planned in of_8b.values()} == {120}
 
 
+def test_replicas_of_one_host_publish_means_by_rings() -> None:
+    """4 replicas on 2 hosts: what goes straight to owners crosses 2 times of 3, what goes through rings once a host."""
+    config = ShardingConfig(exchange=Exchange.RANK_ORDER)
+    planned = plan("tiny", ranks=8, per_host=4, mesh=(4, 2), config=config, dtype=F32)
+    assert sum(planned.links.values()) == planned.sent.total
+    assert planned.links["inter"] == pytest.approx(planned.sent.replicas * (2 / 3 + 1 / 2) / 2)
+
+
 def test_with_micro_batches_only_ranks_that_can_share_them_are_told() -> None:
     """12 of them: on 1, 3, 6 and 12 ranks."""
     told: dict[str, Any] = dict(per_host=3, tokens=4096, mfu=0.4)

@@ -143,12 +143,10 @@ def sent(model: Model) -> Sent:
     """Bytes that a rank sends in a step with one reduction of each bucket."""
     reduce = gather = replicas = 0
     for bucket, count in model.counted():
-        gather += count * (model.shards - 1) * bucket.layout.shard_numel * bucket.storage.param.itemsize
-        if bucket.reduces:
-            of_row, of_column = model.means_of(bucket)
-            twice = of_column.numel * (of_column.sent.itemsize + of_column.out.itemsize)
-            reduce += count * (of_row.ranks - 1) * of_row.numel * of_row.sent.itemsize
-            replicas += count * (of_column.ranks - 1) * twice
+        published, *parts = (transfer.sent for transfer in model.transfers_of(bucket))
+        gather += count * published
+        reduce += count * sum(parts[:1])
+        replicas += count * sum(parts[1:])
     return Sent(reduce, gather, replicas)
 
 

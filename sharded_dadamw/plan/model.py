@@ -73,6 +73,19 @@ class Mean(NamedTuple):
         return self.ranks * self.numel * self.sent.itemsize
 
 
+class Transfer(NamedTuple):
+    """A reduce-scatter or an all-gather of a buffer of so many bytes; ``is_direct`` if slices go straight to owners."""
+
+    num_bytes: int
+    ranks: int
+    is_direct: bool = False
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one rank sends."""
+        return self.num_bytes // self.ranks * (self.ranks - 1)
+
+
 @dataclass(frozen=True)
 class Model:
     """The parameters of a model, cut into buckets for a number of ranks.
@@ -154,6 +167,13 @@ class Model:
         wide = dtype if self.replicas == 1 or self.config.micro_batches else sum_dtype(narrow, dtype)
         of_column = Mean(-(-shard // self.replicas), self.replicas, wide, sent_dtype(wide, wire), dtype)
         return Mean(shard, self.shards, dtype, narrow, wide), of_column
+
+    def transfers_of(self, bucket: Arrangement) -> list[Transfer]:
+        """Over a row what publishes a bucket and what averages gradients, and over a column the rest of the mean."""
+        means = self.means_of(bucket)[: min(2, self.replicas)] if bucket.reduces else ()
+        parts = [Transfer(mean.sent_bytes, mean.ranks, self.is_direct) for mean in means]
+        parts += [Transfer(mean.ranks * mean.numel * mean.out.itemsize, mean.ranks) for mean in means[1:]]
+        return [Transfer(bucket.layout.numel * bucket.storage.param.itemsize, self.shards), *parts]
 
     @property
     def num_ranks(self) -> int:

@@ -281,14 +281,12 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 def _links(model: Model, row: Axis, column: Axis) -> dict[str, float]:
     """Bytes that a rank sends in a step, by the link that carries them."""
-    total, found = sent(model), {"intra": 0.0, "inter": 0.0}
-    direct = model.is_direct
-    kinds = (total.reduce, row, direct), (total.gather, row, False), (total.replicas, column, direct)
-    for num_bytes, axis, is_direct in kinds:
-        whole = num_bytes * axis.ranks / max(1, axis.ranks - 1)
-        for link, share in zip(found, on_links(whole, axis, direct=is_direct), strict=True):
-            found[link] += share
-    return found
+    intra = inter = 0.0
+    for bucket, number in model.counted():
+        for each, axis in zip(model.transfers_of(bucket), (row, row, column, column), strict=False):
+            within, across = on_links(each.num_bytes, axis, direct=each.is_direct)
+            intra, inter = intra + number * within, inter + number * across
+    return {"intra": intra, "inter": inter}
 
 
 def _unknown(model: Model, activations: float, compute: float | None) -> Iterator[str]:

@@ -202,10 +202,15 @@ class _Schedule(Follower):
         """Time the buckets of a model, cut over a row of ranks and replicated along a column."""
         self._model = model
         self._gpu = gpu
-        self._row, self._column = row, column
-        self._reduce = model.each(self._reduce_of)
+        timed = model.each(
+            lambda bucket: [
+                transfer(each.num_bytes, axis, gpu, direct=each.is_direct)
+                for each, axis in zip(model.transfers_of(bucket), (row, row, column, column), strict=False)
+            ]
+        )
+        self._gather = [gather for gather, *_ in timed]
+        self._reduce = [parts for _, *parts in timed]
         self._update = model.each(self._update_of)
-        self._gather = model.each(self._gather_of)
         self.sums = sum(map(sum, self._reduce)), sum(self._update), sum(self._gather)
         self._backward = 0.0
         self._numel = sum(gradient.numel for gradient in model.gradients)
@@ -216,27 +221,12 @@ class _Schedule(Follower):
         self._parts: dict[int, deque[float]] = {}
         self._spans: list[Span] = []
 
-    def _reduce_of(self, bucket: Arrangement) -> list[float]:
-        """Seconds of each part of a mean."""
-        if not bucket.reduces:
-            return [0.0]
-        of_row, of_column = self._model.means_of(bucket)
-        parts = [transfer(of_row.sent_bytes, self._row, self._gpu, direct=self._model.is_direct)]
-        if self._model.replicas > 1:
-            published = of_column.ranks * of_column.numel * of_column.out.itemsize
-            parts.append(transfer(of_column.sent_bytes, self._column, self._gpu, direct=self._model.is_direct))
-            parts.append(transfer(published, self._column, self._gpu))
-        return parts
-
     def _update_of(self, bucket: Arrangement) -> float:
         """Seconds of one pass over a shard: gradients are read, parameters and state are written, too."""
         gradient, kept = bucket.members[0].gradient_dtype.itemsize, self._model.state_bytes(bucket)
         num_bytes = bucket.layout.shard_numel * (gradient + 2 * (bucket.storage.param.itemsize + kept))
         on_host = self._model.config.state_residency is StateResidency.HOST
         return num_bytes / (_HOST if on_host else self._gpu.copy * _OF_A_COPY)
-
-    def _gather_of(self, bucket: Arrangement) -> float:
-        return transfer(bucket.layout.numel * bucket.storage.param.itemsize, self._row, self._gpu)
 
     def play(self, compute: float, *, attached: bool) -> Time:
         """From one backward to the next."""
