@@ -99,32 +99,26 @@ class Sharded(Contender):
     averages_micro_batches = True
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """See Contender."""
         context: AbstractContextManager[None] = self.optimizer.no_sync()
         return context
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """See Contender."""
         norm: Tensor = self.optimizer.clip_grad_norm_(max_norm)
         return norm
 
     def parts(self, seconds: float) -> StepParts:
-        """See Contender."""
         cost = self.optimizer.last_step
         return StepParts(cost.reduce_s, cost.update_s, cost.gather_s)
 
     def synchronize(self) -> None:
-        """See Contender."""
         self.optimizer.synchronize()
 
     @property
     def state_bytes(self) -> int:
-        """See Contender."""
         return int(self.optimizer.state_bytes)
 
     @property
     def wire_bytes(self) -> int | None:
-        """See Contender."""
         return int(self.optimizer.last_step.wire_bytes)
 
 

@@ -15,14 +15,15 @@ RUNS = Path("runs")
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
-# What an earlier run says nothing about.
 OF_THIS_START = frozenset(("ranks", "max_restarts", "run_dir", "resume", "requeue"))
-CHECKPOINTS = frozenset(("checkpoint", "checkpoint_every", "keep_last", "background"))
-SHOWN = frozenset(("log_every", "fingerprint_every", "sample_bytes", "plot"))
-# What may change between a run and its resumption: the law, the weights and the global batches stay what they were.
-# The text may have moved, and is compared by its digest.
-OF_THE_CLUSTER = frozenset(("shard_within_host", "checkpoint_signal", "process_group_timeout"))
-FREE = OF_THIS_START | OF_THE_CLUSTER | CHECKPOINTS | SHOWN | {"data", "bucket_cap_mb"}
+"""What an earlier run says nothing about."""
+FREE = OF_THIS_START | {
+    *("shard_within_host", "checkpoint_signal", "process_group_timeout", "bucket_cap_mb"),
+    *("checkpoint", "checkpoint_every", "keep_last", "background"),
+    *("log_every", "fingerprint_every", "sample_bytes", "plot"),
+    "data",  # which may have moved, and is compared by its digest
+}
+"""What may change between a run and its resumption: the law, the weights and the global batches stay what they were."""
 
 
 def job() -> str | None:
@@ -30,11 +31,6 @@ def job() -> str | None:
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     # Without an id of its own every run is called "none"; but our parent is the agent, which outlives its workers.
     return f"{platform.node()}:{os.getppid()}" if run_id == "none" else run_id
-
-
-def is_restart() -> bool:
-    """Whether torchrun has started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,7 +64,7 @@ def folder_to_resume(resume: bool, requeue: bool, run_dir: Path | None) -> Path 
     begun = [run_dir] if run_dir is not None else list(RUNS.iterdir()) if RUNS.is_dir() else []
     begun = [folder for folder in begun if (folder / CONFIG).exists()]
     begun.sort(key=lambda folder: (folder / CONFIG).stat().st_mtime_ns, reverse=True)
-    if is_restart():
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # in the place of a process that died
         for folder in begun:
             config = read_config(folder)
             if job() in [start.get("job") for start in (config, *config["resumed"])]:

@@ -128,13 +128,13 @@ class Training:
                 if step + 1 == settings.steps:
                     break
                 if self.is_to_stop:
-                    self.save_and_wait(step + 1, before)
+                    self.save(step + 1, before, is_last=True)
                     report.say(f"asked to stop, after {step + 1} of {settings.steps} steps: start again to go on")
                     raise SystemExit(START_AGAIN)
                 if (step + 1) % settings.checkpoint_every == 0:
-                    self.save_on_the_way(step + 1, before)
+                    self.save(step + 1, before)
         after = self.held_out_loss()
-        self.save_at_the_end(before)  # before anything that can fail on one rank
+        self.save(settings.steps, before, is_last=True)  # before anything that can fail on one rank
         summary = Summary(
             num_parameters=sum(p.numel() for p in self.model.parameters()),
             held_out_before=before,
@@ -161,62 +161,42 @@ class Training:
         self.report.go_on(resumed.step if resumed else 0, resumed.path if resumed else None)
         return resumed
 
-    def save(self, step: int, held_out_before: float, asynchronous: bool) -> None:
-        """Write a checkpoint, or begin to; a collective. Batches depend on the step alone: no other place in the data.
+    def save(self, step: int, held_out_before: float, *, is_last: bool = False) -> None:
+        """Write a checkpoint, or begin to, which a full disk does not end unless it is the last one; a collective.
 
-        Raises:
-            OSError: it could not be written, on any rank, and so for every one.
-            RuntimeError: it failed otherwise.
+        Batches depend on the step alone, so there is no other place in the data.
         """
+        settings = self.settings
+        if not (settings.checkpoint and settings.can_resume):
+            if settings.checkpoint and is_last:
+                self.report.say(f"no checkpoint: {settings.optimizer} gathers its whole state on one rank to save it")
+            return
+        under_way, self.saving = self.saving, None
+        with self.forgiven():
+            if under_way is not None:
+                under_way.wait()
         with self.forgiven():  # the others are on their way to the checkpoint
             if self.rank == 0:
                 self.folder.sync_metrics()
-        self.saving = save_checkpoint(
-            self.folder.checkpoints,
-            step=step,
-            model=self.model,
-            optimizer=self.contender.optimizer,
-            data={"held_out_before": held_out_before},
-            keep_last=self.settings.keep_last,
-            asynchronous=asynchronous,
-        )
-
-    def save_on_the_way(self, step: int, held_out_before: float) -> None:
-        """Write a checkpoint beside training, which a full disk does not end."""
-        if self.settings.checkpoint and self.settings.can_resume:
-            self.finish_saving()
-            with self.forgiven():
-                self.save(step, held_out_before, self.settings.background)
-
-    def save_at_the_end(self, held_out_before: float) -> None:
-        """Write the last checkpoint; without it there is nothing to show for the run."""
-        settings = self.settings
-        if not settings.can_resume and settings.checkpoint:
-            self.report.say(f"no checkpoint: {settings.optimizer} gathers its whole state on one rank to save it")
-        elif settings.checkpoint:
-            self.save_and_wait(settings.steps, held_out_before)
-
-    def save_and_wait(self, step: int, held_out_before: float) -> None:
-        """Write a checkpoint with which this process ends."""
-        self.finish_saving()
-        try:
-            self.save(step, held_out_before, asynchronous=False)
-        except (OSError, RuntimeError) as error:
-            fail(error)
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint under way, and say so if it was not written."""
-        if self.saving is not None:
-            with self.forgiven():
-                self.saving.wait()
-            self.saving = None
+        with self.forgiven(unless=is_last):
+            self.saving = save_checkpoint(
+                self.folder.checkpoints,
+                step=step,
+                model=self.model,
+                optimizer=self.contender.optimizer,
+                data={"held_out_before": held_out_before},
+                keep_last=settings.keep_last,
+                asynchronous=settings.background and not is_last,
+            )
 
     @contextlib.contextmanager
-    def forgiven(self) -> Iterator[None]:
+    def forgiven(self, *, unless: bool = False) -> Iterator[None]:
         """Within it, what cannot be written is a warning: a checkpoint, of which every rank hears, or a metric."""
         try:
             yield
         except (OSError, RuntimeError) as error:
+            if unless:
+                fail(error)
             self.report.say(f"warning: {error}; training goes on")
 
     def train_step(self, step: int) -> StepRecord:
