@@ -5,6 +5,7 @@ It shows what is kept and what is refused. Bits on many ranks are for tests/test
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable
@@ -630,6 +631,33 @@ def test_a_decay_of_one_or_more_is_an_error_on_every_rank_that_changes_nothing(g
     optimizer.step()
     assert weight.isfinite().all() and not torch.equal(weight, before[0])
     return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", math.nan), ("lr", -1e-3), ("weight_decay", math.inf), ("eps", math.nan), ("betas", (0.9, 1.0))],
+)
+@either_class
+@ranks(2)
+def test_a_number_that_a_schedule_left_without_meaning_is_an_error_that_changes_nothing(
+    group: Any, cls: Any, name: str, value: Any
+) -> None:
+    """The constructor refuses them, too; a schedule that is run past its end gives a negative lr."""
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = cls([weight], lr=1e-2, **({"process_group": group} if cls is ShardedDecoupledAdamW else {}))
+    own = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    weight.grad = torch.full((5,), 1.0 + group.rank())
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(5)) and not optimizer.state[weight]["step"].any()
+    optimizer.param_groups[0][name] = own
+    optimizer.step()
+    optimizer.zero_grad()
+    weight.grad = torch.full((5,), 1.0 + group.rank())
+    optimizer.param_groups[0]["lr"] = -1e-12  # a rounding
+    optimizer.step()
+    assert weight.isfinite().all() and not torch.equal(weight, torch.ones(5))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ tells what its weight decay means, and an entry of our own would be missing wher
 HIGH_WEIGHT_DECAY = 1e-3
 """Above which a decay per step is probably that of torch's AdamW."""
 
+_ROUNDING = 1e-6
+"""By what part of its peak an lr may be below 0."""
 _UNSUPPORTED_SWITCHES = ("maximize", "differentiable")
 
 
@@ -70,6 +72,13 @@ class Hyperparameters:
         return replace(self, lr=float(self.lr)) if is_to_be_read else self
 
     @property
+    def is_in_domain(self) -> bool:
+        """Whether the rule makes sense of them. A schedule may end a rounding below 0."""
+        lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
+        numbers = (lr + _ROUNDING * self.initial_lr, self.initial_lr, self.eps, self.weight_decay)
+        return all(0.0 <= x < math.inf for x in numbers) and 0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0
+
+    @property
     def multiplier(self) -> float | Tensor:
         """What the schedule multiplies the decay by; a 0-d tensor where ``lr`` is one."""
         return self.lr / self.initial_lr if self.initial_lr else 1.0
@@ -84,13 +93,14 @@ def read_groups(groups: Sequence[Mapping[str, Any]]) -> list[Hyperparameters]:
     """Read the scalars of every group, for one step.
 
     Raises:
-        ValueError: A group's decay, which is not looked at where ``lr`` is on an accelerator, is 1 or more, or a switch
-            is on, as in ``check_group``.
+        ValueError: A group's decay is 1 or more, or as ``check_group``. An ``lr`` on an accelerator is not looked at.
     """
     for group in groups:
         _refuse_switches(group)
     hypers = [Hyperparameters.from_group(group) for group in groups]
     for index, hyper in enumerate(hypers):
+        if not hyper.is_in_domain:
+            check_group(groups[index])
         if not isinstance(hyper.decay, Tensor) and hyper.decay >= 1.0:
             raise ValueError(
                 f"param_groups[{index}]: expected a decay per step below 1, got {hyper.decay:g}, which is weight_decay "
