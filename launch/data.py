@@ -8,7 +8,6 @@ import hashlib
 import math
 import sysconfig
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,13 +22,6 @@ HELD_OUT_FRACTION = 0.05
 END_OF_FILE = b"\0"
 # Installed packages and tests differ between machines; encodings and pydoc_data are tables and prose, not code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-
-
-def is_skipped(parts: tuple[str, ...], *, is_own: bool) -> bool:
-    """Whether a file is left out, by its path's parts: of one's own text only what is hidden, such as .git."""
-    if is_own:
-        return any(part.startswith(".") for part in parts)
-    return not SKIPPED_FOLDERS.isdisjoint(parts)
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,13 @@ class Corpus:
         if source is None:
             root = Path(sysconfig.get_paths()["stdlib"])
             name = "Python standard library"
-            files: Iterable[Path] = root.rglob("*.py")
+            files = [path for path in root.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
         else:
             root = source if source.is_dir() else source.parent
             name = str(source)
-            files = root.rglob("*") if source.is_dir() else [source]
-        texts = {
-            path.relative_to(root).as_posix(): path.read_bytes()
-            for path in files
-            if path.is_file() and not is_skipped(path.relative_to(root).parts, is_own=source is not None)
-        }
+            found = root.rglob("*") if source.is_dir() else [source]
+            files = [path for path in found if "/." not in f"/{path.relative_to(root).as_posix()}"]  # not .git
+        texts = {path.relative_to(root).as_posix(): path.read_bytes() for path in files if path.is_file()}
         # By digest of the name: an order that is the same everywhere, yet does not put all of one folder at the end,
         # where the held-out text is cut off.
         names = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())

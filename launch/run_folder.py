@@ -40,29 +40,28 @@ class RunFolder:
 
         Leaves by SystemExit, on every rank, if some have another text than the run began with, or cannot write there.
         """
-        chosen = [settings.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.optimizer}"]
-        text = [corpus.digest]
+        path = settings.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.optimizer}"
+        agreed: list[Any] = [path, corpus.digest]
         if dist.get_rank() == 0 and settings.resume:
-            text = [read_config(chosen[0])["text"]]
-        dist.broadcast_object_list(chosen, src=0)
-        dist.broadcast_object_list(text, src=0)
+            agreed[1] = read_config(path)["text"]
+        dist.broadcast_object_list(agreed, src=0)
+        path, text = agreed
         digests = [""] * dist.get_world_size()
         dist.all_gather_object(digests, corpus.digest)
-        if others := [rank for rank, digest in enumerate(digests) if digest != text[0]]:
-            where = f"the run in {chosen[0]}" if settings.resume else "rank 0"
+        if others := [rank for rank, digest in enumerate(digests) if digest != text]:
+            where = f"the run in {path}" if settings.resume else "rank 0"
             fail(f"expected the text of {where}, got another on ranks {others} of {len(digests)}; name it with --data")
         wrong: list[str | None] = [None] * dist.get_world_size()
         try:
-            folder, failure = cls(chosen[0]), None
+            folder, failure = cls(path), None
             if dist.get_rank() == 0:
-                folder._write_config(settings, text[0], num_parameters, device)
+                folder._write_config(settings, text, num_parameters, device)
         except OSError as error:
             failure = str(error)
         dist.all_gather_object(wrong, failure)
         if failures := [failure for failure in wrong if failure is not None]:
             fail(
-                f"expected --run-dir to be a folder that every rank can write, got {chosen[0]}: {failures[0]}; name "
-                "another"
+                f"expected --run-dir to be a folder that every rank can write, got {path}: {failures[0]}; name another"
             )
         return folder
 

@@ -14,8 +14,6 @@ from launch.stacks.common import build, loss_of
 from sharded_dadamw import ShardedDecoupledAdamW, weight_decay_groups
 from sharded_dadamw.stacks.accelerate import prepare
 
-__all__ = ["build", "loss_of"]
-
 
 def main() -> None:
     """Train."""

@@ -11,8 +11,6 @@ from launch.stacks import common
 from launch.stacks.common import build, loss_of
 from sharded_dadamw import DecoupledAdamW, weight_decay_groups
 
-__all__ = ["build", "loss_of"]
-
 
 def main() -> None:
     """Train."""

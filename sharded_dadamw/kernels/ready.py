@@ -74,7 +74,8 @@ class ReadyUpdate:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._gradients = _described(columns.grads)
         self._captured = captured
-        self.counts = _joined(columns.counts)
+        base = base_of(columns.counts)
+        self.counts = list(columns.counts) if base is None or base.numel() != len(columns.counts) else [base]
         self._is_fixed = [_is_contiguous(each) and not kernels.kernel_for(each.form).keeps_tensors for each in operands]
         self._fixed = _prepare(compress(enumerate(operands), self._is_fixed))
         self._others = [place for place, is_fixed in enumerate(self._is_fixed) if not is_fixed]
@@ -163,12 +164,6 @@ def _is_captured(columns: Columns) -> bool:
 def _described(grads: Sequence[Tensor]) -> list[object]:
     """What a kernel has to know of gradients but their addresses, and whether they are contiguous."""
     return [*map(_dtype, grads), *map(type, grads), *map(Tensor.numel, grads)]
-
-
-def _joined(counts: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers in one tensor where they are all that it has."""
-    base = base_of(counts)
-    return list(counts) if base is None or base.numel() != len(counts) else [base]
 
 
 def base_of(counts: Sequence[Tensor]) -> Tensor | None:

@@ -17,7 +17,7 @@ class ShardedStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leave the model as it is; its clip becomes the optimizer's."""
-        self.precision_plugin.clip_grad_by_norm = _clip_by_norm
+        self.precision_plugin.clip_grad_by_norm = lambda optimizer, clip_val: optimizer.clip_grad_norm_(clip_val)
         self.precision_plugin.clip_grad_by_value = refuse_clip_by_value
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -29,7 +29,3 @@ class ShardedStrategy(DDPStrategy):
     def block_backward_sync(self) -> AbstractContextManager[Any]:
         """Accumulate inside."""
         return no_sync(self.optimizers)
-
-
-def _clip_by_norm(optimizer: Any, clip_val: float) -> None:
-    optimizer.clip_grad_norm_(clip_val)

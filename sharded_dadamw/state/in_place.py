@@ -34,7 +34,8 @@ def fill_in(state: MutableMapping[Any, Any], group: Mapping[str, Any]) -> bool:
             if not of_param:
                 _check_freezing(param.dtype, float(group["betas"][1]))
                 of_param["step"] = _NOT_BEGUN
-            misfits = _misfits(of_param, param)
+            moments = map(of_param.get, MOMENTS)
+            misfits = [moment for moment in moments if moment is not None and moment.shape != param.shape]
             if misfits and not of_param["step"].is_meta and of_param["step"] != 0:
                 name = group["param_names"][place] if "param_names" in group else f"parameter {place} of its group"
                 raise ValueError(
@@ -89,11 +90,6 @@ def drop_strangers(state: MutableMapping[Any, Any], params: Iterable[Tensor]) ->
     members = set(map(id, params))
     for stranger in [key for key in state if isinstance(key, Tensor) and id(key) not in members]:
         del state[stranger]
-
-
-def _misfits(of_param: Mapping[str, Tensor], param: Tensor) -> list[Tensor]:
-    """The moments that are not of the parameter's shape."""
-    return [moment for key in MOMENTS if (moment := of_param.get(key)) is not None and moment.shape != param.shape]
 
 
 def _bring(of_param: dict[str, Tensor], param: Tensor, amsgrad: bool) -> bool:
