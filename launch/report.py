@@ -157,21 +157,13 @@ class Report:
         )
         if self.folder is None:
             return
-        rows = self._rows(summary)
-        table = Table(title="per rank and step", title_justify="left")
-        for heading in ("", self.title, "unsharded"):
-            table.add_column(heading)
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
-        self.folder.write_json(
-            "summary.json",
-            asdict(summary)
-            | {
-                "unsharded_state_bytes": self.unsharded_state_bytes(summary),
-                "seconds_per_step": self.seconds_per_step(),
-            },
-        )
+        parameter_bytes = self.settings.precision.parameter_bytes
+        moment_bytes = 4 * (3 if self.settings.amsgrad else 2)
+        unsharded = summary.num_parameters * (moment_bytes + 4 - parameter_bytes)  # what every rank would hold
+        seconds = self.seconds_per_step()
+        self.console.print(self._table(summary, unsharded, seconds))
+        facts = asdict(summary) | {"unsharded_state_bytes": unsharded, "seconds_per_step": seconds}
+        self.folder.write_json("summary.json", facts)
         if self.settings.plot:
             # matplotlib takes half a second to import, which no rank should pay before it trains.
             picture = importlib.import_module("launch.picture")
@@ -181,51 +173,31 @@ class Report:
                 losses=self.losses,
                 num_steps=self.settings.steps,
                 held_out=(summary.held_out_before, summary.held_out_after),
-                model_bytes=summary.num_parameters * self.settings.precision.parameter_bytes,
-                state_bytes=(self.unsharded_state_bytes(summary), summary.state_bytes),
+                model_bytes=summary.num_parameters * parameter_bytes,
+                state_bytes=(unsharded, summary.state_bytes),
             )
-
-    def unsharded_state_bytes(self, summary: Summary) -> int:
-        """What every rank would hold of an AdamW that is not sharded."""
-        moments = 4 * (3 if self.settings.amsgrad else 2)
-        return summary.num_parameters * (moments + 4 - self.settings.precision.parameter_bytes)
 
     def seconds_per_step(self) -> dict[str, float | None]:
         """Mean host seconds of a step and its parts, without the first steps, which also pay for warming up."""
         steady = self.records[len(self.records) // 20 + 1 :] or self.records
-        parts = [record.parts for record in steady]
-        means = {
-            "forward+backward": fmean(record.forward_backward for record in steady),
-            "reduction": mean_if_known([part.reduction for part in parts]),
-            "update": fmean(part.update for part in parts),
-            "gather": mean_if_known([part.gather for part in parts]),
-        }
+        means: dict[str, float | None] = {"forward+backward": fmean(record.forward_backward for record in steady)}
+        for part in ("reduction", "update", "gather"):
+            known = [seconds for record in steady if (seconds := getattr(record.parts, part)) is not None]
+            means[part] = fmean(known) if known else None
         whole = fmean(record.seconds for record in steady)
         return means | {"rest": whole - sum(mean or 0.0 for mean in means.values()), "whole step": whole}
 
-    def _rows(self, summary: Summary) -> list[tuple[str, str, str]]:
-        """The closing table's rows: what, in this run, unsharded."""
+    def _table(self, summary: Summary, unsharded: int, seconds: dict[str, float | None]) -> Table:
+        """The closing table: what, in this run, unsharded."""
         number, ranks = summary.num_parameters, self.settings.ranks
-        unsharded = self.unsharded_state_bytes(summary)
         wire = "not counted" if summary.wire_bytes is None else f"{summary.wire_bytes / number:.3f} bytes"
         # A ring all-reduce of the gradients, the least that replicas can do with.
         ring = 2 * (ranks - 1) / ranks * self.settings.precision.parameter_bytes
-        rows = [
-            ("optimizer state", f"{summary.state_bytes / 1e6:.2f} MB", f"{unsharded / 1e6:.2f} MB"),
-            (
-                "  per parameter",
-                f"{summary.state_bytes / number:.3f} bytes",
-                f"{unsharded / number:.3f} bytes",
-            ),
-            ("sent, per parameter", wire, f"{ring:.3f} bytes (ring all-reduce)"),
-        ]
-        for part, seconds in self.seconds_per_step().items():
-            shown = summary.hidden.get(part, "") if seconds is None else f"{1e3 * seconds:.1f} ms"
-            rows.append((f"time, {part}", shown, ""))
-        return rows
-
-
-def mean_if_known(values: list[float | None]) -> float | None:
-    """The mean, or None where the values are not known."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+        table = Table("", self.title, "unsharded", title="per rank and step", title_justify="left")
+        table.add_row("optimizer state", f"{summary.state_bytes / 1e6:.2f} MB", f"{unsharded / 1e6:.2f} MB")
+        of_each = (f"{num_bytes / number:.3f} bytes" for num_bytes in (summary.state_bytes, unsharded))
+        table.add_row("  per parameter", *of_each)
+        table.add_row("sent, per parameter", wire, f"{ring:.3f} bytes (ring all-reduce)")
+        for part, mean in seconds.items():
+            table.add_row(f"time, {part}", summary.hidden.get(part, "") if mean is None else f"{1e3 * mean:.1f} ms")
+        return table
