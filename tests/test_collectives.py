@@ -559,7 +559,7 @@ def test_a_verb_may_be_waited_for_within_its_own_wait() -> None:
         if len(calls) == 1:
             last.wait()
 
-    first, last = (Pending(name, partial(finish, name), nullcontext, queue) for name in ("first", "last"))
+    first, last = (Pending(name, [partial(finish, name)], nullcontext, queue) for name in ("first", "last"))
     first.wait()
     last.wait()
     assert calls == ["first", "first", "last"] and not queue

@@ -80,8 +80,6 @@ class Collectives:
     Attributes:
         rank: This rank's number in the group.
         num_ranks: Size of the group.
-        bytes_sent: Data bytes this rank has handed to others in reduce-scatters and all-gathers so far, on a wire or
-            through memory that they share. What ranks agree on and the broadcast at construction are not in it.
         gathers_by_itself: Whether an all-gather goes on while this rank does something else. Where it does not, others
             may have to wait until this rank finishes it.
         reductions_ahead: How many means to begin before one is waited for, so that no link has to idle.
@@ -94,7 +92,12 @@ class Collectives:
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
-        self.bytes_sent = 0
+        self._bytes_sent = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Data bytes this rank has handed to others so far, in reduce-scatters and all-gathers alone."""
+        return self._bytes_sent
 
     def new_buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zero-filled memory [numel], where the data verbs are fastest with it. Not collective."""
@@ -245,9 +248,7 @@ class BackendVerbs(Collectives):
         with record_function(name), self._translating():
             yield
 
-    def _average(
-        self, parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool = False
-    ) -> None:
+    def _average(self, parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool) -> None:
         """As ``average_in_order``, or in the tree."""
         if self._divisor is None:
             average_in_order(parts, sent=sent, out=out, total=total, add=add)
@@ -261,14 +262,19 @@ class BackendVerbs(Collectives):
     def reduce_scatter_mean(
         self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
     ) -> Pending:
-        """See ``Collectives.reduce_scatter_mean``. The order of the sum, and its dtype, are the backend's."""
         with self._beginning(REDUCE_SCATTER):
-            sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
-            # The backend may write to where nothing else has to be kept, and in the dtype that it is given.
-            target = out if out.dtype == sent.dtype and not add else torch.empty_like(self._slices(sent)[0])
-            op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-            work = _reduce_scatter(target, sent, op=op, group=self.group, async_op=True)
-            self.bytes_sent += (self.num_ranks - 1) * target.nbytes
+            sent = sent_dtype(buffer.dtype, wire_dtype)
+            mean = self._begin_mean(buffer, out, sent, add)
+            self._bytes_sent += (self.num_ranks - 1) * out.numel() * sent.itemsize
+        return mean
+
+    def _begin_mean(self, buffer: Tensor, out: Tensor, sent: torch.dtype, add: bool) -> Pending:
+        """As ``reduce_scatter_mean``, of values in ``sent``. The order of the sum, and its dtype, are the backend's."""
+        values = buffer.to(sent)
+        # The backend may write to where nothing else has to be kept, and in the dtype that it is given.
+        target = out if out.dtype == sent and not add else torch.empty_like(out, dtype=sent)
+        op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        work = _reduce_scatter(target, values, op=op, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()
@@ -280,14 +286,19 @@ class BackendVerbs(Collectives):
             elif target is not out:
                 out.copy_(mean)
 
-        return Pending(REDUCE_SCATTER, finish, self.explaining)
+        return Pending(REDUCE_SCATTER, [finish], self.explaining)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):
-            own = self._slices(buffer)[self.rank]
-            work = _all_gather(buffer, own, group=self.group, async_op=True)
-            self.bytes_sent += (self.num_ranks - 1) * own.nbytes
-        return Pending(ALL_GATHER, work.wait, self.explaining)
+            slices = self._slices(buffer)
+            gather = self._begin_gather(buffer, slices)
+            self._bytes_sent += (self.num_ranks - 1) * slices[self.rank].nbytes
+        return gather
+
+    def _begin_gather(self, buffer: Tensor, slices: Sequence[Tensor]) -> Pending:
+        """As ``all_gather_``, of a buffer with these slices."""
+        work = _all_gather(buffer, slices[self.rank], group=self.group, async_op=True)
+        return Pending(ALL_GATHER, [work.wait], self.explaining)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         with self.explaining():
@@ -321,22 +332,18 @@ class RankOrderVerbs(BackendVerbs):
     the same number of bytes, but with a second buffer while it is under way.
     """
 
-    def reduce_scatter_mean(
-        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Pending:
-        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
-        with self._beginning(REDUCE_SCATTER):
-            sent = buffer.to(sent_dtype(buffer.dtype, wire_dtype))
-            arrivals = torch.empty_like(sent)
-            work: dist.Work = dist.all_to_all_single(arrivals, sent, group=self.group, async_op=True)
-            self.bytes_sent += (self.num_ranks - 1) * arrivals.nbytes // self.num_ranks
+    def _begin_mean(self, buffer: Tensor, out: Tensor, sent: torch.dtype, add: bool) -> Pending:
+        """As ``reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
+        values = buffer.to(sent)
+        arrivals = torch.empty_like(values)
+        work: dist.Work = dist.all_to_all_single(arrivals, values, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()
-            total = torch.empty_like(out, dtype=sum_dtype(sent.dtype, out.dtype))
-            self._average(self._slices(arrivals), sent=sent.dtype, out=out, total=total, add=add)
+            total = torch.empty_like(out, dtype=sum_dtype(sent, out.dtype))
+            self._average(self._slices(arrivals), sent=sent, out=out, total=total, add=add)
 
-        return Pending(REDUCE_SCATTER, finish, self.explaining)
+        return Pending(REDUCE_SCATTER, [finish], self.explaining)
 
 
 def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:

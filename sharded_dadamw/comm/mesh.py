@@ -49,6 +49,10 @@ class MeshVerbs(BackendVerbs):
         self._row._divisor, self._column._divisor = 1, divisor
 
     @property
+    def bytes_sent(self) -> int:
+        return self._row.bytes_sent + self._column.bytes_sent
+
+    @property
     def number(self) -> int:
         return self._column.rank * self.num_ranks + self.rank
 
@@ -92,7 +96,6 @@ class MeshVerbs(BackendVerbs):
                 wide = buffer.dtype
             of_row = [of_column(wide)]
             under_way = self._row.reduce_scatter_mean(buffer, of_row[0][: out.numel()], wire_dtype=wire_dtype)
-            self._count()
         of_all: Tensor
 
         def reduce_over_replicas() -> None:
@@ -101,14 +104,12 @@ class MeshVerbs(BackendVerbs):
             of_all = of_column(out.dtype)
             own = of_all[self._column.rank * piece :][:piece]
             under_way = self._column.reduce_scatter_mean(of_row[0], own, wire_dtype=wire_dtype)
-            self._count()
 
         def gather_from_replicas() -> None:
             nonlocal under_way
             under_way.wait()
             of_row.clear()  # until now others may have read it
             under_way = self._column.all_gather_(of_all)
-            self._count()
 
         def finish() -> None:
             under_way.wait()
@@ -122,14 +123,9 @@ class MeshVerbs(BackendVerbs):
             self._under_way[0].finish()
         for earlier in self._under_way:
             earlier.go_on()
-        parts = (reduce_over_replicas, gather_from_replicas)
-        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, before=parts)
+        parts = (reduce_over_replicas, gather_from_replicas, finish)
+        return Pending(REDUCE_SCATTER, parts, self.explaining, self._under_way)
 
     def all_gather_(self, buffer: Tensor) -> Pending:
         with self._beginning(ALL_GATHER):
-            gather = self._row.all_gather_(buffer)
-            self._count()
-        return gather
-
-    def _count(self) -> None:
-        self.bytes_sent = self._row.bytes_sent + self._column.bytes_sent
+            return self._row.all_gather_(buffer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from sharded_dadamw.comm.collectives import (
     PIECE_BYTES,
     REDUCE_SCATTER,
     BackendVerbs,
-    sent_dtype,
     sum_dtype,
 )
 from sharded_dadamw.comm.pending import Pending
@@ -103,14 +102,11 @@ class MessageVerbs(GlooVerbs):
         self._reductions: deque[Pending] = deque()
         self._idle: dict[torch.dtype, list[Tensor]] = {}
 
-    def reduce_scatter_mean(
-        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Pending:
-        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
+    def _begin_mean(self, buffer: Tensor, out: Tensor, sent: torch.dtype, add: bool) -> Pending:
+        """As ``reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once."""
         while len(self._reductions) >= _REDUCTIONS_RECEIVING:
             self._reductions.popleft().finish()
-        sent, slices = sent_dtype(buffer.dtype, wire_dtype), self._slices(buffer)
-        tag = self._next_tag(REDUCE_SCATTER, buffer.nbytes)
+        slices, tag = self._slices(buffer), self._next_tag(REDUCE_SCATTER, buffer.nbytes)
         numel = PIECE_BYTES // sent.itemsize
         outs, own = torch.split(out, numel), torch.split(slices[self.rank], numel)
         ahead = max(2, _PIECES_IN_FLIGHT // max(1, len(self._peers)))
@@ -127,16 +123,14 @@ class MessageVerbs(GlooVerbs):
         def receive(index: int) -> list[dist.Work]:
             return [self._receive(arriving(index, peer), peer, tag) for peer in self._peers]
 
-        with self._beginning(REDUCE_SCATTER):
-            receives = {index: receive(index) for index in range(min(ahead, len(own)))}
-            # Piece by piece over all peers, so that each of them can start summing at once.
-            pieces_of_peers = zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True)
-            sends = [
-                self._send(piece, peer, tag)
-                for pieces in pieces_of_peers
-                for piece, peer in zip(pieces, self._peers, strict=True)
-            ]
-            self.bytes_sent += len(self._peers) * slices[0].numel() * sent.itemsize
+        receives = {index: receive(index) for index in range(min(ahead, len(own)))}
+        # Piece by piece over all peers, so that each of them can start summing at once.
+        pieces_of_peers = zip(*(torch.split(slices[peer].to(sent), numel) for peer in self._peers), strict=True)
+        sends = [
+            self._send(piece, peer, tag)
+            for pieces in pieces_of_peers
+            for piece, peer in zip(pieces, self._peers, strict=True)
+        ]
 
         def finish() -> None:
             while receives:
@@ -149,18 +143,16 @@ class MessageVerbs(GlooVerbs):
                 del receives[index]
             idle.append(scratch)
 
-        verb = Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, lambda: _wait_for(sends))
+        verb = Pending(REDUCE_SCATTER, [finish], self.explaining, self._under_way, lambda: _wait_for(sends))
         self._reductions.append(verb)
         return verb
 
-    def all_gather_(self, buffer: Tensor) -> Pending:
-        """See ``Collectives.all_gather_``: received in place."""
-        with self._beginning(ALL_GATHER):
-            slices, tag = self._slices(buffer), self._next_tag(ALL_GATHER, buffer.nbytes)
-            handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]
-            handles += [self._send(slices[self.rank], peer, tag) for peer in self._peers]
-            self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
-        return Pending(ALL_GATHER, lambda: _wait_for(handles), self.explaining, self._under_way)
+    def _begin_gather(self, buffer: Tensor, slices: Sequence[Tensor]) -> Pending:
+        """As ``all_gather_``: received in place."""
+        tag = self._next_tag(ALL_GATHER, buffer.nbytes)
+        handles = [self._receive(slices[peer], peer, tag) for peer in self._peers]
+        handles += [self._send(slices[self.rank], peer, tag) for peer in self._peers]
+        return Pending(ALL_GATHER, [lambda: _wait_for(handles)], self.explaining, self._under_way)
 
 
 def _wait_for(handles: Iterable[dist.Work]) -> None:

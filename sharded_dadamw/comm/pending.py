@@ -20,26 +20,23 @@ class Pending:
     def __init__(
         self,
         name: str,
-        finish: Callable[[], object] | None,
+        parts: Iterable[Callable[[], object]],
         explaining: Callable[[], AbstractContextManager[None]],
         queue: deque[Pending] | None = None,
         release: Callable[[], object] | None = None,
-        before: Iterable[Callable[[], object]] = (),
     ) -> None:
         """Put a verb that has been started behind all others of a queue.
 
         Args:
             name: What a profiler calls it.
-            finish: What is left to do for the result. It may be called again after a KeyboardInterrupt.
-            explaining: A context for ``finish`` and ``release``, which may replace what is raised.
+            parts: What is left to do for the result; each begins what the next one waits for. One may be called again
+                after a KeyboardInterrupt.
+            explaining: A context for each of these and ``release``, which may replace what is raised.
             queue: Verbs to finish before this one; None where the order does not matter.
             release: What is then to be waited for until the buffers may be written again.
-            before: What comes before ``finish``, in parts, each of which begins what the next one waits for.
         """
         self._name = name
-        self._left = deque(before)
-        if finish is not None:
-            self._left.append(finish)
+        self._left = deque(parts)
         self._release = release
         self._explaining = explaining
         self._failure: Exception | None = None
@@ -89,5 +86,5 @@ class Pending:
             self._left.popleft()
 
 
-DONE = Pending("", None, nullcontext)
+DONE = Pending("", [], nullcontext)
 """A verb that has nothing left to do."""

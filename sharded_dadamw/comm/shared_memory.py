@@ -43,7 +43,6 @@ from sharded_dadamw.comm.collectives import (
     PIECE_BYTES,
     REDUCE_SCATTER,
     BackendVerbs,
-    sent_dtype,
     sum_dtype,
 )
 from sharded_dadamw.comm.messages import GlooVerbs
@@ -177,18 +176,13 @@ class SharedMemoryVerbs(GlooVerbs):
         assert device.type == "cpu"
         return self._own.new_buffer(numel, dtype)
 
-    def reduce_scatter_mean(
-        self, buffer: Tensor, out: Tensor, *, add: bool = False, wire_dtype: torch.dtype | None = None
-    ) -> Pending:
-        """See ``Collectives.reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once.
+    def _begin_mean(self, buffer: Tensor, out: Tensor, sent: torch.dtype, add: bool) -> Pending:
+        """As ``reduce_scatter_mean``: ``(g_0 + g_1 + ...) / N`` in rank order, rounded once.
 
         No wire is involved. Values are rounded as if there were one, as they are read, and counted so.
         """
-        sent = sent_dtype(buffer.dtype, wire_dtype)
-        with self._beginning(REDUCE_SCATTER):
-            readable = self._readable(buffer, self._peers)
-            number = self._begin(0, readable)
-            self.bytes_sent += len(self._peers) * out.numel() * sent.itemsize
+        readable = self._readable(buffer, self._peers)
+        number = self._begin(0, readable)
 
         def finish() -> None:
             ranks = range(self.num_ranks)
@@ -200,21 +194,18 @@ class SharedMemoryVerbs(GlooVerbs):
                 self._average(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
             self._leave(number, readable is not buffer)
 
-        return Pending(REDUCE_SCATTER, finish, self.explaining, self._under_way, lambda: self._await_others(number))
+        return Pending(REDUCE_SCATTER, [finish], self.explaining, self._under_way, lambda: self._await_others(number))
 
-    def all_gather_(self, buffer: Tensor) -> Pending:
-        with self._beginning(ALL_GATHER):
-            readable = self._readable(buffer, [self.rank])
-            number = self._begin(1, readable)
-            slices = self._slices(buffer)
-            self.bytes_sent += len(self._peers) * slices[self.rank].nbytes
+    def _begin_gather(self, buffer: Tensor, slices: Sequence[Tensor]) -> Pending:
+        readable = self._readable(buffer, [self.rank])
+        number = self._begin(1, readable)
 
         def finish() -> None:
             for peer in self._peers:
                 slices[peer].copy_(self._slices(self._buffer_of(peer, number, buffer))[peer])
             self._leave(number, readable is not buffer)
 
-        return Pending(ALL_GATHER, finish, self.explaining, self._under_way, lambda: self._await_others(number))
+        return Pending(ALL_GATHER, [finish], self.explaining, self._under_way, lambda: self._await_others(number))
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """See ``BackendVerbs._gather``; copies, of any shape. Ranks that are out of step hear of it at once."""
@@ -227,7 +218,7 @@ class SharedMemoryVerbs(GlooVerbs):
                 gathered[peer].copy_(self._buffer_of(peer, number, readable).view(tensor.shape))
             self._leave(number, is_copy=True)
 
-        Pending(ALL_REDUCE, finish, self.explaining, self._under_way).wait()
+        Pending(ALL_REDUCE, [finish], self.explaining, self._under_way).wait()
         return gathered
 
     def _scratch_of(self, dtype: torch.dtype, numel: int) -> Tensor:
