@@ -125,6 +125,8 @@ MUTATIONS = {
     "buckets/build.py": [
         ("bucket.reset_main_()", "pass", "precision sharded"),
         ("self._collectives.broadcast_(whole)", "pass", "sharded"),
+    ],
+    "buckets/arrangement.py": [
         ("member.gradient_dtype, member.placement", "member.param.dtype, member.placement", "overlap"),
     ],
     "buckets/foreign_gradients.py": [

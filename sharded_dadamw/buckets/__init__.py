@@ -2,8 +2,8 @@
 
 ``bucket`` holds one bucket and its update, ``weights`` its parameters, and ``gradients`` what ``full_gradients``,
 ``sharded_gradients`` and ``foreign_gradients`` have in common; ``passes`` adds numbered micro-batches. ``admission``
-refuses parameters that ranks do not share, ``build`` decides which go together, ``choose`` what serves their weights
-and gradients. ``shards`` has all buckets of an optimizer and the ranks that share them. ``offload`` is a bucket whose
+refuses parameters that ranks do not share, ``arrangement`` decides which go together, and ``build`` makes buckets of
+them. ``shards`` has all buckets of an optimizer and the ranks that share them. ``offload`` is a bucket whose
 state lives in host memory.
 
 A bucket knows its own memory, and which parameters other live buckets hold. It does not know the step's order.

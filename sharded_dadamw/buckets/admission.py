@@ -52,12 +52,15 @@ def _common_group(choices: Sequence[Sequence[dist.ProcessGroup]]) -> dist.Proces
     return groups[max(common, key=len)] if common else None
 
 
-def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, config: ShardingConfig) -> None:
+def _check_sharing(
+    members: Sequence[NamedParameter], first_group: int, collectives: Collectives, config: ShardingConfig
+) -> None:
     """Refuse parameters that the ranks of a group do not share, or whose gradients nobody would average.
 
     Raises:
         ValueError: A parameter is sharded among these ranks already, or is a plain one beside HSDP's, or has
-            strides that whoever else reduces its gradient may go by.
+            strides that whoever else reduces its gradient may go by; or one from ``first_group`` on has a gradient, to
+            which autograd would add that of the first micro-batch.
     """
     replicated = [
         member
@@ -69,6 +72,11 @@ def check_sharing(members: Sequence[NamedParameter], collectives: Collectives, c
             raise ValueError(
                 f"{member.name}: expected a plain parameter with micro_batches, got a DTensor, whose gradients others "
                 "add up, in an order of their own"
+            )
+        if config.micro_batches is not None and member.group_index >= first_group and member.param.grad is not None:
+            raise ValueError(
+                f"{member.name}: expected a parameter without a gradient with micro_batches, which are added in an "
+                "order of their own, got one in p.grad; call model.zero_grad() before the optimizer gets the parameter"
             )
         among_us = [collectives.are_all_of(group) for group in member.placement.others]
         if any(among_us) and collectives.num_ranks > 1:
@@ -96,25 +104,6 @@ def require_row_major(member: NamedParameter) -> None:
         )
 
 
-def _check_absence(members: Sequence[NamedParameter]) -> None:
-    """Refuse gradients that are there already, to which autograd would add that of the first micro-batch."""
-    for member in members:
-        if member.param.grad is not None:
-            raise ValueError(
-                f"{member.name}: expected a parameter without a gradient with micro_batches, which are added in an "
-                "order of their own, got one in p.grad; call model.zero_grad() before the optimizer gets the parameter"
-            )
-
-
-def check_shardable(groups: Sequence[Mapping[str, Any]], config: ShardingConfig) -> None:
-    """Refuse parameters that cannot be laid into buckets, or whose state cannot be stored as asked for."""
-    members = named_parameters(groups)
-    check_parameters(members)
-    check_residency(config.state_residency, members[0].param.device)
-    for member in (member for member in members if not member.is_left_alone):
-        Storage.of(member.local, config).check_beta2(float(groups[member.group_index]["betas"][1]))
-
-
 def connect_holders(placements: Sequence[Placement], collectives: Collectives, device: torch.device) -> Collectives:
     """Return the ranks that hold parts of these parameters: if one of them stopped alone, the others would wait."""
     others = [group for placement in placements for group in placement.others]
@@ -131,11 +120,11 @@ def agree_on_groups(
     collectives: Collectives,
     holders: Collectives,
     refusal: Refusal,
-) -> None:
-    """Have all ranks confirm that they were given the same groups, from ``first_group`` on. Collective.
+) -> list[NamedParameter]:
+    """Have all ranks confirm that they were given the same groups from ``first_group`` on. Collective.
 
     What this rank has to object already is in ``refusal``. ``holders`` have any parts of the parameters;
-    ``collectives`` are the ranks among which to shard.
+    ``collectives`` are the ranks among which to shard. Returns the parameters of those groups.
 
     Raises:
         Exception: This rank's refusal, where it has one.
@@ -143,24 +132,27 @@ def agree_on_groups(
     """
     description: Description = {}
     parts: Description = {}
+    new: list[NamedParameter] = []
     with refusal:
-        check_shardable(groups, config)
         members = named_parameters(groups)
-        description = describe_groups(members, groups, first_group, config)
+        check_parameters(members)
+        check_residency(config.state_residency, members[0].param.device)
+        for member in (member for member in members if not member.is_left_alone):
+            Storage.of(member.local, config).check_beta2(float(groups[member.group_index]["betas"][1]))
+        new = [member for member in members if member.group_index >= first_group]
+        description = _describe_groups(new, groups, first_group, config)
         parts = {f"the part of {m.name}": m.placement.part for m in members if m.placement.part}
-        check_sharing(members, collectives, config)
-        if config.micro_batches is not None:
-            _check_absence([member for member in members if member.group_index >= first_group])
+        _check_sharing(members, first_group, collectives, config)
     require_agreement(holders, description, refusal.error)
     if parts:
         require_agreement(collectives, parts, None)
+    return new
 
 
-def describe_groups(
-    members: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]], first_group: int, config: ShardingConfig
+def _describe_groups(
+    new: Sequence[NamedParameter], groups: Sequence[Mapping[str, Any]], first_group: int, config: ShardingConfig
 ) -> Description:
     """What a rank is about to build of the groups from ``first_group`` on."""
-    new = [member for member in members if member.group_index >= first_group]
     description = {f"parameter {member.index}": member.describe() for member in new}
     for index, group in enumerate(groups[first_group:], start=first_group):
         description[f"param_groups[{index}]"] = f"{len(group['params'])} parameters"

@@ -65,7 +65,7 @@ class Bucket:
         gradients: Gradients,
         amsgrad: bool,
     ) -> None:
-        """Allocate the state; ``amsgrad`` says whether there is a ``max_exp_avg_sq``."""
+        """Allocate the state, zeros; ``amsgrad`` says whether there is a ``max_exp_avg_sq``."""
         self.layout = layout
         self.storage = storage
         self.rank = rank
@@ -85,7 +85,6 @@ class Bucket:
         self.exp_avg, self.exp_avg_sq = self.state_shards["exp_avg"], self.state_shards["exp_avg_sq"]
         self.max_exp_avg_sq = self.state_shards.get("max_exp_avg_sq")
         self.main = next((self.state_shards[name] for name in MAINS if name in self.state_shards), None)
-        self.reset_main_()
         self.counts = torch.zeros(len(members), dtype=torch.float32, device=device)
 
     @property

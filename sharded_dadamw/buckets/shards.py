@@ -16,12 +16,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from sharded_dadamw.buckets.admission import agree_on_groups, connect_holders, group_of_replicas
 from sharded_dadamw.buckets.bucket import Bucket
-from sharded_dadamw.buckets.build import Bucketing
+from sharded_dadamw.buckets.build import Builder
 from sharded_dadamw.comm.agreement import Refusal
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.config import Exchange, ShardingConfig
-from sharded_dadamw.layout.parameters import NamedParameter, named_parameters
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import Placement, placements_of
 
 
@@ -60,7 +60,7 @@ class Shards:
         self.device = next((param.device for param in params if not param.is_meta), torch.device("cpu"))
         self.collectives = connect(process_group, self.device, exchange=None)
         self.holders = connect_holders(placements, self.collectives, self.device)
-        agree_on_groups(groups, 0, config, self.collectives, self.holders, refusal)
+        members = agree_on_groups(groups, 0, config, self.collectives, self.holders, refusal)
         # This connects all ranks, so they had to agree on the group and on the configuration before.
         exchange = config.exchange
         if config.micro_batches is not None and self.device.type != "cpu":
@@ -69,11 +69,11 @@ class Shards:
         if config.micro_batches is not None:
             self.collectives.add_in_tree(config.micro_batches)
         self.holders = connect_holders(placements, self.collectives, self.device)
-        self._bucketing = Bucketing(self.collectives, config)
+        self._builder = Builder(self.collectives, config)
         self.buckets: list[Bucket] = []
         self.slots: dict[int, tuple[Bucket, int]] = {}
         self.frozen: list[NamedParameter] = []
-        self._shard(named_parameters(groups), groups)
+        self._shard(members, groups)
 
     @property
     def micro_batches(self) -> range:
@@ -89,8 +89,8 @@ class Shards:
         with refusal:
             extend()
         try:
-            agree_on_groups(groups, first_group, self._config, self.collectives, self.holders, refusal)
-            self._shard([m for m in named_parameters(groups) if m.group_index >= first_group], groups)
+            new = agree_on_groups(groups, first_group, self._config, self.collectives, self.holders, refusal)
+            self._shard(new, groups)
         except Exception:
             del groups[first_group:]
             raise
@@ -110,7 +110,7 @@ class Shards:
                     whole = member.local.contiguous()
                     self.collectives.broadcast_(whole)
                     member.local.copy_(whole)
-        buckets = list(self._bucketing.fill([m for m in members if m.param.requires_grad], groups))
+        buckets = list(self._builder.build([m for m in members if m.param.requires_grad], groups))
         for bucket in buckets:
             self.slots.update({id(member.param): (bucket, slot) for slot, member in enumerate(bucket.members)})
         self.buckets += buckets

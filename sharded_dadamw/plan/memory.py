@@ -17,7 +17,7 @@ from operator import add, attrgetter
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.build import Arrangement
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.sharded_gradients import SpareBuffers, witness_of
 from sharded_dadamw.comm.collectives import sum_dtype
 from sharded_dadamw.config import StateResidency

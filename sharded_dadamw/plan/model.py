@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sharded_dadamw.buckets.build import Arrangement, Bucketing
+from sharded_dadamw.buckets.arrangement import Arrangement, arrange
 from sharded_dadamw.comm.collectives import Collectives, sent_dtype, sum_dtype
 from sharded_dadamw.comm.mesh import MeshVerbs
 from sharded_dadamw.comm.tree import check_ranks
@@ -132,7 +132,7 @@ class Model:
         kinds: dict[object, tuple[int, Arrangement]] = {}
         kind_of, gradients = [], {}
         trainable = [member for member in self.members if member.param.requires_grad]
-        for number, bucket in enumerate(Bucketing(Collectives(0, self.shards), config).arrange(trainable)):
+        for number, bucket in enumerate(arrange(trainable, Collectives(0, self.shards), config)):
             key = bucket.layout, bucket.storage, bucket.members[0].gradient_dtype, bucket.reduces
             kind_of.append(kinds.setdefault(key, (len(kinds), bucket))[0])
             for member, numel in zip(bucket.members, bucket.layout.numels, strict=True):

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
 
-from sharded_dadamw.buckets.build import Arrangement
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.plan.model import Follower, Gradient, Model
 

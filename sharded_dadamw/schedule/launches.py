@@ -13,46 +13,36 @@ import torch.distributed as dist
 
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 
+_numbers = itertools.count()
+"""Of the optimizers of this process; those of one group are built in the same order on all its ranks."""
 
-class _OfAll:
-    """The launches of all optimizers of a group, where they change from one to another: its number, and its bucket."""
-
-    def __init__(self) -> None:
-        self.numbers = itertools.count()
-        self.changes: list[tuple[int, str]] = []
-
-
-_of_all: weakref.WeakKeyDictionary[dist.ProcessGroup, _OfAll] = weakref.WeakKeyDictionary()
+_changes: weakref.WeakKeyDictionary[dist.ProcessGroup, list[tuple[int, str]]] = weakref.WeakKeyDictionary()
+"""The launches on each group where they change from one optimizer to another: its number, and the bucket."""
 
 
 class Launches:
     """The launches of one optimizer, among those of the others on its process group."""
 
     def __init__(self, collectives: Collectives) -> None:
-        """Number this optimizer. All ranks build the same ones in the same order."""
-        everyone, self._of_all = collectives.everyone, _OfAll()
-        if isinstance(everyone, BackendVerbs):
-            self._of_all = _of_all.setdefault(everyone.group, self._of_all)
-        self._number = next(self._of_all.numbers)
+        everyone, self._number = collectives.everyone, next(_numbers)
+        self._changes = _changes.setdefault(everyone.group, []) if isinstance(everyone, BackendVerbs) else []
 
     def note(self, bucket: str) -> None:
         """Take note of a launch; more than once does no harm."""
-        changes = self._of_all.changes
-        if not changes or changes[-1][0] != self._number:
-            changes.append((self._number, bucket))
+        if not self._changes or self._changes[-1][0] != self._number:
+            self._changes.append((self._number, bucket))
 
     @property
     def order(self) -> str:
         """In which order optimizers took turns, to be compared between ranks; empty where there was one."""
-        changes = self._of_all.changes
-        numbers = sorted({number for number, _ in changes})  # others on this group may be of fewer ranks
-        texts = [f"{bucket} of optimizer {numbers.index(number)}" for number, bucket in changes]
+        numbers = sorted({number for number, _ in self._changes})  # there may be others, not on all of these ranks
+        texts = [f"{bucket} of optimizer {numbers.index(number)}" for number, bucket in self._changes]
         return ", ".join(texts) if len(numbers) > 1 else ""
 
     def agree(self) -> None:
         """Forget them, since they were the same on all ranks."""
-        self._of_all.changes.clear()
+        self._changes.clear()
 
     def drop(self) -> None:
         """Forget those of this optimizer, whose gradients are dropped."""
-        self._of_all.changes[:] = [change for change in self._of_all.changes if change[0] != self._number]
+        self._changes[:] = [change for change in self._changes if change[0] != self._number]

@@ -256,13 +256,25 @@ class _Side:
     changes: Mapping[Bucket, Tensor]
     order: str
 
+    @cached_property
+    def _texts(self) -> tuple[Description, Description]:
+        """What is said ahead of gradients and behind them, but for what lies on a device."""
+        ahead: Description = {
+            "the call": self.asked.call,
+            "the number of attached models": str(self.asked.num_attached),
+            "clip_grad_norm_() before it": str(bool(self.asked.clip)),
+        }
+        for index, hyper in enumerate(self.hypers):
+            ahead.update(describe_hyperparameters(index, hyper))
+        ahead.update({f"{member.name}.requires_grad": "True" for member in self.unfrozen})
+        averages = "to come" if self.local else "made"
+        return ahead, {"the averages of gradients": averages, ORDER: self.order or "one alone"}
+
     def key(self) -> bytes:
         """Bytes that differ where descriptions differ."""
-        unfrozen = [member.index for member in self.unfrozen]
-        summary = (self.asked.call, self.asked.num_attached, bool(self.asked.clip), self._scalars, unfrozen, self.order)
         # Ranks that hold other parts of the parameters may have other buckets.
-        flags = bytes([bool(self.local), bool(self.changes)])
-        return b"".join(map(bytes, self.present.values())) + flags + repr(summary).encode()
+        present = b"".join(map(bytes, self.present.values()))
+        return present + repr((self._texts, bool(self.changes))).encode()
 
     @property
     def tolerance(self) -> float:
@@ -271,33 +283,17 @@ class _Side:
 
     def describe(self) -> Description:
         """All of it, in the order in which differences should be reported."""
-        description: Description = {
-            "the call": self.asked.call,
-            "the number of attached models": str(self.asked.num_attached),
-            "clip_grad_norm_() before it": str(bool(self.asked.clip)),
-            **self._scalars,
-        }
-        for member in self.unfrozen:
-            description[f"{member.name}.requires_grad"] = "True"
+        ahead, behind = self._texts
         gradients = {
             member.index: (f"the gradient of {member.name}", "a tensor" if here else "None")
             for bucket, present in self.present.items()
             for member, here in zip(bucket.members, present, strict=True)
         }
-        description.update(gradients[index] for index in sorted(gradients))
-        description["the averages of gradients"] = "to come" if self.local else "made"
-        description[ORDER] = self.order or "one alone"
+        description = ahead | dict(gradients[index] for index in sorted(gradients)) | behind
         if self.asked.grad_scale is not None:
             description[LOSS_SCALE] = str(float(self.asked.grad_scale))
         description[FACTOR] = _range(torch.cat([*self.changes.values()]).tolist()) if self.changes else "untouched"
         return description
-
-    @cached_property
-    def _scalars(self) -> Description:
-        scalars: Description = {}
-        for index, hyper in enumerate(self.hypers):
-            scalars.update(describe_hyperparameters(index, hyper))
-        return scalars
 
 
 def _range(factors: Sequence[float]) -> str:
