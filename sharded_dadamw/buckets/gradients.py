@@ -252,7 +252,7 @@ class HookedGradients(Gradients):
     @property
     def are_complete(self) -> bool:
         """Whether backward has delivered all of them since the last reduction."""
-        return self.stage is Stage.LOCAL and not self._num_missing
+        return self.stage is Stage.LOCAL and not self._missing
 
     def deliver(self, slot: int, *, counts: bool) -> None:
         """Take the gradient that backward has just accumulated for a slot.
@@ -268,9 +268,8 @@ class HookedGradients(Gradients):
             self._adopt(slot)
         else:
             self._take_pass(self._passes, slot)
-        if counts and not self._has_come[slot]:
-            self._has_come[slot] = True
-            self._num_missing -= 1
+        if counts:
+            self._missing.discard(slot)
 
     def bring_zeros(self, present: Sequence[bool]) -> None:
         """Give the parameters of these slots a gradient of zeros each."""
@@ -298,8 +297,7 @@ class HookedGradients(Gradients):
         """Make sure that a gradient may come, and where it goes."""
 
     def _await_all(self) -> None:
-        self._has_come = bytearray(len(self._members))
-        self._num_missing = len(self._members)
+        self._missing = set(range(len(self._members)))
 
     def _adopt(self, slot: int) -> None:
         """Move one parameter's gradient, if it has one, into the flat buffer, where it is not there already."""

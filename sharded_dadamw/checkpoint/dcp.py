@@ -28,7 +28,7 @@ import sharded_dadamw
 from sharded_dadamw.checkpoint.folder import FileSum, Manifest, keep, publish
 from sharded_dadamw.checkpoint.metadata import METADATA
 from sharded_dadamw.comm.calls import enter
-from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.collectives import Collectives
 
 _SUMS = MetadataIndex("checksums of files")  # on its way to the coordinator among the results, and never written
 
@@ -149,7 +149,7 @@ def write(
     an OSError if it could not be written and a RuntimeError if it failed otherwise, on every rank.
     """
     enter("save_checkpoint()")  # here, too, in the thread that writes
-    group = ranks.group if isinstance(ranks, BackendVerbs) and ranks.num_ranks > 1 else None
+    group = ranks.group if ranks.num_ranks > 1 else None
     writer = _Writer(folder, final, manifest, keep_last)
     try:
         with ranks.explaining():  # torch's public `save` is this and a warning where torch.distributed is not in use

@@ -113,6 +113,11 @@ class Collectives:
         self._divisor = divisor
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of ``everyone``; None where this rank is alone without one."""
+        return None
+
+    @property
     def number(self) -> int:
         """This rank's number among ``everyone``: of a 2-D mesh row by row."""
         return self.rank

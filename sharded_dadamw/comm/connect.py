@@ -160,7 +160,7 @@ _in_background: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.Pr
 _in_background = weakref.WeakKeyDictionary()  # weakly, as BackendVerbs does
 
 
-def connect_over(groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives | None) -> Collectives:
+def connect_over(groups: Sequence[dist.ProcessGroup], device: torch.device, *, also: Collectives) -> Collectives:
     """The verbs of all ranks among which parameters are spread.
 
     There is a group for each axis of a mesh along which they are sharded, perhaps repeatedly; ``also`` is a further
@@ -169,15 +169,13 @@ def connect_over(groups: Sequence[dist.ProcessGroup], device: torch.device, *, a
     Raises:
         ValueError: There are several axes, and they are not all there is: no one group is known to hold their product.
     """
-    also = None if also is None else also.everyone
+    also = also.everyone
     by_ranks = {ranks_of(group): group for group in groups}
     by_ranks = {ranks: group for ranks, group in by_ranks.items() if len(ranks) > 1}
-    if also is not None and all(also.are_all_of(group) for group in by_ranks.values()):
+    if all(also.are_all_of(group) for group in by_ranks.values()):
         return also
-    if isinstance(also, BackendVerbs):
+    if also.group is not None:
         by_ranks[ranks_of(also.group)] = also.group
-    if not by_ranks:
-        return Collectives()
     largest = max(by_ranks, key=len)
     if all(ranks <= largest for ranks in by_ranks):
         return connect(by_ranks[largest], device, exchange=None)

@@ -70,11 +70,11 @@ class Held(ABC):
     """The parameters of an optimizer on this rank.
 
     Attributes:
-        axis: The ranks over which the optimizer itself spreads them; None where it does not.
+        axis: The ranks over which the optimizer itself spreads them; one where it does not.
         device: Where they live.
     """
 
-    axis: Collectives | None
+    axis: Collectives
     device: torch.device
 
     @abstractmethod
@@ -199,7 +199,7 @@ class HeldInBuckets(Held):
 class HeldAsTheyLie(Held):
     """The parameters of groups, of which each rank holds what their own placement says."""
 
-    axis = None
+    axis = Collectives()
 
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]], device: torch.device

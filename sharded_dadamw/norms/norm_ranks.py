@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect, connect_over
 from sharded_dadamw.kernels.operands import NORMS
 from sharded_dadamw.layout.placement import is_of_fsdp1
@@ -119,9 +119,8 @@ class NormRanks:
             if self._is_guess:
                 return connect(None, held.device, exchange=None)
             return connect_over(held.spread_over(), held.device, also=held.axis)
-        axis = None if held.axis is None else held.axis.everyone
-        spread = [*held.spread_over(), *([axis.group] if isinstance(axis, BackendVerbs) else [])]
-        if not all(self.given.include(group) for group in spread):
+        spread = [*held.spread_over(), held.axis.everyone.group]
+        if not all(group is None or self.given.include(group) for group in spread):
             raise ValueError(
                 "norm_group: expected all ranks of all stages, got a group that lacks ranks among which this stage's "
                 "parameters are spread; pass the default group, or one of all these ranks"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_dadamw.comm.agreement import Description, find_difference
-from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.collectives import Collectives
 
 LOSS_SCALE = "the loss scale"
 FACTOR = "the factors by which gradients were multiplied"
@@ -65,9 +65,8 @@ class Handshake:
         their averages are still equal.
         """
         self._collectives = collectives
-        self._number = 0
-        if isinstance(collectives, BackendVerbs):
-            self._number = next(_numbers.setdefault(collectives.group, itertools.count()))
+        group = collectives.group
+        self._number = 0 if group is None else next(_numbers.setdefault(group, itertools.count()))
         self._after_refusal = after_refusal
         self._device = device
         self.sums_differ: bool | None = None

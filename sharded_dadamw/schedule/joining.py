@@ -19,7 +19,6 @@ from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.buckets.gradients import HookedGradients
 from sharded_dadamw.buckets.shards import Shards
 from sharded_dadamw.comm.calls import enter
-from sharded_dadamw.comm.collectives import BackendVerbs
 from sharded_dadamw.norms.clipping import PendingClip
 from sharded_dadamw.schedule.reducer import Reducer
 
@@ -48,8 +47,7 @@ class Joining:
     @property
     def join_process_group(self) -> Any:
         """The ranks that hold the same parameters; None for this one alone."""
-        everyone = self._shards.collectives.everyone
-        return everyone.group if isinstance(everyone, BackendVerbs) else None
+        return self._shards.collectives.everyone.group
 
     def announce(self, call: str) -> None:
         """Enter a call. Tell ranks without data that this one has some, once per step and ahead of all collectives."""

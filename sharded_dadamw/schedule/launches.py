@@ -11,7 +11,7 @@ import weakref
 
 import torch.distributed as dist
 
-from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
+from sharded_dadamw.comm.collectives import Collectives
 
 _numbers = itertools.count()
 """Of the optimizers of this process; those of one group are built in the same order on all its ranks."""
@@ -24,8 +24,8 @@ class Launches:
     """The launches of one optimizer, among those of the others on its process group."""
 
     def __init__(self, collectives: Collectives) -> None:
-        everyone, self._number = collectives.everyone, next(_numbers)
-        self._changes = _changes.setdefault(everyone.group, []) if isinstance(everyone, BackendVerbs) else []
+        group, self._number = collectives.everyone.group, next(_numbers)
+        self._changes = [] if group is None else _changes.setdefault(group, [])
 
     def note(self, bucket: str) -> None:
         """Take note of a launch; more than once does no harm."""
