@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.config import ShardingConfig
@@ -23,6 +24,13 @@ class Arrangement:
     storage: Storage
     layout: BucketLayout
     reduces: bool
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The places of the parameters in a flat buffer, each in the shape of this rank's part."""
+        return [
+            buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
+            for member, offset in zip(self.members, self.layout.offsets, strict=True)
+        ]
 
 
 def arrange(

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.gradients import Gradients
 from sharded_dadamw.buckets.weights import BorrowedWeights, Weights
 from sharded_dadamw.kernels import choose as kernels
 from sharded_dadamw.kernels.operands import Operands, Update
 from sharded_dadamw.kernels.ready import keep
-from sharded_dadamw.layout.bucket_layout import BucketLayout, Fragment
-from sharded_dadamw.layout.parameters import NamedParameter
+from sharded_dadamw.layout.bucket_layout import Fragment
 from sharded_dadamw.update.adamw import Step
-from sharded_dadamw.update.storage import MAINS, Storage
+from sharded_dadamw.update.storage import MAINS
 
 
 class _Prepared(NamedTuple):
@@ -48,44 +48,35 @@ class Bucket:
 
     Attributes:
         num_ahead: For how many buckets ``fetch_`` is worth calling before the first of them is updated.
-        members: The parameters, in slot order.
+        arrangement: What is in it; ``members``, its parameters in slot order, ``layout`` and ``storage`` are its parts.
         state_shards: The state tensors [n] of this rank, by their names in ``optimizer.state``.
     """
 
     num_ahead = 0
 
     def __init__(
-        self,
-        layout: BucketLayout,
-        members: Sequence[NamedParameter],
-        storage: Storage,
-        *,
-        rank: int,
-        weights: Weights,
-        gradients: Gradients,
-        amsgrad: bool,
+        self, arrangement: Arrangement, rank: int, *, weights: Weights, gradients: Gradients, amsgrad: bool
     ) -> None:
         """Allocate the state, zeros; ``amsgrad`` says whether there is a ``max_exp_avg_sq``."""
-        self.layout = layout
-        self.storage = storage
+        self.arrangement = arrangement
+        self.layout, self.members, self.storage = arrangement.layout, arrangement.members, arrangement.storage
         self.rank = rank
-        self.group_index = members[0].group_index
-        self.members = tuple(members)
+        self.group_index = self.members[0].group_index
         self.weights = weights
         self.gradients = gradients
-        self._params = [member.param for member in members]
+        self._params = [member.param for member in self.members]
         self._prepared: dict[tuple[object, ...], _Prepared] = {}
         self._runs: dict[tuple[bool, ...], list[slice]] = {}
 
-        numel, device = layout.shard_numel, self.param.device
+        numel, device = self.layout.shard_numel, self.param.device
         self.state_shards = {
             name: torch.zeros(numel, dtype=dtype, device=device)
-            for name, dtype in storage.state(amsgrad=amsgrad).items()
+            for name, dtype in self.storage.state(amsgrad=amsgrad).items()
         }
         self.exp_avg, self.exp_avg_sq = self.state_shards["exp_avg"], self.state_shards["exp_avg_sq"]
         self.max_exp_avg_sq = self.state_shards.get("max_exp_avg_sq")
         self.main = next((self.state_shards[name] for name in MAINS if name in self.state_shards), None)
-        self.counts = torch.zeros(len(members), dtype=torch.float32, device=device)
+        self.counts = torch.zeros(len(self.members), dtype=torch.float32, device=device)
 
     @property
     def param(self) -> Tensor:

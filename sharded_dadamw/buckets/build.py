@@ -36,25 +36,23 @@ class Builder:
             yield bucket
 
     def _bucket(self, arrangement: Arrangement, amsgrad: bool) -> Bucket:
-        members, layout, rank = arrangement.members, arrangement.layout, self._collectives.rank
-        new_buffer, wire_dtype, passes = self._collectives.new_buffer, self._config.wire_dtype, None
+        rank, new_buffer = self._collectives.rank, self._collectives.new_buffer
+        wire_dtype, passes = self._config.wire_dtype, None
         if self._config.micro_batches is not None:
             passes = self._config.micro_batches // self._collectives.everyone.num_ranks
         weights: Weights
-        if is_borrowed := members[0].placement.is_borrowed:
-            weights = BorrowedWeights(members, layout, rank)
+        if is_borrowed := arrangement.members[0].placement.is_borrowed:
+            weights = BorrowedWeights(arrangement, rank)
         else:
-            weights = OwnWeights(members, layout, rank, new_buffer)
+            weights = OwnWeights(arrangement, rank, new_buffer)
         gradients: ForeignGradients | FullGradients | ShardedGradients
         if not arrangement.reduces:
-            gradients = ForeignGradients(members, layout, rank)
+            gradients = ForeignGradients(arrangement, rank)
         elif is_borrowed:
-            gradients = CopiedGradients(members, layout, rank)
+            gradients = CopiedGradients(arrangement, rank)
         elif self._config.gradient_residency is GradientResidency.SHARDED:
-            gradients = ShardedGradients(members, layout, wire_dtype, passes, spares=self._spares)
+            gradients = ShardedGradients(arrangement, wire_dtype, passes, spares=self._spares)
         else:
-            gradients = FullGradients(members, layout, wire_dtype, passes, rank=rank, allocate=new_buffer)
+            gradients = FullGradients(arrangement, wire_dtype, passes, rank=rank, allocate=new_buffer)
         kind = OffloadedBucket if self._config.state_residency is StateResidency.HOST else Bucket
-        return kind(
-            layout, members, arrangement.storage, rank=rank, weights=weights, gradients=gradients, amsgrad=amsgrad
-        )
+        return kind(arrangement, rank, weights=weights, gradients=gradients, amsgrad=amsgrad)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.gradients import (
     Gradients,
     Stage,
@@ -18,18 +18,15 @@ from sharded_dadamw.buckets.gradients import (
 )
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.dtensors import local_gradient
-from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
 
 
 class ForeignGradients(Gradients):
     """Gradients that live elsewhere and are means over ranks already; they are only read."""
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        super().__init__(members)
-        self.shard = torch.zeros(layout.shard_numel, dtype=members[0].gradient_dtype, device=members[0].param.device)
-        self._layout = layout
-        self._fragments = tuple(layout.fragments(rank))
+    def __init__(self, arrangement: Arrangement, rank: int) -> None:
+        super().__init__(arrangement)
+        self.shard = torch.zeros(self._layout.shard_numel, dtype=self._dtype, device=self._device)
+        self._fragments = tuple(self._layout.fragments(rank))
         self._read: list[tuple[ReferenceType[Tensor], int]] = []
 
     @property
@@ -66,7 +63,7 @@ class ForeignGradients(Gradients):
                 raise self.changed()
         for member in self._members:
             if member.param.grad is not None:
-                check_gradient(member, member.param.grad, self.shard.dtype)
+                check_gradient(member, member.param.grad, self._dtype)
 
     def _have_ended(self) -> bool:
         """Whether gradients that were read were dropped, or cleared in place; where there were none they have, too."""
@@ -94,8 +91,8 @@ class CopiedGradients(ForeignGradients):
     """
 
     def reduce(self, collectives: Collectives) -> None:
-        buffer = torch.zeros(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
-        views = views_of(buffer, self._members, self._layout.offsets)
+        buffer = self.shard.new_zeros(self._layout.numel)
+        views = self._arrangement.views(buffer)
         for slot, grad in self._local_gradients().items():
             views[slot].copy_(grad)
         self._reduction = collectives.reduce_scatter_mean(buffer, self.shard)

@@ -14,10 +14,9 @@ from operator import and_, is_, is_not
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate
 
 _NUM_SAMPLES = 64
@@ -33,19 +32,18 @@ class FullGradients(HookedGradients):
 
     def __init__(
         self,
-        members: Sequence[NamedParameter],
-        layout: BucketLayout,
+        arrangement: Arrangement,
         wire_dtype: torch.dtype | None,
         num_passes: int | None,
         *,
         rank: int,
         allocate: Allocate,
     ) -> None:
-        super().__init__(members, layout, wire_dtype, num_passes)
-        self.buffer = allocate(layout.numel, self._dtype, members[0].param.device)
+        super().__init__(arrangement, wire_dtype, num_passes)
+        self.buffer = allocate(self._layout.numel, self._dtype, self._device)
         # Another name for the same memory: what is written through it does not count as a change to p.grad.
         self._exchanged = self.buffer.data
-        self._range = layout.shard_range(rank)
+        self._range = self._layout.shard_range(rank)
         self.shard = self._exchanged[slice(*self._range)]
         self._lay_out(self.buffer)
         self._version = 0

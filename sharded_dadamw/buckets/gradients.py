@@ -22,11 +22,11 @@ from operator import and_, attrgetter, is_not
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.passes import Passes
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.pending import DONE
-from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import local
 
 GRAD_OF, _IS_TRAINABLE = attrgetter("grad"), attrgetter("requires_grad")
@@ -51,10 +51,11 @@ class Gradients(ABC):
 
     shard: Tensor
 
-    def __init__(self, members: Sequence[NamedParameter]) -> None:
+    def __init__(self, arrangement: Arrangement) -> None:
         self.stage = Stage.LOCAL
-        self._members = tuple(members)
-        self._params = tuple(member.param for member in members)
+        self._arrangement, self._layout, self._members = arrangement, arrangement.layout, arrangement.members
+        self._params = tuple(member.param for member in self._members)
+        self._dtype, self._device = self._members[0].gradient_dtype, self._params[0].device
         self._reduction = DONE
         self._is_lost = False
 
@@ -174,24 +175,16 @@ class Gradients(ABC):
 class HookedGradients(Gradients):
     """Gradients of plain parameters, which backward delivers one by one through hooks."""
 
-    def __init__(
-        self,
-        members: Sequence[NamedParameter],
-        layout: BucketLayout,
-        wire_dtype: torch.dtype | None,
-        num_passes: int | None,
-    ) -> None:
+    def __init__(self, arrangement: Arrangement, wire_dtype: torch.dtype | None, num_passes: int | None) -> None:
         """``num_passes``: how many gradients of each parameter are added in the tree; None: as many as there are."""
-        super().__init__(members)
-        self._dtype = members[0].gradient_dtype
+        super().__init__(arrangement)
         self._wire_dtype = wire_dtype
-        self._layout = layout
         self._views: list[Tensor] = []  # of the flat buffer, where there is one
         self._places: list[int] = []  # where those lie
         # Per slot whether there is a gradient, or a mean of one, as last looked.
-        self._has_grad = [False] * len(members)
-        self._passes = None if num_passes is None else Passes(num_passes, len(members), self._new_views)
-        self._all_present = (True,) * len(members)
+        self._has_grad = [False] * len(self._members)
+        self._passes = None if num_passes is None else Passes(num_passes, len(self._members), self._new_views)
+        self._all_present = (True,) * len(self._members)
         self._await_all()
 
     @property
@@ -208,12 +201,11 @@ class HookedGradients(Gradients):
             self._passes.forget()
 
     def _new_views(self) -> list[Tensor]:
-        buffer = torch.empty(self._layout.numel, dtype=self._dtype, device=self._params[0].device)
-        return views_of(buffer, self._members, self._layout.offsets)
+        return self._arrangement.views(torch.empty(self._layout.numel, dtype=self._dtype, device=self._device))
 
     def _lay_out(self, buffer: Tensor) -> None:
         """Have gradients lie in a flat buffer."""
-        self._views = views_of(buffer, self._members, self._layout.offsets)
+        self._views = self._arrangement.views(buffer)
         self._places = list(map(Tensor.data_ptr, self._views))
 
     def _leave_moved(self, buffer: Tensor) -> None:

@@ -13,9 +13,9 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.gradients import GRAD_OF, HOLDS_MEANS, HookedGradients, Stage, are_present
 from sharded_dadamw.comm.collectives import Collectives
-from sharded_dadamw.layout.bucket_layout import BucketLayout
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate
 
@@ -66,22 +66,20 @@ class ShardedGradients(HookedGradients):
 
     def __init__(
         self,
-        members: Sequence[NamedParameter],
-        layout: BucketLayout,
+        arrangement: Arrangement,
         wire_dtype: torch.dtype | None,
         num_passes: int | None,
         *,
         spares: SpareBuffers,
     ) -> None:
-        super().__init__(members, layout, wire_dtype, num_passes)
-        self._device = members[0].param.device
+        super().__init__(arrangement, wire_dtype, num_passes)
         self._spares = spares
-        self.shard = torch.zeros(layout.shard_numel, dtype=self._dtype, device=self._device)
+        self.shard = torch.zeros(self._layout.shard_numel, dtype=self._dtype, device=self._device)
         self._buffer: Tensor | None = None
         self._leaving: Tensor | None = None
         self._holds_a_mean = False
         self._is_cleared = True
-        self._witness_slot = witness_of(members)
+        self._witness_slot = witness_of(self._members)
         self._witness: Tensor | None = None
         self._version = 0  # of the witness, as we left it
 

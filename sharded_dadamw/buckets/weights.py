@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from sharded_dadamw.layout.bucket_layout import BucketLayout
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.buckets.arrangement import Arrangement
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.update.storage import Allocate, zeros
 
 log = logging.getLogger("sharded_dadamw")
@@ -32,17 +32,17 @@ class Weights(ABC):
 
     shard: Tensor
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        self._members = tuple(members)
-        self._params = tuple(member.param for member in members)
-        self._layout = layout
-        self._range = layout.shard_range(rank)
+    def __init__(self, arrangement: Arrangement, rank: int) -> None:
+        self._arrangement = arrangement
+        self._members = arrangement.members
+        self._params = tuple(member.param for member in self._members)
+        self._range = arrangement.layout.shard_range(rank)
 
     def _copied(self, allocate: Allocate = zeros) -> Tensor:
         """A new flat buffer [num_ranks * n] with all parameters in it."""
         first = self._members[0].param
-        buffer = allocate(self._layout.numel, first.dtype, first.device)
-        for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
+        buffer = allocate(self._arrangement.layout.numel, first.dtype, first.device)
+        for member, view in zip(self._members, self._arrangement.views(buffer), strict=True):
             view.copy_(member.local)
         return buffer
 
@@ -75,11 +75,11 @@ class OwnWeights(Weights):
     Constructing it moves them there: ``p.data`` becomes contiguous memory of the buffer, ``p`` stays the same object.
     """
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int, allocate: Allocate) -> None:
-        super().__init__(members, layout, rank)
+    def __init__(self, arrangement: Arrangement, rank: int, allocate: Allocate) -> None:
+        super().__init__(arrangement, rank)
         self.buffer = self._copied(allocate)
         self.shard = self.buffer[slice(*self._range)]
-        self._homes = views_of(self.buffer, self._members, layout.offsets)
+        self._homes = arrangement.views(self.buffer)
         self._move_in()
         self._places = list(map(Tensor.data_ptr, self._params))
         self._matrices = [param for param in self._params if param.dim() > 1]
@@ -132,9 +132,9 @@ class OwnWeights(Weights):
 class BorrowedWeights(Weights):
     """Parameters whose memory belongs to something else."""
 
-    def __init__(self, members: Sequence[NamedParameter], layout: BucketLayout, rank: int) -> None:
-        super().__init__(members, layout, rank)
-        first = members[0].param
+    def __init__(self, arrangement: Arrangement, rank: int) -> None:
+        super().__init__(arrangement, rank)
+        first, layout = self._params[0], arrangement.layout
         self._fragments = tuple(layout.fragments(rank))
         self.shard = torch.zeros(layout.shard_numel, dtype=first.dtype, device=first.device)
         self.refresh_()
@@ -153,13 +153,13 @@ class BorrowedWeights(Weights):
         return self._copied()
 
     def outgoing(self) -> Tensor:
-        buffer = torch.empty(self._layout.numel, dtype=self.shard.dtype, device=self.shard.device)
+        buffer = self.shard.new_empty(self._arrangement.layout.numel)
         buffer[slice(*self._range)].copy_(self.shard)
         return buffer
 
     def accept_(self, buffer: Tensor) -> None:
         self.shard.copy_(buffer[slice(*self._range)])
-        for member, view in zip(self._members, views_of(buffer, self._members, self._layout.offsets), strict=True):
+        for member, view in zip(self._members, self._arrangement.views(buffer), strict=True):
             member.local.copy_(view)
 
 

@@ -80,14 +80,6 @@ def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[NamedParameter
     return members
 
 
-def views_of(buffer: Tensor, members: Sequence[NamedParameter], offsets: Sequence[int]) -> list[Tensor]:
-    """The places of parameters in a flat buffer, each in the shape of this rank's part."""
-    return [
-        buffer[offset : offset + member.placement.local_numel].view(member.placement.local_shape)
-        for member, offset in zip(members, offsets, strict=True)
-    ]
-
-
 def check_parameters(members: Sequence[NamedParameter]) -> None:
     """Refuse what cannot be laid into flat buffers, but for what is left alone."""
     if not members:

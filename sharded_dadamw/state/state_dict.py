@@ -19,7 +19,7 @@ from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.calls import enter
 from sharded_dadamw.comm.collectives import BackendVerbs, Collectives
 from sharded_dadamw.comm.dtensors import like_parameter
-from sharded_dadamw.layout.parameters import NamedParameter, views_of
+from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.layout.placement import local
 from sharded_dadamw.state.in_place import is_fragment
 from sharded_dadamw.state.piece import Piece, pieces_of
@@ -157,7 +157,7 @@ def gather_state(buckets: Sequence[Bucket], collectives: Collectives, *, to: int
             buffer[slice(*layout.shard_range(bucket.rank))].copy_(shard)
             collectives.all_gather_(buffer.view(torch.uint8)).wait()  # bytes: not every backend knows int16
             if keep:
-                for member, part in zip(bucket.members, views_of(buffer, bucket.members, layout.offsets), strict=True):
+                for member, part in zip(bucket.members, bucket.arrangement.views(buffer), strict=True):
                     state[member.index][name] = like_parameter(part, member.param, copies=True)
     return dict(sorted(state.items()))
 
