@@ -28,7 +28,6 @@ from sharded_dadamw.update.hyperparameters import (
     HIGH_WEIGHT_DECAY,
     Hyperparameters,
     check_group,
-    read_groups,
 )
 
 log = logging.getLogger("sharded_dadamw")
@@ -162,11 +161,6 @@ class DecoupledOptimizer(Optimizer):
                     "model.named_parameters()); one of Composer's optimizer by from_composer"
                 )
 
-    def _hypers(self) -> list[Hyperparameters]:
-        """Read the scalars of every group, for one step."""
-        self._note_peaks()
-        return read_groups(self.param_groups)
-
     def _note_peaks(self) -> None:
         """Take the lr of groups whose ``initial_lr`` was taken away for the peak of a schedule that begins now."""
         for group in self.param_groups:
@@ -243,6 +237,11 @@ class DecoupledOptimizer(Optimizer):
         step = Step(hypers, self._with_loss_scale(self._clip.use() if self._clip else None), void)
         self._norms.report = self._norms.report.next(step, clip)
         return self._norms.report
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
+        super().zero_grad(set_to_none)
+        self._clip.clear()
 
     def _settle(self) -> None:
         """Have parameters and state be what they are meant to be, before they are read."""

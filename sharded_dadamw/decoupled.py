@@ -23,7 +23,7 @@ from sharded_dadamw.norms.clipping import ClipOf, check_clip
 from sharded_dadamw.norms.held import HeldAsTheyLie
 from sharded_dadamw.state.in_place import drop_strangers, fill_in, unshare, without_mains
 from sharded_dadamw.update.adamw import Step
-from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters
+from sharded_dadamw.update.hyperparameters import FREE_OF_LR, Hyperparameters, read_groups
 from sharded_dadamw.update.storage import moments_of
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -175,13 +175,15 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             ValueError: A group's decay is 1 or more.
         """
         loss = evaluate(closure)
-        hypers = self._hypers()
+        self._note_peaks()
+        hypers = read_groups(self.param_groups)
         self._warn_above_peak(hypers)
         to_update = self._to_update()
         found_inf = self._scalers_flag()
         if found_inf is not None:
             self._norms.ranks(self._held()).all_reduce_(found_inf, dist.ReduceOp.MAX)
-        self._keep_clip_of(to_update, for_step=True)
+        if self._clip:
+            self._clip.keep_for(_gradients_of(to_update), to_clip=False)
         clip = None if self._max_grad_norm is None else self._clip_within_step(self._norm(to_update, 2.0))
         if clip is not None:
             self._clip.remember(_gradients_of(to_update))
@@ -245,7 +247,8 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
     def _norm_to_clip(self, max_norm: float, norm_type: float) -> Tensor:
         check_clip(max_norm, norm_type)
         to_update = self._to_update()
-        self._keep_clip_of(to_update)
+        if self._clip:
+            self._clip.keep_for(_gradients_of(to_update), to_clip=True)
         norm = self._norm(to_update, norm_type)
         self._clip.remember(_gradients_of(to_update))
         return norm
@@ -255,18 +258,6 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
         params = [param for of_group, _ in to_update for param in of_group]
         held = self._held()
         return held.gradient_norm(params, norm_type, self._norms.owners(held))
-
-    def _keep_clip_of(self, to_update: Sequence[_ToUpdate], *, for_step: bool = False) -> None:
-        """Forget a clip of other gradients than those that there are now, and say so where they are the same ones."""
-        grads = _gradients_of(to_update) if self._clip else []
-        if self._clip and not self._clip.is_for(grads):
-            self._clip.require_unchanged(grads, to_clip=not for_step)
-            self._clip.clear()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients: to None, or to zeros in place. A parameter left at None is left alone by ``step``."""
-        super().zero_grad(set_to_none)
-        self._clip.clear()
 
     def _held(self) -> HeldAsTheyLie:
         return HeldAsTheyLie(self.param_groups, self.state, self._device)

@@ -256,7 +256,6 @@ class ShardedDecoupledAdamW(DecoupledOptimizer, JoinableOptimizer):
             self._reducer.catch_up()
             super().zero_grad(set_to_none)
             self._reducer.drop()
-        self._clip.clear()
 
     def attach(self, model: nn.Module) -> Attachment:
         """Let ``step`` return while the parameters of ``model`` are still being gathered, behind its next forward.

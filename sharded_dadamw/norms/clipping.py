@@ -93,26 +93,20 @@ class ClipOf(PendingClip):
         self._is_used = True
         return super().use()
 
-    def is_for(self, grads: Sequence[Tensor]) -> bool:
-        """Whether gradients are those that were clipped, or some of them."""
-        clipped = self._those_alive()
-        return all(clipped.get(id(grad)) == version_of(grad) for grad in grads)
+    def keep_for(self, grads: Sequence[Tensor], *, to_clip: bool) -> None:
+        """Keep the clip where these are gradients that were clipped, as they were then, and else forget it.
 
-    def require_unchanged(self, grads: Sequence[Tensor], *, to_clip: bool) -> None:
-        """Refuse to use gradients unclipped that are left of the clipped ones, if they have changed before any step.
-
-        With ``to_clip`` they are about to be clipped again, perhaps after others have cleared them: warn then.
+        Clipped ones that have changed before any step are refused. With ``to_clip`` they are about to be clipped again,
+        perhaps after others have cleared them: warn then.
         """
-        clipped = self._those_alive()
-        if self._is_used or not any(id(grad) in clipped for grad in grads):
+        clipped = {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
+        if all(clipped.get(id(grad)) == version_of(grad) for grad in grads):
             return
-        if to_clip:
+        if not self._is_used and any(id(grad) in clipped for grad in grads):
+            if not to_clip:
+                raise RuntimeError(
+                    "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or "
+                    "drop them by optimizer.zero_grad()"
+                )
             warn_of_forgotten_clip()
-        else:
-            raise RuntimeError(
-                "gradients were changed between clip_grad_norm_() and step(); change them before clipping, or "
-                "drop them by optimizer.zero_grad()"
-            )
-
-    def _those_alive(self) -> dict[int, int]:
-        return {id(grad): version for reference, version in self._clipped if (grad := reference()) is not None}
+        self.clear()
