@@ -170,7 +170,7 @@ MUTATIONS = {
     ],
     "schedule/in_flight.py": [
         ("not in _METADATA and wait_for_all()", "not in _METADATA and True", "gatherer"),
-        ("self._weights.accept_(self._buffer)", "pass", "placement layouts"),
+        ("self.bucket.weights.accept_(self._buffer)", "pass", "placement layouts"),
         ("self._give_back(LostParameter)", "self._give_back(Parameter)", "gatherer"),
     ],
     "schedule/step_agreement.py": [

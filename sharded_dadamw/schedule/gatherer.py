@@ -34,7 +34,7 @@ class Gatherer:
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
-        self._under_way: dict[Bucket, AllGather] = {}
+        self._under_way: list[AllGather] = []
         self._attachments: list[Attachment] = []
 
     def __del__(self) -> None:
@@ -56,11 +56,11 @@ class Gatherer:
         """
         try:
             yield
-            may_stay = [bucket for bucket in self._under_way if self._may_stay(bucket)]
-            finish([gather for bucket, gather in self._under_way.items() if bucket not in may_stay])
-            self._under_way = {bucket: self._under_way[bucket] for bucket in may_stay}
-            for bucket, gather in self._under_way.items():
-                gather.leave([member.param for member in bucket.members])
+            may_stay = [gather for gather in self._under_way if self._may_stay(gather.bucket)]
+            finish([gather for gather in self._under_way if gather not in may_stay])
+            self._under_way = may_stay
+            for gather in may_stay:
+                gather.leave()
         except BaseException:
             # What went wrong first is what to tell, be it a KeyboardInterrupt.
             with suppress(Exception):
@@ -70,11 +70,9 @@ class Gatherer:
     def publish(self, bucket: Bucket) -> None:
         """Begin to gather a bucket's parameters. Collective."""
         buffer = bucket.weights.outgoing()
-        self._under_way[bucket] = AllGather(bucket.weights, buffer, self._collectives.all_gather_(buffer))
+        self._under_way.append(AllGather(bucket, buffer, self._collectives.all_gather_(buffer)))
         if bucket.is_borrowed:
-            for earlier in list(self._under_way)[:-_BORROWED_AHEAD]:
-                if earlier.is_borrowed:
-                    self._under_way[earlier].wait()
+            finish([gather for gather in self._under_way if gather.bucket.is_borrowed][:-_BORROWED_AHEAD])
 
     def _may_stay(self, bucket: Bucket) -> bool:
         # Where gathers need the host, a rank that reads would wait for others, who may be waiting for it elsewhere.
@@ -88,7 +86,7 @@ class Gatherer:
 
     def finish(self) -> None:
         """Finish everything under way; raises as ``AllGather.wait``, after the others have been finished."""
-        finish(list(self._under_way.values()))
+        finish(self._under_way)
         self._under_way.clear()
 
     def attach(self, model: nn.Module, params: Container[Tensor]) -> Attachment:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sharded_dadamw.buckets.weights import Weights
+from sharded_dadamw.buckets.bucket import Bucket
 from sharded_dadamw.comm.pending import Pending
 
 _METADATA = frozenset(("grad", "requires_grad", "shape", "dtype", "device", "is_floating_point"))
@@ -34,16 +34,16 @@ _lock = threading.RLock()  # backward runs hooks on threads of its own
 class AllGather:
     """The all-gather of one bucket, under way into ``buffer`` [num_ranks * n]."""
 
-    def __init__(self, weights: Weights, buffer: Tensor, handle: Pending) -> None:
-        self._weights, self._buffer, self._handle = weights, buffer, handle
+    def __init__(self, bucket: Bucket, buffer: Tensor, handle: Pending) -> None:
+        self.bucket, self._buffer, self._handle = bucket, buffer, handle
         self._params: Sequence[Tensor] = ()
         self._is_over = False
         self._error: Exception | None = None
 
-    def leave(self, params: Sequence[Tensor]) -> None:
-        """Leave it in flight; readers of these parameters wait from now on."""
-        self._params = params
-        for param in params:
+    def leave(self) -> None:
+        """Leave it in flight; readers of its parameters wait from now on."""
+        self._params = [member.param for member in self.bucket.members]
+        for param in self._params:
             _in_flight[id(param)] = self
             param.__class__ = ParameterInFlight
 
@@ -56,7 +56,7 @@ class AllGather:
                 return
             try:
                 self._handle.wait()
-                self._weights.accept_(self._buffer)
+                self.bucket.weights.accept_(self._buffer)
             except Exception as error:
                 self._error = error
                 self._give_back(LostParameter)
