@@ -56,8 +56,7 @@ class FullGradients(HookedGradients):
             if self.stage is Stage.REDUCED and any(self._has_grad) and any(are_present(self._params)):
                 raise self._assigned()
             self._reset()
-        self._require_reduced()
-        self._require_all_passes()
+        self._require_whole()
         if self.stage is Stage.CONSUMED:
             raise _uncleared(self._name())
         if self.stage is Stage.LOCAL:

@@ -157,13 +157,6 @@ class Gradients(ABC):
         having = [member for member in self._members if member.param.grad is not None]
         return min(having or self._members, key=lambda member: member.index).name
 
-    def _require_reduced(self) -> None:
-        if self._is_lost:
-            raise RuntimeError(
-                f"the reduction of gradients was broken off, in the bucket of {self._name()}; drop them by "
-                "optimizer.zero_grad()"
-            )
-
     def changed(self) -> RuntimeError:
         """The error of gradients that are others than those that were clipped."""
         return RuntimeError(
@@ -226,8 +219,13 @@ class HookedGradients(Gradients):
         """Whether a gradient that comes now is the last one of a slot before a step, as far as is known."""
         return self._passes is None or self._passes.is_last(slot)
 
-    def _require_all_passes(self) -> None:
-        """Refuse gradients that did not come in each of the passes that there are to be, or not from backward."""
+    def _require_whole(self) -> None:
+        """Refuse a mean of which a part may be missing, and gradients that did not come from each of the passes."""
+        if self._is_lost:
+            raise RuntimeError(
+                f"the reduction of gradients was broken off, in the bucket of {self._name()}; drop them by "
+                "optimizer.zero_grad()"
+            )
         passes = self._passes
         if passes is None or self.stage is Stage.CONSUMED:
             return

@@ -114,8 +114,7 @@ class ShardedGradients(HookedGradients):
         """See ``Gradients.collect``. After a step there is nothing to clear."""
         if self.stage is Stage.CONSUMED:
             self._reset()
-        self._require_reduced()
-        self._require_all_passes()
+        self._require_whole()
         if self._buffer is not None:
             self._leave_moved(self._buffer)
         if self._witness is not None and self._witness_slot is not None:
