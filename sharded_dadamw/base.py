@@ -302,9 +302,7 @@ class DecoupledOptimizer(Optimizer):
             ValueError: The ranks over which to add up are not known; pass ``norm_group``.
         """
         enter("metrics()", "with metrics_in_step=True one rank may call it alone")
-        held = self._held()
-        table, owners = self._norms.table(held), self._norms.owners(held)
-        return named_values(self._norms.report, owners.names, table, len(self.param_groups))
+        return named_values(self._norms.report, self._norms.table(self._held()), len(self.param_groups))
 
     @without_graph
     def fingerprint(self, process_group: dist.ProcessGroup | DeviceMesh | None = None) -> Fingerprint:
@@ -359,8 +357,8 @@ class DecoupledOptimizer(Optimizer):
             enter("report_per_parameter_metrics()")
             held = self._held()
             if self._reports_whole:
-                squares, row_of = self._norms.table(held).squares, self._norms.owners(held).row_of
-                places = {id(updated): row_of[id(updated)] for updated in report.updated}
+                table = self._norms.table(held)
+                squares, places = table.squares, {id(each): table.row_of[id(each)] for each in report.updated}
             else:
                 held.make_measurable(report)
                 here, squares = report.squares_of(report.updated_here(), held.look, held.device)

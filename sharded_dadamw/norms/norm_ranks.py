@@ -110,7 +110,7 @@ class NormRanks:
             sources, targets = torch.tensor(counted).to(device, non_blocking=True).unbind(1)
             squares[targets] = parts[sources]
         owners.collectives.all_reduce_(squares, dist.ReduceOp.SUM)
-        return Table(squares, sorted(rows))
+        return Table(squares, sorted(rows), owners.names, owners.row_of)
 
     def _find_ranks(self, held: Held) -> Collectives:
         if self.given is None:

@@ -132,17 +132,21 @@ class Table(NamedTuple):
     Attributes:
         squares: fp64 [num_names, 4], the sums of squares, in the order of NORMS.
         rows: Those of parameters that are trainable, or were when names were exchanged.
+        names: The parameter of each row.
+        row_of: The row of each parameter of this rank, by its id.
     """
 
     squares: Tensor
     rows: list[int]
+    names: Sequence[str]
+    row_of: Mapping[int, int]
 
 
-def named_values(report: StepReport, names: Sequence[str], table: Table, num_groups: int) -> dict[str, Tensor]:
+def named_values(report: StepReport, table: Table, num_groups: int) -> dict[str, Tensor]:
     """Name everything that is known of the last step; see ``DecoupledAdamW.metrics``."""
     device = table.squares.device
     norms = [row.unbind() for row in table.squares.sqrt().to(torch.float32).unbind()]
-    found = {f"{key}/{names[row]}": norms[row][column] for row in table.rows for key, column in METRICS.items()}
+    found = {f"{key}/{table.names[row]}": norms[row][column] for row in table.rows for key, column in METRICS.items()}
     totals = table.squares.sum(0).sqrt().to(torch.float32)
     found.update({f"{key}/global": totals[column] for key, column in METRICS.items()})
     decays = [hyper.decay for hyper in report.step.hypers] or [0.0] * num_groups
