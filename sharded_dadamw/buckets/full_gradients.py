@@ -73,6 +73,8 @@ class FullGradients(HookedGradients):
         """See ``Gradients.reduce``; in place. Means and used ones only take part for the other ranks' sake."""
         out = self.shard
         if self.stage is Stage.LOCAL:
+            with suppress(RuntimeError, ValueError):
+                self._adopt_all(self._held())
             self.stage = Stage.REDUCED
             setattr(self.buffer, HOLDS_MEANS, self._layout.num_ranks > 1)
             self._version, self._sample = self.buffer._version, None
@@ -91,12 +93,6 @@ class FullGradients(HookedGradients):
         setattr(self.buffer, HOLDS_MEANS, False)
         self._sample = None
 
-    def look(self) -> None:
-        if self.stage is Stage.LOCAL:
-            # Of what was assigned or cast; the agreement refuses it everywhere.
-            with suppress(RuntimeError, ValueError):
-                self._adopt_all(self._held())
-
     def remember(self) -> None:
         if self.stage is Stage.LOCAL:
             self._has_grad, self._version = self._held(), self.buffer._version
@@ -104,7 +100,7 @@ class FullGradients(HookedGradients):
 
     def change(self, *, is_unscaled: bool) -> Tensor | None:
         may_differ = is_unscaled or self._is_written
-        if self.stage is Stage.CONSUMED or self._sample is None or not may_differ:
+        if self._sample is None or not may_differ:
             return None
         before, self._sample, self._version = self._sample, self._take_sample(), self.buffer._version
         then, now = before.to(torch.float64), self._sample.to(torch.float64)

@@ -104,9 +104,10 @@ class Gradients(ABC):
 
     @abstractmethod
     def reduce(self, collectives: Collectives) -> None:
-        """Begin to fill ``shard`` with the mean over ranks, after ``collect`` or ``look``; ``wait`` ends that.
+        """Begin to fill ``shard`` with the mean over ranks; ``wait`` ends that. Collective.
 
-        Collective.
+        In backward nobody has called ``collect``, and what was assigned by hand is brought in here. If that cannot be,
+        the agreement refuses it, where other ranks hear of it.
         """
 
     def wait(self) -> None:
@@ -117,9 +118,6 @@ class Gradients(ABC):
             self._is_lost = True
             raise
         self._reduction = DONE
-
-    def look(self) -> None:  # noqa: B027 - most have nothing to do
-        """Bring in what there is, ahead of a ``reduce`` without a ``collect``."""
 
     def remember(self) -> None:  # noqa: B027 - most have nothing to do
         """Take note of local gradients as backward has left them, for ``change``."""
