@@ -120,7 +120,7 @@ MUTATIONS = {
         ("first if self.storage.is_stochastic else None", "0 if self.storage.is_stochastic else None", "precision"),
     ],
     "buckets/passes.py": [
-        ("carries(index, self.number)", "[0][: index > 0]", "same_run"),  # one after the other
+        ("carries(self.counts[slot], self.number)", "[0][: self.counts[slot] > 0]", "same_run"),  # one after the other
     ],
     "buckets/build.py": [
         ("bucket.reset_main_()", "pass", "precision sharded"),

@@ -273,8 +273,9 @@ class HookedGradients(Gradients):
         grad = member.param.grad
         assert grad is not None
         check_gradient(member, grad, self._dtype)
-        is_last = passes.add(slot, grad.detach(), lambda: self._target(slot))
-        member.param.grad = self._target(slot) if is_last else None
+        total = self._target(slot) if passes.is_last(slot) else None
+        passes.add(slot, grad.detach(), total)
+        member.param.grad = total
 
     @abstractmethod
     def _target(self, slot: int) -> Tensor:

@@ -41,18 +41,16 @@ class Passes:
         """Whether the next gradient of a slot completes it."""
         return self.counts[slot] % self.number == self.number - 1  # of the last step all have come
 
-    def add(self, slot: int, grad: Tensor, target: Callable[[], Tensor]) -> bool:
-        """Add a gradient to those that wait; the last one, and the sum then goes into ``target()``: returns whether."""
-        index = self.counts[slot]
+    def add(self, slot: int, grad: Tensor, total: Tensor | None) -> None:
+        """Add a gradient to those that wait; with the last one, the sum of all goes into ``total``."""
+        levels = carries(self.counts[slot], self.number)
         self.counts[slot] += 1
-        is_last, levels = index + 1 == self.number, carries(index, self.number)
-        into = target() if is_last else self._level(len(levels))[slot]
+        into = self._level(len(levels))[slot] if total is None else total
         if not levels:
             into.copy_(grad)
         for level in levels:
             left = self._level(level)[slot]
             grad = torch.add(left, grad, out=into if level == levels[-1] else left)
-        return is_last
 
     def _level(self, level: int) -> Sequence[Tensor]:
         while len(self._levels) <= level:
