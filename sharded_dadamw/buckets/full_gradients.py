@@ -160,12 +160,9 @@ class FullGradients(HookedGradients):
             held = self._held()
         self._has_grad = held
 
-    def _target(self, slot: int) -> Tensor:
-        return self._view(slot, self.buffer)
-
     def _held(self) -> list[bool]:
         """Per slot whether ``p.grad`` is our view."""
-        self._leave_moved(self.buffer)
+        self._leave_moved()
         return list(map(is_, map(GRAD_OF, self._params), self._views))
 
     def _assigned(self) -> RuntimeError:

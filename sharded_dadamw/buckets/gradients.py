@@ -170,7 +170,8 @@ class HookedGradients(Gradients):
         """``num_passes``: how many gradients of each parameter are added in the tree; None: as many as there are."""
         super().__init__(arrangement)
         self._wire_dtype = wire_dtype
-        self._views: list[Tensor] = []  # of the flat buffer, where there is one
+        self._buffer: Tensor | None = None  # in which gradients lie, where there is one
+        self._views: list[Tensor] = []  # of that
         self._places: list[int] = []  # where those lie
         # Per slot whether there is a gradient, or a mean of one, as last looked.
         self._has_grad = [False] * len(self._members)
@@ -198,19 +199,22 @@ class HookedGradients(Gradients):
         """Have gradients lie in a flat buffer."""
         self._views = self._arrangement.views(buffer)
         self._places = list(map(Tensor.data_ptr, self._views))
+        self._buffer = buffer  # and not before: after a KeyboardInterrupt, a buffer has all its views
 
-    def _leave_moved(self, buffer: Tensor) -> None:
+    def _leave_moved(self) -> None:
         """Take gradients that were given other memory, as by ``p.grad.data = ...``, for assigned ones."""
         if list(map(Tensor.data_ptr, self._views)) != self._places:
+            assert self._buffer is not None
             moved, places = self._views, self._places
-            self._lay_out(buffer)
+            self._lay_out(self._buffer)
             for slot, (view, place) in enumerate(zip(moved, places, strict=True)):
                 if view.data_ptr() == place:
                     self._views[slot] = view
 
-    def _view(self, slot: int, buffer: Tensor) -> Tensor:
+    def _target(self, slot: int) -> Tensor:
+        """The place in the flat buffer of a slot's gradient, which is about to come there."""
         if self._views[slot].data_ptr() != self._places[slot]:
-            self._leave_moved(buffer)
+            self._leave_moved()
         return self._views[slot]
 
     def is_last_pass(self, slot: int) -> bool:
@@ -276,10 +280,6 @@ class HookedGradients(Gradients):
         total = self._target(slot) if passes.is_last(slot) else None
         passes.add(slot, grad.detach(), total)
         member.param.grad = total
-
-    @abstractmethod
-    def _target(self, slot: int) -> Tensor:
-        """The place in the flat buffer of a slot's gradient, which is about to come there."""
 
     @abstractmethod
     def _make_room(self, slot: int) -> None:

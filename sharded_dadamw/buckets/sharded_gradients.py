@@ -75,7 +75,6 @@ class ShardedGradients(HookedGradients):
         super().__init__(arrangement, wire_dtype, num_passes)
         self._spares = spares
         self.shard = torch.zeros(self._layout.shard_numel, dtype=self._dtype, device=self._device)
-        self._buffer: Tensor | None = None
         self._leaving: Tensor | None = None
         self._holds_a_mean = False
         self._is_cleared = True
@@ -115,8 +114,7 @@ class ShardedGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             self._reset()
         self._require_whole()
-        if self._buffer is not None:
-            self._leave_moved(self._buffer)
+        self._leave_moved()
         if self._witness is not None and self._witness_slot is not None:
             grad = self._params[self._witness_slot].grad
             if grad is not self._witness or grad._version != self._version:
@@ -135,7 +133,7 @@ class ShardedGradients(HookedGradients):
         if self.stage is Stage.CONSUMED:
             self._reset()
         buffer = self._filling()
-        self._leave_moved(buffer)
+        self._leave_moved()
         for slot, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
             grad = param.grad
             is_as_delivered = grad is view
@@ -203,12 +201,12 @@ class ShardedGradients(HookedGradients):
 
     def _target(self, slot: int) -> Tensor:
         self.stage = Stage.LOCAL
-        return self._view(slot, self._filling())
+        self._filling()
+        return super()._target(slot)
 
     def _filling(self) -> Tensor:
         """The buffer that gradients go to until the next reduction."""
         if self._buffer is None:
-            buffer = self._spares.take(self._layout.numel, self._dtype, self._device)
-            self._lay_out(buffer)
-            self._buffer = buffer  # and not before: after a KeyboardInterrupt, a buffer has all its views
+            self._lay_out(self._spares.take(self._layout.numel, self._dtype, self._device))
+        assert self._buffer is not None
         return self._buffer

@@ -86,7 +86,8 @@ def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
-    note = None if failure is None else [_kind_of(failure), str(failure)]
+    nearest = next((name for name, kind in _KINDS.items() if isinstance(failure, kind)), "RuntimeError")
+    note = None if failure is None else [nearest, str(failure)]
     for rank, text in enumerate(collectives.gather_texts(json.dumps(note))):
         first = json.loads(text)
         if first is not None:
@@ -98,10 +99,6 @@ def on_all_or_none(collectives: Collectives, work: Callable[[], T]) -> T:
 
 
 _KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError, "RuntimeError": RuntimeError}
-
-
-def _kind_of(error: Exception) -> str:
-    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")
 
 
 def _digest(description: Description) -> str:
