@@ -84,14 +84,14 @@ MUTATIONS = {
     "comm/dtensors.py": [
         ("grad.placements != placements", "False", "placement layouts"),
     ],
-    "comm/collectives.py": [
+    "comm/means.py": [
         ("wire_dtype.itemsize >= dtype.itemsize", "wire_dtype.itemsize > dtype.itemsize", "collectives"),
         ("out.add_(total.div_(len(parts)).to(out.dtype))", "out.copy_(total.div_(len(parts)))", "collectives"),
         ("if rest and sent == total.dtype:", "if rest:", "collectives"),
-    ],
-    "comm/tree.py": [
         ("half = 1 << (len(parts) - 1).bit_length() - 1", "half = len(parts) - 1", "same_run"),  # in rank order
         (".div(divisor)", ".div(len(parts))", "same_run"),
+    ],
+    "comm/tree.py": [
         ("if count >> level & 1]", "if False]", "same_run"),
     ],
     "comm/messages.py": [

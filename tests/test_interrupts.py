@@ -21,7 +21,7 @@ from torch import nn
 
 import sharded_dadamw
 from sharded_dadamw import Exchange, ShardedDecoupledAdamW
-from sharded_dadamw.comm import collectives
+from sharded_dadamw.comm import messages, shared_memory
 from tests.harness import SHARDED, loss_of, small
 from tests.models import reduce_for_control
 from tests.pool import on_ranks
@@ -116,7 +116,8 @@ def step_after_all(group: Any, config: dict[str, Any]) -> None:
     before = [param.detach().clone() for param in model.parameters()]
     for clears in (False, True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(collectives, "average_in_order", interrupt)
+            for module in (messages, shared_memory):
+                patch.setattr(module, "average", interrupt)
             train(model, optimizer, group.rank(), 0)
         if clears:
             optimizer.zero_grad()

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sharded_dadamw.comm.calls import Meetings, RankError, here, last_met, left
+from sharded_dadamw.comm.means import average, mean_in_tree, sent_dtype, sum_dtype
 from sharded_dadamw.comm.pending import DONE, Pending
-from sharded_dadamw.comm.tree import check_ranks, mean_in_tree
+from sharded_dadamw.comm.tree import check_ranks
 
 # torch 2.13 renamed the two verbs and deprecates the names that 2.11 has.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -36,40 +37,6 @@ REDUCE_SCATTER = "sharded_dadamw::reduce_scatter"
 ALL_GATHER = "sharded_dadamw::all_gather"
 ALL_REDUCE = "sharded_dadamw::all_reduce"
 """What the verbs are called in a profiler's trace, where they start and where they finish."""
-
-PIECE_BYTES = 1 << 20
-"""Bytes that are averaged at a time on a CPU: small enough to be summed out of its cache."""
-
-
-def sent_dtype(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
-    """In what dtype local values go into a mean: ``wire_dtype`` where that is narrower than their own."""
-    return dtype if wire_dtype is None or wire_dtype.itemsize >= dtype.itemsize else wire_dtype
-
-
-def sum_dtype(sent: torch.dtype, out: torch.dtype) -> torch.dtype:
-    """In what dtype they are added: fp32, or the wider of the two."""
-    return torch.promote_types(torch.promote_types(sent, out), torch.float32)
-
-
-def average_in_order(parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool) -> None:
-    """Put the mean of ``parts``, [n] of each rank, summed in their order, into ``out`` [n], which may be one of them.
-
-    Each is first rounded to ``sent``. ``total`` [n] is scratch memory in the dtype of the sum. The mean is rounded
-    once; with ``add`` it increases ``out``.
-    """
-    first, *rest = (part.to(sent) for part in parts)
-    if rest and sent == total.dtype:
-        torch.add(first, rest.pop(0), out=total)  # one pass less than copying the first
-    else:
-        total.copy_(first)
-    for part in rest:
-        total.add_(part)
-    if add:
-        out.add_(total.div_(len(parts)).to(out.dtype))
-    elif out.dtype == total.dtype:
-        torch.div(total, len(parts), out=out)
-    else:
-        out.copy_(total.div_(len(parts)))
 
 
 class Collectives:
@@ -253,13 +220,6 @@ class BackendVerbs(Collectives):
         with record_function(name), self._translating():
             yield
 
-    def _average(self, parts: Sequence[Tensor], *, sent: torch.dtype, out: Tensor, total: Tensor, add: bool) -> None:
-        """As ``average_in_order``, or in the tree."""
-        if self._divisor is None:
-            average_in_order(parts, sent=sent, out=out, total=total, add=add)
-        else:
-            mean_in_tree(parts, divisor=self._divisor, out=out, add=add)
-
     @property
     def _ranks(self) -> frozenset[int]:
         return ranks_of(self.group)
@@ -346,7 +306,7 @@ class RankOrderVerbs(BackendVerbs):
         def finish() -> None:
             work.wait()
             total = torch.empty_like(out, dtype=sum_dtype(sent, out.dtype))
-            self._average(self._slices(arrivals), sent=sent, out=out, total=total, add=add)
+            average(self._slices(arrivals), sent=sent, out=out, total=total, add=add, divisor=self._divisor)
 
         return Pending(REDUCE_SCATTER, [finish], self.explaining)
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_dadamw.comm.collectives import ALL_GATHER, REDUCE_SCATTER, BackendVerbs, Collectives, sent_dtype, sum_dtype
+from sharded_dadamw.comm.collectives import ALL_GATHER, REDUCE_SCATTER, BackendVerbs, Collectives
+from sharded_dadamw.comm.means import sent_dtype, sum_dtype
 from sharded_dadamw.comm.pending import Pending
 
 

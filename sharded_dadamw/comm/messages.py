@@ -15,14 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_dadamw.comm.collectives import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    PIECE_BYTES,
-    REDUCE_SCATTER,
-    BackendVerbs,
-    sum_dtype,
-)
+from sharded_dadamw.comm.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, BackendVerbs
+from sharded_dadamw.comm.means import PIECE_BYTES, average, sum_dtype
 from sharded_dadamw.comm.pending import Pending
 
 _PIECES_IN_FLIGHT = 8
@@ -137,7 +131,7 @@ class MessageVerbs(GlooVerbs):
                 index = min(receives)
                 _wait_for(receives[index])
                 parts = [own[index] if rank == self.rank else arriving(index, rank) for rank in range(self.num_ranks)]
-                self._average(parts, sent=sent, out=outs[index], total=total[: outs[index].numel()], add=add)
+                average(parts, sent=sent, out=outs[index], total=total, add=add, divisor=self._divisor)
                 if index + ahead < len(own):
                     receives[index + ahead] = receive(index + ahead)
                 del receives[index]

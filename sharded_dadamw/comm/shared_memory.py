@@ -37,14 +37,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_dadamw.comm.collectives import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    PIECE_BYTES,
-    REDUCE_SCATTER,
-    BackendVerbs,
-    sum_dtype,
-)
+from sharded_dadamw.comm.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, BackendVerbs
+from sharded_dadamw.comm.means import PIECE_BYTES, average, sum_dtype
 from sharded_dadamw.comm.messages import GlooVerbs
 from sharded_dadamw.comm.pending import Pending
 
@@ -191,7 +185,7 @@ class SharedMemoryVerbs(GlooVerbs):
             numel = PIECE_BYTES // buffer.itemsize
             total = self._scratch_of(sum_dtype(sent, out.dtype), numel)
             for piece, *pieces in zip(*(torch.split(each, numel) for each in (out, *own_slices)), strict=True):
-                self._average(pieces, sent=sent, out=piece, total=total[: piece.numel()], add=add)
+                average(pieces, sent=sent, out=piece, total=total, add=add, divisor=self._divisor)
             self._leave(number, readable is not buffer)
 
         return Pending(REDUCE_SCATTER, [finish], self.explaining, self._under_way, lambda: self._await_others(number))

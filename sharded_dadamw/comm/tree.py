@@ -11,11 +11,6 @@ the dtype of the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 
 def carries(index: int, count: int) -> list[int]:
     """Which levels the micro-batch with this number, of ``count``, is added to, in this order.
@@ -52,26 +47,3 @@ def check_ranks(micro_batches: int, num_ranks: int, of_row: int) -> None:
             f"micro_batches: expected rows of a 2-D mesh to have 1, 2, 4, 8 ... ranks, got {of_row}: their sums are no "
             "nodes of the tree in which micro-batches are added"
         )
-
-
-def mean_in_tree(parts: Sequence[Tensor], *, divisor: int, out: Tensor, add: bool = False) -> None:
-    """Put the sum of ``parts``, [n] of each rank, by ``divisor`` into ``out`` [n], which may be one of them.
-
-    Added in the tree, in their dtype; divided in fp32 or wider, and rounded once. With ``add`` it increases ``out``.
-    """
-    total, _ = _sum_in_tree(parts)
-    mean = total.to(torch.promote_types(total.dtype, torch.float32)).div(divisor)
-    if add:
-        out.add_(mean.to(out.dtype))
-    else:
-        out.copy_(mean)
-
-
-def _sum_in_tree(parts: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """The sum, and whether it is memory of our own."""
-    if len(parts) == 1:
-        return parts[0], False
-    half = 1 << (len(parts) - 1).bit_length() - 1
-    (left, left_is_own), (right, right_is_own) = _sum_in_tree(parts[:half]), _sum_in_tree(parts[half:])
-    out = left if left_is_own else right if right_is_own else torch.empty_like(left)
-    return torch.add(left, right, out=out), True

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sharded_dadamw.buckets.arrangement import Arrangement
 from sharded_dadamw.buckets.sharded_gradients import SpareBuffers, witness_of
-from sharded_dadamw.comm.collectives import sum_dtype
+from sharded_dadamw.comm.means import sum_dtype
 from sharded_dadamw.config import StateResidency
 from sharded_dadamw.layout.parameters import NamedParameter
 from sharded_dadamw.plan.model import Follower, Gradient, Mean, Model
@@ -307,7 +307,7 @@ def _scratch_of(mean: Mean, *, is_direct: bool, in_tree: bool) -> tuple[int, int
 
 
 def _in_tree(mean: Mean) -> int:
-    """What ``comm.tree.mean_in_tree`` allocates at most: a sum for each level that waits, and then the quotient.
+    """What ``comm.means.mean_in_tree`` allocates at most: a sum for each level that waits, and then the quotient.
 
     That is in fp32 or wider, and there is one sum by then, unless a single rank has it all.
     """

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sharded_dadamw.buckets.arrangement import Arrangement, arrange
-from sharded_dadamw.comm.collectives import Collectives, sent_dtype, sum_dtype
+from sharded_dadamw.comm.collectives import Collectives
+from sharded_dadamw.comm.means import sent_dtype, sum_dtype
 from sharded_dadamw.comm.mesh import MeshVerbs
 from sharded_dadamw.comm.tree import check_ranks
 from sharded_dadamw.config import Exchange, GradientResidency, ShardingConfig
