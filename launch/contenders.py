@@ -6,7 +6,7 @@ multiplies its decay by the learning rate, as torch's does, is therefore handed 
 
 import importlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +19,6 @@ from torch.optim import AdamW, Optimizer
 from launch.cluster import ranks_per_host
 from launch.options import Choice, Settings, fail
 from sharded_dadamw import DecoupledAdamW, MainParameter, ShardedDecoupledAdamW, ShardingConfig, weight_decay_groups
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """Host seconds of the parts of a step after backward; None where a part hides inside another."""
-
-    reduction: float | None
-    update: float
-    gather: float | None
 
 
 class Contender:
@@ -65,9 +56,9 @@ class Contender:
         """Forget the gradients."""
         self.optimizer.zero_grad()
 
-    def parts(self, seconds: float) -> StepParts:
-        """Split the `seconds` that clipping and stepping took."""
-        return StepParts(reduction=None, update=seconds, gather=None)
+    def parts(self, seconds: float) -> dict[str, float | None]:
+        """Split the host seconds that clipping and stepping took; None where a part hides inside another."""
+        return {"reduction": None, "update": seconds, "gather": None}
 
     def synchronize(self) -> None:
         """Wait for what the last step left under way."""
@@ -106,9 +97,9 @@ class Sharded(Contender):
         norm: Tensor = self.optimizer.clip_grad_norm_(max_norm)
         return norm
 
-    def parts(self, seconds: float) -> StepParts:
+    def parts(self, seconds: float) -> dict[str, float | None]:
         cost = self.optimizer.last_step
-        return StepParts(cost.reduce_s, cost.update_s, cost.gather_s)
+        return {"reduction": cost.reduce_s, "update": cost.update_s, "gather": cost.gather_s}
 
     def synchronize(self) -> None:
         self.optimizer.synchronize()

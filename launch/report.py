@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.contenders import StepParts
 from launch.data import END_OF_FILE, Corpus
 from launch.options import Settings
 from launch.run_folder import RunFolder
@@ -28,22 +27,18 @@ LINES_WITHOUT_A_TERMINAL = 20
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as it is logged; times are host seconds on this rank, `loss` is the mean over the ranks."""
+    """One step as it is logged; `loss` is the mean over the ranks, `tokens_per_s` counts those of the global batch.
+
+    `seconds` are the host's on this rank: of the `step`, of `forward_backward`, and of its contender's `parts`.
+    """
 
     step: int
     loss: float
     lr: float
     grad_norm: float | None
-    tokens: int
-    seconds: float
-    forward_backward: float
-    parts: StepParts
-    fingerprint: dict[str, Any] | None = None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of the global batch per second."""
-        return self.tokens / self.seconds
+    fingerprint: dict[str, Any] | None
+    tokens_per_s: float
+    seconds: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -128,12 +123,9 @@ class Report:
         if self.folder is None:
             return
         if log or record.fingerprint is not None:
-            line = {name: value for name, value in asdict(record).items() if name not in ("seconds", "parts", "tokens")}
+            line = asdict(record)
             if record.fingerprint is None:
                 del line["fingerprint"]
-            line["tokens_per_s"] = record.tokens_per_s
-            line["seconds"] = {"step": record.seconds, "forward_backward": line.pop("forward_backward")}
-            line["seconds"] |= asdict(record.parts)
             self.folder.append_metrics(line)
         done, total = record.step + 1, self.settings.steps
         text = f"loss {record.loss:.3f}  lr {record.lr:.2e}  {record.tokens_per_s:,.0f} tokens/s"
@@ -180,11 +172,12 @@ class Report:
     def seconds_per_step(self) -> dict[str, float | None]:
         """Mean host seconds of a step and its parts, without the first steps, which also pay for warming up."""
         steady = self.records[len(self.records) // 20 + 1 :] or self.records
-        means: dict[str, float | None] = {"forward+backward": fmean(record.forward_backward for record in steady)}
-        for part in ("reduction", "update", "gather"):
-            known = [seconds for record in steady if (seconds := getattr(record.parts, part)) is not None]
+        means: dict[str, float | None] = {}
+        for part in steady[0].seconds:
+            known = [seconds for record in steady if (seconds := record.seconds[part]) is not None]
             means[part] = fmean(known) if known else None
-        whole = fmean(record.seconds for record in steady)
+        whole, both = means.pop("step") or 0.0, means.pop("forward_backward")
+        means = {"forward+backward": both, **means}
         return means | {"rest": whole - sum(mean or 0.0 for mean in means.values()), "whole step": whole}
 
     def _table(self, summary: Summary, unsharded: int, seconds: dict[str, float | None]) -> Table:

@@ -225,17 +225,15 @@ class Training:
         after_step = self.now()
         contender.zero_grad()
         ended = self.now()
-        every = settings.fingerprint_every
+        every, parts = settings.fingerprint_every, contender.parts(after_step - after_backward)
         return StepRecord(
             step=step,
             loss=self.sum_of(losses) / num_terms,
             lr=lr,
             grad_norm=None if norm is None else float(norm),
-            tokens=settings.global_batch * settings.model.context,
-            seconds=ended - started,
-            forward_backward=after_backward - started,
-            parts=contender.parts(after_step - after_backward),
             fingerprint=contender.fingerprint() if every and (step + 1) % every == 0 else None,
+            tokens_per_s=settings.global_batch * settings.model.context / (ended - started),
+            seconds={"step": ended - started, "forward_backward": after_backward - started, **parts},
         )
 
     def now(self) -> float:
