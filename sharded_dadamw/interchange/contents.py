@@ -19,8 +19,7 @@ State = dict[str, Any]
 
 def optimizers_in(contents: object) -> list[tuple[str, Mapping[str, Any]]]:
     """Find optimizers' state dicts in nested dicts, lists and tuples; each with the keys that lead to it, and dots."""
-    found = [(at, inner) for at, inner in _dicts_in(contents) if is_optimizer(inner)]
-    return [(at, nested_form(inner)) for at, inner in found]
+    return [(at, nested_form(found)) for at, found in _dicts_in(contents) if is_optimizer(found)]
 
 
 def models_in(contents: object) -> list[tuple[str, dict[str, Tensor]]]:

@@ -22,6 +22,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, islice
 from numbers import Number
 from typing import Any
 
@@ -103,22 +104,20 @@ def to_torch(state: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If a group decays but has a peak of 0, which no coupled weight decay equals.
     """
     indexed: dict[int, dict[str, Tensor]] = {}
-    groups = []
-    first = 0
+    groups, numbers = [], count()
     for group in state["param_groups"]:
         names = list(group["params"])
         reference = Hyperparameters.from_group(group).initial_lr
         if group["weight_decay"] and not reference:
             raise ValueError(f"initial_lr: expected one > 0 to divide weight_decay {group['weight_decay']} by, got 0")
         theirs = float(group["weight_decay"]) / reference if reference else 0.0
-        indices = list(range(first, first + len(names)))
+        indices = list(islice(numbers, len(names)))
         own = {"weight_decay": theirs, "decoupled_weight_decay": True, "params": indices, "param_names": names}
         groups.append({**group, **own})
         for index, name in zip(indices, names, strict=True):
             if name in state["state"]:
                 entries = state["state"][name]
                 indexed[index] = {key: value for key, value in entries.items() if key not in MAINS}
-        first += len(names)
     return {"state": indexed, "param_groups": groups}
 
 

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_dadamw.comm.collectives import Collectives
 from sharded_dadamw.comm.connect import connect
 from sharded_dadamw.kernels.fingerprint import Span, signed, sums_of
-from sharded_dadamw.layout.indices import rows_of
+from sharded_dadamw.layout.indices import Rows, rows_of
 from sharded_dadamw.layout.parameters import NamedParameter, has_plain_memory
 from sharded_dadamw.layout.placement import is_of_fsdp1
 from sharded_dadamw.norms.held import Held
@@ -157,11 +158,8 @@ def _sums_of(parts: Sequence[Part], device: torch.device) -> list[int]:
     for kind in {span.values.device for span in spans}:
         here = [at for at, span in enumerate(spans) if span.values.device == kind]
         sums[here] = sums_of([spans[at] for at in here]).cpu()
-    words, found, at = sums.tolist(), [], 0
-    for part in parts:
-        found.append(sum(words[at : at + len(part.spans)]) & _WORD)
-        at += len(part.spans)
-    return found
+    words = iter(sums.tolist())
+    return [sum(islice(words, len(part.spans))) & _WORD for part in parts]
 
 
 def _describe(
@@ -214,9 +212,7 @@ def parts_of(held: Held, names: Mapping[int, str] | None = None) -> Iterator[Par
         flat = {"main" if key in MAINS else key: _flat(value) for key, value in state.items()}
         for key in TENSORS[1:]:
             if key == "step" and key in flat:
-                yield Part(
-                    name, key, "", [Span(flat[key].float(), None, rows) for rows in rows_of((1,), (0,), (1,), 0, 1)]
-                )
+                yield Part(name, key, "", [Span(flat[key].float(), None, Rows(0, 1, 1, 0, 1, 0))])
             elif key in flat:
                 values, remainder = flat[key], None
                 if values.dtype is torch.int16:

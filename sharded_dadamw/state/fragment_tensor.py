@@ -60,10 +60,9 @@ class FragmentTensor(DTensor):
             mesh, placements = like.device_mesh, like.placements
             offsets = tuple(like.__create_chunk_list__()[0].offsets)
         spec = _spec_of(mesh, placements, piece.shape, piece.live.dtype)
-        made: Any = cls(piece.live.view(-1), spec, requires_grad=False)
+        made = cls(piece.live.view(-1), spec, requires_grad=False)
         made._piece, made._offsets, made._ranks, made._loaded = piece, offsets, weakref.ref(ranks), None
-        tensor: FragmentTensor = made
-        return tensor
+        return made
 
     @property
     def loaded(self) -> Tensor | None:
@@ -160,10 +159,9 @@ class FragmentTensor(DTensor):
     def holding(self, fragment: Tensor, loaded: Tensor | None = None) -> FragmentTensor:
         """The same range with other values, 1-D, perhaps of another dtype, and what was loaded for it."""
         spec = _spec_of(self.device_mesh, self.placements, self.shape, fragment.dtype)
-        made: Any = type(self)(fragment, spec, requires_grad=False)
+        made = type(self)(fragment, spec, requires_grad=False)
         made.__dict__.update(self.__dict__, _loaded=loaded)
-        tensor: FragmentTensor = made
-        return tensor
+        return made
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> FragmentTensor:
         return self.holding(change(self._local_tensor), None if self._loaded is None else change(self._loaded))
@@ -172,8 +170,7 @@ class FragmentTensor(DTensor):
         """A copy with memory of its own."""
         if id(self) not in memo:
             memo[id(self)] = self._with(torch.clone)
-        made: FragmentTensor = memo[id(self)]
-        return made
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """Which elements of what."""
