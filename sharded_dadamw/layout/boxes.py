@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,9 @@ class Box:
 
 def boxes_of(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     """Cut elements [start, stop) of a flattened tensor into boxes, in order, none of them empty."""
-    boxes: list[Box] = []
-    place = 0
-    for offsets, sizes in _cut(tuple(shape), start, stop):
-        boxes.append(Box(offsets, sizes, place))
-        place += math.prod(sizes)
-    return boxes
+    cuts = list(_cut(tuple(shape), start, stop))
+    places = accumulate((math.prod(sizes) for _, sizes in cuts), initial=0)
+    return [Box(*cut, place) for cut, place in zip(cuts, places, strict=False)]
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -12,7 +12,7 @@ sizes. The order of the slots does not depend on the number of ranks.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -93,12 +93,9 @@ class BucketLayout:
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """The fragments that a rank owns, in the order in which they lie in its shard; none of them is empty."""
         shard_start, shard_stop = self.shard_range(rank)
-        slot = max(0, bisect_right(self.offsets, shard_start) - 1)
-        while slot < len(self.numels) and self.offsets[slot] < shard_stop:
-            fragment = self.fragment(slot, rank)
-            if fragment.numel:
-                yield fragment
-            slot += 1
+        first = max(0, bisect_right(self.offsets, shard_start) - 1)
+        inside = (self.fragment(slot, rank) for slot in range(first, bisect_left(self.offsets, shard_stop)))
+        return (fragment for fragment in inside if fragment.numel)
 
 
 def plan_buckets(numels: Sequence[int], *, cap: int) -> list[tuple[int, ...]]:
