@@ -79,20 +79,18 @@ class Corpus:
         Raises:
             ValueError: on every rank, that of one.
         """
-        told: tuple[str, str | None] | None = None
         everyone: list[Any] = [None] * dist.get_world_size()
         with tempfile.TemporaryDirectory() as folder:
+            file, failure = Path(folder) / "text", ""
             if local_rank() == 0:
-                file = Path(folder) / "text"
                 try:
                     corpus = cls.read(source, context)
                     torch.save(vars(corpus), file)
-                    told = str(file), None
                 except (OSError, ValueError, RuntimeError) as error:  # the last is torch's, of a full disk
-                    told = str(file), str(error)
-            dist.all_gather_object(everyone, told)
-            if errors := [error for _, error in filter(None, everyone) if error]:
-                raise ValueError(errors[0])
+                    failure = str(error)
+            dist.all_gather_object(everyone, (file, failure))
+            if failures := [failure for _, failure in everyone if failure]:
+                raise ValueError(failures[0])
             if local_rank():
                 file, _ = everyone[dist.get_rank() - local_rank()]  # ranks of a host follow each other
                 corpus = cls(**torch.load(file, mmap=True))
