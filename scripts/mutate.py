@@ -134,7 +134,6 @@ MUTATIONS = {
         ("num_changes >= 1 for", "num_changes >= 0 for", "sharded contract overlap"),
     ],
     "buckets/full_gradients.py": [
-        ("self._adopt_all(self._held())", "pass", "other_hands"),
         ("shows &= now.abs()", "now.abs()", "contract overlap refusals"),
         ("return self.buffer._version != self._version", "return False", "contract overlap"),
         ("        else:\n            raise self._too_late(slot)", "", "overlap contract"),
@@ -163,6 +162,7 @@ MUTATIONS = {
         ("for bucket in self._hooked[len(self._launched) :]:", "for bucket in []:", "overlap"),
         ("bucket.gradients.consume()\n        self.num_rounds", "self.num_rounds", "overlap contract"),
         ("self._overlap = False", "pass", "other_hands"),
+        ("bucket.gradients.look()", "pass", "other_hands"),
     ],
     "schedule/gatherer.py": [
         ("type(member.param) is Parameter and", "True and", "gatherer layouts"),

@@ -73,8 +73,6 @@ class FullGradients(HookedGradients):
         """See ``Gradients.reduce``; in place. Means and used ones only take part for the other ranks' sake."""
         out = self.shard
         if self.stage is Stage.LOCAL:
-            with suppress(RuntimeError, ValueError):
-                self._adopt_all(self._held())
             self.stage = Stage.REDUCED
             setattr(self.buffer, HOLDS_MEANS, self._layout.num_ranks > 1)
             self._version, self._sample = self.buffer._version, None
@@ -92,6 +90,12 @@ class FullGradients(HookedGradients):
         super()._reset()
         setattr(self.buffer, HOLDS_MEANS, False)
         self._sample = None
+
+    def look(self) -> None:
+        if self.stage is Stage.LOCAL:
+            # Of what was assigned or cast; the agreement refuses it everywhere.
+            with suppress(RuntimeError, ValueError):
+                self._adopt_all(self._held())
 
     def remember(self) -> None:
         if self.stage is Stage.LOCAL:

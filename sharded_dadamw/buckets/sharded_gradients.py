@@ -138,7 +138,7 @@ class ShardedGradients(HookedGradients):
             grad = param.grad
             is_as_delivered = grad is view
             if not is_as_delivered and grad is not self._witness:  # it was assigned
-                with suppress(RuntimeError, ValueError):
+                with suppress(RuntimeError, ValueError):  # which the agreement raises, where other ranks hear of it
                     self._adopt(slot)
                 grad = param.grad
             if grad is view:

@@ -315,6 +315,7 @@ class Reducer:
             self._launch_in_backward(bucket)
 
     def _launch_in_backward(self, bucket: Bucket) -> None:
+        bucket.gradients.look()
         self._launch(bucket)
         self._launched.add(bucket)
         if self.keeps_shards:  # what is under way holds a buffer
