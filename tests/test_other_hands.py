@@ -453,6 +453,22 @@ def test_what_is_assigned_or_dropped_between_two_backwards_counts_as_in_torch(
     assert_equal(*found)
 
 
+@either_residency
+@ranks(2)
+def test_gradients_that_were_given_other_memory_may_be_dropped(group: Any, residency: GradientResidency) -> None:
+    """And the next step may have none in their place."""
+    model, optimizer = small(group, gradient_residency=residency)
+    train_on(model, optimizer, group.rank(), 0)
+    with optimizer.no_sync():
+        loss_of(model, group.rank(), 1).backward()
+    for param in model.parameters():
+        give_memory(param, 0.1)
+    optimizer.zero_grad()
+    before = values_of(model)
+    optimizer.step()
+    assert_equal(before, values_of(model))
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"overlap": False, "bucket_cap_mb": 1.0}, {"gradient_residency": SHARDED, "bucket_cap_mb": 1.0}]
 )

@@ -96,7 +96,7 @@ class ShardedGradients(HookedGradients):
                 if member.param.grad is view:
                     member.param.grad = None
             self._spares.give_back(self._buffer)
-            self._buffer = None
+            self._buffer, self._views, self._places = None, [], []
         self._has_grad = [False] * len(self._members)
         self._holds_a_mean = False
 
