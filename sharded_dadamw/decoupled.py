@@ -289,6 +289,7 @@ class DecoupledAdamW(DecoupledOptimizer, AdamW):
             self._fill_in_state(group)
         return super().state_dict()
 
+    @without_graph
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of torch's AdamW or of Composer's optimizer.
 

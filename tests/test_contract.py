@@ -383,6 +383,23 @@ def test_loading_does_not_alias_the_callers_tensors(cls: Any) -> None:
     assert str(saved) == str(before)
 
 
+@either_class
+def test_what_is_loaded_in_inference_mode_can_be_trained(cls: Any) -> None:
+    """In fp64, which torch's own operations update: they refuse what inference mode has allocated."""
+    results = []
+    for context in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 4).double()
+        optimizer = cls(model.parameters(), lr=1e-2)
+        train_on(model, optimizer, 0, 0)
+        saved = copy.deepcopy(optimizer.state_dict())
+        with context():
+            optimizer.load_state_dict(saved)
+        train_on(model, optimizer, 0, 1)
+        results.append(values_of(model))
+    assert_equal(*results)
+
+
 def test_loading_ones_own_state_takes_no_more_memory() -> None:
     """As torch.distributed.checkpoint does, which has read into it."""
     model = nn.Linear(8, 4)
