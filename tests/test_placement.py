@@ -9,7 +9,8 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sharded_dadamw import DecoupledAdamW, Exchange, ShardedDecoupledAdamW, ShardingConfig
 from sharded_dadamw.layout.placement import placements_of
-from tests.harness import ranks
+from tests.harness import ONE_EACH, ranks
 from tests.layouts import grid, line, root_sum_square
 from tests.simulated import on_ranks
 from tests.test_metrics import both, build, numbers
@@ -355,6 +356,28 @@ def test_under_hsdp_one_rank_that_does_something_else_is_an_error_on_all_four(
     assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(norm_of_gradients(model))
     optimizer.step()
     assert all(moved(model, before))
+
+
+@ranks(4)
+def test_under_hsdp_a_step_has_few_copies_of_parameters_at_once(_: Any) -> None:
+    """Two under way, and the one that is made."""
+    mesh = grid("replicate", "shard")
+    model = fully_shard(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), mesh=mesh)
+    optimizer = ShardedDecoupledAdamW(model.named_parameters(), config=ShardingConfig(bucket_cap_mb=ONE_EACH))
+    buffers: list[weakref.ref[Tensor]] = []
+    num_alive = []
+    for bucket in optimizer._shards.buckets:
+
+        def outgoing(make: Callable[[], Tensor] = bucket.weights.outgoing) -> Tensor:
+            buffer = make()
+            buffers.append(weakref.ref(buffer))
+            num_alive.append(sum(each() is not None for each in buffers))
+            return buffer
+
+        bucket.weights.outgoing = outgoing  # type: ignore[method-assign]
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert num_alive == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
 @ranks(4)

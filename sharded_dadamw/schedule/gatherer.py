@@ -72,7 +72,9 @@ class Gatherer:
         buffer = bucket.weights.outgoing()
         self._under_way.append(AllGather(bucket, buffer, self._collectives.all_gather_(buffer)))
         if bucket.is_borrowed:
-            finish([gather for gather in self._under_way if gather.bucket.is_borrowed][:-_BORROWED_AHEAD])
+            over = [gather for gather in self._under_way if gather.bucket.is_borrowed][:-_BORROWED_AHEAD]
+            finish(over)
+            self._under_way = [gather for gather in self._under_way if gather not in over]
 
     def _may_stay(self, bucket: Bucket) -> bool:
         # Where gathers need the host, a rank that reads would wait for others, who may be waiting for it elsewhere.
