@@ -144,7 +144,6 @@ MUTATIONS = {
     ],
     "buckets/offload.py": [
         (", (self._param, self.weights.shard)]", "]", "state_residency"),
-        ("not bool(self._void)", "True", "state_residency"),
     ],
     "buckets/weights.py": [
         ("home.copy_(param.data.clone())", "home.copy_(param.data)", "other_hands"),

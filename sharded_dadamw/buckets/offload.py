@@ -80,9 +80,8 @@ class OffloadedBucket(Bucket):
         hypers = list(step.hypers)
         hypers[self.group_index] = self._hyper.on(self._param.device)
         updated = super().update_(Step(hypers, self._divisor, self._void), present)
-        if self._void is None or not bool(self._void):  # else the copy may not be what the parameters are
-            pairs = [(self.weights.shard[run], self._param[run]) for run in self.runs(present)]
-            self._up.hold_device_until(self._up.copy_(pairs))
+        pairs = [(self.weights.shard[run], self._param[run]) for run in self.runs(present)]
+        self._up.hold_device_until(self._up.copy_(pairs))
         return updated
 
 
