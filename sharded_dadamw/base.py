@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -58,7 +59,9 @@ def without_graph(call: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(call)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        # Only from within: to leave it turns on what a caller may have turned off, such as threads of backward.
+        leaving = torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()
+        with leaving, torch.no_grad():
             return call(*args, **kwargs)
 
     return called

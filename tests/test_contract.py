@@ -229,6 +229,19 @@ def test_calls_in_inference_mode_change_nothing(group: Any, cls: Any) -> None:
     assert_equal(*results)
 
 
+@either_class
+def test_a_closure_runs_backward_as_its_caller_has_set_it(cls: Any) -> None:
+    found = []
+
+    def closure() -> float:
+        found.append(torch._C._is_multithreading_enabled())
+        return 0.0
+
+    with torch.autograd.set_multithreading_enabled(False):
+        cls([nn.Parameter(torch.ones(2))]).step(closure)
+    assert found == [False]
+
+
 # --- clips ---
 
 
