@@ -275,6 +275,12 @@ def test_the_unsharded_optimizer_warns_of_moments_that_would_freeze(caplog: pyte
         assert len([r for r in caplog.records if "never falls again" in r.getMessage()]) == num_warnings
 
 
+def test_the_main_parameter_is_there_before_the_first_step() -> None:
+    param = nn.Parameter(torch.linspace(-2.0, 2.0, 15).view(5, 3).to(BF16))
+    (state,) = ShardedDecoupledAdamW([param]).state_dict()["state"].values()
+    assert torch.equal(state["main_param"], param.float())
+
+
 def test_small_decays_of_bf16_weights_add_up() -> None:
     """1e-4 per step for 300 steps; a bf16 weight alone would stay where it is."""
     weights = {}
